@@ -1,0 +1,1 @@
+"""Configs of the command line: each file's config() is one experiment."""

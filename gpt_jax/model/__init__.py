@@ -1,0 +1,1 @@
+"""The network and its exact pieces: masks, attention, transformer, loss, decoding."""

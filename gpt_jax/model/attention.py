@@ -1,0 +1,77 @@
+"""Causal self-attention: one function, with interchangeable implementations that must agree (section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from gpt_jax.model import masks
+
+NEGATIVE = -1e30  # Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
+
+
+def attention(
+    query: Float[Array, "batch queries heads dim"],
+    key: Float[Array, "batch keys heads dim"],
+    value: Float[Array, "batch keys heads dim"],
+    *,
+    stream: UInt32[Array, "batch heads 2"] | None = None,
+    rate: float = 0.0,
+    segment_ids: Int[Array, "batch keys"] | None = None,
+    query_offset: Int[Array, "batch"] | int | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "batch queries heads dim"]:
+    """Scaled dot-product attention under a causal mask, with dropout on the probabilities.
+
+    Query i stands at position `query_offset + i` and sees the keys at positions up to its own; so the same function serves
+    training (as many queries as keys) and decoding from a cache (fewer queries than keys).
+
+    Args:
+      query, key, value: compute dtype.
+      stream: dropout mask streams of `masks.stream` for this layer; None switches dropout off.
+      rate: dropout rate on the probabilities, a Python number in [0, 1).
+      segment_ids: a query sees only keys of its own segment (packed examples); needs as many queries as keys.
+      query_offset: position of the first query, for all rows or for each; None: keys - queries.
+      implementation: "plain", or "auto" for the fastest that runs here.
+
+    Returns:
+      Sums of values weighted by probabilities, in the compute dtype. Softmax is computed in float32.
+    """
+    return IMPLEMENTATIONS[resolve(implementation)](query, key, value, stream, rate, segment_ids, query_offset)
+
+
+def resolve(implementation: str) -> str:
+    """The implementation that "auto" stands for on this machine (the run's header names it)."""
+    return "plain" if implementation == "auto" else implementation
+
+
+def _plain(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    stream: jax.Array | None,
+    rate: float,
+    segment_ids: jax.Array | None,
+    query_offset: jax.Array | int | None,
+) -> jax.Array:
+    """The definition: probabilities as one [batch, heads, queries, keys] array."""
+    queries, keys = query.shape[1], key.shape[1]
+    offset = jnp.asarray(keys - queries if query_offset is None else query_offset)
+    allowed = offset[..., None, None] + jnp.arange(queries)[:, None] >= jnp.arange(keys)
+    if segment_ids is not None:
+        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    if allowed.ndim == 3:
+        allowed = allowed[:, None]  # the same for all heads
+
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
+    probabilities = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1)
+    if stream is not None:
+        probabilities = masks.dropout(probabilities, stream, rate)
+    return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"plain": _plain}

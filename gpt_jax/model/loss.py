@@ -1,0 +1,125 @@
+"""Next-token cross-entropy over the vocabulary, in chunks of time (section 3.1, equation 1).
+
+A batch x time x vocabulary array of float32 logits would be the largest of the whole training step. Here the logits of only
+`chunk` time steps exist at once. The batch axis stays whole: cutting it, or flattening batch and time, would gather the batch
+on every device. The gradients are worked out in the forward pass, chunk by chunk, while the logits are at hand: so the
+vocabulary-sized product is done three times for value and gradients, not four, and nothing of that size is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model import transformer
+from gpt_jax.sharding import all_max, all_sum, per_shard, shard_index
+
+Batch = dict[str, jax.Array]
+
+
+def normalize(batch: Batch) -> Batch:
+    """Divides the loss weights by their sum over the global batch, so that losses of micro-batches simply add up."""
+    return batch | {"weights": batch["weights"] / jnp.maximum(batch["weights"].sum(), 1e-6)}
+
+
+def language_model_loss(
+    config: ModelConfig, params: transformer.Params, batch: Batch, dropout: transformer.Dropout | None
+) -> Float[Array, ""]:
+    """Sum of weight x negative log-likelihood (nats) of the batch's targets: their mean once `normalize` was applied.
+
+    Args:
+      batch: tokens and targets int32 [batch, time], weights float32 [batch, time], optionally segment_ids [batch, time].
+      dropout: what its masks depend on; None for evaluation.
+    """
+    hidden = transformer.apply(config, params, batch["tokens"], dropout=dropout, segment_ids=batch.get("segment_ids"))
+    table = params["embedding"]["tokens"]
+    with jax.default_matmul_precision(config.matmul_precision):
+        return cross_entropy(hidden, table, batch["targets"], batch["weights"], config.vocab_size, config.loss_chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(
+    hidden: Float[Array, "batch time embed"],
+    table: Float[Array, "padded_vocab embed"],
+    targets: Int[Array, "batch time"],
+    weights: Float[Array, "batch time"],
+    vocab_size: int,
+    chunk: int,
+) -> Float[Array, ""]:
+    """sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
+
+    Differentiable in `hidden` and `table` (weights and targets are data). The product is computed in the type of `hidden`
+    with float32 results; `chunk` must divide time or exceed it.
+    """
+    return _over_shards(hidden, table, targets, weights, vocab_size, chunk, False)
+
+
+def _forward(hidden: Any, table: Any, targets: Any, weights: Any, vocab_size: int, chunk: int) -> Any:
+    loss, hidden_gradient, table_gradient = _over_shards(hidden, table, targets, weights, vocab_size, chunk, True)
+    return loss, (hidden_gradient, table_gradient)
+
+
+def _backward(vocab_size: int, chunk: int, residuals: Any, gradient: Any) -> Any:
+    hidden_gradient, table_gradient = residuals
+    return (gradient * hidden_gradient).astype(hidden_gradient.dtype), gradient * table_gradient, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _over_shards(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, chunk: int, gradients: bool
+) -> Any:
+    """Each device takes its own examples and its own part of the vocabulary."""
+    by_example, by_token, by_entry = ("batch", None, None), ("batch", None), ("vocab", None)
+    out_names = ((), by_example, by_entry) if gradients else ()
+    local = functools.partial(_local, vocab_size=vocab_size, chunk=min(chunk, hidden.shape[1]), gradients=gradients)
+    return per_shard(local, (by_example, by_entry, by_token, by_token), out_names)(hidden, table, targets, weights)
+
+
+def _local(
+    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, *, vocab_size: int, chunk: int, gradients: bool
+) -> Any:
+    """Loss, and if asked its gradients, of this device's examples; sums over devices make them those of the whole."""
+    entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
+    narrow = table.astype(hidden.dtype)
+    time = hidden.shape[1]
+    if time % chunk:
+        raise ValueError(f"loss chunk {chunk} does not divide {time} time steps")
+
+    def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        total, table_gradient = carry
+        x, target, weight = (
+            jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets, weights)
+        )
+        scores = jnp.einsum("bte,ve->btv", x, narrow, preferred_element_type=jnp.float32)
+        scores = jnp.where(entries < vocab_size, scores, -jnp.inf)  # rows that only pad the table
+        highest = all_max(scores.max(axis=-1, keepdims=True), "vocab")
+        exponentials = jnp.exp(scores - highest)
+        normaliser = all_sum(exponentials.sum(axis=-1, keepdims=True), "vocab")
+        is_target = entries == target[..., None]
+        # A comparison instead of an index: the target may lie in another device's part of the vocabulary.
+        target_score = all_sum(jnp.where(is_target, scores - highest, 0).sum(axis=-1), "vocab")
+        total = total + (weight * (jnp.log(normaliser[..., 0]) - target_score)).sum()
+        if not gradients:
+            return (total, table_gradient), jnp.zeros(())
+        score_gradient = (weight[..., None] * (exponentials / normaliser - is_target)).astype(hidden.dtype)
+        table_gradient = table_gradient + jnp.einsum(
+            "btv,bte->ve", score_gradient, x, preferred_element_type=jnp.float32
+        )
+        x_gradient = all_sum(jnp.einsum("btv,ve->bte", score_gradient, narrow, preferred_element_type=jnp.float32), "vocab")
+        return (total, table_gradient), x_gradient.astype(hidden.dtype)
+
+    starts = jnp.arange(0, time, chunk)
+    zero = jnp.zeros(table.shape if gradients else (), jnp.float32)
+    (total, table_gradient), pieces = jax.lax.scan(one_chunk, (jnp.zeros(()), zero), starts)
+    total = all_sum(total, "batch")
+    if not gradients:
+        return total
+    hidden_gradient = jnp.moveaxis(pieces, 0, 1).reshape(hidden.shape)
+    return total, hidden_gradient, all_sum(table_gradient, "batch").astype(table.dtype)

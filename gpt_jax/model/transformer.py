@@ -1,0 +1,317 @@
+"""The decoder-only Transformer of section 4.1, in Flax NNX, used as pure functions on plain dictionaries of arrays.
+
+    params = init(config, key)
+    hidden = apply(config, params, tokens, dropout=Dropout(seed, step, row))
+    scores = logits(config, params, hidden)
+
+Layers are stacked: every array under `params["blocks"]` has a leading axis of `num_layers`, over which `apply` scans. Flax's
+graph definition stays in this module. `describe` gives each parameter's logical axes, from which everyone else derives
+shardings, and whether weight decay falls on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model import masks
+from gpt_jax.model.attention import attention
+from gpt_jax.sharding import constrain
+
+Params = dict[str, Any]
+Cache = dict[str, Float[Array, "layers batch positions heads dim"]]
+
+
+class Dropout(NamedTuple):
+    """What the dropout masks of one update depend on, besides the place in the model (masks.py)."""
+
+    seed: UInt32[Array, ""] | int
+    step: Int[Array, ""] | int
+    row: Int[Array, "batch"]  # the example's number in the global batch
+
+
+class Parameter(NamedTuple):
+    """How one parameter is laid out and treated."""
+
+    axes: tuple[str | None, ...]  # logical names, which sharding.RULES turns into mesh axes
+    decay: bool  # weight decay falls on matrices and embeddings, not on biases and gains
+
+
+# -- modules ----------------------------------------------------------------------------------------------------------------
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias over one or several input and output dimensions; kernel N(0, init_stddev), bias 0."""
+
+    def __init__(self, config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
+        shape = (*inputs.values(), *outputs.values())
+        names = tuple(name if name in ("embed", "heads", "mlp") else None for name in (*inputs, *outputs))
+        kernel = config.init_stddev * jax.random.normal(rngs.params(), shape)
+        self.kernel = nnx.Param(kernel.astype(config.param_dtype), axes=names, decay=True)
+        bias = jnp.zeros(tuple(outputs.values()), config.param_dtype)
+        self.bias = nnx.Param(bias, axes=names[len(inputs) :], decay=False)
+        self.num_inputs = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        return jnp.tensordot(x, kernel, axes=self.num_inputs) + bias
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis with gain and bias, computed in float32."""
+
+    def __init__(self, config: ModelConfig):
+        # Named by no axis: a few thousand numbers are not worth splitting.
+        self.gain = nnx.Param(jnp.ones(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
+        self.bias = nnx.Param(jnp.zeros(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
+        self.epsilon = config.layer_norm_epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+        return (centred * jax.lax.rsqrt(variance + self.epsilon) * self.gain[...] + self.bias[...]).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Multi-head causal self-attention with one fused query, key, value projection."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        embed, heads = {"embed": config.embed_dim}, {"heads": config.num_heads, "head_dim": config.head_dim}
+        self.qkv = Linear(config, embed, {"qkv": 3, **heads}, rngs=rngs)
+        self.out = Linear(config, heads, embed, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time embed"],
+        stream: UInt32[Array, "batch heads 2"] | None,
+        segment_ids: Int[Array, "batch time"] | None,
+        cache: Cache | None,
+        start: Int[Array, "batch"] | None,
+    ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
+        qkv = constrain(self.qkv(x), "batch", None, None, "heads", None)
+        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if cache is not None:
+            write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
+            cache = {"key": write(cache["key"], key, start), "value": write(cache["value"], value, start)}
+            key, value = cache["key"], cache["value"]
+        mixed = attention(
+            query,
+            key,
+            value,
+            stream=stream,
+            rate=self.config.attention_dropout,
+            segment_ids=segment_ids,
+            query_offset=start,
+            implementation=self.config.attention,
+        )
+        return self.out(constrain(mixed, "batch", None, "heads", None)), cache
+
+
+class Mlp(nnx.Module):
+    """Position-wise feed-forward network with GELU in its tanh approximation."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        embed, mlp = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}
+        self.up = Linear(config, embed, mlp, rngs=rngs)
+        self.down = Linear(config, mlp, embed, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
+        return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), "batch", None, "mlp"))
+
+
+class Block(nnx.Module):
+    """n = LN(x + attention(x)); h = LN(n + mlp(n)): normalisation after the sum, as in the original Transformer."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs=rngs)
+        self.attention_norm = LayerNorm(config)
+        self.mlp = Mlp(config, rngs=rngs)
+        self.mlp_norm = LayerNorm(config)
+        self.config = config
+
+    def __call__(
+        self,
+        x: Float[Array, "batch time embed"],
+        layer: Int[Array, ""],
+        dropout: Dropout | None,
+        segment_ids: Int[Array, "batch time"] | None = None,
+        cache: Cache | None = None,
+        start: Int[Array, "batch"] | None = None,
+    ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
+        config = self.config
+        stream = None
+        if dropout is not None and config.attention_dropout:
+            seed, step, row = dropout
+            stream = masks.stream(seed, step, layer, masks.Site.ATTENTION, row[:, None], jnp.arange(config.num_heads))
+            stream = constrain(stream, "batch", "heads", None)
+        mixed, cache = self.attention(x, stream, segment_ids, cache, start)
+        mixed = _drop(mixed, dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_ATTENTION)
+        x = self.attention_norm(x + constrain(mixed, "batch", None, None))
+        changed = _drop(self.mlp(x), dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_MLP)
+        return self.mlp_norm(x + constrain(changed, "batch", None, None)), cache
+
+
+class Embedding(nnx.Module):
+    """Token embeddings, shared with the output layer, and learned positions."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        tokens = config.init_stddev * jax.random.normal(rngs.params(), (config.padded_vocab_size, config.embed_dim))
+        real = jnp.arange(config.padded_vocab_size) < config.vocab_size
+        tokens = jnp.where(real[:, None], tokens, 0)  # Rows that only pad the array stay zero: no loss reaches them.
+        positions = config.init_stddev * jax.random.normal(rngs.params(), (config.context_length, config.embed_dim))
+        self.tokens = nnx.Param(tokens.astype(config.param_dtype), axes=("vocab", "embed"), decay=True)
+        self.positions = nnx.Param(positions.astype(config.param_dtype), axes=(None, "embed"), decay=True)
+
+
+# -- functions on plain dictionaries ----------------------------------------------------------------------------------------
+
+
+def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Random parameters (to be traced under jit with output shardings, so that no host holds them all)."""
+    embedding_key, blocks_key = jax.random.split(key)
+    embedding = Embedding(config, rngs=nnx.Rngs(params=embedding_key))
+    create = lambda key: nnx.to_pure_dict(nnx.state(Block(config, rngs=nnx.Rngs(params=key)), nnx.Param))  # noqa: E731
+    blocks = jax.vmap(create)(jax.random.split(blocks_key, config.num_layers))
+    return {"embedding": nnx.to_pure_dict(nnx.state(embedding, nnx.Param)), "blocks": blocks}
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """A tree like `init`'s with a `Parameter` in place of each array."""
+
+    def read(module: Any, prefix: tuple[str | None, ...]) -> Any:
+        state = nnx.state(nnx.eval_shape(module), nnx.Param)
+        as_parameter = lambda p: Parameter(prefix + p.get_metadata()["axes"], p.get_metadata()["decay"])  # noqa: E731
+        return nnx.to_pure_dict(jax.tree.map(as_parameter, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+    return {
+        "embedding": read(lambda: Embedding(config, rngs=nnx.Rngs(0)), ()),
+        "blocks": read(lambda: Block(config, rngs=nnx.Rngs(0)), (None,)),
+    }
+
+
+def count(config: ModelConfig) -> int:
+    """Number of parameters, without the rows that pad the vocabulary (116,534,784 with the paper's settings)."""
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    padding = (config.padded_vocab_size - config.vocab_size) * config.embed_dim
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - padding
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch time"],
+    *,
+    dropout: Dropout | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+) -> Float[Array, "batch time embed"]:
+    """The last block's output, in the compute dtype. There is no final layer norm.
+
+    Args:
+      tokens: ids below `vocab_size`; at most `context_length` of them in time.
+      dropout: what its masks depend on; None for evaluation.
+      segment_ids: examples packed into one row: attention and positions restart where the number changes.
+    """
+    with jax.default_matmul_precision(config.matmul_precision):
+        hidden, _ = _forward(config, params, tokens, _positions(tokens, segment_ids), dropout, segment_ids, None, None)
+    return hidden
+
+
+def apply_cached(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch time"],
+    cache: Cache,
+    start: Int[Array, "batch"],
+) -> tuple[Float[Array, "batch time embed"], Cache]:
+    """Continues rows whose first `start[i]` positions are in the cache; returns the new positions' output and the fuller cache.
+
+    Keys and values beyond a row's own length (left there by padding) are never seen, and are overwritten as the row grows.
+    """
+    with jax.default_matmul_precision(config.matmul_precision):
+        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        hidden, filled = _forward(config, params, tokens, positions, None, None, cache, start)
+    assert filled is not None
+    return hidden, filled
+
+
+def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
+    """A key-value cache with room for `positions` tokens a row, in the compute dtype."""
+    shape = (config.num_layers, batch, positions, config.num_heads, config.head_dim)
+    return {name: jnp.zeros(shape, compute_dtype(config)) for name in ("key", "value")}
+
+
+def logits(
+    config: ModelConfig, params: Params, hidden: Float[Array, "batch time embed"]
+) -> Float[Array, "batch time vocab"]:
+    """Next-token scores over the logical vocabulary in float32, through the transposed token embeddings."""
+    table = params["embedding"]["tokens"][: config.vocab_size].astype(hidden.dtype)
+    with jax.default_matmul_precision(config.matmul_precision):
+        return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of activations: as configured, or for "auto" bfloat16 on accelerators and float32 on a CPU."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.compute_dtype)
+
+
+def _forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    dropout: Dropout | None,
+    segment_ids: jax.Array | None,
+    cache: Cache | None,
+    start: jax.Array | None,
+) -> tuple[jax.Array, Cache | None]:
+    embedding = params["embedding"]
+    # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
+    table = constrain(embedding["tokens"], "vocab", None)
+    x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
+    x = _drop(x, dropout, config.embed_dropout, 0, masks.Site.EMBEDDING)
+    x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
+
+    graph = _block_graph(config)
+
+    def layer(x: jax.Array, scanned: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Cache | None]:
+        layer_params, number, layer_cache = scanned
+        return nnx.merge(graph, layer_params)(x, number, dropout, segment_ids, layer_cache, start)
+
+    if config.remat != "off":
+        keep = jax.checkpoint_policies
+        policy = keep.dots_with_no_batch_dims_saveable if config.remat == "dots" else keep.nothing_saveable
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing is shared anyway
+    return jax.lax.scan(layer, x, (params["blocks"], jnp.arange(config.num_layers), cache))
+
+
+def _drop(x: jax.Array, dropout: Dropout | None, rate: float, layer: jax.Array | int, site: masks.Site) -> jax.Array:
+    """Dropout of activations [batch, time, embed] at one site."""
+    if dropout is None or rate == 0:
+        return x
+    seed, step, row = dropout
+    return masks.dropout(x, masks.stream(seed, step, layer, site, row, 0), rate)
+
+
+def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Position of each token: 0, 1, 2, ..., restarting with each segment."""
+    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    if segment_ids is None:
+        return index[0]
+    first = jnp.concatenate([jnp.ones_like(tokens[:, :1]), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+@functools.cache
+def _block_graph(config: ModelConfig) -> Any:
+    """Flax's static description of a block, into which a layer's arrays are merged."""
+    return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]

@@ -1,0 +1,1 @@
+"""Optimizer, update, loop and checkpoints. Knows no tasks."""

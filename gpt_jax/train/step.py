@@ -1,0 +1,185 @@
+"""The compiled update: sharded state, micro-batches, and the guard against non-finite numbers.
+
+Both the training loop and anyone who only wants to know what a step would cost get it from `lower_step`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gpt_jax.config import ModelConfig, PretrainConfig
+from gpt_jax.model import transformer
+from gpt_jax.model.loss import Batch, language_model_loss, normalize
+from gpt_jax.sharding import constrain, named
+from gpt_jax.train.optimizer import Horizon, learning_rate, make_optimizer
+
+# Plain nested dictionaries of arrays: params, optimizer, step (updates made, int32) and ok (bool: no update was ever non-finite).
+State = dict[str, Any]
+
+
+class Objective(NamedTuple):
+    """What is minimised. Pre-training's is `LANGUAGE_MODEL`; the loop and the step know no other property of a task."""
+
+    loss: Callable[[ModelConfig, transformer.Params, Batch, transformer.Dropout | None], jax.Array]
+    """(config, params, batch, dropout) -> float32 []: a sum over the batch's examples, whose weights `normalize` has scaled."""
+    normalize: Callable[[Batch], Batch]
+    """Scales a global batch's weights so that the losses of its micro-batches add up to the loss of the whole."""
+    init: Callable[[ModelConfig, jax.Array], transformer.Params]
+    """(config, key) -> parameters."""
+    describe: Callable[[ModelConfig], Any]
+    """config -> a tree like the parameters' with a `transformer.Parameter` for each."""
+
+
+LANGUAGE_MODEL = Objective(language_model_loss, normalize, transformer.init, transformer.describe)
+
+
+def state_shardings(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+    """A `NamedSharding` for each array of the state; the optimiser's moments lie like their parameters."""
+    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
+    description = objective.describe(config.model)
+    params = jax.tree.map(lambda parameter: named(mesh, parameter.axes), description, is_leaf=is_parameter)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    optimizer = _optimizer(config, Horizon(1, 0), objective)
+    shapes = jax.eval_shape(lambda: objective.init(config.model, jax.random.key(0)))
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, shapes),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return {"params": params, "optimizer": flax.serialization.to_state_dict(moments), "step": everywhere, "ok": everywhere}
+
+
+def init_state(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+    """Random parameters and zero moments, made under jit on the devices that keep them: no host ever holds the whole."""
+    create = functools.partial(_create, config, objective)
+    with jax.set_mesh(mesh):
+        return jax.jit(create, out_shardings=state_shardings(config, mesh, objective))(np.uint32(config.train.seed))
+
+
+def abstract_state(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+    """The state's shapes, dtypes and shardings, without the arrays."""
+    shapes = jax.eval_shape(functools.partial(_create, config, objective), np.uint32(0))
+    with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
+    return jax.tree.map(with_sharding, shapes, state_shardings(config, mesh, objective))
+
+
+def abstract_batch(config: PretrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a pre-training batch."""
+    size, time = config.train.batch_size, config.model.context_length
+    arrays = {"tokens": ((size, time), jnp.int32), "targets": ((size, time), jnp.int32), "weights": ((size, time), jnp.float32)}
+    arrays["row"] = ((size,), jnp.int32)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, ("batch", None)[: len(shape)]))
+        for name, (shape, dtype) in arrays.items()
+    }
+
+
+def lower_step(
+    config: PretrainConfig,
+    mesh: Mesh,
+    *,
+    horizon: Horizon,
+    objective: Objective = LANGUAGE_MODEL,
+    batch: dict[str, jax.ShapeDtypeStruct] | None = None,
+) -> jax.stages.Lowered:
+    """Traces and lowers the update for a mesh, whose devices need not be attached. `.compile()` makes it callable.
+
+    The compiled function maps (state, batch) to (state, metrics) and takes the state's buffers over. Metrics, all scalars:
+    `loss` (nats), `grad_norm` (global, before clipping), `learning_rate`, and `ok`, which is False from the first update on whose
+    loss or gradient is not finite: that update and all later ones leave the state as it was.
+
+    Args:
+      horizon: length and warm-up of the run, in updates.
+      batch: abstract arrays of a batch; None: those of pre-training.
+    """
+    shardings = state_shardings(config, mesh, objective)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    step = jax.jit(
+        functools.partial(_update, config, horizon, objective),
+        out_shardings=(shardings, {name: everywhere for name in ("loss", "grad_norm", "learning_rate", "ok")}),
+        donate_argnums=0,
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(abstract_state(config, mesh, objective), batch or abstract_batch(config, mesh))
+
+
+def lower_evaluation(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> jax.stages.Lowered:
+    """The compiled function maps (params, batch) to (sum of weight x loss, sum of weights), without dropout."""
+
+    def evaluate(params: transformer.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        return objective.loss(config.model, params, batch, None), batch["weights"].sum()
+
+    with jax.set_mesh(mesh):
+        return jax.jit(evaluate).lower(abstract_state(config, mesh, objective)["params"], abstract_batch(config, mesh))
+
+
+def _create(config: PretrainConfig, objective: Objective, seed: jax.Array) -> State:
+    params = objective.init(config.model, jax.random.key(seed))
+    moments = _optimizer(config, Horizon(1, 0), objective).init(params)
+    return {
+        "params": params,
+        "optimizer": flax.serialization.to_state_dict(moments),
+        "step": jnp.zeros((), jnp.int32),
+        "ok": jnp.ones((), jnp.bool),
+    }
+
+
+def _update(config: PretrainConfig, horizon: Horizon, objective: Objective, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+    params, step = state["params"], state["step"]
+    batch = objective.normalize(batch)
+
+    def loss_of(params: transformer.Params, part: Batch) -> jax.Array:
+        return objective.loss(config.model, params, part, transformer.Dropout(config.train.seed, step, part["row"]))
+
+    loss, gradients = _accumulate(jax.value_and_grad(loss_of), params, batch, config.train.micro_batches)
+    norm = optax.global_norm(gradients)
+    ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    optimizer = _optimizer(config, horizon, objective)
+    moments = flax.serialization.from_state_dict(jax.eval_shape(optimizer.init, params), state["optimizer"])
+    updates, moments = optimizer.update(gradients, moments, params)
+    new = {
+        "params": optax.apply_updates(params, updates),
+        "optimizer": flax.serialization.to_state_dict(moments),
+        "step": step + 1,
+        "ok": ok,
+    }
+    guarded = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state | {"ok": ok})
+    rate = learning_rate(config.optim, horizon, step)
+    return guarded, {"loss": loss, "grad_norm": norm, "learning_rate": rate, "ok": ok}
+
+
+def _accumulate(value_and_grad: Callable[..., Any], params: transformer.Params, batch: Batch, parts: int) -> tuple[jax.Array, Any]:
+    """Loss and gradients of a batch, summed over `parts` micro-batches.
+
+    Micro-batch j takes rows j, j + parts, j + 2 parts, ...: each device cuts its own rows, and nothing moves between devices.
+    """
+    if parts == 1:
+        return value_and_grad(params, batch)
+    strided = {
+        name: array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1) for name, array in batch.items()
+    }
+    strided = {name: constrain(array, None, "batch", *[None] * (array.ndim - 2)) for name, array in strided.items()}
+
+    def add(total: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    return jax.lax.scan(add, zero, strided)[0]
+
+
+def _optimizer(config: PretrainConfig, horizon: Horizon, objective: Objective) -> optax.GradientTransformation:
+    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
+    decay = jax.tree.map(lambda parameter: parameter.decay, objective.describe(config.model), is_leaf=is_parameter)
+    return make_optimizer(config.optim, horizon, decay)
