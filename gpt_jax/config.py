@@ -63,7 +63,11 @@ def steps_of(duration: str, field: str, *, batch_size: int, context_length: int,
     """
     number, unit = parse_duration(duration, field)
     if unit == "%":
-        require(total is not None, field, f"'{duration}' is a share of the run, which makes no sense here; give steps, tokens or epochs")
+        require(
+            total is not None,
+            field,
+            f"'{duration}' is a share of the run, which makes no sense here; give steps, tokens or epochs",
+        )
         assert total is not None
         return int(number / 100 * total)
     if unit == "epochs":
@@ -76,7 +80,11 @@ def steps_of(duration: str, field: str, *, batch_size: int, context_length: int,
 def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "epochs", "tokens", "%"]]:
     """Splits a duration into its number and unit."""
     match = DURATION.fullmatch(duration)
-    require(match is not None, field, f"'{duration}' is no duration; write for example '2000 steps', '3 epochs', '6e6 tokens' or '0.2%'")
+    require(
+        match is not None,
+        field,
+        f"'{duration}' is no duration; write for example '2000 steps', '3 epochs', '6e6 tokens' or '0.2%'",
+    )
     assert match is not None
     unit: Any = {"s": "steps", "e": "epochs", "t": "tokens", "%": "%"}[(match[2] or "steps")[0].lower()]
     return float(match[1]), unit
@@ -96,8 +104,8 @@ class TokenizerConfig:
     """Folder of a ready tokenizer. `gpt1` needs one with the released encoder_bpe_40000.json and vocab_40000.bpe; for
     `sentencepiece` an empty path means: train one."""
     normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = result("nmt_nfkc")
-    """SentencePiece's normalisation of text before it is split (`_cf` folds case; `identity` keeps every character). Fixed when the
-    tokenizer is trained; unused by the other kinds."""
+    """SentencePiece's normalisation of text before it is split (`_cf` folds case; `identity` keeps every character). Fixed
+    when the tokenizer is trained; unused by the other kinds."""
     sample_bytes: int = result(50_000_000)
     """Bytes of text, taken evenly over the documents, that a SentencePiece model is trained on. > 0."""
 
@@ -116,19 +124,19 @@ class DataConfig:
     text_field: str = result("text")
     """The field of a .jsonl object or of a tensorflow-datasets example that holds the text."""
     max_bytes: int = result(0)
-    """Stop reading after this many bytes of text (documents in the order of their hash, so the choice is even); 0: read it all."""
+    """Keep this many bytes of text, documents in the order of their hash, so that the choice is even; 0: all of it."""
     validation_share: float = result(0.01)
     """Share of the documents held out for validation, chosen by the hash of their text. In [0, 1); 0 leaves none."""
     store: str = speed("")
-    """Folder of the token store; empty: `store/` inside the run's folder. Where it lies changes nothing: its digest is what a run is
-    tied to."""
+    """Folder of the token store; empty: `store/` inside the run's folder. Where it lies changes nothing: a run is tied to its
+    digest."""
     shard_bytes: int = result(64_000_000)
     """Bytes of text, roughly, behind one file of the store. > 0."""
     processes: int = speed(0)
     """Processes that tokenise; 0: one a core."""
     pipeline: Literal["auto", "tf", "threads"] = speed("auto")
-    """What drives and prefetches the batches: `tf` (tf.data), `threads` (no tensorflow needed), `auto`: tf if it is installed. The
-    batches are the same."""
+    """What drives and prefetches the batches: `tf` (tf.data), `threads` (no tensorflow needed), `auto`: tf if it is installed.
+    The batches are the same."""
     prefetch: int = speed(4)
     """Batches kept ready ahead of the training step. > 0."""
     verify: bool = speed(True)
@@ -170,8 +178,8 @@ class ModelConfig:
     layer_norm_epsilon: float = result(1e-5)
     """Added to the variance in layer normalisation (released code: 1e-5)."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = result("auto")
-    """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and the loss
-    are computed in float32 whatever this says."""
+    """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and
+    the loss are computed in float32 whatever this says."""
     param_dtype: Literal["float32", "bfloat16"] = result("float32")
     """Type of the stored parameters and of the optimiser's moments."""
     matmul_precision: Literal["default", "high", "highest"] = result("default")
@@ -192,7 +200,9 @@ class ModelConfig:
         require(self.init_stddev > 0, "model.init_stddev", f"must be positive, not {self.init_stddev}")
         require(self.layer_norm_epsilon > 0, "model.layer_norm_epsilon", f"must be positive, not {self.layer_norm_epsilon}")
         require(
-            self.embed_dim % self.num_heads == 0, "model.num_heads", f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}"
+            self.embed_dim % self.num_heads == 0,
+            "model.num_heads",
+            f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}",
         )
         require(
             self.loss_chunk >= self.context_length or self.context_length % self.loss_chunk == 0,
@@ -207,7 +217,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding array: `vocab_size` rounded up to a multiple of 128, the width of a TPU register and matrix unit."""
+        """Rows of the embedding array: `vocab_size` rounded up to a multiple of 128, the width of a TPU's matrix unit."""
         return -(-self.vocab_size // 128) * 128
 
 
@@ -232,7 +242,7 @@ class OptimConfig:
     weight_decay: float = result(0.01)
     """Decay on matrices and embeddings, never on biases and gains (section 4.1: w = 0.01)."""
     clip_norm: float = result(0.0)
-    """Largest global gradient norm; larger gradients are scaled down to it. 0: off, as the paper's pre-training says nothing of it."""
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: off (the paper's pre-training has none)."""
 
     def __post_init__(self) -> None:
         require(self.peak_lr > 0 and math.isfinite(self.peak_lr), "optim.peak_lr", f"must be positive, not {self.peak_lr}")
@@ -286,7 +296,11 @@ class TrainConfig:
         for name in ("duration", "eval_every", "save_every"):
             number, unit = parse_duration(getattr(self, name), f"train.{name}")
             require(number > 0, f"train.{name}", f"must be positive, not '{getattr(self, name)}'")
-            require(name != "duration" or unit != "%", "train.duration", "a share of itself makes no sense; give steps, tokens or epochs")
+            require(
+                name != "duration" or unit != "%",
+                "train.duration",
+                "a share of itself makes no sense; give steps, tokens or epochs",
+            )
         require(self.eval_windows >= 0, "train.eval_windows", f"must be 0 (all) or positive, not {self.eval_windows}")
         require(self.keep_latest > 0, "train.keep_latest", f"must be positive, not {self.keep_latest}")
         require(self.keep_best >= 0, "train.keep_best", f"must not be negative, is {self.keep_best}")
@@ -418,8 +432,14 @@ def from_dict(kind: type, values: dict[str, Any]) -> Any:
 def config_folder() -> Path:
     """The folder of the configs that come with the package (configs/ in the repository)."""
     spec = importlib.util.find_spec("gpt_jax.configs")
-    assert spec is not None and spec.submodule_search_locations
-    return Path(list(spec.submodule_search_locations)[0])
+    assert spec is not None
+    return Path(next(iter(spec.submodule_search_locations or ())))
+
+
+def names() -> list[str]:
+    """The bare names of the configs that come with the package."""
+    folder = config_folder()
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.py") if path.stem != "__init__")
 
 
 def load(name: str) -> Any:
@@ -431,13 +451,13 @@ def load(name: str) -> Any:
     path = Path(name)
     if path.suffix != ".py":
         path = config_folder() / f"{name}.py"
-        known = sorted(str(p.relative_to(config_folder()).with_suffix("")) for p in config_folder().rglob("*.py") if p.stem != "__init__")
         if not path.is_file():
-            raise UserError(f"no config is named '{name}'; {nearest(name, known)}, or give the path of a .py file")
+            raise UserError(f"no config is named '{name}'; {nearest(name, names())}, or give the path of a .py file")
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -491,7 +511,9 @@ def override(config: Any, arguments: list[str], prog: str) -> Any:
 def _parse(config: Any, arguments: list[str]) -> Any:
     """Lets tyro apply overrides; its own messages are boxes of several lines, so they are swallowed."""
     with contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(type(config), default=config, args=arguments, config=(tyro.conf.FlagConversionOff,), console_outputs=False)
+        return tyro.cli(
+            type(config), default=config, args=arguments, config=(tyro.conf.FlagConversionOff,), console_outputs=False
+        )
 
 
 def _expectation(config: Any, flag: list[str]) -> str:

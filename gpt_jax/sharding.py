@@ -159,7 +159,8 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> di
     def place(local: np.ndarray) -> jax.Array:
         sharding = named(mesh, ("batch", *[None] * (local.ndim - 1)))
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             wanted = np.arange(batch_size)[index[0]]
             first = int(np.searchsorted(rows, wanted[0]))
             return local[first : first + len(wanted)]  # A device's rows are consecutive, so they are here too.

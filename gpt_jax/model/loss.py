@@ -94,9 +94,7 @@ def _local(
 
     def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, table_gradient = carry
-        x, target, weight = (
-            jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets, weights)
-        )
+        x, target, weight = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets, weights))
         scores = jnp.einsum("bte,ve->btv", x, narrow, preferred_element_type=jnp.float32)
         scores = jnp.where(entries < vocab_size, scores, -jnp.inf)  # rows that only pad the table
         highest = all_max(scores.max(axis=-1, keepdims=True), "vocab")
@@ -109,9 +107,7 @@ def _local(
         if not gradients:
             return (total, table_gradient), jnp.zeros(())
         score_gradient = (weight[..., None] * (exponentials / normaliser - is_target)).astype(hidden.dtype)
-        table_gradient = table_gradient + jnp.einsum(
-            "btv,bte->ve", score_gradient, x, preferred_element_type=jnp.float32
-        )
+        table_gradient = table_gradient + jnp.einsum("btv,bte->ve", score_gradient, x, preferred_element_type=jnp.float32)
         x_gradient = all_sum(jnp.einsum("btv,ve->bte", score_gradient, narrow, preferred_element_type=jnp.float32), "vocab")
         return (total, table_gradient), x_gradient.astype(hidden.dtype)
 

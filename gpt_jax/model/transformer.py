@@ -248,9 +248,7 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
     return {name: jnp.zeros(shape, compute_dtype(config)) for name in ("key", "value")}
 
 
-def logits(
-    config: ModelConfig, params: Params, hidden: Float[Array, "batch time embed"]
-) -> Float[Array, "batch time vocab"]:
+def logits(config: ModelConfig, params: Params, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch time vocab"]:
     """Next-token scores over the logical vocabulary in float32, through the transposed token embeddings."""
     table = params["embedding"]["tokens"][: config.vocab_size].astype(hidden.dtype)
     with jax.default_matmul_precision(config.matmul_precision):

@@ -53,9 +53,9 @@ def make_optimizer(config: OptimConfig, horizon: Horizon, decay: Any) -> optax.G
 
 
 class AdamState(NamedTuple):
-    """`count`: updates made; `mu` and `nu`: first and second moments, like the parameters."""
+    """`step`: updates made; `mu` and `nu`: first and second moments, like the parameters."""
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     mu: Any
     nu: Any
 
@@ -80,13 +80,13 @@ def adam_gpt1(
     def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, gradients)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, gradients)
-        t = (state.count + 1).astype(jnp.float32)
-        rate = schedule(state.count) * jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        t = (state.step + 1).astype(jnp.float32)
+        rate = schedule(state.step) * jnp.sqrt(1 - b2**t) / (1 - b1**t)
 
         def change(m: jax.Array, v: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
             direction = m / (jnp.sqrt(v) + epsilon) + (weight_decay * w if decays else 0)
             return (-rate * direction).astype(w.dtype)
 
-        return jax.tree.map(change, mu, nu, params, decay), AdamState(state.count + 1, mu, nu)
+        return jax.tree.map(change, mu, nu, params, decay), AdamState(state.step + 1, mu, nu)
 
     return optax.GradientTransformation(init, update)

@@ -77,11 +77,15 @@ def abstract_state(config: PretrainConfig, mesh: Mesh, objective: Objective = LA
 def abstract_batch(config: PretrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a pre-training batch."""
     size, time = config.train.batch_size, config.model.context_length
-    arrays = {"tokens": ((size, time), jnp.int32), "targets": ((size, time), jnp.int32), "weights": ((size, time), jnp.float32)}
-    arrays["row"] = ((size,), jnp.int32)
+
+    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, ("batch", None)[: len(shape)]))
+
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, ("batch", None)[: len(shape)]))
-        for name, (shape, dtype) in arrays.items()
+        "tokens": array(jnp.int32, size, time),
+        "targets": array(jnp.int32, size, time),
+        "weights": array(jnp.float32, size, time),
+        "row": array(jnp.int32, size),
     }
 
 
@@ -107,7 +111,7 @@ def lower_step(
     everywhere = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
         functools.partial(_update, config, horizon, objective),
-        out_shardings=(shardings, {name: everywhere for name in ("loss", "grad_norm", "learning_rate", "ok")}),
+        out_shardings=(shardings, dict.fromkeys(("loss", "grad_norm", "learning_rate", "ok"), everywhere)),
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
@@ -135,7 +139,9 @@ def _create(config: PretrainConfig, objective: Objective, seed: jax.Array) -> St
     }
 
 
-def _update(config: PretrainConfig, horizon: Horizon, objective: Objective, state: State, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
+def _update(
+    config: PretrainConfig, horizon: Horizon, objective: Objective, state: State, batch: Batch
+) -> tuple[State, dict[str, jax.Array]]:
     params, step = state["params"], state["step"]
     batch = objective.normalize(batch)
 
@@ -160,7 +166,9 @@ def _update(config: PretrainConfig, horizon: Horizon, objective: Objective, stat
     return guarded, {"loss": loss, "grad_norm": norm, "learning_rate": rate, "ok": ok}
 
 
-def _accumulate(value_and_grad: Callable[..., Any], params: transformer.Params, batch: Batch, parts: int) -> tuple[jax.Array, Any]:
+def _accumulate(
+    value_and_grad: Callable[..., Any], params: transformer.Params, batch: Batch, parts: int
+) -> tuple[jax.Array, Any]:
     """Loss and gradients of a batch, summed over `parts` micro-batches.
 
     Micro-batch j takes rows j, j + parts, j + 2 parts, ...: each device cuts its own rows, and nothing moves between devices.

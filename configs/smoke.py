@@ -1,0 +1,32 @@
+"""A very small GPT on the embedded corpus: does everything work here?
+
+    gpt-jax pretrain smoke --workdir RUN
+
+Time: under a minute on two CPU cores, from an empty folder. Expect: the loss falls from about 7.6 to about 5.5.
+"""
+
+from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
+
+
+def config() -> PretrainConfig:
+    return PretrainConfig(
+        model=ModelConfig(
+            vocab_size=2048, context_length=64, num_layers=2, embed_dim=64, num_heads=4, mlp_dim=256, loss_chunk=64
+        ),
+        data=DataConfig(
+            source="builtin:docs",
+            max_bytes=1_000_000,
+            validation_share=0.02,
+            tokenizer=TokenizerConfig(kind="sentencepiece", sample_bytes=1_000_000),
+        ),
+        optim=OptimConfig(peak_lr=3e-3, warmup="10 steps"),
+        train=TrainConfig(
+            batch_size=16,
+            duration="60 steps",
+            eval_every="20 steps",
+            eval_windows=64,
+            save_every="10 steps",
+            sample_tokens=20,
+        ),
+        mesh=MeshConfig(),
+    )

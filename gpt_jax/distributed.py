@@ -1,0 +1,134 @@
+"""Several processes of one run: starting them, waiting for each other with a limit and a word, stopping together."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from gpt_jax.config import DistributedConfig
+from gpt_jax.errors import TrainingError, UserError
+
+Log = Callable[[str], None]
+
+
+def start(config: DistributedConfig, log: Log) -> None:
+    """Joins the other processes of this run, if there are any; to be called before anything else touches JAX's devices.
+
+    In this order: the config's coordinator; JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (or an indexed
+    Kubernetes job's JOB_COMPLETION_INDEX); a SLURM step of several tasks, an indexed Kubernetes job, or a TPU pod, all of which
+    JAX detects. Otherwise this process is alone.
+
+    Raises:
+      UserError: the environment's variables do not make sense.
+      TrainingError: the others did not come within `timeout_seconds`.
+    """
+    arguments = _cluster(config)
+    if arguments is None:
+        return
+    who = f"process {arguments['process_id']} of {arguments['num_processes']}" if arguments else "this process"
+    where = arguments.get("coordinator_address", "the coordinator that the cluster names")
+    with waiting(f"{who} to join the others at {where}", log):
+        try:
+            jax.distributed.initialize(**arguments, initialization_timeout=config.timeout_seconds)
+        except (RuntimeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrainingError(f"{who} could not join the others at {where} in {config.timeout_seconds} s: {reason}") from error
+
+
+def _cluster(config: DistributedConfig) -> dict[str, Any] | None:
+    """Arguments of jax.distributed.initialize: explicit ones, {} for what JAX detects itself, None for a single process."""
+    if config.coordinator:
+        return {"coordinator_address": config.coordinator, "num_processes": config.num_processes, "process_id": config.process_id}
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            count = int(env["JAX_NUM_PROCESSES"])
+            number = int(env.get("JAX_PROCESS_ID") or env["JOB_COMPLETION_INDEX"])
+        except (KeyError, ValueError):
+            raise UserError(
+                "JAX_COORDINATOR_ADDRESS is set, so JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set to whole numbers as well"
+            ) from None
+        return {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "num_processes": count, "process_id": number}
+    slurm = int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    tpu_device = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    tpu_pod = tpu_device and importlib.util.find_spec("libtpu") is not None
+    return {} if slurm or kubernetes or tpu_pod else None
+
+
+def is_primary() -> bool:
+    """Whether this process writes the run's folder and talks to the person."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def waiting(what: str, log: Log, every: float = 15.0) -> Iterator[None]:
+    """While the body runs, says every `every` seconds what is being waited for: a hang without a word is worse than an error."""
+    done = threading.Event()
+
+    def remind() -> None:
+        started = time.monotonic()
+        while not done.wait(every):
+            log(f"still waiting for {what} ({time.monotonic() - started:.0f} s)")
+
+    thread = threading.Thread(target=remind, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def barrier(name: str, log: Log) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        with waiting(f"all {jax.process_count()} processes to reach '{name}'", log):
+            multihost_utils.sync_global_devices(name)
+
+
+def agree(value: int) -> int:
+    """Process 0's value, on every process."""
+    return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
+
+
+class StopRequest:
+    """Notices SIGTERM (a preemption) and the first Ctrl-C, so that the loop can save and leave between two updates.
+
+    With several processes the notice may reach only one; JAX's preemption service then makes all of them stop at one step.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: Any) -> None:
+        self._asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after update `step`; the same answer on every process."""
+        if jax.process_count() == 1:
+            return self._asked
+        return bool(multihost_utils.reached_preemption_sync_point(step))

@@ -1,0 +1,136 @@
+"""Generation with a key-value cache: greedy, temperature, top-k and nucleus sampling, in one compiled program."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.errors import UserError
+from gpt_jax.model import transformer
+from gpt_jax.sharding import constrain
+
+
+def generate(
+    config: ModelConfig,
+    params: transformer.Params,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    seed: int = 0,
+) -> list[list[int]]:
+    """Continues prompts of differing length.
+
+    Args:
+      prompts: token ids, at least one each.
+      num_tokens: most tokens appended to each prompt.
+      temperature: scores are divided by it; 0 takes the likeliest token each time (greedy).
+      top_k: only the k likeliest tokens can be drawn; 0: all.
+      top_p: only the likeliest tokens whose probabilities add up to top_p can be drawn, in (0, 1].
+      stop: a token that ends a continuation (it is not returned); None: none does.
+      seed: the same seed gives the same text, row by row.
+
+    Returns:
+      The continuations without their prompts.
+
+    Raises:
+      UserError: a prompt is empty or does not leave room in the context, or a setting is out of range.
+    """
+    longest = max(map(len, prompts), default=0)
+    if not prompts or min(map(len, prompts)) == 0:
+        raise UserError("a prompt is empty: the model needs at least one token to go on from")
+    if longest + num_tokens > config.context_length:
+        raise UserError(
+            f"a prompt of {longest} tokens and {num_tokens} new ones exceed the model's context of {config.context_length}; "
+            f"ask for at most {max(config.context_length - longest, 0)} or shorten the prompt"
+        )
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or num_tokens < 1:
+        raise UserError("generation needs temperature >= 0, top-k >= 0, 0 < top-p <= 1 and at least one new token")
+    # Prompts are padded at the end, to a multiple of 32 (as far as the context allows): close lengths share one program.
+    width = min(-(-longest // 32) * 32, config.context_length - num_tokens)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    settings = (
+        np.float32(temperature),
+        np.int32(top_k or config.vocab_size),
+        np.float32(top_p),
+        np.int32(-1 if stop is None else stop),
+    )
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    drawn = np.asarray(_generate(config, num_tokens, params, tokens, lengths, *settings, np.uint32(seed)))
+    rows = [row.tolist() for row in drawn]
+    return [row[: row.index(stop)] if stop in row else row for row in rows]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(
+    config: ModelConfig,
+    num_tokens: int,
+    params: transformer.Params,
+    tokens: Int[Array, "batch width"],
+    lengths: Int[Array, "batch"],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    stop: Int[Array, ""],
+    seed: Array,
+) -> Int[Array, "batch new"]:
+    """Prompt first, all at once; then a token at a time until `num_tokens` or until every row has stopped."""
+    batch, width = tokens.shape
+    key = jax.random.key(seed)
+    cache = transformer.empty_cache(config, batch, width + num_tokens)
+    hidden, cache = transformer.apply_cached(config, params, tokens, cache, jnp.zeros(batch, jnp.int32))
+    # A row's padding was written into the cache behind its prompt; the row's own tokens overwrite it before they can see it.
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+
+    def pick(hidden: jax.Array, number: jax.Array | int) -> jax.Array:
+        scores = transformer.logits(config, params, hidden)[:, 0]
+        return sample(scores, jax.random.fold_in(key, number), temperature, top_k, top_p)
+
+    first = pick(last, 0)
+    drawn = jnp.full((batch, num_tokens), stop, jnp.int32).at[:, 0].set(first)
+
+    def unfinished(carry: tuple) -> jax.Array:
+        number, _, _, finished = carry
+        return (number < num_tokens) & ~finished.all()
+
+    def extend(carry: tuple) -> tuple:
+        number, cache, drawn, finished = carry
+        previous = jax.lax.dynamic_slice_in_dim(drawn, number - 1, 1, axis=1)
+        # A finished row goes on with some token, which is not kept.
+        hidden, cache = transformer.apply_cached(config, params, jnp.maximum(previous, 0), cache, lengths + number - 1)
+        token = jnp.where(finished, stop, pick(hidden, number))
+        return number + 1, cache, drawn.at[:, number].set(token), finished | (token == stop)
+
+    drawn = jax.lax.while_loop(unfinished, extend, (jnp.int32(1), cache, drawn, first == stop))[2]
+    return constrain(drawn, None, None)  # whole on every host
+
+
+def sample(
+    scores: Float[Array, "batch vocab"],
+    key: PRNGKeyArray,
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+) -> Int[Array, "batch"]:
+    """Draws a token a row from softmax(scores / temperature), cut to the top k and to the nucleus of mass p; 0 is greedy."""
+    scaled = scores / jnp.where(temperature > 0, temperature, 1.0)
+    descending = -jnp.sort(-scaled, axis=-1)
+    probabilities = jax.nn.softmax(jnp.where(jnp.arange(scores.shape[-1]) < top_k, descending, -jnp.inf), axis=-1)
+    # A token is in the nucleus if those before it do not reach p yet; so the first always is.
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    allowed = ((before < top_p) & (probabilities > 0)).sum(axis=-1, keepdims=True)
+    lowest = jnp.take_along_axis(descending, allowed - 1, axis=-1)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores.shape[0]))  # a row's draw does not depend on the others
+    drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled >= lowest, scaled, -jnp.inf))
+    return jnp.where(temperature > 0, drawn, scores.argmax(axis=-1)).astype(jnp.int32)

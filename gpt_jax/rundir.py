@@ -1,0 +1,207 @@
+"""A run's folder: its config, its record, its result; and the one way files are written.
+
+    config.json        resolved config with commit, versions and flags      metrics.jsonl    one JSON object a line
+    checkpoints/STEP/  what training can go on from                         result.json      final scores
+    tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so that a run is whole
+
+Every record of metrics.jsonl has `step` (updates made), `time` (seconds since the epoch), `attempt` (1 for the first start) and
+`kind`: "train", "eval", "event" or "final". Floats are written so that equal text means equal bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt_jax import config as configs
+from gpt_jax.errors import UserError
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a whole file or nothing: to a temporary name beside it, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    with explain_full_disk(path):
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turns "no space left" into the one line a user needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{path}: no space left on the device; free some and run the same command again") from error
+
+
+class RunDir:
+    """The folder of one run. Only the primary process writes; the others hold the same object and write nothing."""
+
+    def __init__(self, path: Path, primary: bool = True):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.tokenizer = path / "tokenizer"
+        self.attempt = 1
+        self._primary = primary
+        self._metrics: Any = None
+
+    def check(self, config: Any, allow_changes: bool = False) -> None:
+        """Refuses a folder that holds another config's run.
+
+        Raises:
+          UserError: `result` fields differ and `allow_changes` is off (the fields are named), or the folder is no run.
+        """
+        file = self.path / "config.json"
+        if not file.exists():
+            if self.checkpoints.exists():
+                raise UserError(f"{self.path} has checkpoints but no config.json; name another --workdir")
+            return
+        stored = read_json(file)
+        old = configs.flatten(configs.from_dict(type(config), stored["config"]))
+        changed = [
+            f"--{name} {_show(value)} (was {_show(old[name][0])})"
+            for name, (value, effect) in configs.flatten(config).items()
+            if effect == "result" and name in old and value != old[name][0]
+        ]
+        if changed and not allow_changes:
+            raise UserError(
+                f"{self.path} holds a run of another config; it differs in {', '.join(changed)}. "
+                "Name another --workdir, or say --allow-changes if it is meant"
+            )
+
+    def open(self, config: Any, data_digest: str, allow_changes: bool = False) -> None:
+        """Starts an attempt: writes config.json and opens the record.
+
+        Raises:
+          UserError: as `check`; or the token store is not the one this run has been trained on.
+        """
+        self.check(config, allow_changes)
+        file = self.path / "config.json"
+        if file.exists():
+            stored = read_json(file)["data_digest"]
+            if stored != data_digest and not allow_changes:
+                raise UserError(
+                    f"{self.path} was trained on another token store (digest {stored[:12]}, this one has {data_digest[:12]}); "
+                    "give it back its --data.store, or name another --workdir"
+                )
+        if not self._primary:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        facts = {"digest": configs.digest(config), "data_digest": data_digest, **environment(), "config": configs.to_dict(config)}
+        write_atomic(file, json.dumps(facts, indent=1) + "\n")
+        self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
+        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def supersede(self, step: int) -> None:
+        """Moves records past `step`, where training goes on from, to metrics.superseded.jsonl; and a line that was cut off."""
+        if not self._primary:
+            return
+        file = self.path / "metrics.jsonl"
+        kept: list[str] = []
+        moved: list[str] = []
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            record = _parse(line)
+            (kept if record is not None and record["step"] <= step else moved).append(
+                line if line.endswith("\n") else line + "\n"
+            )
+        if moved:
+            with open(self.path / "metrics.superseded.jsonl", "a", encoding="utf-8") as superseded:
+                superseded.writelines(moved)
+                superseded.flush()
+                os.fsync(superseded.fileno())
+            self._metrics.close()
+            write_atomic(file, "".join(kept))
+            self._metrics = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        if self._metrics is not None:
+            head = {"kind": kind, "step": step, "time": round(time.time(), 3), "attempt": self.attempt}
+            with explain_full_disk(self.path / "metrics.jsonl"):
+                self._metrics.write(json.dumps(head | values) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole records so far."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        return [record for record in map(_parse, lines) if record is not None]
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Writes result.json, the run's final scores."""
+        if self._primary:
+            write_atomic(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+
+    def close(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file is not there or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def environment() -> dict[str, Any]:
+    """What produced a run: commit, versions, flags, command."""
+    versions = {"python": platform.python_version()}
+    for package in ("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "commit": _commit(),
+        "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str:
+    """Commit of the checkout this package runs from, with "+" if files differ from it; empty for an installed package."""
+    source = Path(__file__).resolve().parent.parent
+    if not (source / ".git").exists():
+        return ""
+    git = ["git", "-C", str(source)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head + ("+" if changed.strip() else "")
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # the process was killed while it wrote this line
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def _show(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)

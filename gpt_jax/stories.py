@@ -1,0 +1,143 @@
+"""Whole stories told with the parts below: the demo, and what a trained model says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gpt_jax import config as configs
+from gpt_jax import sharding
+from gpt_jax.config import MeshConfig, PretrainConfig
+from gpt_jax.data.store import Store
+from gpt_jax.data.tokenizers import Tokenizer, load
+from gpt_jax.data.windows import EvaluationWindows
+from gpt_jax.model.decode import generate
+from gpt_jax.model.transformer import Params
+from gpt_jax.train import checkpoint
+from gpt_jax.train.pretrain import pretrain
+from gpt_jax.train.progress import duration, say
+from gpt_jax.train.step import abstract_state
+
+MARGIN = 1.5  # nats by which the demo's model must beat a unigram model, or else something is broken
+
+
+def demo(workdir: Path) -> int:
+    """Pre-trains a small GPT on the documentation of this machine, samples from it, and compares it with counting.
+
+    Returns:
+      The exit code: 1 if the model is not `MARGIN` nats better than a unigram model of the same tokens.
+    """
+    started = time.monotonic()
+    config = configs.load("demo")
+    say(f"demo: a small GPT learns from the documentation installed on this machine; everything goes to {workdir}")
+    result = pretrain(config, workdir)
+    store = Store.open(workdir / "store", verify=False)
+    unigram, bigram = ngram_losses(config, store)
+    per_byte = result["bits_per_byte"] / result["loss"]  # bits a byte for each nat a token: the same for all three models
+
+    say("\nWhat it writes:")
+    prompts = list(config.train.prompts)
+    for prompt, text in continue_prompts(workdir, prompts, config.train.sample_tokens, temperature=0.8, top_k=40):
+        say(f"    {prompt}|{text}".replace("\n", " "))
+
+    rows = [("model", result["loss"]), ("interpolated bigram", bigram), ("unigram", unigram)]
+    print(f"\n{'validation loss':<24}{'nats/token':>12}{'bits/byte':>12}")
+    for name, loss in rows:
+        print(f"{name:<24}{loss:>12.3f}{loss * per_byte:>12.3f}")
+    print(
+        f"\nparameters   {result['parameters']:,}\n"
+        f"tokens seen  {result['tokens']:,} (the corpus has {store.split('train').num_tokens:,})\n"
+        f"speed        {result['tokens_per_second']:,} tokens/s on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
+        f"run          {workdir} (metrics.jsonl, checkpoints/, tensorboard/, result.json)\n"
+        f"time         {duration(time.monotonic() - started)}\n\n"
+        f'next         gpt-jax generate {workdir} --prompt "The function"'
+    )
+    if result["loss"] > unigram - MARGIN:
+        print(f"\nThe demo failed: the loss must end {MARGIN} nats under the unigram model's.")
+        return 1
+    return 0
+
+
+def continue_prompts(
+    path: Path,
+    prompts: Sequence[str],
+    num_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[tuple[str, str]]:
+    """Yields each prompt with its continuation by a checkpoint's model.
+
+    Args:
+      path: a run's folder, or one checkpoint's.
+
+    Raises:
+      UserError: no sound checkpoint there, or the prompt and `num_tokens` do not fit the context.
+    """
+    config, params, tokenizer = load_model(path)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    drawn = generate(
+        config.model,
+        params,
+        encoded,
+        num_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop=tokenizer.separator,
+        seed=seed,
+    )
+    for prompt, tokens in zip(prompts, drawn, strict=True):
+        yield prompt, tokenizer.decode(tokens)
+
+
+def load_model(path: Path) -> tuple[PretrainConfig, Params, Tokenizer]:
+    """A checkpoint's config, its parameters spread over this machine's devices, and its tokenizer."""
+    info = checkpoint.resolve(path, say)
+    config = configs.from_dict(PretrainConfig, checkpoint.read_config(info))
+    spread = math.gcd(config.model.embed_dim, jax.device_count())
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
+    config = dataclasses.replace(config, mesh=MeshConfig())
+    params = checkpoint.restore_part(info, abstract_state(config, mesh)["params"])
+    return config, params, load(info.path / "tokenizer")
+
+
+def ngram_losses(config: PretrainConfig, store: Store) -> tuple[float, float]:
+    """Validation losses in nats a token of a unigram and an interpolated bigram model of the training tokens.
+
+    They are scored on the very tokens that the model is scored on. The unigram adds one to each count; the bigram is
+    interpolated with it after Witten and Bell (1991), so that nothing is tuned:
+
+        p(w | h) = (count(h w) + followers(h) p(w)) / (count(h) + followers(h))
+    """
+    split = store.split("train")
+    train = split.read(np.zeros(1, np.int64), split.num_tokens)[0].astype(np.int64)
+    size = config.model.vocab_size
+    counts = np.bincount(train, minlength=size)
+    unigram = (counts + 1) / (len(train) + size)
+    pairs, pair_counts = np.unique(train[:-1] * size + train[1:], return_counts=True)
+    followers = np.bincount(pairs // size, minlength=size)
+    histories = np.bincount(train[:-1], minlength=size)
+
+    held_out = EvaluationWindows(
+        store.split("validation"), config.model.context_length, config.train.batch_size, config.train.eval_windows
+    )
+    totals = np.zeros(3)
+    for index in range(held_out.num_batches):
+        batch = held_out.batch_at(index, np.arange(config.train.batch_size))
+        history, word = (batch[name].astype(np.int64) for name in ("tokens", "targets"))
+        found = np.minimum(np.searchsorted(pairs, history * size + word), len(pairs) - 1)
+        together = np.where(pairs[found] == history * size + word, pair_counts[found], 0)
+        novel = np.maximum(followers[history], 1)  # after a history never seen, all weight is the unigram's
+        bigram = (together + novel * unigram[word]) / (histories[history] + novel)
+        weights = batch["weights"]
+        totals += [-(weights * np.log(unigram[word])).sum(), -(weights * np.log(bigram)).sum(), weights.sum()]
+    return float(totals[0] / totals[2]), float(totals[1] / totals[2])

@@ -1,0 +1,119 @@
+"""The training loop. It knows a loss, batches and an evaluation, and no task."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from gpt_jax.config import PretrainConfig
+from gpt_jax.data.pipeline import batches
+from gpt_jax.distributed import StopRequest
+from gpt_jax.errors import Preempted, TrainingError
+from gpt_jax.rundir import RunDir
+from gpt_jax.sharding import place_batch
+from gpt_jax.train.checkpoint import Checkpoints
+from gpt_jax.train.optimizer import Horizon
+from gpt_jax.train.progress import Progress
+from gpt_jax.train.step import LANGUAGE_MODEL, Objective, State, lower_step
+
+
+class Work(NamedTuple):
+    """What there is to do."""
+
+    horizon: Horizon
+    eval_every: int
+    """Updates between evaluations."""
+    save_every: int
+    """Updates between checkpoints."""
+    batch_at: Callable[[int], dict[str, np.ndarray]]
+    """This host's rows of the batch of an update."""
+    evaluate: Callable[[int, Any], dict[str, float]]
+    """(step, params) -> scores; the lowest "loss" is the best checkpoint."""
+    evidence: Callable[[int], dict[str, Any]]
+    """What to note of the batch of an update that went wrong."""
+    objective: Objective = LANGUAGE_MODEL
+
+
+class NonFinite(Exception):
+    """The loss or the gradient of update `step` was not finite."""
+
+    def __init__(self, step: int, values: dict[str, float]):
+        super().__init__(step)
+        self.step, self.values = step, values
+
+
+def train(
+    config: PretrainConfig, work: Work, mesh: Mesh, state: State, run: RunDir, checkpoints: Checkpoints, progress: Progress
+) -> tuple[State, dict[str, float]]:
+    """Trains from `state` to the end of the horizon; returns the last state and its scores.
+
+    Update s + 1 is dispatched before the numbers of update s are read, so the devices never wait for Python. The guard inside
+    the compiled step makes that safe: after a non-finite update the state stays what it was.
+
+    Raises:
+      TrainingError: a loss or gradient was not finite; the state before it is saved.
+      Preempted: the process was told to stop; the state is saved.
+    """
+    total, scores = work.horizon.total, {}
+    start = int(state["step"])
+    update = lower_step(config, mesh, horizon=work.horizon, objective=work.objective).compile()
+
+    def account(step: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        ok = values.pop("ok")
+        run.record("train", step, **values)
+        if not ok:
+            raise NonFinite(step, values)
+        progress.update(step, values)
+
+    stream = batches(work.batch_at, start, total, kind=config.data.pipeline, prefetch=config.data.prefetch)
+    with contextlib.closing(stream), StopRequest() as stop, jax.set_mesh(mesh):
+        pending: tuple[int, dict[str, jax.Array]] | None = None
+        try:
+            for index, batch in stream:
+                state, metrics = update(state, place_batch(mesh, batch, config.train.batch_size))
+                if pending is not None:
+                    account(*pending)
+                step, pending = index + 1, (index + 1, metrics)
+                stopping = stop.at(step)
+                evaluating = step % work.eval_every == 0 or step == total
+                saving = step % work.save_every == 0 or step == total or stopping
+                if evaluating or saving:
+                    account(*pending)
+                    pending = None
+                if evaluating:
+                    scores = work.evaluate(step, state["params"])  # before the save, which is ranked by it
+                    run.record("eval", step, **scores)
+                    progress.scalars("eval", step, scores)
+                if saving:
+                    checkpoints.save(step, state, scores if evaluating else {})
+                if stopping and step != total:
+                    checkpoints.wait()
+                    run.record("event", step, event="preempted")
+                    raise Preempted(f"told to stop: saved at step {step} of {total}; the same command goes on from there")
+                if evaluating or saving:
+                    progress.start(step)
+        except NonFinite as error:
+            _keep_last_good(error, work, state, run, checkpoints)
+    return state, scores
+
+
+def _keep_last_good(error: NonFinite, work: Work, state: State, run: RunDir, checkpoints: Checkpoints) -> NoReturn:
+    """Saves the state before the update that went wrong, notes what its batch was, and ends the training."""
+    step, values = error.step, error.values
+    good = int(state["step"])
+    checkpoints.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
+    checkpoints.wait()
+    evidence = {name: str(value) if not math.isfinite(value) else value for name, value in values.items()}
+    run.record("event", step, event="non-finite", **evidence, **work.evidence(step - 1))
+    raise TrainingError(
+        f"update {step} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}); the state before it is saved "
+        f"as checkpoint {good}, its batch is noted in {run.path / 'metrics.jsonl'}"
+    ) from error

@@ -1,0 +1,126 @@
+"""What a person sees of a run: a header, a live line or log lines, samples, TensorBoard's curves."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.config import ModelConfig
+
+# Peak dense bfloat16 rate of one JAX device in FLOP/s, from the makers' data sheets, by `device_kind`. A chip that is not here
+# has no peak that we know, and its utilisation is not printed. (TPU v7x shows each chip as two devices.)
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+}
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """Floating-point operations that training one token takes: 6 for each parameter in a matrix product (the embedding counts
+    once, as the output layer), and 12 x layers x width x context for attention, counted without its causal half as is usual.
+    """
+    block = 4 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
+    products = model.num_layers * block + model.vocab_size * model.embed_dim
+    return 6 * products + 12 * model.num_layers * model.embed_dim * model.context_length
+
+
+def say(line: str) -> None:
+    """Prints a line to standard error, below a live progress line if there is one."""
+    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + line + "\n")
+    sys.stderr.flush()
+
+
+class Progress:
+    """Follows a run. On a terminal one line is redrawn in place; elsewhere a line is logged every `log_seconds`.
+
+    Args:
+      total: updates in the whole run.
+      tokens_per_step: tokens of one update, over all hosts.
+      flops: FLOPs of a token, over the peak of all devices together, for the utilisation; 0 where the peak is not known.
+      log_seconds: seconds between log lines.
+      tensorboard: folder of TensorBoard's event files, or None.
+      primary: whether this process talks; the others say nothing.
+    """
+
+    def __init__(
+        self, total: int, tokens_per_step: int, flops: float, log_seconds: float, tensorboard: Path | None, primary: bool
+    ):
+        self.say: Callable[[str], None] = say if primary else lambda line: None
+        self._total, self._tokens_per_step, self._flops = total, tokens_per_step, flops
+        self._primary, self._live = primary, sys.stderr.isatty()
+        self._interval = 0.2 if self._live else log_seconds
+        self._writer: Any = None
+        if tensorboard is not None and primary:
+            from tensorboardX import SummaryWriter  # not TensorFlow's writer: training must not need it
+
+            self._writer = SummaryWriter(str(tensorboard))
+        self._mark: tuple[float, int] | None = None  # time and step that the rate counts from
+        self._shown = time.monotonic()
+        self.tokens_per_second = 0.0
+
+    def start(self, step: int) -> None:
+        """The clock of the rate starts here, with compilation over; called again after an evaluation or a save."""
+        self._mark = (time.monotonic(), step)
+
+    def update(self, step: int, metrics: dict[str, float]) -> None:
+        """Shows one update's numbers, when it is time to."""
+        self.scalars("train", step, metrics)
+        now = time.monotonic()
+        if self._mark is None:
+            self.start(step)
+        elif now - self._shown >= self._interval or step == self._total:
+            since, first = self._mark
+            if step > first:
+                self.tokens_per_second = (step - first) * self._tokens_per_step / max(now - since, 1e-9)
+            if now - since > 30:  # the rate of the last half minute or so
+                self._mark = (now, step)
+            self._show(f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {self._rate(step)}")
+            self._shown = now
+
+    def scalars(self, group: str, step: int, values: dict[str, float]) -> None:
+        """Adds points to TensorBoard's curves."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _rate(self, step: int) -> str:
+        if not self.tokens_per_second:
+            return ""
+        left = (self._total - step) * self._tokens_per_step / self.tokens_per_second
+        utilisation = f"  MFU {self.tokens_per_second * self._flops:.1%}" if self._flops else ""
+        return f"{self.tokens_per_second:,.0f} tokens/s{utilisation}  {duration(left)} left"
+
+    def _show(self, line: str) -> None:
+        if self._primary and self._live:
+            sys.stderr.write("\r\x1b[K" + line)
+            sys.stderr.flush()
+        elif self._primary:
+            say(time.strftime("%H:%M:%S ") + line)
+
+
+def duration(seconds: float) -> str:
+    """ "8 s", "3:05 min" or "2:07 h"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02d} min"
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
