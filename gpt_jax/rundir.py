@@ -31,12 +31,15 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes a whole file or nothing: to a temporary name beside it, synced, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
-    with explain_full_disk(path):
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+    try:
+        with explain_full_disk(path):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import MeshConfig, ModelConfig, require
 
@@ -90,7 +90,7 @@ def check(mesh: Mesh, model: ModelConfig, batch_size: int, micro_batches: int) -
         )
 
 
-def axis_size(mesh: Mesh, axis: str) -> int:
+def axis_size(mesh: Mesh | AbstractMesh, axis: str) -> int:
     """Number of parts that the mesh splits a logical axis into."""
     return math.prod(mesh.shape[name] for name in RULES[axis])
 
@@ -130,17 +130,23 @@ def per_shard(function: Callable[..., Any], in_names: Sequence[Any], out_names: 
 
 def all_sum(x: jax.Array, axis: str) -> jax.Array:
     """Inside `per_shard`: the sum over the devices that split a logical axis."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.psum(x, RULES[axis])
+    return x if _unsplit(axis) else jax.lax.psum(x, RULES[axis])
 
 
 def all_max(x: jax.Array, axis: str) -> jax.Array:
     """Inside `per_shard`: the maximum over the devices that split a logical axis."""
-    return x if jax.sharding.get_abstract_mesh().empty else jax.lax.pmax(x, RULES[axis])
+    return x if _unsplit(axis) else jax.lax.pmax(x, RULES[axis])
 
 
 def shard_index(axis: str) -> jax.Array | int:
     """Inside `per_shard`: which part of a logical axis this device holds."""
-    return 0 if jax.sharding.get_abstract_mesh().empty else jax.lax.axis_index(RULES[axis])
+    return 0 if _unsplit(axis) else jax.lax.axis_index(RULES[axis])
+
+
+def _unsplit(axis: str) -> bool:
+    """Whether one device holds all of a logical axis. Not every compiler removes a collective of a device with itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or axis_size(mesh, axis) == 1
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------------

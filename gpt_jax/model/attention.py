@@ -22,7 +22,7 @@ def attention(
     stream: UInt32[Array, "batch heads 2"] | None = None,
     rate: float = 0.0,
     segment_ids: Int[Array, "batch keys"] | None = None,
-    query_offset: Int[Array, "batch"] | int | None = None,
+    query_offset: Int[Array, "batch"] | Int[Array, ""] | int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads dim"]:
     """Scaled dot-product attention under a causal mask, with dropout on the probabilities.

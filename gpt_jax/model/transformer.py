@@ -25,7 +25,7 @@ from gpt_jax.model.attention import attention
 from gpt_jax.sharding import constrain
 
 Params = dict[str, Any]
-Cache = dict[str, Float[Array, "layers batch positions heads dim"]]
+Cache = dict[str, Float[Array, "*layers batch positions heads dim"]]  # of all layers, or inside a block of one
 
 
 class Dropout(NamedTuple):

@@ -149,7 +149,7 @@ def _update(
         return objective.loss(config.model, params, part, transformer.Dropout(config.train.seed, step, part["row"]))
 
     loss, gradients = _accumulate(jax.value_and_grad(loss_of), params, batch, config.train.micro_batches)
-    norm = optax.global_norm(gradients)
+    norm = optax.tree.norm(gradients)
     ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(norm)
 
     optimizer = _optimizer(config, horizon, objective)

@@ -1,0 +1,141 @@
+"""Measured tables of what this machine does: `gpt-jax bench`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from gpt_jax.data.pipeline import batches
+from gpt_jax.data.store import MappedShards, Store, TokenArray
+from gpt_jax.data.windows import Batch, Windows
+
+RUNS = 3
+RANDOM_TOKENS = 100_000_000
+VOCABULARY = 40_478
+PREFETCH = 4
+LATE_STEP = 1_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class InputRow:
+    """One pipeline's speed."""
+
+    kind: str
+    batch_size: int
+    tokens_per_second: float
+    """Of the fastest run."""
+    first_at_start: float
+    """Seconds from nothing to the batch of step 0."""
+    first_at_late_step: float
+    """Seconds from nothing to the batch of step `LATE_STEP`: what a resumed run waits for."""
+    start_up: float
+    """Seconds that the kind needs once per process, mostly to import tensorflow."""
+
+
+def bench_input(
+    store: Path | None,
+    *,
+    context_length: int = 512,
+    batch_sizes: Sequence[int] = (64, 256),
+    seconds: float = 2.0,
+    kinds: Sequence[Literal["tf", "threads"]] = (),
+) -> list[InputRow]:
+    """Measures how fast batches of windows come out of each kind of pipeline, and prints a table.
+
+    Args:
+      store: a token store, whose training split is read; None: a temporary memory-mapped file of random tokens.
+      context_length: tokens in an example.
+      batch_sizes: examples in a batch; each is measured.
+      seconds: length of each of the `RUNS` runs, of which the fastest counts.
+      kinds: pipelines to measure; empty: all that are installed.
+
+    Raises:
+      UserError: the store is not sound or shorter than one window; tensorflow is asked for and not installed.
+    """
+    if not kinds:
+        kinds = ("tf", "threads") if importlib.util.find_spec("tensorflow") else ("threads",)
+    with contextlib.ExitStack() as stack:
+        if store is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            tokens = _random_tokens(folder / "tokens.bin")
+            source = f"a temporary memory-mapped file of {RANDOM_TOKENS:,} random tokens"
+        else:
+            tokens = Store.open(store).split("train")
+            source = f"{store}, {tokens.num_tokens:,} tokens"
+        windows = {size: Windows(tokens, context_length, size, seed=0) for size in batch_sizes}
+        start_up = {kind: _seconds_to_first(kind, lambda step: {}, 0) for kind in kinds}
+        rows = [_measure(kind, windows[size], size, seconds, start_up[kind]) for size in batch_sizes for kind in kinds]
+    print(f"{source}; windows of {context_length}; fastest of {RUNS} runs of {seconds:g} s")
+    late = f"at step {LATE_STEP:,}, ms"
+    print(f"{'pipeline':10}{'batch':>6}{'M tokens/s':>12}{'first batch, ms':>17}{late:>23}{'start-up, s':>13}")
+    for row in rows:
+        print(
+            f"{row.kind:10}{row.batch_size:6}{row.tokens_per_second / 1e6:12.1f}{row.first_at_start * 1e3:17.1f}"
+            f"{row.first_at_late_step * 1e3:23.1f}{row.start_up:13.1f}"
+        )
+    sys.stdout.flush()
+    return rows
+
+
+def _random_tokens(file: Path) -> TokenArray:
+    """A split of random tokens, written to `file`."""
+    dtype = np.dtype("<u2")
+    np.random.default_rng(0).integers(VOCABULARY, size=RANDOM_TOKENS, dtype=dtype).tofile(file)
+    return TokenArray(MappedShards([file], dtype), [RANDOM_TOKENS], text_bytes=0, documents=1)
+
+
+def _measure(kind: Literal["tf", "threads"], windows: Windows, batch_size: int, seconds: float, start_up: float) -> InputRow:
+    rows = np.arange(batch_size)
+
+    def batch_at(step: int) -> Batch:
+        return windows.batch_at(step, rows)
+
+    rates = []
+    for _ in range(RUNS):
+        with contextlib.closing(batches(batch_at, 0, sys.maxsize, kind=kind, prefetch=PREFETCH)) as stream:
+            for _ in itertools.islice(stream, 2 * PREFETCH):  # What was made ahead of time does not count.
+                pass
+            count, begin = 0, time.perf_counter()
+            while (elapsed := time.perf_counter() - begin) < seconds:
+                count += next(stream)[1]["tokens"].size
+            rates.append(count / elapsed)
+    first, late = (min(_seconds_to_first(kind, batch_at, step) for _ in range(RUNS)) for step in (0, LATE_STEP))
+    return InputRow(kind, batch_size, max(rates), first, late, start_up)
+
+
+def _seconds_to_first(kind: Literal["tf", "threads"], batch_at: Callable[[int], Batch], step: int) -> float:
+    begin = time.perf_counter()
+    with contextlib.closing(batches(batch_at, step, step + 1, kind=kind, prefetch=PREFETCH)) as stream:
+        next(stream)
+        return time.perf_counter() - begin
+
+
+def bench_matmul() -> float:
+    """Prints and returns this machine's rate of a 1024 x 768 x 3072 float32 product, GPT-1's feed-forward one, in FLOP/s.
+
+    A model's tokens/s times `progress.flops_per_token`, over this, is the share of the machine that training uses.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    rows, inner, columns = 1024, 768, 3072
+    left, right = jnp.ones((rows, inner)), jnp.ones((inner, columns))
+    product = jax.jit(jnp.matmul).lower(left, right).compile()
+    best = float("inf")
+    for _ in range(10 * RUNS):
+        begun = time.perf_counter()
+        jax.block_until_ready([product(left, right) for _ in range(4)])
+        best = min(best, (time.perf_counter() - begun) / 4)
+    rate = 2 * rows * inner * columns / best
+    print(f"{rows} x {inner} x {columns} float32 on {jax.devices()[0].device_kind}: {rate / 1e9:,.0f} GFLOP/s")
+    return rate

@@ -1,0 +1,163 @@
+"""The token store's format, checks and reads, against a plain NumPy reading of the files."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
+from gpt_jax.data.prepare import prepare
+from gpt_jax.data.store import Store, token_dtype
+from gpt_jax.errors import UserError
+
+TEXTS = [f"Document {i}: " + " ".join(str(i * k) for k in range(i % 23 + 1)) for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    data = DataConfig(
+        source=str(folder / "rows.jsonl"),
+        validation_share=0.2,
+        shard_bytes=700,
+        processes=1,
+        tokenizer=TokenizerConfig(kind="bytes"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt_jax.data.prepare.PART_BYTES", 200)  # so that a shard is put together from several
+        prepare(PretrainConfig(model=ModelConfig(vocab_size=257), data=data), folder / "store", lambda line: None)
+    return folder / "store"
+
+
+@pytest.fixture
+def copy(made, tmp_path) -> Path:
+    return shutil.copytree(made, tmp_path / "store")
+
+
+def naive(folder: Path, split: str) -> np.ndarray:
+    """All tokens of a split, read as the format says."""
+    index = json.loads((folder / "index.json").read_text())
+    files = [folder / shard["file"] for shard in index["splits"][split]["shards"]]
+    return np.concatenate([np.frombuffer(file.read_bytes(), "<u2") for file in files])
+
+
+def test_the_files_are_what_the_format_says(made):
+    index = json.loads((made / "index.json").read_text())
+    assert (index["format"], index["version"], index["dtype"]) == ("gpt_jax token store", 1, "uint16")
+    assert {name: index["tokenizer"][name] for name in ("kind", "vocab_size", "separator")} == {
+        "kind": "bytes",
+        "vocab_size": 257,
+        "separator": 256,
+    }
+    found: dict[str, list[bytes]] = {}
+    for name, split in index["splits"].items():
+        found[name] = []
+        for number, shard in enumerate(split["shards"]):
+            assert shard["file"] == f"{name}-{number:05d}.bin"
+            assert shard["offsets"]["file"] == f"{name}-{number:05d}.offsets"
+            for file in (shard, shard["offsets"]):
+                data = (made / file["file"]).read_bytes()
+                assert (file["size"], file["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+            tokens = np.frombuffer((made / shard["file"]).read_bytes(), "<u2")
+            offsets = np.frombuffer((made / shard["offsets"]["file"]).read_bytes(), "<u8").astype(int)
+            assert (shard["tokens"], shard["documents"]) == (len(tokens), len(offsets))
+            for begin, end in zip(offsets, [*offsets[1:], len(tokens)], strict=True):
+                assert tokens[end - 1] == 256
+                found[name].append(bytes(tokens[begin : end - 1].astype(np.uint8)))
+        assert split["documents"] == len(found[name])
+        assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])
+        assert split["text_bytes"] == sum(map(len, found[name])) == split["tokens"] - split["documents"]
+        assert found[name] == sorted(found[name], key=lambda text: hashlib.sha256(text).digest())
+    assert sorted(found["train"] + found["validation"]) == sorted(text.encode() for text in TEXTS)
+    assert len(index["splits"]["train"]["shards"]) > 10
+
+
+def test_reads_equal_the_concatenated_shards_across_their_ends(made):
+    store = Store.open(made)
+    rng = np.random.default_rng(0)
+    for split in ("train", "validation"):
+        expected = naive(made, split)
+        array = store.split(split)
+        assert array.num_tokens == len(expected)
+        longest_shard = max(shard["tokens"] for shard in store.index["splits"][split]["shards"])
+        for length in (1, 2, 65, longest_shard + 1, 3 * longest_shard, len(expected)):
+            starts = rng.integers(0, len(expected) - length + 1, 500)
+            starts[:2] = 0, len(expected) - length
+            rows = array.read(starts, length)
+            assert rows.dtype == np.int32
+            np.testing.assert_array_equal(rows, expected[starts[:, None] + np.arange(length)])
+    assert store.split("train").read(np.zeros(0, np.int64), 5).shape == (0, 5)
+
+
+def test_reads_outside_the_split_are_refused(made):
+    array = Store.open(made).split("train")
+    for starts in ([-1], [0, array.num_tokens - 9]):
+        with pytest.raises(IndexError, match="outside the split"):
+            array.read(np.array(starts), 10)
+
+
+def test_a_damaged_file_is_named(copy):
+    index = json.loads((copy / "index.json").read_text())
+    for file in (index["splits"]["train"]["shards"][3], index["splits"]["validation"]["shards"][0]["offsets"]):
+        path = copy / file["file"]
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(UserError, match=f"{file['file']}: altered"):
+            Store.open(copy)
+        Store.open(copy, verify=False)
+        path.write_bytes(data[:-1])
+        with pytest.raises(UserError, match=f"{file['file']}: {len(data) - 1} bytes, must be {len(data)}"):
+            Store.open(copy, verify=False)
+        path.unlink()
+        with pytest.raises(UserError, match=f"{file['file']}: missing"):
+            Store.open(copy, verify=False)
+        path.write_bytes(data)
+    Store.open(copy)
+
+
+def test_what_is_no_store_is_refused(copy, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no token store here \(index.json is missing\)"):
+        Store.open(tmp_path / "nowhere")
+    (tmp_path / "begun" / "partial").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"begun: no token store here .only an unfinished one"):
+        Store.open(tmp_path / "begun")
+    index = json.loads((copy / "index.json").read_text())
+    for content, message in (
+        ("{", "index.json: damaged"),
+        ("[]", "index.json: not the index of a token store"),
+        (json.dumps({**index, "version": 2}), "format version 2 is unknown; this program reads version 1"),
+    ):
+        (copy / "index.json").write_text(content)
+        with pytest.raises(UserError, match=message):
+            Store.open(copy)
+
+
+def test_the_tokenizer_is_the_one_that_made_the_tokens(copy):
+    store = Store.open(copy)
+    tokenizer = store.tokenizer()
+    assert tokenizer.decode(naive(copy, "train")[:200].tolist()).startswith("Document ")
+    store.index["tokenizer"]["fingerprint"] = "0" * 64
+    with pytest.raises(UserError, match="not the tokenizer that made this store"):
+        store.tokenizer()
+
+
+def test_the_digest_follows_the_index_not_its_layout(copy):
+    before = Store.open(copy).digest
+    index = json.loads((copy / "index.json").read_text())
+    (copy / "index.json").write_text(json.dumps(index, indent=7))
+    assert Store.open(copy).digest == before
+    assert index.pop("digest") == before
+    canonical = json.dumps(index, sort_keys=True, separators=(",", ":"))
+    assert before == hashlib.sha256(canonical.encode()).hexdigest()
+    index["splits"]["train"]["text_bytes"] += 1
+    (copy / "index.json").write_text(json.dumps({**index, "digest": before}))
+    with pytest.raises(UserError, match=r"index.json: altered"):
+        Store.open(copy, verify=False)
+
+
+def test_sixteen_bits_as_long_as_every_id_fits():
+    assert (token_dtype(257).str, token_dtype(65_536).str, token_dtype(65_537).str) == ("<u2", "<u2", "<u4")

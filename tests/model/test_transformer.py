@@ -1,0 +1,288 @@
+"""The model against a NumPy transcription of the paper in float64, and what its parameters are."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.config import MeshConfig, ModelConfig
+from gpt_jax.model import masks, transformer
+from gpt_jax.model.loss import language_model_loss
+from gpt_jax.sharding import make_mesh, named
+
+TINY = ModelConfig(
+    vocab_size=50,
+    context_length=24,
+    num_layers=3,
+    embed_dim=16,
+    num_heads=2,
+    mlp_dim=40,
+    embed_dropout=0.1,
+    attention_dropout=0.2,
+    residual_dropout=0.3,
+    loss_chunk=8,
+)
+SEED, STEP, ROWS = 11, 22, np.array([5, 3], np.int32)
+
+apply = jax.jit(transformer.apply, static_argnums=0)
+
+
+# -- the paper in NumPy -----------------------------------------------------------------------------------------------------
+
+
+def layer_norm(x, norm):
+    centred = x - x.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * norm["gain"] + norm["bias"]
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def softmax(x):
+    exponentials = np.exp(x - x.max(-1, keepdims=True))
+    return exponentials / exponentials.sum(-1, keepdims=True)
+
+
+def drop(x, rate, layer, site, heads=0):
+    """x [batch, (heads,) queries, keys or channels], whose rows have the numbers ROWS; rate None: no dropout."""
+    if rate is None:
+        return x
+    rows = ROWS if np.isscalar(heads) else ROWS[:, None]
+    stream = masks.stream(SEED, STEP, layer, site, rows, heads)
+    keep = masks.keep(np.asarray(stream), np.arange(x.shape[-2]), np.arange(x.shape[-1]), rate)
+    return x * keep / (1 - round(rate * 65536) / 65536)
+
+
+def paper(params, tokens, dropout=False):
+    """The last block's output [batch, time, embed] of section 4.1's model, in float64."""
+    embed_rate, attention_rate, residual_rate = (0.1, 0.2, 0.3) if dropout else (None, None, None)
+    batch, time = tokens.shape
+    future = np.triu(np.full((time, time), -np.inf), 1)
+    x = params["embedding"]["tokens"][tokens] + params["embedding"]["positions"][:time]
+    x = drop(x, embed_rate, 0, 0)
+    for number in range(3):
+        block = jax.tree.map(lambda array, number=number: array[number], params["blocks"])
+        qkv, out, up, down = block["attention"]["qkv"], block["attention"]["out"], block["mlp"]["up"], block["mlp"]["down"]
+        query, key, value = np.einsum("bte,echd->cbhtd", x, qkv["kernel"]) + qkv["bias"][:, None, :, None]
+        probabilities = softmax(query @ key.swapaxes(-1, -2) / np.sqrt(8) + future)
+        mixed = drop(probabilities, attention_rate, number, 1, np.arange(2)) @ value
+        x = layer_norm(
+            x + drop(np.einsum("bhtd,hde->bte", mixed, out["kernel"]) + out["bias"], residual_rate, number, 2),
+            block["attention_norm"],
+        )
+        hidden = gelu(x @ up["kernel"] + up["bias"])
+        x = layer_norm(x + drop(hidden @ down["kernel"] + down["bias"], residual_rate, number, 3), block["mlp_norm"])
+    return x
+
+
+def negative_log_likelihood(params, tokens, targets, dropout=False):
+    """Mean over all tokens, in nats, over the 50 entries of the vocabulary."""
+    scores = paper(params, tokens, dropout) @ params["embedding"]["tokens"][:50].T
+    return -np.log(np.take_along_axis(softmax(scores), targets[..., None], -1)).mean()
+
+
+# -- what is compared -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Parameters of which none is 0 or 1: a forgotten bias or gain shows."""
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(transformer.init, TINY), jax.random.key(0))
+    return jax.tree.map(lambda leaf: (0.3 + 0.3 * draw.normal(size=leaf.shape)).astype(np.float32), shapes)
+
+
+def wide(params):
+    return jax.tree.map(lambda array: np.asarray(array, np.float64), params)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(1).integers(0, 50, (2, 24)).astype(np.int32)
+
+
+DROPOUT = transformer.Dropout(SEED, STEP, ROWS)
+
+
+def test_forward_pass(params, tokens):
+    np.testing.assert_allclose(apply(TINY, params, tokens), paper(wide(params), tokens), atol=1e-5)
+
+
+def test_forward_pass_with_dropout(params, tokens):
+    expected = paper(wide(params), tokens, dropout=True)
+    np.testing.assert_allclose(apply(TINY, params, tokens, dropout=DROPOUT), expected, atol=1e-5)
+    # Rates of 0 switch their own sites off.
+    off = dataclasses.replace(TINY, embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
+    np.testing.assert_array_equal(apply(off, params, tokens, dropout=DROPOUT), apply(TINY, params, tokens))
+
+
+def test_output_is_tied_to_the_embeddings_and_crops_the_padding(params, tokens):
+    hidden = np.random.default_rng(2).normal(size=(2, 3, 16)).astype(np.float32)
+    scores = jax.jit(transformer.logits, static_argnums=0)(TINY, params, hidden)
+    assert scores.shape == (2, 3, 50)
+    np.testing.assert_allclose(scores, hidden @ params["embedding"]["tokens"][:50].T, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_paper(params, tokens):
+    """The derivative along random directions, against differences of the NumPy transcription, with dropout on."""
+    targets = np.roll(tokens, 1, axis=1)
+    batch = {"tokens": tokens, "targets": targets, "weights": np.full((2, 24), 1 / 48, np.float32)}
+    value, gradients = jax.jit(jax.value_and_grad(functools.partial(language_model_loss, TINY)))(params, batch, DROPOUT)
+    np.testing.assert_allclose(value, negative_log_likelihood(wide(params), tokens, targets, dropout=True), rtol=1e-5)
+    draw = np.random.default_rng(3)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        direction = draw.normal(size=gradient.shape)
+        along = []
+        for distance in (1e-5, -1e-5):
+            moved = jax.tree_util.tree_map_with_path(
+                lambda at, array, path=path, change=distance * direction: array + change if at == path else array, wide(params)
+            )
+            along.append(negative_log_likelihood(moved, tokens, targets, dropout=True))
+        expected = (along[0] - along[1]) / 2e-5
+        np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_future_does_not_change_the_past(params, tokens):
+    before = np.asarray(apply(TINY, params, tokens))
+    for t in (0, 1, 17, 23):
+        changed = tokens.copy()
+        changed[:, t] = (changed[:, t] + 1) % 50
+        after = np.asarray(apply(TINY, params, changed))
+        np.testing.assert_array_equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] != before[:, t:]).any(-1).all(), "every later output sees the change"
+
+
+def test_packed_examples_equal_separate_ones(params, tokens):
+    segments = np.repeat([[4, 9, 4], [1, 2, 3]], [7, 12, 5], axis=1).astype(np.int32)
+    packed = np.asarray(apply(dataclasses.replace(TINY, attention="plain"), params, tokens, segment_ids=segments))
+    for row, (first, end) in [(0, (7, 19)), (1, (0, 7)), (1, (19, 24))]:
+        alone = np.zeros((2, 24), np.int32)
+        alone[0, : end - first] = tokens[row, first:end]
+        np.testing.assert_allclose(packed[row, first:end], apply(TINY, params, alone)[0, : end - first], atol=1e-5)
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_model_has_116534784_parameters_in_146_arrays():
+    paper_config = ModelConfig()
+    assert transformer.count(paper_config) == 116_534_784
+    shapes = jax.eval_shape(functools.partial(transformer.init, paper_config), jax.random.key(0))
+    assert len(jax.tree.leaves(shapes["embedding"])) + sum(leaf.shape[0] for leaf in jax.tree.leaves(shapes["blocks"])) == 146
+    assert shapes["blocks"]["attention"]["qkv"]["kernel"].shape == (12, 768, 3, 12, 64)
+    assert shapes["embedding"]["tokens"].shape == (40_576, 768)  # 317 x 128
+    # ... and again by hand, with the padding of the vocabulary.
+    layer = (768 * 2304 + 2304) + (768 * 768 + 768) + (768 * 3072 + 3072) + (3072 * 768 + 768) + 4 * 768
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == (40_576 + 512) * 768 + 12 * layer
+
+
+def leaves_by_name(tree, **options):
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, **options)}
+
+
+def test_initial_values():
+    config = dataclasses.replace(TINY, vocab_size=300, context_length=64, embed_dim=64, mlp_dim=128, num_layers=2)
+    values = leaves_by_name(jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(1)))
+    drawn = []
+    for name, array in values.items():
+        assert array.dtype == jnp.float32
+        if name.endswith("['bias']"):
+            assert not array.any(), name
+        elif name.endswith("['gain']"):
+            assert (array == 1).all(), name
+        else:
+            drawn.append(np.asarray(array[:300] if "tokens" in name else array, np.float64).ravel())
+            assert abs(drawn[-1].mean()) < 5 * 0.02 / drawn[-1].size**0.5, name
+            assert abs(drawn[-1].std() / 0.02 - 1) < 5 / (2 * drawn[-1].size) ** 0.5, name
+    assert len(drawn) == 6
+    assert not values["['embedding']['tokens']"][300:].any(), "rows that pad the vocabulary are zero"
+    together = np.concatenate(drawn)
+    assert abs((together / 0.02) ** 4).mean() == pytest.approx(3, abs=5 * (96 / together.size) ** 0.5)  # a normal distribution's
+    assert np.unique(together).size > 0.98 * together.size, "no two arrays or layers share their values"
+
+
+def test_param_dtype():
+    config = dataclasses.replace(TINY, param_dtype="bfloat16")
+    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_initial_values_do_not_depend_on_the_mesh(sizes):
+    mesh = make_mesh(MeshConfig(**sizes))
+    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
+    description = transformer.describe(TINY)
+    shardings = jax.tree.map(lambda parameter: named(mesh, parameter.axes), description, is_leaf=is_parameter)
+    create = functools.partial(transformer.init, TINY)
+    with jax.set_mesh(mesh):
+        spread = jax.jit(create, out_shardings=shardings)(jax.random.key(7))
+    kernel = spread["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
+    jax.tree.map(np.testing.assert_array_equal, spread, jax.jit(create)(jax.random.key(7)))
+
+
+def test_description_fits_the_parameters():
+    shapes = leaves_by_name(jax.eval_shape(functools.partial(transformer.init, TINY), jax.random.key(0)))
+    described = leaves_by_name(transformer.describe(TINY), is_leaf=lambda leaf: isinstance(leaf, transformer.Parameter))
+    assert {name: len(parameter.axes) for name, parameter in described.items()} == {name: x.ndim for name, x in shapes.items()}
+    # Decay falls on matrices and embeddings, never on biases and gains, whatever dimensions stacking gives them.
+    decayed = {name for name, parameter in described.items() if parameter.decay}
+    assert decayed == {name for name in shapes if name.endswith(("['kernel']", "['tokens']", "['positions']"))}
+    sizes = {"embed": 16, "heads": 2, "mlp": 40, "vocab": 128}
+    for name, parameter in described.items():
+        for axis, size in zip(parameter.axes, shapes[name].shape, strict=True):
+            assert axis is None or sizes[axis] == size, name
+
+
+# -- how it is computed -----------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_activations_float32_parameters(params, tokens):
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    hidden = apply(config, params, tokens)
+    assert hidden.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(hidden, np.float64) - paper(wide(params), tokens)).mean() < 0.02
+    shapes = jax.eval_shape(jax.grad(lambda params: apply(config, params, tokens).astype(jnp.float32).sum()), params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    assert jax.eval_shape(functools.partial(transformer.logits, config), params, hidden).dtype == jnp.float32
+    products = [line for line in apply.lower(config, params, tokens).as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all("(tensor<" in line and line.split(":")[-1].count("xbf16>") >= 2 for line in products)
+
+
+def test_auto_is_float32_on_a_cpu(params, tokens):
+    assert jax.eval_shape(functools.partial(transformer.apply, TINY), params, tokens).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "default"])
+def test_matmul_precision_reaches_every_product(precision, params, tokens):
+    config = dataclasses.replace(TINY, matmul_precision=precision)
+    batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((2, 24), np.float32)}
+    loss = jax.jit(jax.value_and_grad(functools.partial(language_model_loss, config)))
+    logits = jax.jit(functools.partial(transformer.logits, config))
+    for lowered in (loss.lower(params, batch, DROPOUT), logits.lower(params, np.zeros((2, 24, 16), np.float32))):
+        products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
+        assert products
+        named = f"precision = [{precision.upper()}, {precision.upper()}]"
+        assert all(named in line or precision == "default" and "precision" not in line for line in products)
+
+
+def test_remat_saves_memory_and_changes_no_number():
+    base = dataclasses.replace(TINY, context_length=64, num_layers=6, embed_dim=64, mlp_dim=256, loss_chunk=16)
+    params = jax.jit(transformer.init, static_argnums=0)(base, jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, 50, (4, 64)).astype(np.int32)
+    batch = {"tokens": tokens, "targets": tokens, "weights": np.full((4, 64), 1 / 256, np.float32)}
+    dropout = transformer.Dropout(0, 1, np.arange(4, dtype=np.int32))
+    results, memory = {}, {}
+    for remat in ("off", "dots", "full"):
+        loss = functools.partial(language_model_loss, dataclasses.replace(base, remat=remat))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch, dropout).compile()
+        results[remat] = compiled(params, batch, dropout)
+        memory[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert memory["full"] < 0.8 * memory["dots"] < 0.8 * memory["off"]
+    for remat in ("dots", "full"):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), results[remat], results["off"])

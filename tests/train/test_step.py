@@ -1,0 +1,235 @@
+"""The compiled update: the same on every mesh and in any number of parts, compiled once, and never spoilt by a bad number."""
+
+import contextlib
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_jax import sharding
+from gpt_jax.config import MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig, DataConfig
+from gpt_jax.model import transformer
+from gpt_jax.train.optimizer import Horizon
+from gpt_jax.train.step import init_state, lower_evaluation, lower_step
+
+STEPS = 20
+MODEL = ModelConfig(vocab_size=200, context_length=16, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, loss_chunk=8)
+MESHES = {
+    "single": MeshConfig(),
+    "data=8": MeshConfig(data=8),
+    "fsdp=8": MeshConfig(data=1, fsdp=8),
+    "2 x 2 x 2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+
+
+def make_config(micro_batches=1):
+    return PretrainConfig(
+        model=MODEL,
+        data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")),
+        optim=OptimConfig(peak_lr=3e-3, warmup="4 steps", clip_norm=1.0),
+        train=TrainConfig(batch_size=16, micro_batches=micro_batches),
+    )
+
+
+def make_mesh(name):
+    return sharding.make_mesh(MESHES[name], jax.devices()[:1] if name == "single" else jax.devices())
+
+
+def batch_at(step):
+    """Tokens that follow each other by a rule with exceptions, some of which do not count."""
+    rng = np.random.default_rng(step)
+    tokens = np.cumsum(rng.choice([1, 1, 1, 7], size=(16, 17)), axis=1).astype(np.int32) % MODEL.vocab_size
+    weights = (rng.random((16, 16)) < 0.9).astype(np.float32)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "row": np.arange(16, dtype=np.int32)}
+
+
+@contextlib.contextmanager
+def compilations():
+    """Collects an entry for every program that XLA compiles meanwhile."""
+    seen = []
+
+    def listen(event, seconds, **_):
+        if event.endswith("backend_compile_duration"):
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@functools.cache
+def compiled(mesh_name, micro_batches=1):
+    config, mesh = make_config(micro_batches), make_mesh(mesh_name)
+    return lower_step(config, mesh, horizon=Horizon(STEPS, 4)).compile()
+
+
+def run(mesh_name, micro_batches=1, batches=(), spoil=lambda state: state):
+    """Runs updates from the initial state; returns the metrics of each and the last state, as NumPy arrays."""
+    config, mesh = make_config(micro_batches), make_mesh(mesh_name)
+    update, state = compiled(mesh_name, micro_batches), spoil(init_state(config, mesh))
+    metrics = []
+    for batch in batches:
+        state, values = update(state, sharding.place_batch(mesh, batch, 16))
+        metrics.append(jax.device_get(values))
+    return metrics, jax.device_get(state)
+
+
+@functools.cache
+def trained(mesh_name, micro_batches=1):
+    return run(mesh_name, micro_batches, map(batch_at, range(STEPS)))
+
+
+def paths(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, transformer.Parameter))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def bits(tree):
+    return {name: np.asarray(leaf).tobytes() for name, leaf in paths(tree).items()}
+
+
+# -- one result, however it is computed -------------------------------------------------------------------------------------
+
+
+def test_training_learns():
+    losses = [values["loss"] for values in trained("single")[0]]
+    assert abs(losses[0] - np.log(MODEL.vocab_size)) < 0.1
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("mesh_name", ["data=8", "fsdp=8", "2 x 2 x 2"])
+def test_every_mesh_gives_the_losses_of_a_single_device(mesh_name):
+    for expected, got in zip(trained("single")[0], trained(mesh_name)[0], strict=True):
+        np.testing.assert_allclose(got["loss"], expected["loss"], rtol=3e-6)
+        np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-4)
+        assert got["learning_rate"] == expected["learning_rate"]
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+@pytest.mark.parametrize("mesh_name", ["single", "2 x 2 x 2"])
+def test_micro_batches_give_the_update_of_the_whole_batch(mesh_name, micro_batches):
+    """Dropout is on: a micro-batch must see its rows' own masks. Weights differ between parts: they count as in the whole."""
+    batches = [batch_at(0), batch_at(1), batch_at(2)]
+    whole, state = run("single", 1, batches)
+    parts, same_state = run(mesh_name, micro_batches, batches)
+    for expected, got in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-6)
+        np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-5)
+    for name, expected in paths(state["params"]).items():
+        np.testing.assert_allclose(paths(same_state["params"])[name], expected, atol=1e-6, rtol=0, err_msg=name)
+
+
+def test_dropout_depends_on_the_step():
+    """Equal batches in successive steps of rate 0 (the first of a warm-up) and after it differ by their masks."""
+    same = [batch_at(0)] * 2
+    metrics, _ = run("single", 1, same)
+    assert metrics[0]["learning_rate"] == 0
+    assert abs(metrics[0]["loss"] - metrics[1]["loss"]) > 1e-5
+
+
+# -- compiled once ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_the_step_compiles_once(mesh_name):
+    config, mesh = make_config(), make_mesh(mesh_name)
+    state = init_state(config, mesh)
+    with compilations() as seen:
+        update = lower_step(config, mesh, horizon=Horizon(STEPS, 5)).compile()
+    assert len(seen) == 1
+    with compilations() as seen, jax.transfer_guard("disallow"):
+        for step in range(STEPS):
+            state, _ = update(state, sharding.place_batch(mesh, batch_at(step), 16))
+    assert seen == []
+
+
+# -- where the state lies ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp=8", "2 x 2 x 2"])
+def test_the_state_is_spread_over_the_devices(mesh_name):
+    mesh = make_mesh(mesh_name)
+    state = init_state(make_config(), mesh)
+    state, _ = compiled(mesh_name)(state, sharding.place_batch(mesh, batch_at(0), 16))
+    parameters = paths(state["params"])
+    for moment in ("mu", "nu"):
+        for name, array in paths(_find(state["optimizer"], moment)).items():
+            assert array.sharding == parameters[name].sharding, name
+    for name, parameter in paths(transformer.describe(MODEL)).items():
+        split = np.prod([sharding.axis_size(mesh, axis) * 1 for axis in parameter.axes if axis], dtype=int)
+        for shard in parameters[name].addressable_shards:
+            assert shard.data.size * split == parameters[name].size, name
+    held = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(state))
+    assert held < 0.35 * sum(array.nbytes for array in jax.tree.leaves(state))
+
+
+def _find(tree, name):
+    """The subtree of that name, wherever it lies."""
+    if name in tree:
+        return tree[name]
+    return next(found for branch in tree.values() if isinstance(branch, dict) and (found := _find(branch, name)))
+
+
+def test_initial_parameters_do_not_depend_on_the_mesh():
+    config = make_config()
+    single = bits(init_state(config, make_mesh("single")))
+    for name in ("fsdp=8", "2 x 2 x 2"):
+        assert bits(init_state(config, make_mesh(name))) == single
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mesh_name", ["single", "2 x 2 x 2"])
+def test_evaluation_sums_the_losses_of_the_targets_that_count(mesh_name):
+    config, mesh = make_config(), make_mesh(mesh_name)
+    params, batch = init_state(config, mesh)["params"], batch_at(3)
+    total, weight = lower_evaluation(config, mesh).compile()(params, sharding.place_batch(mesh, batch, 16))
+    host = jax.device_get(params)
+    scores = np.asarray(transformer.logits(MODEL, host, transformer.apply(MODEL, host, batch["tokens"])), np.float64)
+    log_sums = np.log(np.exp(scores).sum(axis=-1))
+    losses = log_sums - np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
+    assert weight == batch["weights"].sum()
+    np.testing.assert_allclose(total, (losses * batch["weights"]).sum(), rtol=1e-5)
+
+
+# -- the guard --------------------------------------------------------------------------------------------------------------
+
+
+def nan_weight(batch):
+    weights = batch["weights"].copy()
+    weights[5, 3] = np.nan
+    return batch | {"weights": weights}
+
+
+def infinite_weight(batch):
+    weights = batch["weights"].copy()
+    weights[15, 0] = np.inf
+    return batch | {"weights": weights}
+
+
+@pytest.mark.parametrize("spoil", [nan_weight, infinite_weight])
+@pytest.mark.parametrize(("mesh_name", "micro_batches"), [("single", 1), ("2 x 2 x 2", 2)])
+def test_a_bad_batch_leaves_the_state_as_it_was_and_so_do_all_later_ones(mesh_name, micro_batches, spoil):
+    good = [batch_at(0), batch_at(1)]
+    _, before = run(mesh_name, micro_batches, good)
+    metrics, after = run(mesh_name, micro_batches, [*good, spoil(batch_at(2)), batch_at(3), batch_at(4)])
+    assert [bool(values["ok"]) for values in metrics] == [True, True, False, False, False]
+    assert before["ok"]
+    assert not after["ok"]
+    assert bits(after | {"ok": True}) == bits(before | {"ok": True})
+    assert after["step"] == 2
+
+
+def test_an_infinite_parameter_stops_the_training_too():
+    def spoil(state):
+        tokens = state["params"]["embedding"]["tokens"].at[3, 1].set(np.inf)
+        return state | {"params": state["params"] | {"embedding": state["params"]["embedding"] | {"tokens": tokens}}}
+
+    _, before = run("single", 1, [], spoil)
+    metrics, after = run("single", 1, [batch_at(0), batch_at(1)], spoil)
+    assert [bool(values["ok"]) for values in metrics] == [False, False]
+    assert bits(after | {"ok": True}) == bits(before | {"ok": True})
