@@ -15,7 +15,7 @@ locks := constraints/py311.txt constraints/py312.txt
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 	@echo
-	@echo "  Variables: PYTHON=python3.12 the interpreter behind $(VENV), VENV=.venv312 another environment, ARGS=\"-k loss\" for pytest."
+	@echo "  PYTHON=python3.12: the interpreter behind the environment; VENV=.venv312: another environment; ARGS: for the command"
 
 demo: $(VENV)/.installed-core ## Run the whole story on the CPU: text, tokenizer, training, evaluation, samples.
 	@$(bin)/gpt-jax demo $(ARGS)
@@ -23,8 +23,8 @@ demo: $(VENV)/.installed-core ## Run the whole story on the CPU: text, tokenizer
 test: $(VENV)/.installed-test ## Run the quick tests; ARGS="tests/test_config.py -k digest" picks some.
 	@$(bin)/python -m pytest -n $(workers) --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.installed-test ## Run the slow tests.
-	@$(bin)/python -m pytest -n $(workers) --dist worksteal -m slow $(ARGS)
+test-slow: $(VENV)/.installed-test ## Run the slow tests, compiled with all optimisations.
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n $(workers) --dist worksteal -m slow $(ARGS)
 
 lint: $(VENV)/.installed-lint ## Check style, format and types.
 	@$(bin)/ruff check .
@@ -53,14 +53,15 @@ clean: ## Remove what these commands made: the environment, builds and caches. R
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-	  || { echo "gpt_jax needs Python 3.11 or newer, which '$(PYTHON)' is not: name one, as in make PYTHON=python3.12 ..." >&2; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.version_info < (3, 13) or print("warning: tested on Python 3.11 and 3.12;", sys.version.split()[0], "gets the versions locked for 3.12")'
+	  || { echo "gpt_jax needs Python 3.11 or newer, and '$(PYTHON)' is not: name one with PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' \
+	  || echo "warning: tested on Python 3.11 and 3.12; this newer one gets the versions locked for 3.12" >&2
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # One stamp per set of extras, so that the demo does not wait for the tests' packages.
 $(VENV)/.installed-%: $(VENV)/.created setup.cfg pyproject.toml $(locks)
-	@echo "installing gpt_jax[$*] and the packages that it needs into $(VENV): a minute or two the first time (2 GB), seconds later"
+	@echo "installing the $* packages into $(VENV): a minute or two the first time (2.7 GB), less than half a minute later"
 	@lock=constraints/py$$($(bin)/python -c 'import sys; print(311 if sys.version_info < (3, 12) else 312)').txt; \
 	  $(bin)/python -m pip install --quiet --constraint $$lock setuptools \
 	  && $(bin)/python -m pip install --quiet --constraint $$lock --no-build-isolation --editable '.$(patsubst [core],,[$*])'

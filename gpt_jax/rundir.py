@@ -66,7 +66,7 @@ class RunDir:
         self._metrics: Any = None
 
     def check(self, config: Any, allow_changes: bool = False) -> None:
-        """Refuses a folder that holds another config's run.
+        """Refuses a folder that holds another config's run. One in which nothing was trained yet holds none.
 
         Raises:
           UserError: `result` fields differ and `allow_changes` is off (the fields are named), or the folder is no run.
@@ -75,6 +75,8 @@ class RunDir:
         if not file.exists():
             if self.checkpoints.exists():
                 raise UserError(f"{self.path} has checkpoints but no config.json; name another --workdir")
+            return
+        if not self._trained():
             return
         stored = read_json(file)
         old = configs.flatten(configs.from_dict(type(config), stored["config"]))
@@ -97,7 +99,7 @@ class RunDir:
         """
         self.check(config, allow_changes)
         file = self.path / "config.json"
-        if file.exists():
+        if self._trained():
             stored = read_json(file)["data_digest"]
             if stored != data_digest and not allow_changes:
                 raise UserError(
@@ -111,6 +113,9 @@ class RunDir:
         write_atomic(file, json.dumps(facts, indent=1) + "\n")
         self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def _trained(self) -> bool:
+        return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
 
     def supersede(self, step: int) -> None:
         """Moves records past `step`, where training goes on from, to metrics.superseded.jsonl; and a line that was cut off."""

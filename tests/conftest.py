@@ -19,6 +19,9 @@ os.environ.update(
     TF_NUM_INTEROP_THREADS="1",
     TF_CPP_MIN_LOG_LEVEL="2",
 )
+# LLVM's optimisations take most of the time of a small test on a CPU. XLA's own passes stay on, and so does all of it in
+# `make test-slow`, which sets this variable to 0.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 install_import_hook(["gpt_jax.model", "gpt_jax.train"], "beartype.beartype")
 

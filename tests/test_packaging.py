@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import pytest
+from jaxtyping import TypeCheckError
 
 from gpt_jax import config as configs
 from gpt_jax.config import PretrainConfig
+from gpt_jax.model import masks
 
 ROOT = Path(__file__).parents[1]
 
@@ -185,6 +188,11 @@ def test_configs_load_and_open_with_their_command(path: Path) -> None:
     assert f"    gpt-jax pretrain {name} " in header
     assert "Time" in header
     assert "Expect: " in header or "result: " in header
+
+
+def test_array_shapes_are_checked_in_tests() -> None:
+    with pytest.raises(TypeCheckError):
+        masks.dropout(jnp.ones((2, 3)), jnp.zeros((2, 7), jnp.uint32), 0.5)
 
 
 def sections(kind: type) -> Iterator[type]:

@@ -62,15 +62,14 @@ def train(
       Preempted: the process was told to stop; the state is saved.
     """
     total, scores = work.horizon.total, {}
-    start = int(state["step"])
+    start = saved = int(state["step"])  # beyond 0 a run starts from a checkpoint
     update = lower_step(config, mesh, horizon=work.horizon, objective=work.objective).compile()
 
     def account(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        ok = values.pop("ok")
-        run.record("train", step, **values)
-        if not ok:
+        if not values.pop("ok"):
             raise NonFinite(step, values)
+        run.record("train", step, **values)
         progress.update(step, values)
 
     stream = batches(work.batch_at, start, total, kind=config.data.pipeline, prefetch=config.data.prefetch)
@@ -94,6 +93,7 @@ def train(
                     progress.scalars("eval", step, scores)
                 if saving:
                     checkpoints.save(step, state, scores if evaluating else {})
+                    saved = step
                 if stopping and step != total:
                     checkpoints.wait()
                     run.record("event", step, event="preempted")
@@ -101,15 +101,18 @@ def train(
                 if evaluating or saving:
                     progress.start(step)
         except NonFinite as error:
-            _keep_last_good(error, work, state, run, checkpoints)
+            _keep_last_good(error, work, state, saved, run, checkpoints)
     return state, scores
 
 
-def _keep_last_good(error: NonFinite, work: Work, state: State, run: RunDir, checkpoints: Checkpoints) -> NoReturn:
+def _keep_last_good(
+    error: NonFinite, work: Work, state: State, saved: int, run: RunDir, checkpoints: Checkpoints
+) -> NoReturn:
     """Saves the state before the update that went wrong, notes what its batch was, and ends the training."""
     step, values = error.step, error.values
     good = int(state["step"])
-    checkpoints.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
+    if good != saved or good == 0:  # saving it again would lose its scores
+        checkpoints.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
     checkpoints.wait()
     evidence = {name: str(value) if not math.isfinite(value) else value for name, value in values.items()}
     run.record("event", step, event="non-finite", **evidence, **work.evidence(step - 1))

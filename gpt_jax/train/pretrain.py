@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -39,11 +40,15 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
       UserError: config, store, workdir, mesh or checkpoint do not fit; the message says how.
       TrainingError, Preempted: as `loop.train`.
     """
-    started = time.monotonic()
     distributed.start(config.distributed, say)
-    primary = distributed.is_primary()
+    with contextlib.closing(RunDir(workdir, distributed.is_primary())) as run:
+        return _pretrain(config, run, allow_changes)
+
+
+def _pretrain(config: PretrainConfig, run: RunDir, allow_changes: bool) -> dict[str, Any]:
+    started = time.monotonic()
+    workdir, primary = run.path, distributed.is_primary()
     log: Callable[[str], None] = say if primary else lambda line: None
-    run = RunDir(workdir, primary)
     run.check(config, allow_changes)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(mesh, config.model, config.train.batch_size, config.train.micro_batches)
@@ -64,7 +69,6 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
     header(config, mesh, store, work.horizon, log)
     if step == work.horizon.total and (workdir / "result.json").exists():
         log(f"{workdir}: finished at step {step} already; nothing to do")
-        run.close()
         return read_json(workdir / "result.json")
     log(f"{origin}; compiling")
     run.record("event", step, event="start", origin=origin)
@@ -101,8 +105,8 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
     }
     run.record("final", result["step"], **{name: value for name, value in result.items() if name != "step"})
     run.write_result(result)
-    run.close()
-    log(f"done: {workdir} holds checkpoint {result['step']}, validation loss {result.get('loss', math.nan):.4f}")
+    score = f", validation loss {result['loss']:.4f}" if "loss" in result else ""
+    log(f"done: {workdir} holds checkpoint {result['step']}{score}")
     return result
 
 

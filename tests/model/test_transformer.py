@@ -28,6 +28,7 @@ TINY = ModelConfig(
 SEED, STEP, ROWS = 11, 22, np.array([5, 3], np.int32)
 
 apply = jax.jit(transformer.apply, static_argnums=0)
+initial = jax.jit(transformer.init, static_argnums=0)
 
 
 # -- the paper in NumPy -----------------------------------------------------------------------------------------------------
@@ -47,20 +48,22 @@ def softmax(x):
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def drop(x, rate, layer, site, heads=0):
-    """x [batch, (heads,) queries, keys or channels], whose rows have the numbers ROWS; rate None: no dropout."""
-    if rate is None:
-        return x
-    rows = ROWS if np.isscalar(heads) else ROWS[:, None]
-    stream = masks.stream(SEED, STEP, layer, site, rows, heads)
-    keep = masks.keep(np.asarray(stream), np.arange(x.shape[-2]), np.arange(x.shape[-1]), rate)
-    return x * keep / (1 - round(rate * 65536) / 65536)
+@functools.cache
+def kept(shape, rate, layer, site):
+    """What dropout multiplies an array [batch, heads, queries, keys] or [batch, time, channels] by; its rows are number ROWS."""
+    rows, heads = (ROWS[:, None], np.arange(shape[1])) if len(shape) == 4 else (ROWS, 0)
+    stream = np.asarray(masks.stream(SEED, STEP, layer, site, rows, heads))
+    return masks.keep(stream, np.arange(shape[-2]), np.arange(shape[-1]), rate) / (1 - round(rate * 65536) / 65536)
+
+
+def drop(x, rate, layer, site):
+    return x if rate is None else x * kept(x.shape, rate, layer, site)
 
 
 def paper(params, tokens, dropout=False):
     """The last block's output [batch, time, embed] of section 4.1's model, in float64."""
     embed_rate, attention_rate, residual_rate = (0.1, 0.2, 0.3) if dropout else (None, None, None)
-    batch, time = tokens.shape
+    time = tokens.shape[1]
     future = np.triu(np.full((time, time), -np.inf), 1)
     x = params["embedding"]["tokens"][tokens] + params["embedding"]["positions"][:time]
     x = drop(x, embed_rate, 0, 0)
@@ -69,7 +72,7 @@ def paper(params, tokens, dropout=False):
         qkv, out, up, down = block["attention"]["qkv"], block["attention"]["out"], block["mlp"]["up"], block["mlp"]["down"]
         query, key, value = np.einsum("bte,echd->cbhtd", x, qkv["kernel"]) + qkv["bias"][:, None, :, None]
         probabilities = softmax(query @ key.swapaxes(-1, -2) / np.sqrt(8) + future)
-        mixed = drop(probabilities, attention_rate, number, 1, np.arange(2)) @ value
+        mixed = drop(probabilities, attention_rate, number, 1) @ value
         x = layer_norm(
             x + drop(np.einsum("bhtd,hde->bte", mixed, out["kernel"]) + out["bias"], residual_rate, number, 2),
             block["attention_norm"],
@@ -143,7 +146,8 @@ def test_gradients_are_those_of_the_paper(params, tokens):
             )
             along.append(negative_log_likelihood(moved, tokens, targets, dropout=True))
         expected = (along[0] - along[1]) / 2e-5
-        np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-5, err_msg=name)
 
 
 def test_the_future_does_not_change_the_past(params, tokens):
@@ -186,7 +190,7 @@ def leaves_by_name(tree, **options):
 
 def test_initial_values():
     config = dataclasses.replace(TINY, vocab_size=300, context_length=64, embed_dim=64, mlp_dim=128, num_layers=2)
-    values = leaves_by_name(jax.jit(transformer.init, static_argnums=0)(config, jax.random.key(1)))
+    values = leaves_by_name(initial(config, jax.random.key(1)))
     drawn = []
     for name, array in values.items():
         assert array.dtype == jnp.float32
@@ -196,7 +200,7 @@ def test_initial_values():
             assert (array == 1).all(), name
         else:
             drawn.append(np.asarray(array[:300] if "tokens" in name else array, np.float64).ravel())
-            assert abs(drawn[-1].mean()) < 5 * 0.02 / drawn[-1].size**0.5, name
+            assert abs(drawn[-1].mean()) < 5 * 0.02 / drawn[-1].size ** 0.5, name
             assert abs(drawn[-1].std() / 0.02 - 1) < 5 / (2 * drawn[-1].size) ** 0.5, name
     assert len(drawn) == 6
     assert not values["['embedding']['tokens']"][300:].any(), "rows that pad the vocabulary are zero"
@@ -211,18 +215,16 @@ def test_param_dtype():
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@pytest.mark.parametrize("sizes", [{"fsdp": 8, "data": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_initial_values_do_not_depend_on_the_mesh(sizes):
-    mesh = make_mesh(MeshConfig(**sizes))
+def test_initial_values_do_not_depend_on_the_mesh():
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
     description = transformer.describe(TINY)
     shardings = jax.tree.map(lambda parameter: named(mesh, parameter.axes), description, is_leaf=is_parameter)
-    create = functools.partial(transformer.init, TINY)
     with jax.set_mesh(mesh):
-        spread = jax.jit(create, out_shardings=shardings)(jax.random.key(7))
+        spread = jax.jit(functools.partial(transformer.init, TINY), out_shardings=shardings)(jax.random.key(7))
     kernel = spread["blocks"]["mlp"]["up"]["kernel"]
-    assert kernel.addressable_shards[0].data.size * mesh.shape["fsdp"] * mesh.shape["tensor"] == kernel.size
-    jax.tree.map(np.testing.assert_array_equal, spread, jax.jit(create)(jax.random.key(7)))
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    jax.tree.map(np.testing.assert_array_equal, spread, initial(TINY, jax.random.key(7)))
 
 
 def test_description_fits_the_parameters():
@@ -246,8 +248,9 @@ def test_bfloat16_activations_float32_parameters(params, tokens):
     hidden = apply(config, params, tokens)
     assert hidden.dtype == jnp.bfloat16
     assert np.abs(np.asarray(hidden, np.float64) - paper(wide(params), tokens)).mean() < 0.02
-    shapes = jax.eval_shape(jax.grad(lambda params: apply(config, params, tokens).astype(jnp.float32).sum()), params)
-    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
+    batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens), "weights": jnp.ones((2, 24))}
+    gradients = jax.eval_shape(jax.grad(functools.partial(language_model_loss, config)), params, batch, None)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
     assert jax.eval_shape(functools.partial(transformer.logits, config), params, hidden).dtype == jnp.float32
     products = [line for line in apply.lower(config, params, tokens).as_text().splitlines() if "stablehlo.dot_general" in line]
     assert products
@@ -268,21 +271,27 @@ def test_matmul_precision_reaches_every_product(precision, params, tokens):
         products = [line for line in lowered.as_text().splitlines() if "stablehlo.dot_general" in line]
         assert products
         named = f"precision = [{precision.upper()}, {precision.upper()}]"
-        assert all(named in line or precision == "default" and "precision" not in line for line in products)
+        assert all(named in line or (precision == "default" and "precision" not in line) for line in products)
 
 
 def test_remat_saves_memory_and_changes_no_number():
-    base = dataclasses.replace(TINY, context_length=64, num_layers=6, embed_dim=64, mlp_dim=256, loss_chunk=16)
-    params = jax.jit(transformer.init, static_argnums=0)(base, jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(0, 50, (4, 64)).astype(np.int32)
-    batch = {"tokens": tokens, "targets": tokens, "weights": np.full((4, 64), 1 / 256, np.float32)}
-    dropout = transformer.Dropout(0, 1, np.arange(4, dtype=np.int32))
+    small = {"context_length": 32, "num_layers": 6, "embed_dim": 32, "mlp_dim": 128}
+    base = dataclasses.replace(TINY, **small, embed_dropout=0.0, residual_dropout=0.0)
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(transformer.init, base), jax.random.key(0))
+    params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 10, shapes)
+    tokens, direction = draw.integers(0, 50, (4, 32)).astype(np.int32), draw.normal(size=(4, 32, 32)).astype(np.float32)
+    dropout = transformer.Dropout(SEED, STEP, np.arange(4, dtype=np.int32))
     results, memory = {}, {}
     for remat in ("off", "dots", "full"):
-        loss = functools.partial(language_model_loss, dataclasses.replace(base, remat=remat))
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(params, batch, dropout).compile()
-        results[remat] = compiled(params, batch, dropout)
+        config = dataclasses.replace(base, remat=remat)
+
+        def loss(params, tokens, dropout, config=config):
+            return (transformer.apply(config, params, tokens, dropout=dropout) * direction).sum()
+
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params, tokens, dropout).compile()
+        results[remat] = compiled(params, tokens, dropout)
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert memory["full"] < 0.8 * memory["dots"] < 0.8 * memory["off"]
     for remat in ("dots", "full"):
-        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), results[remat], results["off"])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), results[remat], results["off"])

@@ -1,4 +1,4 @@
-"""The optimisers against NumPy transcriptions of their published definitions, the schedules against numbers worked out by hand."""
+"""The optimisers against NumPy transcriptions of their definitions, the schedules against numbers worked out by hand."""
 
 import dataclasses
 import math

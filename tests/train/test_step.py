@@ -2,16 +2,18 @@
 
 import contextlib
 import functools
+import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gpt_jax import sharding
-from gpt_jax.config import MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig, DataConfig
+from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from gpt_jax.model import transformer
 from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.step import init_state, lower_evaluation, lower_step
+from gpt_jax.train.step import init_state, lower_evaluation, lower_step, state_shardings
 
 STEPS = 20
 MODEL = ModelConfig(vocab_size=200, context_length=16, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, loss_chunk=8)
@@ -61,15 +63,28 @@ def compilations():
 
 
 @functools.cache
-def compiled(mesh_name, micro_batches=1):
-    config, mesh = make_config(micro_batches), make_mesh(mesh_name)
-    return lower_step(config, mesh, horizon=Horizon(STEPS, 4)).compile()
+def compiled(mesh_name, micro_batches):
+    """The executable, and how many programs were compiled for it."""
+    lowered = lower_step(make_config(micro_batches), make_mesh(mesh_name), horizon=Horizon(STEPS, 4))
+    with compilations() as seen:
+        executable = lowered.compile()
+    return executable, len(seen)
 
 
-def run(mesh_name, micro_batches=1, batches=(), spoil=lambda state: state):
-    """Runs updates from the initial state; returns the metrics of each and the last state, as NumPy arrays."""
-    config, mesh = make_config(micro_batches), make_mesh(mesh_name)
-    update, state = compiled(mesh_name, micro_batches), spoil(init_state(config, mesh))
+@functools.cache
+def initial():
+    """The initial state as NumPy arrays."""
+    return jax.device_get(init_state(make_config(), make_mesh("single")))
+
+
+def place(state, mesh):
+    return jax.device_put(state, state_shardings(make_config(), mesh))
+
+
+def run(mesh_name, micro_batches, batches, state=None):
+    """Runs updates from the initial state or another; returns the metrics of each and the last state, as NumPy arrays."""
+    mesh, (update, _) = make_mesh(mesh_name), compiled(mesh_name, micro_batches)
+    state = place(state or initial(), mesh)
     metrics = []
     for batch in batches:
         state, values = update(state, sharding.place_batch(mesh, batch, 16))
@@ -78,8 +93,8 @@ def run(mesh_name, micro_batches=1, batches=(), spoil=lambda state: state):
 
 
 @functools.cache
-def trained(mesh_name, micro_batches=1):
-    return run(mesh_name, micro_batches, map(batch_at, range(STEPS)))
+def trained(mesh_name):
+    return run(mesh_name, 1, map(batch_at, range(STEPS)))
 
 
 def paths(tree):
@@ -108,8 +123,7 @@ def test_every_mesh_gives_the_losses_of_a_single_device(mesh_name):
         assert got["learning_rate"] == expected["learning_rate"]
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4])
-@pytest.mark.parametrize("mesh_name", ["single", "2 x 2 x 2"])
+@pytest.mark.parametrize(("mesh_name", "micro_batches"), [("single", 4), ("2 x 2 x 2", 2)])
 def test_micro_batches_give_the_update_of_the_whole_batch(mesh_name, micro_batches):
     """Dropout is on: a micro-batch must see its rows' own masks. Weights differ between parts: they count as in the whole."""
     batches = [batch_at(0), batch_at(1), batch_at(2)]
@@ -135,14 +149,14 @@ def test_dropout_depends_on_the_step():
 
 @pytest.mark.parametrize("mesh_name", MESHES)
 def test_the_step_compiles_once(mesh_name):
-    config, mesh = make_config(), make_mesh(mesh_name)
-    state = init_state(config, mesh)
-    with compilations() as seen:
-        update = lower_step(config, mesh, horizon=Horizon(STEPS, 5)).compile()
-    assert len(seen) == 1
+    update, compiled_programs = compiled(mesh_name, 1)
+    assert compiled_programs == 1
+    mesh = make_mesh(mesh_name)
+    state = place(initial(), mesh)
+    batches = [sharding.place_batch(mesh, batch_at(step), 16) for step in range(STEPS)]
     with compilations() as seen, jax.transfer_guard("disallow"):
-        for step in range(STEPS):
-            state, _ = update(state, sharding.place_batch(mesh, batch_at(step), 16))
+        for batch in batches:
+            state, _ = update(state, batch)
     assert seen == []
 
 
@@ -150,34 +164,36 @@ def test_the_step_compiles_once(mesh_name):
 
 
 @pytest.mark.parametrize("mesh_name", ["fsdp=8", "2 x 2 x 2"])
-def test_the_state_is_spread_over_the_devices(mesh_name):
+def test_initial_parameters_are_made_in_pieces_and_do_not_depend_on_the_mesh(mesh_name):
     mesh = make_mesh(mesh_name)
     state = init_state(make_config(), mesh)
-    state, _ = compiled(mesh_name)(state, sharding.place_batch(mesh, batch_at(0), 16))
+    assert bits(state) == bits(initial())
+    assert_spread(state, mesh)
+
+
+@pytest.mark.parametrize("mesh_name", ["fsdp=8", "2 x 2 x 2"])
+def test_an_update_leaves_the_state_where_it_was(mesh_name):
+    mesh = make_mesh(mesh_name)
+    state = place(initial(), mesh)
+    before = {name: array.sharding for name, array in paths(state).items()}
+    state, _ = compiled(mesh_name, 1)[0](state, sharding.place_batch(mesh, batch_at(0), 16))
+    assert {name: array.sharding for name, array in paths(state).items()} == before
+    assert_spread(state, mesh)
+
+
+def assert_spread(state, mesh):
+    """Every array lies in as many pieces as its logical axes say, moments like their parameters; no device holds the whole."""
     parameters = paths(state["params"])
-    for moment in ("mu", "nu"):
-        for name, array in paths(_find(state["optimizer"], moment)).items():
-            assert array.sharding == parameters[name].sharding, name
     for name, parameter in paths(transformer.describe(MODEL)).items():
-        split = np.prod([sharding.axis_size(mesh, axis) * 1 for axis in parameter.axes if axis], dtype=int)
+        pieces = math.prod(sharding.axis_size(mesh, axis) for axis in parameter.axes if axis)
+        assert pieces == mesh.size / mesh.shape["data"] or name.endswith(("bias", "gain", "positions")), name
         for shard in parameters[name].addressable_shards:
-            assert shard.data.size * split == parameters[name].size, name
+            assert shard.data.size * pieces == parameters[name].size, name
+        for moment in ("mu", "nu"):
+            (array,) = [leaf for path, leaf in paths(state["optimizer"]).items() if path.endswith(f"{moment}/{name}")]
+            assert array.sharding == parameters[name].sharding, name
     held = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(state))
     assert held < 0.35 * sum(array.nbytes for array in jax.tree.leaves(state))
-
-
-def _find(tree, name):
-    """The subtree of that name, wherever it lies."""
-    if name in tree:
-        return tree[name]
-    return next(found for branch in tree.values() if isinstance(branch, dict) and (found := _find(branch, name)))
-
-
-def test_initial_parameters_do_not_depend_on_the_mesh():
-    config = make_config()
-    single = bits(init_state(config, make_mesh("single")))
-    for name in ("fsdp=8", "2 x 2 x 2"):
-        assert bits(init_state(config, make_mesh(name))) == single
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------------
@@ -185,13 +201,16 @@ def test_initial_parameters_do_not_depend_on_the_mesh():
 
 @pytest.mark.parametrize("mesh_name", ["single", "2 x 2 x 2"])
 def test_evaluation_sums_the_losses_of_the_targets_that_count(mesh_name):
-    config, mesh = make_config(), make_mesh(mesh_name)
-    params, batch = init_state(config, mesh)["params"], batch_at(3)
+    config, mesh, batch = make_config(), make_mesh(mesh_name), batch_at(3)
+    params = place(initial(), mesh)["params"]
     total, weight = lower_evaluation(config, mesh).compile()(params, sharding.place_batch(mesh, batch, 16))
-    host = jax.device_get(params)
-    scores = np.asarray(transformer.logits(MODEL, host, transformer.apply(MODEL, host, batch["tokens"])), np.float64)
-    log_sums = np.log(np.exp(scores).sum(axis=-1))
-    losses = log_sums - np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
+
+    @jax.jit
+    def logits(params):
+        return transformer.logits(MODEL, params, transformer.apply(MODEL, params, jnp.asarray(batch["tokens"])))
+
+    scores = np.asarray(logits(initial()["params"]), np.float64)
+    losses = np.log(np.exp(scores).sum(axis=-1)) - np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
     assert weight == batch["weights"].sum()
     np.testing.assert_allclose(total, (losses * batch["weights"]).sum(), rtol=1e-5)
 
@@ -225,11 +244,8 @@ def test_a_bad_batch_leaves_the_state_as_it_was_and_so_do_all_later_ones(mesh_na
 
 
 def test_an_infinite_parameter_stops_the_training_too():
-    def spoil(state):
-        tokens = state["params"]["embedding"]["tokens"].at[3, 1].set(np.inf)
-        return state | {"params": state["params"] | {"embedding": state["params"]["embedding"] | {"tokens": tokens}}}
-
-    _, before = run("single", 1, [], spoil)
-    metrics, after = run("single", 1, [batch_at(0), batch_at(1)], spoil)
+    before = jax.tree.map(np.array, initial())
+    before["params"]["embedding"]["tokens"][3, 1] = np.inf
+    metrics, after = run("single", 1, [batch_at(0), batch_at(1)], before)
     assert [bool(values["ok"]) for values in metrics] == [False, False]
     assert bits(after | {"ok": True}) == bits(before | {"ok": True})

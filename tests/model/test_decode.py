@@ -1,0 +1,189 @@
+"""Generation from a cache against doing it the long way, and sampling against its definition."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.config import MeshConfig, ModelConfig
+from gpt_jax.errors import UserError
+from gpt_jax.model import decode, transformer
+from gpt_jax.model.decode import generate, sample
+from gpt_jax.sharding import make_mesh
+
+TINY = ModelConfig(vocab_size=60, context_length=48, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32)
+PROMPTS = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def params():
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(transformer.init, TINY), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) / 3, jnp.float32), shapes)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(config, params, tokens):
+    """Scores at every position, without a cache."""
+    return transformer.logits(config, params, transformer.apply(config, params, tokens))
+
+
+def continued(params, prompt, number):
+    """Greedy continuation: the whole text again for every token."""
+    text = list(prompt)
+    for _ in range(number):
+        padded = np.zeros((1, TINY.context_length), np.int32)
+        padded[0, : len(text)] = text
+        text.append(int(np.argmax(score(TINY, params, padded)[0, len(text) - 1])))
+    return text[len(prompt) :]
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------------
+
+
+def test_cached_scores_equal_uncached_ones_at_every_position(params):
+    """Rows of differing length are padded at their end; then each goes on from its own position."""
+    texts = np.random.default_rng(1).integers(0, 60, (3, 48)).astype(np.int32)
+    lengths, width = np.array([11, 1, 16], np.int32), 16
+    expected = np.asarray(score(TINY, params, texts))
+
+    @jax.jit
+    def step(tokens, cache, start):
+        hidden, cache = transformer.apply_cached(TINY, params, tokens, cache, start)
+        return transformer.logits(TINY, params, hidden), cache
+
+    padded = np.where(np.arange(width) < lengths[:, None], texts[:, :width], 59).astype(np.int32)
+    scores, cache = step(padded, transformer.empty_cache(TINY, 3, 40), np.zeros(3, np.int32))
+    assert cache["key"].shape == (2, 3, 40, 2, 8)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(scores[row, :length], expected[row, :length], atol=1e-5)
+    rows = np.arange(3)
+    for number in range(20):
+        at = lengths + number
+        scores, cache = step(texts[rows, at][:, None], cache, at)
+        np.testing.assert_allclose(scores[:, 0], expected[rows, at], atol=1e-5)
+
+
+# -- generation -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def greedy(params):
+    return generate(TINY, params, PROMPTS, NEW, temperature=0.0)
+
+
+def test_greedy_generation_equals_the_long_way(params, greedy):
+    assert greedy == [continued(params, prompt, NEW) for prompt in PROMPTS]
+    assert len({token for row in greedy for token in row}) > 4, "a model that repeats itself would prove little"
+
+
+def test_generation_fills_the_context_to_its_end(params):
+    prompt = list(range(40))
+    assert generate(TINY, params, [prompt], 8, temperature=0.0) == [continued(params, prompt, 8)]
+
+
+def test_the_likeliest_alone_is_greedy(params, greedy):
+    assert generate(TINY, params, PROMPTS, NEW, top_k=1, seed=3) == greedy
+    assert generate(TINY, params, PROMPTS, NEW, top_p=1e-6, seed=3) == greedy
+
+
+def test_one_program_serves_prompts_and_settings(params, greedy):
+    before = decode._generate._cache_size()
+    generate(TINY, params, [[1, 2], [3] * 30, [4]], NEW, temperature=0.5, top_k=7, top_p=0.9, stop=2, seed=9)
+    assert decode._generate._cache_size() == before
+
+
+def test_a_stop_token_ends_its_row_alone(params, greedy):
+    """Every token that greedy generation meets, as the stop token."""
+    for stop in {token for row in greedy for token in row}:
+        expected = [row[: row.index(stop)] if stop in row else row for row in greedy]
+        assert generate(TINY, params, PROMPTS, NEW, temperature=0.0, stop=stop) == expected
+
+
+def test_seeds(params):
+    draw = functools.partial(generate, TINY, params, PROMPTS, NEW)
+    assert draw(seed=1) == draw(seed=1)
+    assert all(one != two for one, two in zip(draw(seed=1), draw(seed=2), strict=True))
+    assert draw(seed=1)[0] != generate(TINY, params, [PROMPTS[0]] * 3, NEW, seed=1)[1], "equal prompts differ by row"
+
+
+def test_a_row_does_not_depend_on_the_others(params):
+    together = generate(TINY, params, PROMPTS, NEW, seed=5)
+    assert generate(TINY, params, [PROMPTS[0], [8, 8, 8, 8], [1]], NEW, seed=5)[0] == together[0]
+    assert generate(TINY, params, PROMPTS[:1], NEW, seed=5) == together[:1]
+
+
+def test_on_a_mesh(params, greedy):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
+        assert generate(TINY, params, PROMPTS, NEW, temperature=0.0) == greedy
+
+
+@pytest.mark.parametrize(
+    ("prompts", "number", "settings", "message"),
+    [
+        ([], 1, {}, "a prompt is empty"),
+        ([[1], []], 1, {}, "a prompt is empty"),
+        ([[1], [1] * 41], 8, {}, "a prompt of 41 tokens and 8 new ones exceed the model's context of 48; ask for at most 7 "),
+        ([[1] * 50], 1, {}, "ask for at most 0 or shorten"),
+        ([[1]], 0, {}, "at least one new token"),
+        ([[1]], 1, {"temperature": -0.1}, "temperature >= 0"),
+        ([[1]], 1, {"top_k": -1}, "top-k >= 0"),
+        ([[1]], 1, {"top_p": 0.0}, "0 < top-p <= 1"),
+        ([[1]], 1, {"top_p": 1.1}, "0 < top-p <= 1"),
+    ],
+)
+def test_mistakes(params, prompts, number, settings, message):
+    with pytest.raises(UserError, match=message) as error:
+        generate(TINY, params, prompts, number, **settings)
+    assert "\n" not in str(error.value)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------------
+
+SCORES = np.log([0.3, 0.02, 0.25, 0.01, 0.2, 0.07, 0.15]).astype(np.float32)  # likeliest first: 0, 2, 4, 6, 5, 1, 3
+DRAWS = 20_000
+
+
+def chances(temperature, top_k, top_p):
+    """The definition: a softmax, the k likeliest of it, of these the fewest that reach mass p, and what remains scaled to 1."""
+    probabilities = np.exp(np.asarray(SCORES, np.float64) / temperature)
+    order = np.argsort(-probabilities)
+    probabilities[order[top_k:]] = 0
+    probabilities /= probabilities.sum()
+    reached = np.cumsum(probabilities[order])
+    probabilities[order[np.argmax(reached >= top_p) + 1 :]] = 0
+    return probabilities / probabilities.sum()
+
+
+sample_many = jax.jit(jax.vmap(sample, (None, 0, None, None, None)))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "allowed"),
+    [
+        (1.0, 7, 1.0, {0, 1, 2, 3, 4, 5, 6}),
+        (1.0, 3, 1.0, {0, 2, 4}),
+        (1.0, 7, 0.7, {0, 2, 4}),  # 0.3 + 0.25 falls short of 0.7, with 0.2 it is reached
+        (1.0, 7, 0.76, {0, 2, 4, 6}),
+        (1.0, 3, 0.7, {0, 2}),  # 0.55 of the 0.75 that top-k leaves is 0.73
+        (2.0, 7, 0.7, {0, 2, 4, 6}),  # a higher temperature flattens
+        (0.5, 7, 0.7, {0, 2, 4}),
+        (1.0, 1, 1.0, {0}),
+        (1.0, 7, 0.01, {0}),
+        (0.0, 7, 1.0, {0}),
+    ],
+)
+def test_sampling(temperature, top_k, top_p, allowed):
+    keys = jax.random.split(jax.random.key(0), DRAWS // 10)
+    settings = np.float32(temperature), np.int32(top_k), np.float32(top_p)
+    tokens = sample_many(np.broadcast_to(SCORES, (10, 7)), keys, *settings)
+    assert tokens.dtype == jnp.int32
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=7)
+    assert set(np.flatnonzero(counts)) == allowed
+    if temperature:
+        expected = chances(temperature, top_k, top_p)
+        assert set(np.flatnonzero(expected)) == allowed
+        assert (np.abs(counts - DRAWS * expected) <= 5 * np.sqrt(DRAWS * expected * (1 - expected))).all()
