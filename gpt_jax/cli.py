@@ -41,14 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"gpt-jax: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if show_traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         print(f"gpt-jax: {error.filename or 'a file could not be written'}: {error.strerror}", file=sys.stderr)
         return UserError.exit_code
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -69,7 +69,7 @@ def steps_of(duration: str, field: str, *, batch_size: int, context_length: int,
             f"'{duration}' is a share of the run, which makes no sense here; give steps, tokens or epochs",
         )
         assert total is not None
-        return int(number / 100 * total)
+        return int(number * total / 100)
     if unit == "epochs":
         return int(number * epoch / batch_size)
     if unit == "tokens":
@@ -461,13 +461,12 @@ def load(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, ImportError, NameError, TypeError) as error:
+        if not callable(getattr(module, "config", None)):
+            raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig")
+        value = module.config()
+    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    config = getattr(module, "config", None)
-    if not callable(config):
-        raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig")
-    value = config()
-    if not dataclasses.is_dataclass(value):
+    if not isinstance(value, PretrainConfig):
         raise UserError(f"{path}: config() returned a {type(value).__name__}, not a PretrainConfig")
     return value
 

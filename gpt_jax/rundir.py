@@ -71,13 +71,11 @@ class RunDir:
         Raises:
           UserError: `result` fields differ and `allow_changes` is off (the fields are named), or the folder is no run.
         """
-        file = self.path / "config.json"
-        if not file.exists():
-            if self.checkpoints.exists():
-                raise UserError(f"{self.path} has checkpoints but no config.json; name another --workdir")
-            return
         if not self._trained():
             return
+        file = self.path / "config.json"
+        if not file.exists():
+            raise UserError(f"{self.path} holds a run but no config.json; name another --workdir")
         stored = read_json(file)
         old = configs.flatten(configs.from_dict(type(config), stored["config"]))
         changed = [

@@ -145,7 +145,7 @@ class Checkpoints:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, step: int, response: ocp.AsyncResponse[None], metrics: dict[str, float]) -> None:
+    def _finish(self, step: int, response: Any, metrics: dict[str, float]) -> None:
         """Waits until Orbax has committed on all processes, then seals the checkpoint and makes room."""
         with self._explained(step):
             response.result()
