@@ -11,7 +11,14 @@ from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Pre
 def config() -> PretrainConfig:
     return PretrainConfig(
         model=ModelConfig(
-            vocab_size=2048, context_length=64, num_layers=2, embed_dim=64, num_heads=4, mlp_dim=256, loss_chunk=64
+            vocab_size=2048,
+            context_length=64,
+            num_layers=2,
+            embed_dim=64,
+            num_heads=4,
+            mlp_dim=256,
+            init_stddev=0.07,  # the paper's 0.02 at width 768, scaled with 1 / sqrt(width)
+            loss_chunk=64,
         ),
         data=DataConfig(
             source="builtin:docs",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -38,12 +40,45 @@ def start(config: DistributedConfig, log: Log) -> None:
         return
     who = f"process {arguments['process_id']} of {arguments['num_processes']}" if arguments else "this process"
     where = arguments.get("coordinator_address", "the coordinator that the cluster names")
+    failure = f"{who} could not join the others at {where} in {config.timeout_seconds} s"
+    # When its own time is up, JAX aborts the process with a stack trace, which nothing can catch: so ours is up before.
+    watch = threading.Timer(config.timeout_seconds, _leave, (failure,))
+    watch.daemon = True
+    watch.start()
     with waiting(f"{who} to join the others at {where}", log):
         try:
-            jax.distributed.initialize(**arguments, initialization_timeout=config.timeout_seconds)
+            jax.distributed.initialize(**arguments, initialization_timeout=config.timeout_seconds + 60)
         except (RuntimeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise TrainingError(f"{who} could not join the others at {where} in {config.timeout_seconds} s: {reason}") from error
+            raise TrainingError(f"{failure}: {str(error).splitlines()[0]}") from error
+        finally:
+            watch.cancel()
+
+
+def _leave(reason: str) -> None:
+    """Ends this process at once, wherever its main thread is."""
+    print(f"gpt-jax: {reason}", file=sys.stderr, flush=True)
+    os._exit(TrainingError.exit_code)
+
+
+@contextlib.contextmanager
+def losing_peers() -> Iterator[None]:
+    """Around the training: makes one error of what JAX raises when another process is gone.
+
+    Raises:
+      TrainingError: in a run of several processes, a computation failed, most likely because one of them did.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        # At exit JAX would wait for the lost process for a minute or more, and then abort. Registered last, this runs first.
+        atexit.register(os._exit, TrainingError.exit_code)
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"process {jax.process_index()} of {jax.process_count()} lost another one ({reason}); start all of them again to go "
+            "on from the newest checkpoint"
+        ) from error
 
 
 def _cluster(config: DistributedConfig) -> dict[str, Any] | None:

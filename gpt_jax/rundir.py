@@ -122,16 +122,16 @@ class RunDir:
         file = self.path / "metrics.jsonl"
         kept: list[str] = []
         moved: list[str] = []
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        before = file.read_text(encoding="utf-8")
+        for line in before.splitlines():
             record = _parse(line)
-            (kept if record is not None and record["step"] <= step else moved).append(
-                line if line.endswith("\n") else line + "\n"
-            )
+            (kept if record is not None and record["step"] <= step else moved).append(line + "\n")
         if moved:
             with open(self.path / "metrics.superseded.jsonl", "a", encoding="utf-8") as superseded:
                 superseded.writelines(moved)
                 superseded.flush()
                 os.fsync(superseded.fileno())
+        if "".join(kept) != before:  # differs by a missing line end, too
             self._metrics.close()
             write_atomic(file, "".join(kept))
             self._metrics = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115

@@ -32,7 +32,8 @@ def attention(
 
     Args:
       query, key, value: compute dtype.
-      stream: dropout mask streams of `masks.stream` for this layer; None switches dropout off.
+      stream: dropout mask streams of `masks.stream` for this layer; None switches dropout off. Decoding has none: with a stream
+        there must be as many queries as keys.
       rate: dropout rate on the probabilities, a Python number in [0, 1).
       segment_ids: a query sees only keys of its own segment (packed examples); needs as many queries as keys.
       query_offset: position of the first query, for all rows or for each; None: keys - queries.
@@ -60,6 +61,8 @@ def _plain(
 ) -> jax.Array:
     """The definition: probabilities as one [batch, heads, queries, keys] array."""
     queries, keys = query.shape[1], key.shape[1]
+    if stream is not None and queries != keys:
+        raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
     offset = jnp.asarray(keys - queries if query_offset is None else query_offset)
     allowed = offset[..., None, None] + jnp.arange(queries)[:, None] >= jnp.arange(keys)
     if segment_ids is not None:

@@ -107,9 +107,8 @@ def _generate(
     def extend(carry: tuple) -> tuple:
         number, cache, drawn, finished = carry
         previous = jax.lax.dynamic_slice_in_dim(drawn, number - 1, 1, axis=1)
-        # A finished row goes on with some token, which is not kept.
-        hidden, cache = transformer.apply_cached(config, params, jnp.maximum(previous, 0), cache, lengths + number - 1)
-        token = jnp.where(finished, stop, pick(hidden, number))
+        hidden, cache = transformer.apply_cached(config, params, previous, cache, lengths + number - 1)
+        token = pick(hidden, number)  # a row that has stopped goes on until all have; `generate` cuts it off
         return number + 1, cache, drawn.at[:, number].set(token), finished | (token == stop)
 
     drawn = jax.lax.while_loop(unfinished, extend, (jnp.int32(1), cache, drawn, first == stop))[2]
@@ -129,7 +128,8 @@ def sample(
     probabilities = jax.nn.softmax(jnp.where(jnp.arange(scores.shape[-1]) < top_k, descending, -jnp.inf), axis=-1)
     # A token is in the nucleus if those before it do not reach p yet; so the first always is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    allowed = ((before < top_p) & (probabilities > 0)).sum(axis=-1, keepdims=True)
+    within = (before < top_p) | (top_p == 1)  # sums of float32 may reach 1 before the last token
+    allowed = (within & (probabilities > 0)).sum(axis=-1, keepdims=True)
     lowest = jnp.take_along_axis(descending, allowed - 1, axis=-1)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores.shape[0]))  # a row's draw does not depend on the others
     drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled >= lowest, scaled, -jnp.inf))

@@ -89,7 +89,8 @@ def train(
                     pending = None
                 if evaluating:
                     scores = work.evaluate(step, state["params"])  # before the save, which is ranked by it
-                    run.record("eval", step, **scores)
+                    if scores:
+                        run.record("eval", step, **scores)
                     progress.scalars("eval", step, scores)
                 if saving:
                     checkpoints.save(step, state, scores if evaluating else {})
@@ -105,9 +106,7 @@ def train(
     return state, scores
 
 
-def _keep_last_good(
-    error: NonFinite, work: Work, state: State, saved: int, run: RunDir, checkpoints: Checkpoints
-) -> NoReturn:
+def _keep_last_good(error: NonFinite, work: Work, state: State, saved: int, run: RunDir, checkpoints: Checkpoints) -> NoReturn:
     """Saves the state before the update that went wrong, notes what its batch was, and ends the training."""
     step, values = error.step, error.values
     good = int(state["step"])

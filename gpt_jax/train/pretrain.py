@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
       TrainingError, Preempted: as `loop.train`.
     """
     distributed.start(config.distributed, say)
-    with contextlib.closing(RunDir(workdir, distributed.is_primary())) as run:
+    with distributed.losing_peers(), contextlib.closing(RunDir(workdir, distributed.is_primary())) as run:
         return _pretrain(config, run, allow_changes)
 
 

@@ -82,6 +82,7 @@ class Progress:
         now = time.monotonic()
         if self._mark is None:
             self.start(step)
+            self._shown = now
         elif now - self._shown >= self._interval or step == self._total:
             since, first = self._mark
             if step > first:

@@ -110,6 +110,18 @@ def test_seeds(params):
     assert draw(seed=1)[0] != generate(TINY, params, [PROMPTS[0]] * 3, NEW, seed=1)[1], "equal prompts differ by row"
 
 
+def test_each_token_is_drawn_anew(params):
+    """Where all scores are equal, a text shows its random numbers: no token of a row follows from another one's."""
+    even = params | {"embedding": jax.tree.map(jnp.zeros_like, params["embedding"])}
+    rows = np.array([generate(TINY, even, PROMPTS, NEW, seed=seed) for seed in range(40)])
+    assert rows.shape == (40, 3, NEW)
+    assert set(np.unique(rows)) == set(range(60)), "960 draws miss one of 60 entries once in 200,000 times"
+    flat = rows.reshape(120, NEW)
+    for first in range(NEW):
+        for second in range(first):
+            assert (flat[:, first] == flat[:, second]).sum() < 15, "two would be usual"
+
+
 def test_a_row_does_not_depend_on_the_others(params):
     together = generate(TINY, params, PROMPTS, NEW, seed=5)
     assert generate(TINY, params, [PROMPTS[0], [8, 8, 8, 8], [1]], NEW, seed=5)[0] == together[0]

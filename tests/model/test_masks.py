@@ -219,10 +219,7 @@ def test_no_structure_in_a_few_masks():
         "other half": pairs[:, :, 0] * pairs[:, :, 1],
         "next stream": mask[1:] * mask[:-1],
         "rectangle": mask[:, 1:, 1:] * mask[:, 1:, :-1] * mask[:, :-1, 1:] * mask[:, :-1, :-1],
-        "rectangle of halves": pairs[:, :, 0, :, 1:]
-        * pairs[:, :, 1, :, 1:]
-        * pairs[:, :, 0, :, :-1]
-        * pairs[:, :, 1, :, :-1],
+        "rectangle of halves": pairs[:, :, 0, :, 1:] * pairs[:, :, 1, :, 1:] * pairs[:, :, 0, :, :-1] * pairs[:, :, 1, :, :-1],
     }
     for name, product in products.items():
         assert abs(product.sum()) < 5 * product.size**0.5, name

@@ -1,0 +1,360 @@
+"""The command line: every mistake is one line on standard error with exit code 2, and nothing is lost by it."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from gpt_jax.cli import main
+from gpt_jax.errors import UserError
+from gpt_jax.train import checkpoint
+
+CONFIG = """
+from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
+
+
+def config():
+    return PretrainConfig(
+        model=ModelConfig(
+            vocab_size=257, context_length=16, num_layers=1, embed_dim=16, num_heads=4, mlp_dim=32, loss_chunk=16
+        ),
+        data=DataConfig(
+            source={source!r}, validation_share=0.1, pipeline="threads", tokenizer=TokenizerConfig(kind="bytes")
+        ),
+        optim=OptimConfig(warmup="2 steps"),
+        train=TrainConfig(
+            batch_size=8,
+            duration="8 steps",
+            eval_every="4 steps",
+            eval_windows=8,
+            save_every="4 steps",
+            sample_tokens=0,
+            tensorboard=False,
+        ),
+    )
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """The path of a config beside the text that it names, 20 KB in 40 documents."""
+    rng = random.Random(0)
+    lines = [json.dumps({"text": " ".join(rng.choices(["some", "words", "of", "a", "text"], k=120))}) for _ in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    path = tmp_path / "tiny.py"
+    path.write_text(CONFIG.format(source=str(tmp_path / "text.jsonl")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The config and the folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = config_file.__wrapped__(folder)
+    assert main(["pretrain", str(path), "--workdir", str(folder / "run")]) == 0
+    return path, folder / "run"
+
+
+@pytest.fixture
+def mistake(capsys):
+    """A function that runs a command, expects it to fail as a user's mistake does, and returns its one line."""
+
+    def run(*arguments, said_before=False):
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        lines = err.splitlines()
+        assert lines[-1].startswith("gpt-jax: "), err
+        assert said_before or len(lines) == 1, err
+        assert "Traceback" not in err
+        return lines[-1].removeprefix("gpt-jax: ")
+
+    return run
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", "the following arguments are required: VERB (see gpt-jax --help)"),
+        ("pretrian smoke", "invalid choice: 'pretrian'"),
+        ("pretrain", "say which config: gpt-jax pretrain CONFIG, with CONFIG one of "),
+        ("pretrain smoke", "--workdir: say which folder shall hold the run"),
+        ("pretrain smoek --workdir RUN", "no config is named 'smoek'; did you mean smoke?"),
+        ("pretrain nowhere.py --workdir RUN", "nowhere.py: no such config file"),
+        ("prepare smoke", "--data.store: say where the token store shall lie"),
+        ("pretrain smoke --workdir RUN --optim.peak-lrr 1", "--optim.peak-lrr: no such field; did you mean optim.peak-lr"),
+        ("pretrain smoke --workdir RUN --optim 1", "--optim: no such field; it is a section: give one of its fields"),
+        ("pretrain smoke --workdir RUN --train.batch-size many", "--train.batch-size: 'many' is not a whole number"),
+        ("pretrain smoke --workdir RUN --train.seed 1.5", "--train.seed: '1.5' is not a whole number"),
+        ("pretrain smoke --workdir RUN --optim.peak-lr fast", "--optim.peak-lr: 'fast' is not a number"),
+        ("pretrain smoke --workdir RUN --optim.peak-lr", "--optim.peak-lr: needs a value"),
+        ("pretrain smoke --workdir RUN --optim.kind sgd", "--optim.kind: 'sgd' is not one of adam_gpt1, adamw"),
+        ("pretrain smoke --workdir RUN --train.duration soon", "--train.duration: 'soon' is no duration; write for example"),
+        ("pretrain smoke --workdir RUN --model.num-heads 3", "--model.num-heads: 3 does not divide model.embed-dim 64"),
+        ("pretrain smoke --workdir RUN --train.micro-batches 3", "--train.micro-batches: 3 does not divide train.batch-size 16"),
+        ("pretrain smoke extra --workdir RUN", "'extra' stands before any --field"),
+        ("checkpoint list nowhere", "nowhere: no such folder; give a run's folder"),
+        ("checkpoint list . --optim.peak-lr 1", "'--optim.peak-lr' is not an argument of gpt-jax checkpoint"),
+        ("generate nowhere --prompt Hello", "nowhere: no such folder"),
+        ("generate nowhere", "the following arguments are required: --prompt (see gpt-jax generate --help)"),
+    ],
+)
+def test_a_mistaken_command_is_one_line(mistake, tmp_path, monkeypatch, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert expected in mistake(*arguments.split())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_traceback_shows_where_an_error_arose(config_file):
+    with pytest.raises(UserError, match="--workdir"):
+        main(["pretrain", str(config_file), "--traceback"])
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("def config(:\n", "SyntaxError: "),
+        ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("x = 1\n", "a config file defines config()"),
+        ("def config():\n    return 3\n", "config() returned a int, not a PretrainConfig"),
+        ("def config():\n    return PretrainConfig()\n", "NameError: name 'PretrainConfig' is not defined"),
+        ("from gpt_jax.config import *\ndef config():\n    return PretrainConfig(modle=1)\n", "TypeError: "),
+        ("from gpt_jax.config import *\ndef config():\n    return OptimConfig()\n", "config() returned a OptimConfig"),
+    ],
+)
+def test_a_mistaken_config_file_is_one_line(mistake, tmp_path, content, expected):
+    path = tmp_path / "mine.py"
+    path.write_text(content)
+    message = mistake("pretrain", path, "--workdir", tmp_path / "run")
+    assert message.startswith(f"{path}")
+    assert expected in message
+
+
+# -- devices, text, stores --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--mesh.data 3", "--mesh: data=3 asks for 3 devices and there are 8"),
+        ("--mesh.fsdp 3", "--mesh: data=-1 x fsdp=3: 3 does not divide the 8 devices"),
+        ("--mesh.data -1 --mesh.fsdp -1", "--mesh: only one axis can be -1"),
+        ("--train.batch-size 12", "--train.batch-size: 12 does not divide over slice x data x fsdp = 8; 8 or 16 would"),
+        ("--mesh.tensor 8", "--mesh.tensor: 8 does not divide model.num-heads 4"),
+        ("--mesh.tensor -1 --mesh.data 1", "--mesh.tensor: 8 does not divide model.num-heads 4; 1, 2, 4 would"),
+        ("--mesh.data 2 --mesh.tensor 4 --model.mlp-dim 6", "--mesh.tensor: 4 does not divide model.mlp-dim 6; 1, 2, 3 would"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_one_line(mistake, config_file, tmp_path, options, expected):
+    assert expected in mistake("pretrain", config_file, "--workdir", tmp_path / "run", *options.split())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.txt", None, "--data.source: '{path}' does not exist"),
+        ("empty.txt", b"", "{path}: the file is empty"),
+        ("binary.txt", b"some\0bytes", "{path}: a binary file (it has NUL bytes), not text"),
+        ("latin1.txt", b"good\nbad \xe9\n", "{path}:2: byte 0xe9 is not UTF-8; convert the file to UTF-8"),
+        ("rows.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "{path}:2: no field 'text' (--data.text-field); did you mean txt?"),
+        ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "{path}:2: not a JSON object on one line"),
+        ("short.jsonl", b'{"text": "a b"}\n{"text": "c d"}\n', "--model.context-length: the training text has 4 tokens"),
+        ("one.txt", b"a single document", "distinct documents: 1; at least 2 are needed"),
+    ],
+)
+def test_text_that_cannot_be_used_is_one_line(mistake, config_file, tmp_path, name, content, expected):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.source", path, said_before=True)
+    assert expected.format(path=path) in message
+
+
+def test_a_correct_source_after_a_mistaken_one_just_works(mistake, config_file, tmp_path):
+    mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.source", tmp_path / "missing.txt", said_before=True)
+    mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--optim.warmup", "9 steps", said_before=True)
+    assert main(["prepare", str(config_file), "--workdir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "store" / "index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("--train.duration", "0.001 epochs", "'0.001 epochs' is less than one update of 8 windows"),
+        ("--optim.warmup", "8 steps", "8 steps of warm-up leave nothing of a run of 8 steps"),
+    ],
+)
+def test_durations_that_leave_nothing_to_do_are_one_line(mistake, finished, tmp_path, field, value, expected):
+    config_file, run = finished
+    store = run / "store"
+    assert mistake("pretrain", config_file, "--workdir", tmp_path, "--data.store", store, field, value) == f"{field}: {expected}"
+
+
+def test_a_store_of_another_tokenizer_is_one_line(mistake, finished, tmp_path):
+    config_file, run = finished
+    other = ("--data.tokenizer.kind", "sentencepiece", "--model.vocab-size", "300", "--data.source=")
+    message = mistake("pretrain", config_file, "--workdir", tmp_path, "--data.store", run / "store", *other)
+    assert message.startswith(f"{run / 'store'}: made with ")
+    assert "data.tokenizer.kind 'bytes', not 'sentencepiece'" in message
+    assert "model.vocab-size 257, not 300" in message
+
+
+def test_a_damaged_shard_is_named(mistake, finished, tmp_path):
+    config_file, run = finished
+    store = shutil.copytree(run / "store", tmp_path / "store")
+    shard = store / "train-00000.bin"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.store", store)
+    assert message == f"{shard}: altered since it was written (SHA-256); restore it or prepare the store anew"
+    shard.write_bytes(content[:-2])
+    message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.store", store)
+    assert message.startswith(f"{shard}: {len(content) - 2} bytes, must be {len(content)};")
+
+
+# -- a run's folder ---------------------------------------------------------------------------------------------------------
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_workdir_of_another_config_is_refused(mistake, finished):
+    config_file, run = finished
+    before = contents(run)
+    message = mistake("pretrain", config_file, "--workdir", run, "--optim.peak-lr", "1e-3", "--mesh.data", "8")
+    assert message == (
+        f"{run} holds a run of another config; it differs in --optim.peak-lr 0.001 (was 0.00025). "
+        "Name another --workdir, or say --allow-changes if it is meant"
+    )
+    assert contents(run) == before
+
+
+def test_a_run_without_a_sound_checkpoint_is_refused(mistake, finished, tmp_path):
+    config_file, run = finished
+    run = shutil.copytree(run, tmp_path / "run")
+    for step in ("4", "8"):
+        largest = max((run / "checkpoints" / step).rglob("*"), key=lambda path: path.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:-1])
+    before = contents(run / "checkpoints")
+    message = mistake("pretrain", config_file, "--workdir", run)
+    assert "no sound checkpoint: 8 is damaged (file " in message
+    assert "4 is damaged (file " in message
+    assert contents(run / "checkpoints") == before
+    records = (run / "metrics.jsonl").read_text().splitlines()
+    assert sum(json.loads(line)["kind"] == "train" for line in records) == 8
+
+
+def test_verify_names_a_damaged_checkpoint(finished, tmp_path, capsys):
+    run = shutil.copytree(finished[1], tmp_path / "run")
+    assert main(["checkpoint", "verify", str(run)]) == 0
+    config = run / "checkpoints" / "4" / "config.json"
+    config.write_text(config.read_text().replace("257", "258"))
+    assert main(["checkpoint", "list", str(run)]) == 0  # sizes only
+    capsys.readouterr()
+    assert main(["checkpoint", "verify", str(run)]) == 2
+    four, eight = capsys.readouterr().out.splitlines()
+    assert "damaged" in four
+    assert "config.json: checksum differs" in four
+    assert "sound" in eight
+    assert "loss " in eight
+
+
+def test_nan_in_the_parameters_ends_with_1_and_the_evidence(finished, tmp_path, capsys):
+    """A rate far too high: the parameters overflow within a few updates."""
+    config_file, run = finished
+    options = ["--data.store", str(run / "store"), "--optim.peak-lr", "1e38", "--optim.kind", "adamw"]
+    assert main(["pretrain", str(config_file), "--workdir", str(tmp_path), *options]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("gpt-jax: update ")
+    assert "is not finite" in last
+    records = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    (event,) = [record for record in records if record.get("event") == "non-finite"]
+    assert len(event["windows"]) == len(event["epochs"]) == 8
+    assert main(["checkpoint", "verify", str(tmp_path)]) == 0
+
+
+# -- processes of their own -------------------------------------------------------------------------------------------------
+
+
+def python(code, *arguments, **environment):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | environment)
+
+
+def test_help_needs_neither_jax_nor_tensorflow():
+    code = """
+import sys
+from gpt_jax.cli import main
+try:
+    main(["--help"])
+except SystemExit as end:
+    assert end.code == 0
+print(sorted({"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "sentencepiece"} & set(sys.modules)))
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    assert "pretrain" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+    module = subprocess.run([sys.executable, "-m", "gpt_jax", "--help"], capture_output=True, text=True, timeout=60)
+    assert module.stdout == done.stdout.removesuffix("[]\n")
+
+
+def test_training_needs_no_tensorflow(finished, tmp_path):
+    config_file, run = finished
+    code = """
+import sys
+sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # as if they were not installed
+from gpt_jax.cli import main
+assert main([*sys.argv[1:], "--data.pipeline", "tf"]) == 2
+sys.exit(main([*sys.argv[1:], "--data.pipeline", "auto"]))
+"""
+    done = python(code, "pretrain", config_file, "--workdir", tmp_path, "--data.store", run / "store")
+    assert done.returncode == 0, done.stderr
+    assert "gpt-jax: --data.pipeline: tf needs tensorflow, which is not installed" in done.stderr
+    losses = [json.loads((folder / "result.json").read_text())["loss"] for folder in (run, tmp_path)]
+    assert losses[0] == losses[1]
+
+
+def test_a_full_disk_ends_with_a_line_and_a_sound_checkpoint(finished, tmp_path, capsys):
+    """On a file system of 3 MB that only this one process sees."""
+    config_file, run = finished
+    script = """
+mount -t tmpfs -o size=3m none "$1/disk" && cd "$1" && shift || exit 99
+"$@"
+code=$?
+cp -r disk/run run
+exit $code
+"""
+    (tmp_path / "disk").mkdir()
+    longer = ["--train.duration", "200 steps", "--train.save-every", "1 steps", "--train.keep-latest", "1000"]
+    arguments = ["pretrain", str(config_file), "--data.store", str(run / "store"), *longer]
+    command = [sys.executable, "-m", "gpt_jax", *arguments, "--workdir", "disk/run"]
+    isolated = ["unshare", "--map-root-user", "--mount", "bash", "-c", script, "bash", str(tmp_path), *command]
+    try:
+        done = subprocess.run(isolated, capture_output=True, text=True, timeout=200)
+    except FileNotFoundError:
+        pytest.skip("this system has no unshare")
+    if done.returncode == 99 or "unshare:" in done.stderr:
+        pytest.skip(f"no file system of its own here: {done.stderr}")
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("gpt-jax: ")
+    assert "no space left on" in last.lower()
+    assert "Traceback" not in done.stderr
+
+    sound = [info.step for info in checkpoint.inspect(tmp_path / "run") if info.state == "sound"]
+    assert len(sound) > 5
+    assert main([*arguments, "--workdir", str(tmp_path / "run"), "--train.save-every", "100 steps"]) == 0
+    assert f"resuming at step {sound[-1]}" in capsys.readouterr().err
+    assert (tmp_path / "run" / "result.json").exists()

@@ -1,0 +1,149 @@
+"""Several processes: who they are, waiting with a word, stopping on request. (tests/train/test_processes.py starts some.)"""
+
+import os
+import signal
+import threading
+import time
+
+import jax
+import pytest
+
+from gpt_jax import distributed
+from gpt_jax.config import DistributedConfig
+from gpt_jax.distributed import StopRequest
+from gpt_jax.errors import TrainingError, UserError
+
+NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments of the calls to jax.distributed.initialize, which does nothing; no cluster's variables are set."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+    for name in (*NAMES, "SLURM_STEP_NUM_TASKS", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    return calls
+
+
+def silent(line):
+    raise AssertionError(f"nothing should have been said, but: {line}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, ("h:1", 4, 3)),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "0"}, ("h:1", 4, 0)),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, ()),  # found by JAX itself
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, ()),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),  # alone: nothing to join
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+        ({}, None),
+    ],
+)
+def test_a_process_finds_its_place(joined, monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    distributed.start(DistributedConfig(timeout_seconds=7), silent)
+    if expected is None:
+        assert joined == []
+        return
+    (arguments,) = joined
+    assert arguments.pop("initialization_timeout") > 7
+    assert tuple(arguments.get(name) for name in ("coordinator_address", "num_processes", "process_id") if arguments) == expected
+
+
+def test_the_config_goes_before_the_environment(joined, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "other:1")
+    distributed.start(DistributedConfig(coordinator="here:99", num_processes=2, process_id=1), silent)
+    assert joined == [
+        {"coordinator_address": "here:99", "num_processes": 2, "process_id": 1, "initialization_timeout": 360},
+    ]
+
+
+@pytest.mark.parametrize("variables", [{}, {"JAX_NUM_PROCESSES": "2"}, {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "first"}])
+def test_a_coordinator_without_numbers_is_refused(joined, monkeypatch, variables):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set to whole numbers"):
+        distributed.start(DistributedConfig(), silent)
+    assert joined == []
+
+
+def test_others_that_do_not_come_are_one_line(monkeypatch):
+    def initialize(**_):
+        raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out\nmore\nlines")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    config = DistributedConfig(coordinator="here:99", num_processes=2, process_id=1, timeout_seconds=5)
+    with pytest.raises(TrainingError) as caught:
+        distributed.start(config, silent)
+    assert str(caught.value) == (
+        "process 1 of 2 could not join the others at here:99 in 5 s: DEADLINE_EXCEEDED: barrier timed out"
+    )
+
+
+def test_a_single_process_waits_for_nobody():
+    distributed.barrier("anything", silent)
+    assert distributed.agree(17) == 17
+    assert distributed.is_primary()
+
+
+def test_a_long_wait_says_what_it_waits_for():
+    said = []
+    with distributed.waiting("the others", said.append, every=0.05):
+        limit = time.monotonic() + 20
+        while len(said) < 2 and time.monotonic() < limit:
+            time.sleep(0.01)
+    count = len(said)
+    assert count >= 2
+    assert said[0] == "still waiting for the others (0 s)"
+    time.sleep(0.2)
+    assert len(said) == count
+
+
+def test_a_short_wait_says_nothing():
+    with distributed.waiting("the others", silent):
+        pass
+    assert not any(thread.daemon and "remind" in thread.name for thread in threading.enumerate())
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_a_request_to_stop_after_the_update(number):
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with StopRequest() as stop:
+        assert not stop.at(1)
+        os.kill(os.getpid(), number)
+        assert stop.at(2)
+        assert stop.at(3)
+    assert {number: signal.getsignal(number) for number in before} == before
+    with StopRequest() as stop:
+        assert not stop.at(1)
+
+
+def test_a_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.at(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def body():
+        with StopRequest() as stop:
+            seen.append((stop.at(1), signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]

@@ -1,0 +1,153 @@
+"""Two processes of four devices each train as one process of eight does, stop together, and go on together."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gpt_jax.train import checkpoint
+from gpt_jax.train.pretrain import pretrain
+
+MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+
+
+class Pair:
+    """The command in two processes that join over this machine's loopback."""
+
+    def __init__(self, config_file, run, *options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.run = run
+        self.logs = [run.with_name(f"{run.name}.log{number}") for number in (0, 1)]
+        self.processes = []
+        for number, log in enumerate(self.logs):
+            command = [sys.executable, "-m", "gpt_jax", "pretrain", str(config_file), "--workdir", str(run), *options]
+            command += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.num-processes", "2"]
+            command += ["--distributed.process-id", str(number)]
+            with open(log, "wb") as file:
+                environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+                self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def said(self):
+        return "\n".join(log.read_text(errors="replace") for log in self.logs)
+
+    def wait_for_records(self, count, seconds=240):
+        """Waits until metrics.jsonl has so many lines."""
+        file, limit = self.run / "metrics.jsonl", time.monotonic() + seconds
+        while not file.exists() or file.read_bytes().count(b"\n") < count:
+            assert time.monotonic() < limit, self.said()
+            assert [process.poll() for process in self.processes] == [None, None], self.said()
+            time.sleep(0.01)
+
+    def finish(self, code=0, seconds=240):
+        """Waits for both to end with this exit code."""
+        limit = time.monotonic() + seconds
+        try:
+            codes = [process.wait(max(limit - time.monotonic(), 0.1)) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not finished after {seconds} s:\n{self.said()}")
+        assert codes == [code, code], self.said()
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    return [(record["kind"], record["step"], record["loss"]) for record in records(run) if record["kind"] in ("train", "eval")]
+
+
+def assert_same_losses(run, expected):
+    for got, wanted in zip(losses(run), losses(expected), strict=True):
+        assert got[:2] == wanted[:2]
+        np.testing.assert_allclose(got[2], wanted[2], rtol=3e-6)
+
+
+@pytest.fixture(scope="module")
+def single(tiny, tmp_path_factory):
+    """The run of one process with eight devices."""
+    run = tmp_path_factory.mktemp("processes") / "single"
+    pretrain(tiny(*MESH), run)
+    return run
+
+
+def test_two_processes_train_as_one(single, config_file, tmp_path):
+    run = tmp_path / "run"
+    with Pair(config_file, run, *MESH) as pair:
+        pair.finish()
+    assert_same_losses(run, single)
+    assert pair.logs[1].read_text(errors="replace").count("step ") == 0, pair.said()  # one of them talks
+    assert [info.step for info in checkpoint.inspect(run)] == [10, 15, 20]
+    assert json.loads((run / "result.json").read_text())["step"] == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_process_stops_both_at_one_step_and_both_go_on(config_file, tiny, tmp_path, told):
+    options = (*MESH, "--train.duration", "2000 steps", "--train.save-every", "1000 steps", "--train.eval-every", "500 steps")
+    run = tmp_path / "run"
+    with Pair(config_file, run, *options) as pair:
+        pair.wait_for_records(20)
+        pair.processes[told].send_signal(signal.SIGTERM)
+        pair.finish(42)
+    (stopped,) = [info.step for info in checkpoint.inspect(run) if info.state == "sound"][-1:]
+    assert 20 <= stopped < 2000
+    assert losses(run)[-1][1] == stopped
+    assert f"saved at step {stopped} of 2000" in pair.said()
+    shorter = (*MESH, "--train.duration", f"{stopped + 5} steps", "--allow-changes")
+    with Pair(config_file, run, *shorter) as pair:
+        pair.finish()
+    assert f"resuming at step {stopped}" in pair.said()
+    assert [step for kind, step, _ in losses(run) if kind == "train"] == list(range(1, stopped + 6))
+
+
+@pytest.mark.slow
+def test_two_processes_killed_and_started_again_equal_themselves(config_file, tmp_path):
+    options = (*MESH, "--train.duration", "60 steps", "--train.save-every", "5 steps")
+    with Pair(config_file, tmp_path / "whole", *options) as pair:
+        pair.finish()
+    run = tmp_path / "run"
+    with Pair(config_file, run, *options) as pair:
+        pair.wait_for_records(20)
+    assert not (run / "result.json").exists()
+    with Pair(config_file, run, *options) as pair:
+        pair.finish()
+    assert "resuming at step " in pair.said()
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_lost_the_other_ends_with_1_soon(config_file, tmp_path, lost):
+    with Pair(config_file, tmp_path / "run", *MESH, "--train.duration", "100000 steps") as pair:
+        pair.wait_for_records(20)
+        pair.processes[lost].kill()
+        begun = time.monotonic()
+        assert pair.processes[1 - lost].wait(120) == 1, pair.said()
+        assert time.monotonic() < begun + 60
+    (line,) = [line for line in pair.said().splitlines() if line.startswith("gpt-jax: ")]
+    assert f"process {1 - lost} of 2 lost another one" in line
+
+
+@pytest.mark.slow
+def test_a_process_that_nobody_joins_ends_with_1(config_file, tmp_path):
+    with Pair(config_file, tmp_path / "run", "--distributed.timeout-seconds", "4") as pair:
+        pair.processes[0].kill()
+        assert pair.processes[1].wait(120) == 1, pair.said()
+    assert "process 1 of 2 could not join the others at 127.0.0.1:" in pair.said()
+    assert "Traceback" not in pair.said()

@@ -1,0 +1,177 @@
+"""Killed at any instant and started again, a run equals the uninterrupted one bit for bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from gpt_jax.cli import main
+from gpt_jax.train.progress import Progress
+
+# Many saves, so that many kills fall into one.
+OPTIONS = ("--train.duration", "60 steps", "--train.save-every", "3 steps", "--train.eval-every", "4 steps")
+COMPARED = {"train": ("loss", "grad_norm", "learning_rate"), "eval": ("loss", "perplexity", "bits_per_byte")}
+
+
+def trajectory(run):
+    """Step, kind and numbers of the records, the numbers as their text: equal text is equal bits."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in (json.loads(line, parse_float=str) for line in lines) if record["kind"] in COMPARED]
+    return [(record["step"], record["kind"], *(record[name] for name in COMPARED[record["kind"]])) for record in records]
+
+
+def train(config_file, run, *options):
+    """Runs the command in this process; returns its exit code."""
+    return main(["pretrain", str(config_file), "--workdir", str(run), *OPTIONS, *options])
+
+
+def start(config_file, run, *options):
+    """Starts the command in a process of its own; what it says goes to a file beside the run."""
+    command = [sys.executable, "-m", "gpt_jax", "pretrain", str(config_file), "--workdir", str(run), *OPTIONS, *options]
+    with open(f"{run}.log", "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log)
+
+
+def log_of(run):
+    with open(f"{run}.log") as file:
+        return file.read()
+
+
+def kill_when(condition, process, run, seconds=240):
+    """Kills the process once the condition holds; says whether it still ran."""
+    limit = time.monotonic() + seconds
+    try:
+        while process.poll() is None and not condition():
+            assert time.monotonic() < limit, log_of(run)
+            time.sleep(0.0005)
+    finally:
+        process.kill()
+    assert process.wait() in (0, -signal.SIGKILL), log_of(run)
+    return process.returncode != 0
+
+
+def records_in(run):
+    """Lines in metrics.jsonl so far."""
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
+def steps_saved(run):
+    """Steps of the folders of checkpoints, and whether each is sealed."""
+    return {int(path.name.split(".")[0]): (path / "manifest.json").exists() for path in (run / "checkpoints").glob("[0-9]*")}
+
+
+def newest(run):
+    return max((step for step, sealed in steps_saved(run).items() if sealed), default=0)
+
+
+def saving(run, beyond):
+    """Whether a checkpoint beyond that step is being written: still in Orbax's hands, or not yet sealed."""
+    return any(step > beyond and not sealed for step, sealed in steps_saved(run).items())
+
+
+@pytest.fixture(scope="module")
+def whole(config_file, tmp_path_factory):
+    """The uninterrupted run."""
+    run = tmp_path_factory.mktemp("resume") / "whole"
+    assert train(config_file, run) == 0
+    kinds = [kind for _, kind, *_ in trajectory(run)]
+    assert (kinds.count("train"), kinds.count("eval")) == (60, 15)
+    return run
+
+
+def test_sigterm_ends_with_42_and_the_same_command_goes_on(whole, config_file, tmp_path, monkeypatch, capsys):
+    show = Progress.update
+
+    def update(self, step, metrics):
+        show(self, step, metrics)
+        if step == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", update)
+        assert train(config_file, run) == 42
+    assert capsys.readouterr().err.endswith(
+        "gpt-jax: told to stop: saved at step 17 of 60; the same command goes on from there\n"
+    )
+    assert trajectory(run)[-1][0] == 17
+    assert train(config_file, run) == 0
+    assert "resuming at step 17" in capsys.readouterr().err
+    assert trajectory(run) == trajectory(whole)
+    assert not (run / "metrics.superseded.jsonl").exists()
+
+
+def test_a_kill_inside_a_save_changes_nothing(whole, config_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert kill_when(lambda: saving(run, 20), start(config_file, run), run), "it finished before it could be killed"
+    reached = trajectory(run)[-1][0]
+    assert reached < 60
+    assert train(config_file, run) == 0
+    step = int(capsys.readouterr().err.split("resuming at step ")[1].split(";")[0])
+    assert step % 3 == 0
+    assert 15 < step <= reached
+    assert trajectory(run) == trajectory(whole)
+    superseded = run / "metrics.superseded.jsonl"
+    moved = [json.loads(line)["step"] for line in superseded.read_text().splitlines()] if superseded.exists() else []
+    assert set(moved) >= set(range(step + 1, reached + 1))
+    assert not list((run / "checkpoints").glob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_kills_at_random_instants_change_nothing(whole, config_file, tmp_path):
+    """Kills from the first second on, before and after records, inside saves and between Orbax's commit and the seal."""
+    rng = random.Random(0)
+    run = tmp_path / "run"
+    for kills in range(100):
+        begun, records, reached = time.monotonic(), records_in(run), newest(run)
+        wait, more, steps = rng.uniform(0, 8), rng.randint(4, 20), 3 * rng.randint(1, 5)
+        moments = [
+            lambda: records_in(run) >= records + more,  # noqa: B023
+            lambda: saving(run, reached + steps),  # noqa: B023
+            lambda: newest(run) >= reached + steps and saving(run, reached),  # noqa: B023
+            lambda: time.monotonic() > begun + wait,  # noqa: B023
+        ]
+        if not kill_when(moments[kills % 4], start(config_file, run), run):
+            break
+    assert kills >= 8
+    assert trajectory(run) == trajectory(whole), log_of(run)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, config_file, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    largest = max((run / "checkpoints" / "60").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    assert train(config_file, run) == 0
+    said = capsys.readouterr().err
+    assert "checkpoint 60 is damaged (file " in said
+    assert "using 57" in said
+    assert "resuming at step 57" in said
+    assert trajectory(run) == trajectory(whole)
+
+
+def test_another_mesh_sees_the_same_batches_and_masks(whole, config_file, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "60")
+    shutil.rmtree(run / "checkpoints" / "57")
+    assert (
+        train(config_file, run, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--train.micro-batches", "2") == 0
+    )
+    assert "resuming at step 54" in capsys.readouterr().err
+    for expected, got in zip(trajectory(whole), trajectory(run), strict=True):
+        assert got[:2] == expected[:2]
+        np.testing.assert_allclose(float(got[2]), float(expected[2]), rtol=3e-6)
+        if got[1] == "train":
+            np.testing.assert_allclose(float(got[3]), float(expected[3]), rtol=1e-4)
+            assert got[4] == expected[4]
