@@ -1,9 +1,10 @@
-"""A sibling of GPT-1 with 1.5 billion parameters, for work on scale: 48 layers of width 1600, contexts of 1,024 tokens.
+"""A sibling of GPT-1 with 1,479,539,712 parameters, for work on scale: 36 layers of width 1792, contexts of 1,024 tokens.
 
     gpt-jax pretrain gpt1_1b5 --data.store STORE --mesh.fsdp 16 --mesh.data -1 --workdir RUN
 
-The proportions are those of the largest GPT-2; everything else is GPT-1's: normalisation after the sums, learned positions, the
-optimiser. The tokenizer is a SentencePiece one with 50,000 pieces. Mesh sizes must divide 25 heads if `tensor` is used.
+Heads keep GPT-1's width of 64 and the feed-forward network its factor of four; everything else is GPT-1's too: normalisation after
+the sums, learned positions, the optimiser. The sizes divide over 2 or 4 devices of `tensor`. The tokenizer is a SentencePiece
+one with 50,000 pieces.
 
 Time and result: not measured.
 """
@@ -16,10 +17,10 @@ def config() -> PretrainConfig:
         model=ModelConfig(
             vocab_size=50_000,
             context_length=1024,
-            num_layers=48,
-            embed_dim=1600,
-            num_heads=25,
-            mlp_dim=6400,
+            num_layers=36,
+            embed_dim=1792,
+            num_heads=28,
+            mlp_dim=7168,
             remat="dots",
         ),
         data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import importlib.util
 import os
@@ -62,23 +61,20 @@ def _leave(reason: str) -> None:
 
 @contextlib.contextmanager
 def losing_peers() -> Iterator[None]:
-    """Around the training: makes one error of what JAX raises when another process is gone.
-
-    Raises:
-      TrainingError: in a run of several processes, a computation failed, most likely because one of them did.
+    """Around the training of several processes: ends this one with exit code 1 when a computation fails, as it does when
+    another process is gone. At once, because whatever comes later (a pending save, JAX's farewell) would wait for that process
+    for a minute or more, until JAX aborts.
     """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        # At exit JAX would wait for the lost process for a minute or more, and then abort. Registered last, this runs first.
-        atexit.register(os._exit, TrainingError.exit_code)
         reason = " ".join(str(error).split())[:200]
-        raise TrainingError(
+        _leave(
             f"process {jax.process_index()} of {jax.process_count()} lost another one ({reason}); start all of them again to go "
             "on from the newest checkpoint"
-        ) from error
+        )
 
 
 def _cluster(config: DistributedConfig) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
       TrainingError, Preempted: as `loop.train`.
     """
     distributed.start(config.distributed, say)
-    with distributed.losing_peers(), contextlib.closing(RunDir(workdir, distributed.is_primary())) as run:
+    with contextlib.closing(RunDir(workdir, distributed.is_primary())) as run:
         return _pretrain(config, run, allow_changes)
 
 
@@ -91,7 +91,7 @@ def _pretrain(config: PretrainConfig, run: RunDir, allow_changes: bool) -> dict[
         tokenizer=store.folder / "tokenizer",
     )
     try:
-        with saver:
+        with saver, distributed.losing_peers():
             state, scores = train(config, work, mesh, state, run, saver, progress)
     finally:
         progress.close()

@@ -132,16 +132,16 @@ def test_two_processes_killed_and_started_again_equal_themselves(config_file, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_process_that_lost_the_other_ends_with_1_soon(config_file, tmp_path, lost):
-    with Pair(config_file, tmp_path / "run", *MESH, "--train.duration", "100000 steps") as pair:
-        pair.wait_for_records(20)
-        pair.processes[lost].kill()
+def test_a_process_that_lost_the_other_ends_with_1_soon(config_file, tmp_path):
+    """Even while a save is under way that needs both. (Where no computation fails but one hangs, JAX aborts after 100 s.)"""
+    with Pair(config_file, tmp_path / "run", "--train.duration", "100000 steps") as pair:
+        pair.wait_for_records(22)
+        pair.processes[1].kill()
         begun = time.monotonic()
-        assert pair.processes[1 - lost].wait(120) == 1, pair.said()
-        assert time.monotonic() < begun + 60
+        assert pair.processes[0].wait(120) == 1, pair.said()
+        assert time.monotonic() < begun + 30
     (line,) = [line for line in pair.said().splitlines() if line.startswith("gpt-jax: ")]
-    assert f"process {1 - lost} of 2 lost another one" in line
+    assert "process 0 of 2 lost another one" in line
 
 
 @pytest.mark.slow
