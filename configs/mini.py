@@ -13,20 +13,20 @@ def config() -> PretrainConfig:
         model=ModelConfig(
             vocab_size=16_384,
             context_length=256,
-            num_layers=7,
-            embed_dim=256,
-            num_heads=8,
-            mlp_dim=1024,
+            num_layers=4,
+            embed_dim=320,
+            num_heads=5,
+            mlp_dim=1280,
             # The paper's 0.02 at width 768, scaled with 1 / sqrt(width): post-norm models that are narrow and start smaller than
             # this stay for a long time where they only know how frequent each token is.
-            init_stddev=0.04,
+            init_stddev=0.05,
             # Less than an epoch of text: nothing can be learnt by heart, so nothing is gained by dropping out.
             embed_dropout=0.0,
             attention_dropout=0.0,
             residual_dropout=0.0,
         ),
         data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")),
-        optim=OptimConfig(peak_lr=1e-3, warmup="5%", b2=0.98, clip_norm=1.0),
+        optim=OptimConfig(peak_lr=1e-3, warmup="6%", b2=0.98, clip_norm=1.0),
         train=TrainConfig(
             batch_size=8,
             duration="3e6 tokens",
