@@ -3,8 +3,8 @@
     gpt-jax pretrain gpt1_1b5 --data.store STORE --mesh.fsdp 16 --mesh.data -1 --workdir RUN
 
 Heads keep GPT-1's width of 64 and the feed-forward network its factor of four; everything else is GPT-1's too: normalisation
-after the sums, learned positions, the optimiser. The sizes divide over 2 or 4 devices of `tensor`. The tokenizer is a SentencePiece
-one with 50,000 pieces.
+after the sums, learned positions, the optimiser. The sizes divide over 2 or 4 devices of `tensor`. The tokenizer is a
+SentencePiece one with 50,000 pieces.
 
 Time and result: not measured.
 """
