@@ -5,7 +5,7 @@
 Time: under a minute on two CPU cores, from an empty folder. Expect: the loss falls from about 7.6 to about 5.5.
 """
 
-from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
 
 
 def config() -> PretrainConfig:
@@ -35,5 +35,4 @@ def config() -> PretrainConfig:
             save_every="10 steps",
             sample_tokens=20,
         ),
-        mesh=MeshConfig(),
     )

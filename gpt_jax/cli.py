@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if show_traceback or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if show_traceback or (error.filename is None and error.errno != errno.ENOSPC):
             raise
         print(f"gpt-jax: {error.filename or 'a file could not be written'}: {error.strerror}", file=sys.stderr)
         return UserError.exit_code
@@ -117,6 +117,9 @@ def _configured(options: argparse.Namespace, overrides: list[str]) -> Any:
             f"say which config: gpt-jax {options.verb} CONFIG, with CONFIG one of {', '.join(config.names())} or a .py file"
         )
     loaded = config.load(options.config)
+    if any(word in ("-h", "--help") for word in overrides):
+        print(f"gpt-jax {options.verb} also takes --workdir RUN, --traceback (show where in the code an error arose)", end="")
+        print(" and --allow-changes (go on in a folder whose config differs)." if options.verb == "pretrain" else ".")
     return config.override(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
 
 
@@ -129,10 +132,11 @@ def _demo(options: argparse.Namespace, _: list[str]) -> int:
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _configured(options, overrides)
     from gpt_jax.data.prepare import prepare
+    from gpt_jax.train.progress import say
 
     if not config.data.store and options.workdir is None:
         raise UserError("--data.store: say where the token store shall lie (or --workdir RUN, for RUN/store)")
-    prepare(config, Path(config.data.store) if config.data.store else options.workdir / "store", _say)
+    prepare(config, Path(config.data.store) if config.data.store else options.workdir / "store", say)
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -185,7 +189,3 @@ def _bench(options: argparse.Namespace, _: list[str]) -> None:
         present.bench_input(options.store)
     else:
         present.bench_matmul()
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -181,7 +181,7 @@ class ModelConfig:
     """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and
     the loss are computed in float32 whatever this says."""
     param_dtype: Literal["float32", "bfloat16"] = result("float32")
-    """Type of the stored parameters and of the optimiser's moments."""
+    """Type of the stored parameters. The optimiser computes, and keeps its moments, in float32."""
     matmul_precision: Literal["default", "high", "highest"] = result("default")
     """Precision of float32 matrix products on hardware that would otherwise shorten them (TPU, TF32 GPUs)."""
     remat: Literal["off", "dots", "full"] = speed("off")
@@ -464,7 +464,9 @@ def load(name: str) -> Any:
         if not callable(getattr(module, "config", None)):
             raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig")
         value = module.config()
-    except (SyntaxError, ImportError, NameError, TypeError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file does wrong is said in one line
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(value, PretrainConfig):
         raise UserError(f"{path}: config() returned a {type(value).__name__}, not a PretrainConfig")

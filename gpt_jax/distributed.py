@@ -1,4 +1,4 @@
-"""Several processes of one run: starting them, waiting for each other with a limit and a word, stopping together."""
+"""Several processes of one run: starting them, waiting for each other with a word, stopping together."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def _cluster(config: DistributedConfig) -> dict[str, Any] | None:
     slurm = int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     tpu_device = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    tpu_pod = tpu_device and importlib.util.find_spec("libtpu") is not None
+    tpu_wanted = "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
+    tpu_pod = tpu_device and tpu_wanted and importlib.util.find_spec("libtpu") is not None
     return {} if slurm or kubernetes or tpu_pod else None
 
 

@@ -49,7 +49,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         "set one axis to -1 to take all that are left",
     )
     inner = (1, *list(sizes.values())[1:])
-    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        require(sizes["slice"] == slices, "mesh.slice", f"the devices are on {slices} slices, so it must be {slices}")
         outer = (sizes["slice"], 1, 1, 1)
         grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
     elif devices[0].platform == "tpu":

@@ -85,6 +85,25 @@ def test_others_that_do_not_come_are_one_line(monkeypatch):
     )
 
 
+def test_a_failed_computation_ends_one_of_several_processes_at_once(monkeypatch, capfd):
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit, match="1"), distributed.losing_peers():
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed:\nConnection reset by peer")
+    assert capfd.readouterr().err == (
+        "gpt-jax: process 0 of 4 lost another one (UNKNOWN: Gloo all-reduce failed: Connection reset by peer); "
+        "start all of them again to go on from the newest checkpoint\n"
+    )
+
+
+def test_a_failed_computation_of_a_single_process_is_its_own_error():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"), distributed.losing_peers():
+        raise jax.errors.JaxRuntimeError("out of memory")
+
+
 def test_a_single_process_waits_for_nobody():
     distributed.barrier("anything", silent)
     assert distributed.agree(17) == 17

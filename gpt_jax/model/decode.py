@@ -53,8 +53,10 @@ def generate(
             f"a prompt of {longest} tokens and {num_tokens} new ones exceed the model's context of {config.context_length}; "
             f"ask for at most {max(config.context_length - longest, 0)} or shorten the prompt"
         )
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or num_tokens < 1:
-        raise UserError("generation needs temperature >= 0, top-k >= 0, 0 < top-p <= 1 and at least one new token")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or num_tokens < 1 or not 0 <= seed < 2**32:
+        raise UserError(
+            "generation needs temperature >= 0, top-k >= 0, 0 < top-p <= 1, 0 <= seed < 2^32 and at least one new token"
+        )
     # Prompts are padded at the end, to a multiple of 32 (as far as the context allows): close lengths share one program.
     width = min(-(-longest // 32) * 32, config.context_length - num_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)

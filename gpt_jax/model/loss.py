@@ -66,7 +66,8 @@ def _forward(hidden: Any, table: Any, targets: Any, weights: Any, vocab_size: in
 
 def _backward(vocab_size: int, chunk: int, residuals: Any, gradient: Any) -> Any:
     hidden_gradient, table_gradient = residuals
-    return (gradient * hidden_gradient).astype(hidden_gradient.dtype), gradient * table_gradient, None, None
+    scaled = tuple((gradient * array).astype(array.dtype) for array in (hidden_gradient, table_gradient))
+    return (*scaled, None, None)
 
 
 cross_entropy.defvjp(_forward, _backward)

@@ -255,10 +255,14 @@ def logits(config: ModelConfig, params: Params, hidden: Float[Array, "batch time
         return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
 
 
-def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The type of activations: as configured, or for "auto" bfloat16 on accelerators and float32 on a CPU."""
+def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype:
+    """The type of activations: as configured, or for "auto" bfloat16 on accelerators and float32 on a CPU.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu"; None: that of this machine's devices.
+    """
     if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 

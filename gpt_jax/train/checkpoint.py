@@ -3,7 +3,8 @@
 A run's `checkpoints/STEP/` holds Orbax's files (the state as nested dictionaries of arrays), `config.json`, `tokenizer/`
 and, written last, `manifest.json`, one JSON object of format version 1:
 
-    format_version, step, config_digest, data_digest, metrics {name: number}, process_count, device_count, device_kind,
+    format_version, step, config_digest, data_digest, mask_version, permutation_version, metrics {name: number},
+    process_count, device_count, device_kind,
     files {relative path: {size, sha256}} of every other file in the folder,
     sha256 of this object without this entry, as JSON with sorted keys
 
@@ -34,7 +35,9 @@ from typing import Any, Literal
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gpt_jax.data.windows import PERMUTATION_VERSION
 from gpt_jax.errors import UserError
+from gpt_jax.model import masks
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -160,6 +163,8 @@ class Checkpoints:
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 **self._digests,
+                "mask_version": masks.VERSION,
+                "permutation_version": PERMUTATION_VERSION,
                 "metrics": {name: value for name, value in measured.items() if math.isfinite(value)},
                 "process_count": jax.process_count(),
                 "device_count": jax.device_count(),
@@ -181,6 +186,9 @@ class Checkpoints:
                 raise
             if jax.process_index() == 0:
                 self._clear_cut_short()
+                unsealed = self._folder / str(step)
+                if unsealed.exists() and _examine(unsealed, checksums=False).state != "sound":
+                    shutil.rmtree(unsealed, ignore_errors=True)
             sound = [info.step for info in inspect(self._folder, checksums=False) if info.state == "sound"]
             raise UserError(
                 f"{self._folder}: checkpoint {step} could not be saved ({os.strerror(int(code[1])) if code else error}); "
@@ -254,7 +262,9 @@ def prune(folder: Path, keep_latest: int, keep_best: int) -> list[Info]:
       What was deleted.
     """
     if keep_latest < 1:
-        raise UserError(f"keep-latest: must be positive, not {keep_latest}")
+        raise UserError(f"--keep-latest: must be positive, not {keep_latest}")
+    if keep_best < 0:
+        raise UserError(f"--keep-best: must not be negative, is {keep_best}")
     return _discard(inspect(folder), keep_latest, keep_best)
 
 

@@ -50,7 +50,14 @@ class NonFinite(Exception):
 
 
 def train(
-    config: PretrainConfig, work: Work, mesh: Mesh, state: State, run: RunDir, checkpoints: Checkpoints, progress: Progress
+    config: PretrainConfig,
+    work: Work,
+    mesh: Mesh,
+    state: State,
+    run: RunDir,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    stop: StopRequest,
 ) -> tuple[State, dict[str, float]]:
     """Trains from `state` to the end of the horizon; returns the last state and its scores.
 
@@ -73,7 +80,9 @@ def train(
         progress.update(step, values)
 
     stream = batches(work.batch_at, start, total, kind=config.data.pipeline, prefetch=config.data.prefetch)
-    with contextlib.closing(stream), StopRequest() as stop, jax.set_mesh(mesh):
+    with contextlib.closing(stream), jax.set_mesh(mesh):
+        if start == total:  # stopped between the last save and the result
+            scores = work.evaluate(total, state["params"])
         pending: tuple[int, dict[str, jax.Array]] | None = None
         try:
             for index, batch in stream:

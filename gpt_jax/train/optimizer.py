@@ -49,7 +49,20 @@ def make_optimizer(config: OptimConfig, horizon: Horizon, decay: Any) -> optax.G
         optimizer = adam_gpt1(schedule, config.b1, config.b2, config.epsilon, config.weight_decay, decay)
     else:
         optimizer = optax.adamw(schedule, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decay)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer) if config.clip_norm else optimizer
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return in_float32(optax.chain(clip, optimizer))  # always a chain, so that a checkpoint's layout does not depend on clipping
+
+
+def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Computes and keeps moments in float32 whatever the parameters' type: in bfloat16 a b2 of 0.999 would be 1."""
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return optimizer.update(wide(gradients), state, wide(params))
+
+    return optax.GradientTransformation(lambda params: optimizer.init(wide(params)), update)
 
 
 class AdamState(NamedTuple):
@@ -84,8 +97,7 @@ def adam_gpt1(
         rate = schedule(state.step) * jnp.sqrt(1 - b2**t) / (1 - b1**t)
 
         def change(m: jax.Array, v: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
-            direction = m / (jnp.sqrt(v) + epsilon) + (weight_decay * w if decays else 0)
-            return (-rate * direction).astype(w.dtype)
+            return -rate * (m / (jnp.sqrt(v) + epsilon) + (weight_decay * w if decays else 0))
 
         return jax.tree.map(change, mu, nu, params, decay), AdamState(state.step + 1, mu, nu)
 

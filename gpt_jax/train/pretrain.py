@@ -41,11 +41,12 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
       TrainingError, Preempted: as `loop.train`.
     """
     distributed.start(config.distributed, say)
-    with contextlib.closing(RunDir(workdir, distributed.is_primary())) as run:
-        return _pretrain(config, run, allow_changes)
+    # From the first moment to the last, so that no save is cut short by a signal.
+    with distributed.StopRequest() as stop, contextlib.closing(RunDir(workdir, distributed.is_primary())) as run:
+        return _pretrain(config, run, stop, allow_changes)
 
 
-def _pretrain(config: PretrainConfig, run: RunDir, allow_changes: bool) -> dict[str, Any]:
+def _pretrain(config: PretrainConfig, run: RunDir, stop: distributed.StopRequest, allow_changes: bool) -> dict[str, Any]:
     started = time.monotonic()
     workdir, primary = run.path, distributed.is_primary()
     log: Callable[[str], None] = say if primary else lambda line: None
@@ -58,7 +59,7 @@ def _pretrain(config: PretrainConfig, run: RunDir, allow_changes: bool) -> dict[
     windows = Windows(store.split("train"), config.model.context_length, config.train.batch_size, config.train.seed)
     work = plan_work(config, mesh, store, windows, tokenizer, log)
     run.open(config, store.digest, allow_changes)
-    if primary and not run.tokenizer.exists():
+    if primary and not (run.tokenizer.exists() and load(run.tokenizer).fingerprint == tokenizer.fingerprint):
         _copy_whole(store.folder / "tokenizer", run.tokenizer)
 
     state, origin = initial_state(config, mesh, run, tokenizer, log)
@@ -92,7 +93,7 @@ def _pretrain(config: PretrainConfig, run: RunDir, allow_changes: bool) -> dict[
     )
     try:
         with saver, distributed.losing_peers():
-            state, scores = train(config, work, mesh, state, run, saver, progress)
+            state, scores = train(config, work, mesh, state, run, saver, progress, stop)
     finally:
         progress.close()
     result: dict[str, Any] = {
@@ -215,19 +216,25 @@ def initial_state(
     step = distributed.agree(-1 if found is None else found.step)
     if step >= 0:
         info = found or checkpoint.resolve(run.checkpoints / str(step), log)
+        _require_tokenizer(info, tokenizer, "--data.store")
         return checkpoint.restore(info, abstract_state(config, mesh)), f"resuming at step {step}"
     state = init_state(config, mesh)
     if not config.init.from_:
         return state, "starting from random parameters"
     info = checkpoint.resolve(Path(config.init.from_), log)
+    _require_tokenizer(info, tokenizer, "--init.from")
+    params = checkpoint.restore_part(info, abstract_state(config, mesh)["params"])
+    return state | {"params": params}, f"starting from the parameters of {info.path}"
+
+
+def _require_tokenizer(info: checkpoint.Info, tokenizer: Tokenizer, field: str) -> None:
+    """Refuses a checkpoint that was trained with another tokenizer than the token store's."""
     theirs = load(info.path / "tokenizer")
     if theirs.fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"--init.from: {info.path} was trained with another tokenizer ({theirs.kind}, {theirs.vocab_size} entries, "
+            f"{field}: {info.path} was trained with another tokenizer ({theirs.kind}, {theirs.vocab_size} entries, "
             f"fingerprint {theirs.fingerprint[:12]}) than this token store ({tokenizer.kind}, {tokenizer.fingerprint[:12]})"
         )
-    params = checkpoint.restore_part(info, abstract_state(config, mesh)["params"])
-    return state | {"params": params}, f"starting from the parameters of {info.path}"
 
 
 def header(config: PretrainConfig, mesh: Mesh, store: Store, horizon: Horizon, log: Callable[[str], None]) -> None:
@@ -253,4 +260,5 @@ def _copy_whole(source: Path, target: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(source, temporary)
+    shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -65,9 +66,12 @@ class Progress:
         self._interval = 0.2 if self._live else log_seconds
         self._writer: Any = None
         if tensorboard is not None and primary:
-            from tensorboardX import SummaryWriter  # not TensorFlow's writer: training must not need it
+            # Not TensorFlow's writer, since training must not need it; and not tensorboardX's own thread, which dies on a full
+            # disk and then blocks whoever writes.
+            from tensorboardX.event_file_writer import EventsWriter
 
-            self._writer = SummaryWriter(str(tensorboard))
+            tensorboard.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(tensorboard / "events"))
         self._mark: tuple[float, int] | None = None  # time and step that the rate counts from
         self._shown = time.monotonic()
         self.tokens_per_second = 0.0
@@ -94,13 +98,24 @@ class Progress:
 
     def scalars(self, group: str, step: int, values: dict[str, float]) -> None:
         """Adds points to TensorBoard's curves."""
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        try:
             for name, value in values.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+                summary = scalar(f"{group}/{name}", value)
+                self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        except OSError as error:
+            self._writer = None
+            self.say(f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has them all")
 
     def close(self) -> None:
+        """Brings TensorBoard's curves to the disk."""
         if self._writer is not None:
-            self._writer.close()
+            with contextlib.suppress(OSError):  # the curves stand in metrics.jsonl too
+                self._writer.close()
 
     def _rate(self, step: int) -> str:
         if not self.tokens_per_second:

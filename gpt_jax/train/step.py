@@ -5,6 +5,7 @@ Both the training loop and anyone who only wants to know what a step would cost 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -93,7 +94,7 @@ def lower_step(
     config: PretrainConfig,
     mesh: Mesh,
     *,
-    horizon: Horizon,
+    horizon: Horizon | None = None,
     objective: Objective = LANGUAGE_MODEL,
     batch: dict[str, jax.ShapeDtypeStruct] | None = None,
 ) -> jax.stages.Lowered:
@@ -104,13 +105,14 @@ def lower_step(
     loss or gradient is not finite: that update and all later ones leave the state as it was.
 
     Args:
-      horizon: length and warm-up of the run, in updates.
+      horizon: length and warm-up of the run, in updates; None where only the cost of a step is asked for.
       batch: abstract arrays of a batch; None: those of pre-training.
     """
+    config = _for_devices(config, mesh)
     shardings = state_shardings(config, mesh, objective)
     everywhere = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        functools.partial(_update, config, horizon, objective),
+        functools.partial(_update, config, horizon or Horizon(1, 0), objective),
         out_shardings=(shardings, dict.fromkeys(("loss", "grad_norm", "learning_rate", "ok"), everywhere)),
         donate_argnums=0,
     )
@@ -121,11 +123,19 @@ def lower_step(
 def lower_evaluation(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> jax.stages.Lowered:
     """The compiled function maps (params, batch) to (sum of weight x loss, sum of weights), without dropout."""
 
+    config = _for_devices(config, mesh)
+
     def evaluate(params: transformer.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return objective.loss(config.model, params, batch, None), batch["weights"].sum()
 
     with jax.set_mesh(mesh):
         return jax.jit(evaluate).lower(abstract_state(config, mesh, objective)["params"], abstract_batch(config, mesh))
+
+
+def _for_devices(config: PretrainConfig, mesh: Mesh) -> PretrainConfig:
+    """Settles what "auto" means on the mesh's devices, which need not be those of this machine."""
+    dtype: Any = str(transformer.compute_dtype(config.model, mesh.devices.flat[0].platform))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
 
 
 def _create(config: PretrainConfig, objective: Objective, seed: jax.Array) -> State:
