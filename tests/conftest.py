@@ -44,3 +44,15 @@ def shared_data() -> Callable[[str], Path]:
         return Path(unpacked.stdout.strip())
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def share_compilations(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A program that one test has compiled is not compiled again, in any worker or in the processes that tests start."""
+    import jax
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+    os.environ.update(JAX_COMPILATION_CACHE_DIR=str(folder), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -72,25 +72,36 @@ class Progress:
 
             tensorboard.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(tensorboard / "events"))
-        self._mark: tuple[float, int] | None = None  # time and step that the rate counts from
+        self._mark: tuple[float, int] | None = None  # time and step that the rate shown counts from
+        self._last: tuple[float, int] | None = None  # time and step of the last update seen without a pause after it
+        self._busy = self._updates = 0.0  # seconds and updates of the whole run, without compilation, evaluations and saves
         self._shown = time.monotonic()
-        self.tokens_per_second = 0.0
+        self._rate_shown = 0.0
 
     def start(self, step: int) -> None:
         """The clock of the rate starts here, with compilation over; called again after an evaluation or a save."""
-        self._mark = (time.monotonic(), step)
+        self._mark = self._last = (time.monotonic(), step)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Mean rate of the whole run, pauses for compilation, evaluations and saves left out."""
+        return self._updates * self._tokens_per_step / self._busy if self._busy else 0.0
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Shows one update's numbers, when it is time to."""
         self.scalars("train", step, metrics)
         now = time.monotonic()
+        if self._last is not None:
+            self._busy += now - self._last[0]
+            self._updates += step - self._last[1]
+            self._last = (now, step)
         if self._mark is None:
             self.start(step)
             self._shown = now
         elif now - self._shown >= self._interval or step == self._total:
             since, first = self._mark
             if step > first:
-                self.tokens_per_second = (step - first) * self._tokens_per_step / max(now - since, 1e-9)
+                self._rate_shown = (step - first) * self._tokens_per_step / max(now - since, 1e-9)
             if now - since > 30:  # the rate of the last half minute or so
                 self._mark = (now, step)
             self._show(f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {self._rate(step)}")
@@ -118,11 +129,11 @@ class Progress:
                 self._writer.close()
 
     def _rate(self, step: int) -> str:
-        if not self.tokens_per_second:
+        if not self._rate_shown:
             return ""
-        left = (self._total - step) * self._tokens_per_step / self.tokens_per_second
-        utilisation = f"  MFU {self.tokens_per_second * self._flops:.1%}" if self._flops else ""
-        return f"{self.tokens_per_second:,.0f} tokens/s{utilisation}  {duration(left)} left"
+        left = (self._total - step) * self._tokens_per_step / self._rate_shown
+        utilisation = f"  MFU {self._rate_shown * self._flops:.1%}" if self._flops else ""
+        return f"{self._rate_shown:,.0f} tokens/s{utilisation}  {duration(left)} left"
 
     def _show(self, line: str) -> None:
         if self._primary and self._live:

@@ -1,10 +1,8 @@
 """A text, a token store and a model so small that a whole pre-training takes seconds."""
 
 import json
-import os
 import random
 
-import jax
 import pytest
 
 from gpt_jax import config as configs
@@ -34,15 +32,6 @@ def config():
         ),
     )
 """
-
-
-@pytest.fixture(scope="session", autouse=True)
-def share_compilations(tmp_path_factory):
-    """Programs that were compiled once are not compiled again, here and in the processes that tests start."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    os.environ.update(JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.1")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(scope="session")

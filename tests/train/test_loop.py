@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from gpt_jax import sharding
+from gpt_jax.distributed import StopRequest
 from gpt_jax.errors import Preempted, TrainingError
 from gpt_jax.rundir import RunDir
 from gpt_jax.train import checkpoint
@@ -26,17 +27,17 @@ def random_batch(step):
     return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "row": np.arange(8, dtype=np.int32)}
 
 
-def start(config, folder, *, total=12, state=None, batch_at=random_batch, evaluate=lambda step, params: {}, every=5):
+def start(config, folder, *, total=20, state=None, batch_at=random_batch, evaluate=lambda step, params: {}, every=5):
     """Runs the loop in `folder`, evaluating and saving at multiples of `every`; returns what it returns."""
     mesh = sharding.make_mesh(config.mesh)
-    work = Work(Horizon(total, 2), every, every, batch_at, evaluate, evidence=lambda index: {"windows": [index]})
+    work = Work(Horizon(total, 3), every, every, batch_at, evaluate, evidence=lambda index: {"windows": [index]})
     progress = Progress(total, 8 * 16, 0.0, 10.0, None, True)
-    with contextlib.closing(RunDir(folder)) as run:
+    with contextlib.closing(RunDir(folder)) as run, StopRequest() as stop:
         run.open(config, "")
         with Checkpoints(
             run.checkpoints, keep_latest=100, keep_best=0, config_json="{}", config_digest="", data_digest="", tokenizer=None
         ) as saver:
-            return train(config, work, mesh, state or init_state(config, mesh), run, saver, progress)
+            return train(config, work, mesh, state or init_state(config, mesh), run, saver, progress, stop)
 
 
 def records(folder, kind):
@@ -67,12 +68,12 @@ def test_a_run_records_every_update_and_evaluates_before_it_saves(tiny, tmp_path
         assert not (tmp_path / "checkpoints" / str(step)).exists()
         return {"loss": 3.0 + step}
 
-    state, scores = start(tiny(), tmp_path, evaluate=evaluate)
-    assert evaluated == [5, 10, 12]
-    assert scores == {"loss": 15.0}
-    assert int(state["step"]) == 12
+    state, scores = start(tiny(), tmp_path, evaluate=evaluate, every=8)
+    assert evaluated == [8, 16, 20]
+    assert scores == {"loss": 23.0}
+    assert int(state["step"]) == 20
     train_records = records(tmp_path, "train")
-    assert [record["step"] for record in train_records] == list(range(1, 13))
+    assert [record["step"] for record in train_records] == list(range(1, 21))
     times = [record["time"] for record in train_records]
     assert times == sorted(times)
     for record in train_records:
@@ -80,12 +81,12 @@ def test_a_run_records_every_update_and_evaluates_before_it_saves(tiny, tmp_path
         assert record["attempt"] == 1
     # The rate of update s, counted from 1, is the schedule's at s - 1: nothing in the first update, the peak's share after.
     assert train_records[0]["learning_rate"] == 0
-    np.testing.assert_allclose(train_records[1]["learning_rate"], 0.01 / 2, rtol=1e-6)
-    assert [(record["step"], record["loss"]) for record in records(tmp_path, "eval")] == [(5, 8.0), (10, 13.0), (12, 15.0)]
-    assert saved(tmp_path) == [5, 10, 12]
-    assert [info.metrics for info in checkpoint.inspect(tmp_path)] == [{"loss": 8.0}, {"loss": 13.0}, {"loss": 15.0}]
-    assert bits(restore(tmp_path, 12, tiny())) == bits(state)
-    assert "step 12/12  loss" in capsys.readouterr().err
+    np.testing.assert_allclose(train_records[1]["learning_rate"], 0.01 / 3, rtol=1e-6)
+    assert [(record["step"], record["loss"]) for record in records(tmp_path, "eval")] == [(8, 11.0), (16, 19.0), (20, 23.0)]
+    assert saved(tmp_path) == [8, 16, 20]
+    assert [info.metrics for info in checkpoint.inspect(tmp_path)] == [{"loss": 11.0}, {"loss": 19.0}, {"loss": 23.0}]
+    assert bits(restore(tmp_path, 20, tiny())) == bits(state)
+    assert "step 20/20  loss" in capsys.readouterr().err
 
 
 def test_one_batch_is_learnt_by_heart(tiny, tmp_path):
@@ -99,9 +100,9 @@ def test_one_batch_is_learnt_by_heart(tiny, tmp_path):
     assert losses[-1] < 0.05
 
 
-@pytest.mark.parametrize("bad", [6, 7, 12])
+@pytest.mark.parametrize("bad", [6, 7, 20])
 def test_a_bad_update_ends_the_training_with_the_last_good_state(tiny, tmp_path, bad):
-    """Update 6 comes right after a save, 7 has a successor in flight when it is noticed, 12 is the last."""
+    """Update 6 comes right after a save, 7 has a successor in flight when it is noticed, 20 is the last."""
 
     def batch_at(step):
         batch = random_batch(step)
@@ -130,7 +131,7 @@ def test_sigterm_ends_the_training_after_an_update_with_its_state_saved(tiny, tm
 
     config = tiny()
     expected, _ = start(config, tmp_path / "whole")
-    with pytest.raises(Preempted, match="saved at step 5 of 12"):
+    with pytest.raises(Preempted, match="saved at step 5 of 20"):
         start(config, tmp_path / "cut", evaluate=evaluate, every=4)
     assert saved(tmp_path / "cut") == [4, 5]
     assert [record["step"] for record in records(tmp_path / "cut", "train")] == [1, 2, 3, 4, 5]
@@ -145,8 +146,8 @@ def test_sigterm_at_the_last_update_finishes_the_run(tiny, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": 1.0}
 
-    state, scores = start(tiny(), tmp_path, evaluate=evaluate, every=12)
-    assert int(state["step"]) == 12
+    state, scores = start(tiny(), tmp_path, evaluate=evaluate, every=20)
+    assert int(state["step"]) == 20
     assert scores == {"loss": 1.0}
 
 

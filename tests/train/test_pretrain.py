@@ -24,9 +24,9 @@ def records(run, *kinds):
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A run of 10 steps that prepared its own store, and what it returned."""
+    """A run of 20 steps that prepared its own store, and what it returned."""
     folder = tmp_path_factory.mktemp("pretrain") / "run"
-    return folder, pretrain(tiny("--data.store=", "--train.duration", "10 steps", "--train.tensorboard", "True"), folder)
+    return folder, pretrain(tiny("--data.store=", "--train.tensorboard", "True"), folder)
 
 
 def restored_params(config, info):
@@ -39,17 +39,17 @@ def test_a_finished_folder_is_whole(finished, tiny, text):
     names = {path.name for path in run.iterdir()}
     assert names == {"checkpoints", "config.json", "metrics.jsonl", "result.json", "store", "tensorboard", "tokenizer"}
     assert json.loads((run / "result.json").read_text()) == result
-    assert result["step"] == 10
-    assert result["tokens"] == 10 * 8 * 16
+    assert result["step"] == 20
+    assert result["tokens"] == 20 * 8 * 16
     # 257 x 16 tokens, 16 x 16 positions; two blocks of 16 x 48 + 48, 16 x 16 + 16, 16 x 32 + 32, 32 x 16 + 16, two norms of 32.
     assert result["parameters"] == 257 * 16 + 16 * 16 + 2 * (816 + 272 + 544 + 528 + 64)
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["data"]["source"] == str(text)
     assert {"commit", "versions", "xla_flags", "digest", "data_digest", "command"} <= set(config)
-    assert [info.step for info in checkpoint.inspect(run)] == [5, 10]
+    assert [info.step for info in checkpoint.inspect(run)] == [10, 15, 20]
     (final,) = records(run, "final")
     assert {name: final[name] for name in result} == result
-    assert [record["step"] for record in records(run, "train")] == list(range(1, 11))
+    assert [record["step"] for record in records(run, "train")] == list(range(1, 21))
     assert list((run / "tensorboard").glob("events.*"))
     assert Store.open(run / "store").tokenizer().fingerprint == Store.open(run / "store").index["tokenizer"]["fingerprint"]
 
@@ -77,25 +77,25 @@ def test_a_finished_run_is_left_alone(finished, tiny, capsys):
     """Even where its store is another copy, or the folder is told how to show and where to run."""
     run, result = finished
     before = (run / "metrics.jsonl").read_text()
-    assert pretrain(tiny("--train.duration", "10 steps", "--train.log-seconds", "3", "--data.prefetch", "2"), run) == result
+    assert pretrain(tiny("--train.log-seconds", "3", "--data.prefetch", "2"), run) == result
     assert (run / "metrics.jsonl").read_text() == before
-    assert "finished at step 10 already" in capsys.readouterr().err
+    assert "finished at step 20 already" in capsys.readouterr().err
 
 
 def test_a_finished_run_goes_on_for_longer_if_that_is_meant(finished, tiny, tmp_path, capsys):
     run = shutil.copytree(finished[0], tmp_path / "run")
-    longer = tiny("--train.duration", "12 steps")
-    with pytest.raises(UserError, match=r"differs in --train.duration '12 steps' \(was '10 steps'\)"):
+    longer = tiny("--train.duration", "22 steps")
+    with pytest.raises(UserError, match=r"differs in --train.duration '22 steps' \(was '20 steps'\)"):
         pretrain(longer, run)
     result = pretrain(longer, run, allow_changes=True)
-    assert result["step"] == 12
-    assert "resuming at step 10" in capsys.readouterr().err
+    assert result["step"] == 22
+    assert "resuming at step 20" in capsys.readouterr().err
     assert [(record["step"], record["attempt"]) for record in records(run, "train")] == [
-        *((step, 1) for step in range(1, 11)),
-        (11, 2),
-        (12, 2),
+        *((step, 1) for step in range(1, 21)),
+        (21, 2),
+        (22, 2),
     ]
-    with pytest.raises(UserError, match=r"checkpoint 12 lies beyond --train.duration \(7 steps\)"):
+    with pytest.raises(UserError, match=r"checkpoint 22 lies beyond --train.duration \(7 steps\)"):
         pretrain(tiny("--train.duration", "7 steps"), run, allow_changes=True)
 
 
@@ -106,34 +106,34 @@ def test_a_run_keeps_to_its_tokens(finished, tiny, text, tmp_path):
     text.write_text("".join(content.splitlines(keepends=True)[1:]))
     try:
         with pytest.raises(UserError, match=r"was trained on another token store \(digest"):
-            pretrain(tiny("--train.duration", "10 steps", "--data.store", str(tmp_path / "store")), run)
+            pretrain(tiny("--data.store", str(tmp_path / "store")), run)
     finally:
         text.write_text(content)
 
 
 def test_without_held_out_text_a_run_has_no_scores(tiny, tmp_path, capsys):
-    config = tiny("--data.validation-share", "0", "--data.store", str(tmp_path / "store"), "--train.duration", "4 steps")
+    config = tiny("--data.validation-share", "0", "--data.store", str(tmp_path / "store"))
     result = pretrain(config, tmp_path / "run")
-    assert result["step"] == 4
+    assert result["step"] == 20
     assert "loss" not in result
     assert "nan" not in capsys.readouterr().err
-    assert [info.metrics for info in checkpoint.inspect(tmp_path / "run")] == [{}]
+    assert [info.metrics for info in checkpoint.inspect(tmp_path / "run")] == [{}] * 3
 
 
 # -- from another run's parameters ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("which", ["", "checkpoints/10"])
+@pytest.mark.parametrize("which", ["", "checkpoints/20"])
 def test_a_run_can_start_from_anothers_parameters(finished, tiny, tmp_path, capsys, which):
     """The first update of the warm-up has rate 0: after it the score is still that of the other run."""
     run, result = finished
-    config = tiny("--init.from", str(run / which), "--train.duration", "4 steps", "--train.eval-every", "1 steps")
+    config = tiny("--init.from", str(run / which), "--train.eval-every", "1 steps")
     pretrain(config, tmp_path)
-    assert f"starting from the parameters of {run / 'checkpoints' / '10'}" in capsys.readouterr().err
+    assert f"starting from the parameters of {run / 'checkpoints' / '20'}" in capsys.readouterr().err
     scores = [record["loss"] for record in records(tmp_path, "eval")]
     assert scores[0] == result["loss"]
-    assert len(set(scores)) == 4
-    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3, 4]
+    assert len(set(scores)) == 20
+    assert [record["step"] for record in records(tmp_path, "train")] == list(range(1, 21))
     assert records(tmp_path, "train")[0]["learning_rate"] == 0
 
 

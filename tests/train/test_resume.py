@@ -15,8 +15,8 @@ import pytest
 from gpt_jax.cli import main
 from gpt_jax.train.progress import Progress
 
-# Many saves, so that many kills fall into one.
-OPTIONS = ("--train.duration", "60 steps", "--train.save-every", "3 steps", "--train.eval-every", "4 steps")
+OPTIONS = ("--train.eval-every", "4 steps")
+OFTEN = ("--train.save-every", "1 steps")  # so that many kills fall into a save
 COMPARED = {"train": ("loss", "grad_norm", "learning_rate"), "eval": ("loss", "perplexity", "bits_per_byte")}
 
 
@@ -85,7 +85,7 @@ def whole(config_file, tmp_path_factory):
     run = tmp_path_factory.mktemp("resume") / "whole"
     assert train(config_file, run) == 0
     kinds = [kind for _, kind, *_ in trajectory(run)]
-    assert (kinds.count("train"), kinds.count("eval")) == (60, 15)
+    assert (kinds.count("train"), kinds.count("eval")) == (20, 5)
     return run
 
 
@@ -94,7 +94,7 @@ def test_sigterm_ends_with_42_and_the_same_command_goes_on(whole, config_file, t
 
     def update(self, step, metrics):
         show(self, step, metrics)
-        if step == 16:
+        if step == 12:
             os.kill(os.getpid(), signal.SIGTERM)
 
     run = tmp_path / "run"
@@ -102,24 +102,23 @@ def test_sigterm_ends_with_42_and_the_same_command_goes_on(whole, config_file, t
         patch.setattr(Progress, "update", update)
         assert train(config_file, run) == 42
     assert capsys.readouterr().err.endswith(
-        "gpt-jax: told to stop: saved at step 17 of 60; the same command goes on from there\n"
+        "gpt-jax: told to stop: saved at step 13 of 20; the same command goes on from there\n"
     )
-    assert trajectory(run)[-1][0] == 17
+    assert trajectory(run)[-1][0] == 13
     assert train(config_file, run) == 0
-    assert "resuming at step 17" in capsys.readouterr().err
+    assert "resuming at step 13" in capsys.readouterr().err
     assert trajectory(run) == trajectory(whole)
     assert not (run / "metrics.superseded.jsonl").exists()
 
 
 def test_a_kill_inside_a_save_changes_nothing(whole, config_file, tmp_path, capsys):
     run = tmp_path / "run"
-    assert kill_when(lambda: saving(run, 20), start(config_file, run), run), "it finished before it could be killed"
+    assert kill_when(lambda: saving(run, 6), start(config_file, run, *OFTEN), run), "it finished before it could be killed"
     reached = trajectory(run)[-1][0]
-    assert reached < 60
+    assert 6 < reached < 20
     assert train(config_file, run) == 0
     step = int(capsys.readouterr().err.split("resuming at step ")[1].split(";")[0])
-    assert step % 3 == 0
-    assert 15 < step <= reached
+    assert 6 <= step <= reached
     assert trajectory(run) == trajectory(whole)
     superseded = run / "metrics.superseded.jsonl"
     moved = [json.loads(line)["step"] for line in superseded.read_text().splitlines()] if superseded.exists() else []
@@ -134,14 +133,14 @@ def test_kills_at_random_instants_change_nothing(whole, config_file, tmp_path):
     run = tmp_path / "run"
     for kills in range(100):
         begun, records, reached = time.monotonic(), records_in(run), newest(run)
-        wait, more, steps = rng.uniform(0, 8), rng.randint(4, 20), 3 * rng.randint(1, 5)
+        wait, more, steps = rng.uniform(0, 8), rng.randint(2, 7), rng.randint(1, 5)
         moments = [
             lambda: records_in(run) >= records + more,  # noqa: B023
             lambda: saving(run, reached + steps),  # noqa: B023
             lambda: newest(run) >= reached + steps and saving(run, reached),  # noqa: B023
             lambda: time.monotonic() > begun + wait,  # noqa: B023
         ]
-        if not kill_when(moments[kills % 4], start(config_file, run), run):
+        if not kill_when(moments[kills % 4], start(config_file, run, *OFTEN), run):
             break
     assert kills >= 8
     assert trajectory(run) == trajectory(whole), log_of(run)
@@ -149,26 +148,24 @@ def test_kills_at_random_instants_change_nothing(whole, config_file, tmp_path):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, config_file, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
-    largest = max((run / "checkpoints" / "60").rglob("*"), key=lambda path: path.stat().st_size)
+    largest = max((run / "checkpoints" / "20").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert train(config_file, run) == 0
     said = capsys.readouterr().err
-    assert "checkpoint 60 is damaged (file " in said
-    assert "using 57" in said
-    assert "resuming at step 57" in said
+    assert "checkpoint 20 is damaged (file " in said
+    assert "using 15" in said
+    assert "resuming at step 15" in said
     assert trajectory(run) == trajectory(whole)
 
 
 def test_another_mesh_sees_the_same_batches_and_masks(whole, config_file, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
-    shutil.rmtree(run / "checkpoints" / "60")
-    shutil.rmtree(run / "checkpoints" / "57")
-    assert (
-        train(config_file, run, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2", "--train.micro-batches", "2") == 0
-    )
-    assert "resuming at step 54" in capsys.readouterr().err
+    shutil.rmtree(run / "checkpoints" / "20")
+    shutil.rmtree(run / "checkpoints" / "15")
+    assert train(config_file, run, "--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2") == 0
+    assert "resuming at step 10" in capsys.readouterr().err
     for expected, got in zip(trajectory(whole), trajectory(run), strict=True):
         assert got[:2] == expected[:2]
         np.testing.assert_allclose(float(got[2]), float(expected[2]), rtol=3e-6)
