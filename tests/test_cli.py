@@ -23,7 +23,7 @@ def config():
             vocab_size=257, context_length=16, num_layers=1, embed_dim=16, num_heads=4, mlp_dim=32, loss_chunk=16
         ),
         data=DataConfig(
-            source={source!r}, validation_share=0.1, pipeline="threads", tokenizer=TokenizerConfig(kind="bytes")
+            source={source!r}, validation_share=0.1, processes=1, pipeline="threads", tokenizer=TokenizerConfig(kind="bytes")
         ),
         optim=OptimConfig(warmup="2 steps"),
         train=TrainConfig(

@@ -18,7 +18,12 @@ def config():
             vocab_size=257, context_length=16, num_layers=2, embed_dim=16, num_heads=4, mlp_dim=32, loss_chunk=8
         ),
         data=DataConfig(
-            source="{source}", store="{store}", validation_share=0.1, pipeline="threads", tokenizer=TokenizerConfig(kind="bytes")
+            source="{source}",
+            store="{store}",
+            validation_share=0.1,
+            processes=1,
+            pipeline="threads",
+            tokenizer=TokenizerConfig(kind="bytes"),
         ),
         optim=OptimConfig(peak_lr=0.01, warmup="3 steps"),
         train=TrainConfig(
