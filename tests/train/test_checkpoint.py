@@ -140,6 +140,8 @@ def test_the_manifest_vouches_for_every_file(tmp_path):
         "step": 40,
         "config_digest": "c0",
         "data_digest": "d0",
+        "mask_version": 1,
+        "permutation_version": 1,
         "metrics": {},
         "process_count": 1,
         "device_count": jax.device_count(),
