@@ -159,3 +159,12 @@ def test_parameters_of_another_shape_are_refused_by_name(finished, tiny, tmp_pat
 def test_a_folder_that_holds_no_checkpoint_is_refused_as_a_start(tiny, tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         pretrain(tiny("--init.from", str(tmp_path / "nowhere")), tmp_path / "run")
+
+
+def test_a_run_killed_before_its_result_was_written_still_gets_its_scores(finished, tiny, tmp_path):
+    run, result = finished
+    again = shutil.copytree(run, tmp_path / "run")
+    (again / "result.json").unlink()
+    second = pretrain(tiny("--data.store", str(run / "store")), again)
+    for name in ("step", "loss", "perplexity", "bits_per_byte"):
+        assert second[name] == result[name], name

@@ -1,6 +1,7 @@
 """The compiled update: the same on every mesh and in any number of parts, compiled once, and never spoilt by a bad number."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 
@@ -249,3 +250,21 @@ def test_an_infinite_parameter_stops_the_training_too():
     metrics, after = run("single", 1, [batch_at(0), batch_at(1)], before)
     assert [bool(values["ok"]) for values in metrics] == [False, False]
     assert bits(after | {"ok": True}) == bits(before | {"ok": True})
+
+
+@pytest.mark.parametrize("kind", ["adam_gpt1", "adamw"])
+def test_bfloat16_parameters_train_with_float32_moments(kind):
+    """b2 = 0.999 is 1 in bfloat16, so moments of that type would never forget; and a state must keep its types."""
+    config = make_config(micro_batches=2)
+    model, optim = dataclasses.replace(MODEL, param_dtype="bfloat16"), dataclasses.replace(config.optim, kind=kind)
+    config = dataclasses.replace(config, model=model, optim=optim)
+    mesh = make_mesh("single")
+    update = lower_step(config, mesh, horizon=Horizon(STEPS, 4)).compile()
+    state = init_state(config, mesh)
+    losses = []
+    for step in range(STEPS):
+        state, metrics = update(state, sharding.place_batch(mesh, batch_at(step), 16))
+        losses.append(float(metrics["loss"]))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state["params"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state["optimizer"])} <= {"float32", "int32"}
+    assert losses[-1] < losses[0] - 0.3
