@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from gpt_jax import __version__
 from gpt_jax.errors import Preempted, TrainingError, UserError
 
-DESCRIPTION = "GPT-1 in JAX: pre-train, generate, and look at what was trained. `gpt-jax VERB --help` tells more."
+DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, and look at what was trained. `gpt-jax VERB --help` tells more."
 
 
 class Parser(argparse.ArgumentParser):
@@ -77,6 +77,37 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", type=Path, help="the run's folder")
     sub.add_argument("--allow-changes", action="store_true", help="go on in a folder whose config differs")
 
+    sub = verb("finetune", _finetune, "checkpoint + task -> checkpoints + scores; resumes a started run", config=True)
+    sub.add_argument("--workdir", type=Path, help="the run's folder")
+    sub.add_argument("--allow-changes", action="store_true", help="go on in a folder whose config differs")
+    sub.add_argument("--seeds", type=int, help="run so many seeds, one after the other, in WORKDIR/seed-N")
+
+    sub = verb("evaluate", _evaluate, "perplexity on text, a task's scores, or zero-shot scores of a checkpoint")
+    sub.set_defaults(takes_overrides=True)
+    sub.epilog = "A fine-tuned checkpoint is scored on its own task; --task.path and other --task.* fields say what differs."
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
+    sub.add_argument("--text", metavar="SOURCE", help="perplexity on a file, a folder, a glob, tfds:NAME or builtin:docs")
+    sub.add_argument("--max-bytes", type=int, default=0, help="of the text; 0: all (default)")
+    sub.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="of the task (validation)")
+    sub.add_argument(
+        "--zero-shot",
+        action="append",
+        metavar="PROBE[=PATH]",
+        help="cola, sst2, race, story_cloze (PATH: the task's folder), dprd or wsc (PATH: a file); may be given several times",
+    )
+    sub.add_argument("--every-checkpoint", action="store_true", help="zero-shot scores along the whole run, with a plot")
+    sub.add_argument("--out", type=Path, help="folder for predictions, or for zero-shot scores and their plot")
+
+    sub = verb("study", _study, "the paper's analyses: a series of fine-tunings, a table and a plot", config=True)
+    sub.add_argument("--name", required=True, choices=("layers", "ablations", "steps"), help="which one")
+    sub.add_argument("--workdir", type=Path, help="the study's folder")
+    sub.add_argument("--seeds", type=int, default=1, help="fine-tunings of each variant (default: 1)")
+    sub.add_argument("--lstm", default="", metavar="RUN", help="a pre-trained LSTM, for the ablations")
+
+    sub = verb("report", _report, "what was measured, beside the paper's figures")
+    sub.add_argument("--paper", action="store_true", required=True, help="a table of the paper's figures beside the runs'")
+    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of fine-tuning runs")
+
     sub = verb("generate", _generate, "continue prompts with a trained model")
     sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
     sub.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
@@ -98,29 +129,38 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("bench", _bench, "measured tables")
     sub.add_argument(
-        "name", choices=("input", "matmul"), help="input: tokens/s of the data pipeline; matmul: this machine's matrix products"
+        "name",
+        choices=("input", "matmul", "padding"),
+        help="input: tokens/s of the data pipeline; matmul: this machine's matrix products; padding: fine-tuning with batches "
+        "padded to few lengths, to their longest example, and to the context",
     )
+    sub.set_defaults(takes_overrides=True)
+    sub.add_argument("--config", help="padding: a fine-tuning config, with its --section.field overrides")
     sub.add_argument("--store", type=Path, help="input: a token store to read (default: a temporary one of random tokens)")
     return parser
 
 
-def _configured(options: argparse.Namespace, overrides: list[str]) -> Any:
-    from gpt_jax import config
+def _configured(options: argparse.Namespace, overrides: list[str], kind: str = "pretrain") -> Any:
+    """The config that the command names, of the kind that the verb takes, with its overrides."""
+    from gpt_jax import config_io
+    from gpt_jax.config import FinetuneConfig
 
     if options.config is None:
         if any(word in ("-h", "--help") for word in overrides):
             print(f"usage: gpt-jax {options.verb} CONFIG --workdir RUN [--section.field VALUE ...]\n")
-            print(f"CONFIG: {', '.join(config.names())}, or the path of a .py file.")
+            print(f"CONFIG: {', '.join(config_io.names())}, or the path of a .py file.")
             print(f"`gpt-jax {options.verb} CONFIG --help` lists every field with its meaning.")
             raise SystemExit(0)
         raise UserError(
-            f"say which config: gpt-jax {options.verb} CONFIG, with CONFIG one of {', '.join(config.names())} or a .py file"
+            f"say which config: gpt-jax {options.verb} CONFIG, with CONFIG one of {', '.join(config_io.names())} or a .py file"
         )
-    loaded = config.load(options.config)
+    loaded = config_io.load(options.config)
+    if isinstance(loaded, FinetuneConfig) != (kind == "finetune"):
+        raise UserError(f"{options.config} is a config for gpt-jax {'pretrain' if kind == 'finetune' else 'finetune'}")
     if any(word in ("-h", "--help") for word in overrides):
         print(f"gpt-jax {options.verb} also takes --workdir RUN, --traceback (show where in the code an error arose)", end="")
-        print(" and --allow-changes (go on in a folder whose config differs)." if options.verb == "pretrain" else ".")
-    return config.override(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
+        print(" and --allow-changes (go on in a folder whose config differs)." if options.verb != "prepare" else ".")
+    return config_io.override(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> int:
@@ -146,6 +186,53 @@ def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:
     from gpt_jax.train.pretrain import pretrain
 
     pretrain(config, options.workdir, options.allow_changes)
+
+
+def _finetune(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = _configured(options, overrides, "finetune")
+    if options.workdir is None:
+        raise UserError("--workdir: say which folder shall hold the run")
+    from gpt_jax.tasks.finetune import finetune, finetune_seeds
+
+    if options.seeds is None:
+        finetune(config, options.workdir, options.allow_changes)
+    else:
+        finetune_seeds(config, options.workdir, options.seeds, options.allow_changes)
+
+
+def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    from gpt_jax.tasks import evaluate
+    from gpt_jax.train.progress import say
+
+    if overrides and (options.text or options.zero_shot):
+        raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax evaluate with --text or --zero-shot")
+    if options.zero_shot:
+        from gpt_jax.present import show_zero_shot
+
+        sources = dict(word.partition("=")[::2] for word in options.zero_shot)
+        show_zero_shot(evaluate.zero_shot(options.checkpoint, sources, options.every_checkpoint, say), options.out)
+        return
+    if options.text:
+        scores = evaluate.evaluate_text(options.checkpoint, options.text, max_bytes=options.max_bytes)
+    else:
+        scores = evaluate.evaluate_task(options.checkpoint, overrides, options.split, options.out, say)
+    for name, value in scores.items():
+        print(f"{name:<24}{value:>14,}" if isinstance(value, int) else f"{name:<24}{value:>14.4f}")
+
+
+def _study(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = _configured(options, overrides, "finetune")
+    if options.workdir is None:
+        raise UserError("--workdir: say which folder shall hold the study")
+    from gpt_jax.studies import study
+
+    study(options.name, config, options.workdir, options.seeds, options.lstm)
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> None:
+    from gpt_jax import paper_table
+
+    paper_table.show(options.runs)
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
@@ -182,7 +269,15 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     return UserError.exit_code if any(info.state == "damaged" for info in infos) else 0
 
 
-def _bench(options: argparse.Namespace, _: list[str]) -> None:
+def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
+    if options.name != "padding" and (overrides or options.config):
+        raise UserError(f"'{overrides[0] if overrides else '--config'}' is not an argument of gpt-jax bench {options.name}")
+    if options.name == "padding":
+        config = _configured(options, overrides, "finetune")
+        from gpt_jax.present import bench_padding
+
+        bench_padding(config)
+        return
     from gpt_jax import present
 
     if options.name == "input":

@@ -7,21 +7,14 @@ to resume only when a `result` field differs. Every rule that needs nothing but 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import importlib.util
-import io
-import json
 import math
 import re
-import typing
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError
 
 
 def result(default: Any) -> Any:
@@ -114,7 +107,21 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class PipelineConfig:
+    """What makes the batches ahead of the training step that needs them."""
+
+    pipeline: Literal["auto", "tf", "threads"] = speed("auto")
+    """What drives and prefetches the batches: `tf` (tf.data), `threads` (no tensorflow needed), `auto`: tf if it is installed.
+    The batches are the same."""
+    prefetch: int = speed(4)
+    """Batches kept ready ahead of the training step. > 0."""
+
+    def __post_init__(self) -> None:
+        require(self.prefetch > 0, "data.prefetch", f"must be positive, not {self.prefetch}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(PipelineConfig):
     """Which text, and the token store made from it."""
 
     source: str = result("")
@@ -134,39 +141,22 @@ class DataConfig:
     """Bytes of text, roughly, behind one file of the store. > 0."""
     processes: int = speed(0)
     """Processes that tokenise; 0: one a core."""
-    pipeline: Literal["auto", "tf", "threads"] = speed("auto")
-    """What drives and prefetches the batches: `tf` (tf.data), `threads` (no tensorflow needed), `auto`: tf if it is installed.
-    The batches are the same."""
-    prefetch: int = speed(4)
-    """Batches kept ready ahead of the training step. > 0."""
     verify: bool = speed(True)
     """Check every shard's checksum when a store is opened (about 1.5 GB/s a core). Sizes are checked always."""
     tokenizer: TokenizerConfig = TokenizerConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 <= self.validation_share < 1, "data.validation_share", f"must lie in [0, 1), not {self.validation_share}")
         require(self.max_bytes >= 0, "data.max_bytes", f"must be 0 (no limit) or positive, not {self.max_bytes}")
         require(self.shard_bytes > 0, "data.shard_bytes", f"must be positive, not {self.shard_bytes}")
         require(self.processes >= 0, "data.processes", f"must be 0 (one a core) or positive, not {self.processes}")
-        require(self.prefetch > 0, "data.prefetch", f"must be positive, not {self.prefetch}")
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """The Transformer of section 4.1, "Model specifications". Defaults are the paper's."""
+class ModelOptions:
+    """How a model of any architecture is regularised and computed (section 4.1). Defaults are the paper's."""
 
-    vocab_size: int = result(40_478)
-    """Entries of the vocabulary: the logical size. Arrays are padded up to a multiple of 128."""
-    context_length: int = result(512)
-    """Tokens the model sees at once, each with a learned position (section 4.1: 512)."""
-    num_layers: int = result(12)
-    """Transformer blocks (section 4.1: 12)."""
-    embed_dim: int = result(768)
-    """Width of the residual stream (section 4.1: 768)."""
-    num_heads: int = result(12)
-    """Attention heads; must divide `embed_dim` (section 4.1: 12)."""
-    mlp_dim: int = result(3072)
-    """Inner width of the position-wise feed-forward network (section 4.1: 3072)."""
     embed_dropout: float = result(0.1)
     """Dropout rate on the sum of token and position embeddings, in [0, 1) (section 4.1: 0.1)."""
     attention_dropout: float = result(0.1)
@@ -175,8 +165,6 @@ class ModelConfig:
     """Dropout rate on both residual branches, in [0, 1) (section 4.1: 0.1)."""
     init_stddev: float = result(0.02)
     """Standard deviation of the normal initialisation of weights and embeddings (section 4.1: 0.02)."""
-    layer_norm_epsilon: float = result(1e-5)
-    """Added to the variance in layer normalisation (released code: 1e-5)."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = result("auto")
     """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and
     the loss are computed in float32 whatever this says."""
@@ -190,24 +178,48 @@ class ModelConfig:
     attention: Literal["auto", "plain"] = speed("auto")
     """Implementation of attention. `plain`: probabilities as an array, on any device. `auto`: the fastest that runs here."""
     loss_chunk: int = speed(128)
-    """Time steps whose logits exist at once in the loss; must divide `context_length`, or be larger."""
+    """Time steps whose logits exist at once in the loss."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "context_length", "num_layers", "embed_dim", "num_heads", "mlp_dim", "loss_chunk"):
-            require(getattr(self, name) > 0, f"model.{name}", f"must be positive, not {getattr(self, name)}")
         for name in ("embed_dropout", "attention_dropout", "residual_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name}", f"must lie in [0, 1), not {getattr(self, name)}")
         require(self.init_stddev > 0, "model.init_stddev", f"must be positive, not {self.init_stddev}")
+        require(self.loss_chunk > 0, "model.loss_chunk", f"must be positive, not {self.loss_chunk}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ModelOptions):
+    """The model of section 4.1, "Model specifications", or the LSTM of section 5. Defaults are the paper's."""
+
+    kind: Literal["transformer", "lstm"] = result("transformer")
+    """The decoder-only Transformer, or in its place a single-layer LSTM (section 5, "Ablation studies"), which uses of the
+    following fields only `vocab_size`, `context_length`, `embed_dim` and `lstm_units`."""
+    vocab_size: int = result(40_478)
+    """Entries of the vocabulary: the logical size. Arrays are padded up to a multiple of 128."""
+    context_length: int = result(512)
+    """Tokens the model sees at once, each with a learned position (section 4.1: 512)."""
+    num_layers: int = result(12)
+    """Transformer blocks (section 4.1: 12)."""
+    embed_dim: int = result(768)
+    """Width of the residual stream (section 4.1: 768)."""
+    num_heads: int = result(12)
+    """Attention heads; must divide `embed_dim` (section 4.1: 12)."""
+    mlp_dim: int = result(3072)
+    """Inner width of the position-wise feed-forward network (section 4.1: 3072)."""
+    layer_norm_epsilon: float = result(1e-5)
+    """Added to the variance in layer normalisation (released code: 1e-5)."""
+    lstm_units: int = result(2048)
+    """Units of the LSTM (section 5: 2048)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocab_size", "context_length", "num_layers", "embed_dim", "num_heads", "mlp_dim", "lstm_units"):
+            require(getattr(self, name) > 0, f"model.{name}", f"must be positive, not {getattr(self, name)}")
         require(self.layer_norm_epsilon > 0, "model.layer_norm_epsilon", f"must be positive, not {self.layer_norm_epsilon}")
         require(
-            self.embed_dim % self.num_heads == 0,
+            self.kind == "lstm" or self.embed_dim % self.num_heads == 0,
             "model.num_heads",
             f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}",
-        )
-        require(
-            self.loss_chunk >= self.context_length or self.context_length % self.loss_chunk == 0,
-            "model.loss_chunk",
-            f"{self.loss_chunk} does not divide model.context-length {self.context_length}",
         )
 
     @property
@@ -255,7 +267,7 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class LoopConfig:
     """How long, in what batches, and what is kept on the way."""
 
     batch_size: int = result(64)
@@ -268,20 +280,14 @@ class TrainConfig:
     """Parts that a batch is split into to save memory; must divide `batch_size`. The update is that of the whole batch."""
     eval_every: str = speed("1000 steps")
     """How often the validation split is scored; it is scored at the end too."""
-    eval_windows: int = result(1024)
-    """Most validation windows scored, from the split's beginning; 0: all of them."""
     save_every: str = speed("1000 steps")
     """How often a checkpoint is written; one is written at the end too."""
     keep_latest: int = speed(3)
     """Newest checkpoints kept. > 0."""
     keep_best: int = speed(1)
-    """Checkpoints with the lowest validation loss kept besides; 0: none."""
+    """Checkpoints with the best validation score kept besides; 0: none."""
     log_seconds: float = display(10.0)
     """Seconds between log lines where standard error is no terminal."""
-    prompts: tuple[str, ...] = display(("The", "It was", "In the"))
-    """Texts that are continued at every evaluation, to be read."""
-    sample_tokens: int = display(40)
-    """Tokens of each continuation; 0: none."""
     tensorboard: bool = display(True)
     """Write TensorBoard's event files beside metrics.jsonl."""
 
@@ -301,10 +307,25 @@ class TrainConfig:
                 "train.duration",
                 "a share of itself makes no sense; give steps, tokens or epochs",
             )
-        require(self.eval_windows >= 0, "train.eval_windows", f"must be 0 (all) or positive, not {self.eval_windows}")
         require(self.keep_latest > 0, "train.keep_latest", f"must be positive, not {self.keep_latest}")
         require(self.keep_best >= 0, "train.keep_best", f"must not be negative, is {self.keep_best}")
         require(self.log_seconds > 0, "train.log_seconds", f"must be positive, not {self.log_seconds}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """The same for pre-training, with what is scored and shown of a language model."""
+
+    eval_windows: int = result(1024)
+    """Most validation windows scored, from the split's beginning; 0: all of them."""
+    prompts: tuple[str, ...] = display(("The", "It was", "In the"))
+    """Texts that are continued at every evaluation, to be read."""
+    sample_tokens: int = display(40)
+    """Tokens of each continuation; 0: none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.eval_windows >= 0, "train.eval_windows", f"must be 0 (all) or positive, not {self.eval_windows}")
         require(self.sample_tokens >= 0, "train.sample_tokens", f"must not be negative, is {self.sample_tokens}")
 
 
@@ -362,16 +383,108 @@ class InitConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Pre-training on unlabelled text (section 3.1). The defaults are the paper's settings."""
+class TransferConfig(InitConfig):
+    """Where the parameters of a fine-tuning come from, and with them its architecture and its tokenizer."""
+
+    from_: Annotated[str, tyro.conf.arg(name="from")] = result("")
+    """A run's folder (its newest sound checkpoint) or one checkpoint's folder, or `none`: random parameters (section 5, Table 5,
+    "w/o pre-training")."""
+    like: str = result("")
+    """With `--init.from none`: the run or checkpoint whose architecture and tokenizer to take, or a pre-training config by name,
+    whose architecture is taken."""
+    tokenizer: str = result("")
+    """With the name of a config in `like`: the folder of a tokenizer of that config's kind."""
+    blocks: int = result(-1)
+    """Pre-trained blocks taken over, counted from the input, besides the embeddings; -1: all (section 5, "Impact of number of
+    layers transferred"). The other blocks start at random."""
+
+    def __post_init__(self) -> None:
+        require(self.blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {self.blocks}")
+        require(
+            self.from_ == "none" or not self.like,
+            "init.like",
+            "goes with --init.from none; a checkpoint brings its own architecture and tokenizer",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """A labelled task, and how its examples become the model's input (section 3.3, Figure 1)."""
+
+    name: str = result("")
+    """A task of the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a task of
+    your own, described by the fields from `kind` to `labels`."""
+    path: str = speed("")
+    """Folder with the named task's files in their original layout; empty: from tensorflow-datasets."""
+    kind: Literal["classification", "entailment", "similarity", "multiple_choice"] = result("classification")
+    """Your own task's input transformation: one text; premise and hypothesis; two texts in both orders; a context and answers."""
+    train: str = speed("")
+    """Your own task's training rows: a .tsv, .csv or .jsonl file with named columns."""
+    validation: str = speed("")
+    """The same for validation, by which the best checkpoint is chosen."""
+    test: str = speed("")
+    """The same for testing; may be empty, and may lack labels."""
+    texts: tuple[str, ...] = result(("text",))
+    """Names of your own task's text columns in the order of the transformation: the text; premise, hypothesis; the two texts; the
+    context and then each answer."""
+    label: str = result("label")
+    """Name of the column with the label. Of a multiple choice it is the answer's number from 0, or a member of `labels`."""
+    labels: tuple[str, ...] = result(())
+    """The label set in the order of the classifier's outputs; empty: the labels of the training rows, sorted."""
+    max_train: int = result(0)
+    """Use this many training rows, an even choice that is the same for every seed; 0: all of them."""
+    max_tokens: int = result(0)
+    """Longest input in tokens, special ones included; longer ones are truncated and counted. 0: the model's context."""
+    truncation: Literal["longest", "released"] = result("longest")
+    """`longest`: tokens are taken off the end of whichever segment is longest; `released`: every segment is cut at
+    `max_tokens` / 2 - 2 tokens, as in the released code."""
+    order: Literal["grouped", "random"] = result("grouped")
+    """`grouped`: a batch holds examples of about one length, so that little of it is padding; `random`: any."""
+    lengths: int = speed(8)
+    """Most lengths that batches are padded to, each compiled once for training and once for scoring. > 0."""
+    lm_weight: float = result(0.5)
+    """Weight of the auxiliary language-model loss (section 4.1: lambda = 0.5); 0: off."""
+    classifier_dropout: float = result(0.1)
+    """Dropout rate before the classifier, in [0, 1) (section 4.1: 0.1)."""
+
+    def __post_init__(self) -> None:
+        own = bool(self.train or self.validation or self.test)
+        require(
+            not (self.name and own), "task.name", f"'{self.name}' is a task of the paper; drop it, or --task.train and its like"
+        )
+        require(self.max_train >= 0, "task.max_train", f"must be 0 (all) or positive, not {self.max_train}")
+        require(self.max_tokens >= 0, "task.max_tokens", f"must be 0 (the context) or positive, not {self.max_tokens}")
+        require(self.lengths > 0, "task.lengths", f"must be positive, not {self.lengths}")
+        require(self.lm_weight >= 0, "task.lm_weight", f"must not be negative, is {self.lm_weight}")
+        require(0 <= self.classifier_dropout < 1, "task.classifier_dropout", f"must lie in [0, 1), not {self.classifier_dropout}")
+        wanted = {"classification": 1, "entailment": 2, "similarity": 2}.get(self.kind)
+        if own and wanted is not None:
+            require(len(self.texts) == wanted, "task.texts", f"{self.kind} takes {wanted} text columns, not {len(self.texts)}")
+        elif own:
+            require(
+                len(self.texts) >= 3, "task.texts", "multiple_choice takes the context's column and those of at least two answers"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every training run has: a model, batches, an optimiser, a length, devices and a beginning."""
 
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
+    data: PipelineConfig = PipelineConfig()
     optim: OptimConfig = OptimConfig()
-    train: TrainConfig = TrainConfig()
+    train: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     init: InitConfig = InitConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Pre-training on unlabelled text (section 3.1). The defaults are the paper's settings."""
+
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
         fixed = {"gpt1": 40_478, "bytes": 257}.get(self.data.tokenizer.kind)
@@ -381,151 +494,28 @@ class PretrainConfig:
             f"the {self.data.tokenizer.kind} tokenizer has {fixed} entries, not {self.model.vocab_size}",
         )
         require(
-            self.mesh.tensor == -1 or self.model.num_heads % self.mesh.tensor == 0,
+            self.mesh.tensor == -1 or self.model.kind == "lstm" or self.model.num_heads % self.mesh.tensor == 0,
             "mesh.tensor",
             f"{self.mesh.tensor} does not divide model.num-heads {self.model.num_heads}",
         )
 
 
-# -- looking at configs -----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Fine-tuning on a labelled task (section 3.2). The defaults are the settings of section 4.1, "Fine-tuning details"."""
+
+    # The architecture is the checkpoint's.
+    model: ModelOptions = ModelOptions()  # type: ignore[assignment]
+    optim: OptimConfig = OptimConfig(peak_lr=6.25e-5, schedule="linear", warmup="0.2%", clip_norm=1.0)
+    train: LoopConfig = LoopConfig(
+        batch_size=32, duration="3 epochs", eval_every="1 epochs", save_every="1 epochs", keep_latest=1
+    )
+    init: TransferConfig = TransferConfig()
+    task: TaskConfig = TaskConfig()
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Maps each leaf's dotted name (as on the command line) to its value and effect."""
-    leaves: dict[str, tuple[Any, str]] = {}
-    for field in dataclasses.fields(config):
-        name = prefix + field.name.rstrip("_").replace("_", "-")
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            leaves |= flatten(value, name + ".")
-        else:
-            leaves[name] = (value, field.metadata["effect"])
-    return leaves
+@dataclasses.dataclass(frozen=True)
+class FinetuneRunConfig(FinetuneConfig):
+    """A fine-tuning whose architecture is known: what its folder records."""
 
-
-def digest(config: Any) -> str:
-    """A hexadecimal SHA-256 of the config's `result` fields: equal digests compute the same numbers."""
-    fields = {name: value for name, (value, effect) in flatten(config).items() if effect == "result"}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The config as JSON-ready nested dictionaries."""
-    return dataclasses.asdict(config)
-
-
-def from_dict(kind: type, values: dict[str, Any]) -> Any:
-    """Rebuilds a config from `to_dict`'s JSON. Fields that did not exist when it was written take their defaults."""
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        if field.name in values:
-            value = values[field.name]
-            if dataclasses.is_dataclass(field.default):
-                value = from_dict(type(field.default), value)
-            arguments[field.name] = tuple(value) if isinstance(value, list) else value
-    return kind(**arguments)
-
-
-# -- config files -----------------------------------------------------------------------------------------------------------
-
-
-def config_folder() -> Path:
-    """The folder of the configs that come with the package (configs/ in the repository)."""
-    spec = importlib.util.find_spec("gpt_jax.configs")
-    assert spec is not None
-    return Path(next(iter(spec.submodule_search_locations or ())))
-
-
-def names() -> list[str]:
-    """The bare names of the configs that come with the package."""
-    folder = config_folder()
-    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.py") if path.stem != "__init__")
-
-
-def load(name: str) -> Any:
-    """Loads a config by its path ("my/config.py") or its bare name under configs/ ("smoke", "finetune/cola").
-
-    Raises:
-      UserError: no such config, or the file has no `config()` that returns a config.
-    """
-    path = Path(name)
-    if path.suffix != ".py":
-        path = config_folder() / f"{name}.py"
-        if not path.is_file():
-            raise UserError(f"no config is named '{name}'; {nearest(name, names())}, or give the path of a .py file")
-    if not path.is_file():
-        raise UserError(f"{path}: no such config file")
-    spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "config", None)):
-            raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig")
-        value = module.config()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's file does wrong is said in one line
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    if not isinstance(value, PretrainConfig):
-        raise UserError(f"{path}: config() returned a {type(value).__name__}, not a PretrainConfig")
-    return value
-
-
-def override(config: Any, arguments: list[str], prog: str) -> Any:
-    """Applies command-line overrides such as `--optim.peak-lr 1e-4` to a config.
-
-    Names are checked first and values one at a time, so that each mistake is one line; `--help` prints every field.
-
-    Raises:
-      UserError: a name that does not exist (the nearest are offered), a value of the wrong type, or a rule across fields.
-    """
-    if any(argument in ("-h", "--help") for argument in arguments):
-        tyro.cli(type(config), default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
-    flags: list[list[str]] = []
-    known = flatten(config)
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, *value = argument[2:].split("=", 1)
-            name = name.replace("_", "-")
-            if name not in known:
-                sections = sorted({key.split(".")[0] for key in known})
-                options = [key for key in known if key.startswith(name.split(".")[0] + ".")] or [*known, *sections]
-                hint = nearest(name, options) if name not in sections else "it is a section: give one of its fields"
-                raise UserError(f"--{name}: no such field; {hint}")
-            flags.append(["--" + name, *value])
-        elif flags:
-            flags[-1].append(argument)
-        else:
-            raise UserError(f"'{argument}' stands before any --field; overrides are written --section.field value")
-    for flag in flags:
-        try:
-            _parse(config, flag)
-        except SystemExit:
-            raise UserError(f"{flag[0]}: {_expectation(config, flag)}") from None
-        except UserError:
-            pass  # A rule across fields may hold only once all overrides are in.
-    return _parse(config, [word for flag in flags for word in flag])
-
-
-def _parse(config: Any, arguments: list[str]) -> Any:
-    """Lets tyro apply overrides; its own messages are boxes of several lines, so they are swallowed."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(
-            type(config), default=config, args=arguments, config=(tyro.conf.FlagConversionOff,), console_outputs=False
-        )
-
-
-def _expectation(config: Any, flag: list[str]) -> str:
-    """Says what a field would have accepted, for a value that it did not."""
-    kind: Any = type(config)
-    for part in flag[0][2:].split("."):
-        kind = {name.rstrip("_").replace("_", "-"): hint for name, hint in typing.get_type_hints(kind).items()}[part]
-    given = " ".join(flag[1:])
-    if not given:
-        return "needs a value"
-    if typing.get_origin(kind) is Literal:
-        return f"'{given}' is not one of {', '.join(map(str, typing.get_args(kind)))}"
-    expected = {int: "a whole number", float: "a number", bool: "True or False", str: "one text (quote it)"}
-    return f"'{given}' is not {expected.get(kind, 'a list of texts')}"
+    model: ModelConfig = ModelConfig()

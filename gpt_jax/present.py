@@ -1,4 +1,4 @@
-"""Measured tables of what this machine does: `gpt-jax bench`."""
+"""Measured tables: what this machine does (`gpt-jax bench`), and what a model does without fine-tuning."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import contextlib
 import dataclasses
 import importlib.util
 import itertools
+import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from gpt_jax.config import FinetuneConfig
 from gpt_jax.data.pipeline import batches
 from gpt_jax.data.store import MappedShards, Store, TokenArray
 from gpt_jax.data.windows import Batch, Windows
+from gpt_jax.plots import Point, curves
+from gpt_jax.rundir import write_atomic
 
 RUNS = 3
 RANDOM_TOKENS = 100_000_000
@@ -139,3 +143,78 @@ def bench_matmul() -> float:
     rate = 2 * rows * inner * columns / best
     print(f"{rows} x {inner} x {columns} float32 on {jax.devices()[0].device_kind}: {rate / 1e9:,.0f} GFLOP/s")
     return rate
+
+
+def bench_padding(config: FinetuneConfig, steps: int = 20) -> dict[str, float]:
+    """Prints and returns examples/s of fine-tuning with batches padded in three ways, in one run, compilation left out.
+
+    The same examples, in the same number of batches: grouped by length and padded to a few lengths, as `finetune` does; at random
+    and padded to the longest of each batch; at random and padded to the model's context.
+
+    Args:
+      steps: batches of the first epoch that are timed, spread evenly over it.
+    """
+    import jax
+
+    from gpt_jax import sharding
+    from gpt_jax.tasks.batches import TaskBatches
+    from gpt_jax.tasks.dataset import load_dataset
+    from gpt_jax.tasks.finetune import find_source, head_of, resolve
+    from gpt_jax.train.optimizer import Horizon
+    from gpt_jax.train.progress import say
+    from gpt_jax.train.step import ByShape, init_state, lower_step
+
+    source = find_source(config.init, say)
+    resolved = resolve(config, source)
+    size, context = resolved.train.batch_size, resolved.model.context_length
+    mesh = sharding.make_mesh(resolved.mesh)
+    data = load_dataset(resolved.task, source.tokenizer, context, size, say, ("train", "validation"))
+    objective = head_of(data.task, resolved).objective()
+    encoded, rows = data.encoded["train"], sharding.host_rows(mesh, size)
+    every_length = range(1, context + 1)
+    kinds = {
+        f"grouped, {len(data.lengths)} lengths": TaskBatches(encoded, size, 0, data.lengths, "grouped"),
+        "longest of each batch": TaskBatches(encoded, size, 0, every_length, "random"),
+        f"the context of {context}": TaskBatches(encoded, size, 0, (context,), "random"),
+    }
+    rates = {}
+    print(f"{data.task.title}: {len(encoded.lengths):,} examples in batches of {size}, {jax.devices()[0].device_kind}")
+    print(f"{'padded to':<26}{'padding':>10}{'compilations':>14}{'examples/s':>12}")
+    for name, made in kinds.items():
+        update = ByShape(lambda batch: lower_step(resolved, mesh, horizon=Horizon(1000, 0), objective=objective, batch=batch))
+        state = init_state(resolved, mesh, objective)
+        chosen = np.linspace(0, made.steps_per_epoch - 1, min(steps, made.steps_per_epoch)).astype(int)
+        placed = [sharding.place_batch(mesh, made.batch_at(int(step), rows), size) for step in chosen]
+        with jax.set_mesh(mesh):
+            for batch in placed:  # compiles
+                state, _ = update(state, batch)
+            jax.block_until_ready(state)
+            begun = time.perf_counter()
+            for batch in placed:
+                state, _ = update(state, batch)
+            jax.block_until_ready(state)
+        rates[name] = len(placed) * size / (time.perf_counter() - begun)
+        print(f"{name:<26}{made.padding_share():>10.1%}{len(update):>14}{rates[name]:>12.1f}", flush=True)
+    return rates
+
+
+def show_zero_shot(results: Sequence[dict[str, Any]], out: Path | None) -> None:
+    """Prints zero-shot scores; with a folder, writes them to zero_shot.json and, of several checkpoints, draws zero_shot.png."""
+    print(f"{'step':>9}  {'probe':<12}{'metric':<10}{'score':>8}{'normalised':>12}{'rows':>8}")
+    for found in results:
+        metric = "matthews" if "matthews" in found else "accuracy"
+        normalized = "-" if found["normalized"] is None else f"{found['normalized']:.3f}"
+        print(f"{found['step']:>9}  {found['probe']:<12}{metric:<10}{100 * found[metric]:>8.1f}{normalized:>12}{found['n']:>8,}")
+    if out is None:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "zero_shot.json", json.dumps(list(results), indent=1) + "\n")
+    lines: dict[str, list[Point]] = {}
+    for found in results:
+        if found["normalized"] is not None:
+            y = found["normalized"]
+            lines.setdefault(found["probe"], []).append(Point(found["step"], y, y, y))
+    if any(len(points) > 1 for points in lines.values()):
+        label = "score (0: random guess, 1: best supervised)"
+        curves(out / "zero_shot.png", "Zero-shot scores along pre-training", "pre-training steps", label, lines)
+        print(f"{out / 'zero_shot.json'}, {out / 'zero_shot.png'}")

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt_jax import config as configs
+from gpt_jax import config_io
 from gpt_jax.errors import UserError
 
 
@@ -61,6 +61,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"
+        self.result = path / "result.json"
         self.attempt = 1
         self._primary = primary
         self._metrics: Any = None
@@ -77,10 +78,10 @@ class RunDir:
         if not file.exists():
             raise UserError(f"{self.path} holds a run but no config.json; name another --workdir")
         stored = read_json(file)
-        old = configs.flatten(configs.from_dict(type(config), stored["config"]))
+        old = config_io.flatten(config_io.from_dict(stored["config"]))
         changed = [
             f"--{name} {_show(value)} (was {_show(old[name][0])})"
-            for name, (value, effect) in configs.flatten(config).items()
+            for name, (value, effect) in config_io.flatten(config).items()
             if effect == "result" and name in old and value != old[name][0]
         ]
         if changed and not allow_changes:
@@ -107,7 +108,12 @@ class RunDir:
         if not self._primary:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        facts = {"digest": configs.digest(config), "data_digest": data_digest, **environment(), "config": configs.to_dict(config)}
+        facts = {
+            "digest": config_io.digest(config),
+            "data_digest": data_digest,
+            **environment(),
+            "config": config_io.to_dict(config),
+        }
         write_atomic(file, json.dumps(facts, indent=1) + "\n")
         self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -152,7 +158,7 @@ class RunDir:
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, the run's final scores."""
         if self._primary:
-            write_atomic(self.path / "result.json", json.dumps(result, indent=1) + "\n")
+            write_atomic(self.result, json.dumps(result, indent=1) + "\n")
 
     def close(self) -> None:
         if self._metrics is not None:

@@ -77,12 +77,12 @@ def check(mesh: Mesh, model: ModelConfig, batch_size: int, micro_batches: int) -
         + (f" in {micro_batches} micro-batches" if micro_batches > 1 else "")
         + f"; {f'{lower} or ' if lower else ''}{upper} would",
     )
-    for name, dimension, axis in (
-        ("embed_dim", model.embed_dim, "embed"),
-        ("num_heads", model.num_heads, "heads"),
-        ("mlp_dim", model.mlp_dim, "mlp"),
-        ("vocab_size", model.padded_vocab_size, "vocab"),
-    ):
+    widths = [("embed_dim", model.embed_dim, "embed"), ("vocab_size", model.padded_vocab_size, "vocab")]
+    if model.kind == "lstm":
+        widths += [("lstm_units", model.lstm_units, "mlp")]
+    else:
+        widths += [("num_heads", model.num_heads, "heads"), ("mlp_dim", model.mlp_dim, "mlp")]
+    for name, dimension, axis in widths:
         size = axis_size(mesh, axis)
         fitting = [k for k in range(1, size) if dimension % k == 0]
         require(

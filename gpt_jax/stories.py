@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,18 +9,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpt_jax import config as configs
-from gpt_jax import sharding
-from gpt_jax.config import MeshConfig, PretrainConfig
+from gpt_jax import config_io
+from gpt_jax.config import PretrainConfig
 from gpt_jax.data.store import Store
-from gpt_jax.data.tokenizers import Tokenizer, load
 from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.model.decode import generate
-from gpt_jax.model.transformer import Params
-from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import pretrain
 from gpt_jax.train.progress import duration, say
-from gpt_jax.train.step import abstract_state
+from gpt_jax.train.trained import load_model
 
 MARGIN = 1.5  # nats by which the demo's model must beat a unigram model, or else something is broken
 
@@ -34,7 +28,7 @@ def demo(workdir: Path) -> int:
       The exit code: 1 if the model is not `MARGIN` nats better than a unigram model of the same tokens.
     """
     started = time.monotonic()
-    config = configs.load("demo")
+    config = config_io.load("demo")
     say(f"demo: a small GPT learns from the documentation installed on this machine; everything goes to {workdir}")
     result = pretrain(config, workdir)
     store = Store.open(workdir / "store", verify=False)
@@ -82,7 +76,7 @@ def continue_prompts(
     Raises:
       UserError: no sound checkpoint there, or the prompt and `num_tokens` do not fit the context.
     """
-    config, params, tokenizer = load_model(path)
+    config, _, params, tokenizer, _ = load_model(path)
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     drawn = generate(
         config.model,
@@ -97,17 +91,6 @@ def continue_prompts(
     )
     for prompt, tokens in zip(prompts, drawn, strict=True):
         yield prompt, tokenizer.decode(tokens)
-
-
-def load_model(path: Path) -> tuple[PretrainConfig, Params, Tokenizer]:
-    """A checkpoint's config, its parameters spread over this machine's devices, and its tokenizer."""
-    info = checkpoint.resolve(path, say)
-    config = configs.from_dict(PretrainConfig, checkpoint.read_config(info))
-    spread = math.gcd(config.model.embed_dim, jax.device_count())
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
-    config = dataclasses.replace(config, mesh=MeshConfig())
-    params = checkpoint.restore_part(info, abstract_state(config, mesh)["params"])
-    return config, params, load(info.path / "tokenizer")
 
 
 def ngram_losses(config: PretrainConfig, store: Store) -> tuple[float, float]:

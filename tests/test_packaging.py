@@ -17,7 +17,8 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from gpt_jax import config as configs
-from gpt_jax.config import PretrainConfig
+from gpt_jax import config_io
+from gpt_jax.config import FinetuneConfig, PretrainConfig, RunConfig
 from gpt_jax.model import masks
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 # Top to bottom; a module imports from its own line and from lower ones only.
 LAYERS = (
     {"__main__", "cli"},
-    {"stories", "present"},
+    {"stories", "studies", "present", "paper_table", "plots"},
     {"plan"},
     {"interop"},
     {"tasks"},
@@ -33,7 +34,7 @@ LAYERS = (
     {"model"},
     {"data"},
     {"sharding", "distributed"},
-    {"config", "rundir", "errors"},
+    {"config", "config_io", "rundir", "errors"},
     {"__init__"},
 )
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
@@ -181,11 +182,11 @@ def test_training_does_not_import_tensorflow() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_configs_load_and_open_with_their_command(path: Path) -> None:
     name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
-    config = configs.load(name)
-    assert isinstance(config, PretrainConfig)
-    assert configs.config_folder().samefile(ROOT / "configs")
+    config = config_io.load(name)
+    assert isinstance(config, RunConfig)
+    assert config_io.config_folder().samefile(ROOT / "configs")
     header = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert f"    gpt-jax pretrain {name} " in header
+    assert f"    gpt-jax {'finetune' if isinstance(config, FinetuneConfig) else 'pretrain'} {name} " in header
     assert "Time" in header
     assert "Expect: " in header or "result: " in header
 
@@ -202,12 +203,16 @@ def sections(kind: type) -> Iterator[type]:
             yield from sections(type(field.default))
 
 
-@pytest.mark.parametrize("section", sorted(set(sections(PretrainConfig)), key=lambda kind: kind.__name__))
+@pytest.mark.parametrize(
+    "section", sorted({*sections(PretrainConfig), *sections(FinetuneConfig)}, key=lambda kind: kind.__name__)
+)
 def test_every_config_field_says_what_it_is_and_may_change(section: type) -> None:
     tree = ast.parse(Path(configs.__file__).read_text())
-    body = next(node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == section.__name__)
+    names = {kind.__name__ for kind in section.__mro__}
+    bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names]
     explained = {
         field.target.id
+        for body in bodies
         for field, text in itertools.pairwise(body)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
@@ -249,7 +254,7 @@ def test_a_plain_install_brings_the_configs(tmp_path: Path) -> None:
     subprocess.run(pip, check=True, stdin=subprocess.DEVNULL)
     shutil.rmtree(copy)
 
-    code = "from gpt_jax import config; import gpt_jax.configs.smoke as smoke; print(config.config_folder()); smoke.config()"
+    code = "from gpt_jax import config_io; import gpt_jax.configs.smoke as smoke; print(config_io.config_folder()); smoke.config()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -67,16 +67,6 @@ def open_source(config: DataConfig) -> Source:
     return FileSource(config.source, config.text_field)
 
 
-def documents(config: DataConfig) -> Iterator[str]:
-    """The documents of `config.source`, as they come: duplicates and empty texts included.
-
-    Raises:
-      UserError: as `open_source`; or, with file and line, text that is not UTF-8, a broken archive, a malformed JSON line,
-        a missing text field, a binary or empty file.
-    """
-    return open_source(config).documents()
-
-
 # -- files ------------------------------------------------------------------------------------------------------------------
 
 
@@ -291,15 +281,16 @@ class InstalledDocs:
         self._max_bytes = max_bytes
 
     @functools.cached_property
-    def _documents(self) -> list[str]:
-        documents: list[str] = []
+    def passages(self) -> list[tuple[str, str]]:
+        """The package that a document comes from ("python" for the Python library), and the document."""
+        documents: list[tuple[str, str]] = []
         found = 0
         seen: set[bytes] = set()
-        for _, path in sorted(_installed_files(), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
+        for _, path, package in sorted(_installed_files(), key=lambda item: hashlib.sha256(item[0].encode()).digest()):
             for text in _passages(path):
                 prose = _prose(text, seen)
                 if len(prose) >= MIN_DOCUMENT_CHARS:
-                    documents.append(prose)
+                    documents.append((package, prose))
                     found += len(prose.encode("utf-8", "replace"))
             if self._max_bytes and found >= self._max_bytes:
                 break
@@ -308,27 +299,28 @@ class InstalledDocs:
     def identity(self) -> dict[str, Any]:
         """Number of the documents and a checksum of them."""
         checksum = hashlib.sha256()
-        for text in self._documents:
+        for text in self.documents():
             checksum.update(hashlib.sha256(text.encode("utf-8", "replace")).digest())
-        return {"documents": len(self._documents), "sha256": checksum.hexdigest()}
+        return {"documents": len(self.passages), "sha256": checksum.hexdigest()}
 
     def documents(self) -> Iterator[str]:
-        return iter(self._documents)
+        return (text for _, text in self.passages)
 
 
-def _installed_files() -> Iterator[tuple[str, Path]]:
-    """Names (relative, so alike on every machine) and paths of the files that may hold documentation, tests left out."""
+def _installed_files() -> Iterator[tuple[str, Path, str]]:
+    """Names (relative, so alike on every machine), paths and packages of files that may hold documentation, tests left out."""
     library = Path(sysconfig.get_path("stdlib"))
-    listed = [(path.relative_to(library), path) for path in library.rglob("*.py")]
+    listed = [(path.relative_to(library), path, "python") for path in library.rglob("*.py")]
     for package in DOCUMENTED_PACKAGES:
         try:
             files = importlib.metadata.files(package) or []
         except importlib.metadata.PackageNotFoundError:
             continue
-        listed += [(Path(file), Path(str(file.locate()))) for file in files if file.suffix in (".py", ".md", ".rst", ".txt")]
-    for name, path in listed:
+        pages = (file for file in files if file.suffix in (".py", ".md", ".rst", ".txt"))
+        listed += [(Path(file), Path(str(file.locate())), package) for file in pages]
+    for name, path, package in listed:
         if not any(part in ("site-packages", "dist-packages", "..") or "test" in part for part in name.parts) and path.is_file():
-            yield name.as_posix(), path
+            yield name.as_posix(), path, package
 
 
 def _passages(path: Path) -> Iterator[str]:

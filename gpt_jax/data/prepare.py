@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt_jax.config import PretrainConfig, flatten
+from gpt_jax.config import PretrainConfig
+from gpt_jax.config_io import flatten
 from gpt_jax.data import corpus, tokenizers
 from gpt_jax.data.progress import Progress
 from gpt_jax.data.store import (

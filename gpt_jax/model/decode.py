@@ -1,4 +1,4 @@
-"""Generation with a key-value cache: greedy, temperature, top-k and nucleus sampling, in one compiled program."""
+"""Generation with a cache: greedy, temperature, top-k and nucleus sampling, in one compiled program."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.model import transformer
+from gpt_jax.model import network
+from gpt_jax.model.transformer import Params
 from gpt_jax.sharding import constrain
 
 
 def generate(
     config: ModelConfig,
-    params: transformer.Params,
+    params: Params,
     prompts: Sequence[Sequence[int]],
     num_tokens: int,
     *,
@@ -78,7 +79,7 @@ def generate(
 def _generate(
     config: ModelConfig,
     num_tokens: int,
-    params: transformer.Params,
+    params: Params,
     tokens: Int[Array, "batch width"],
     lengths: Int[Array, "batch"],
     temperature: Float[Array, ""],
@@ -90,13 +91,13 @@ def _generate(
     """Prompt first, all at once; then a token at a time until `num_tokens` or until every row has stopped."""
     batch, width = tokens.shape
     key = jax.random.key(seed)
-    cache = transformer.empty_cache(config, batch, width + num_tokens)
-    hidden, cache = transformer.apply_cached(config, params, tokens, cache, jnp.zeros(batch, jnp.int32))
+    cache = network.empty_cache(config, batch, width + num_tokens)
+    hidden, cache = network.apply_cached(config, params, tokens, cache, jnp.zeros(batch, jnp.int32))
     # A row's padding was written into the cache behind its prompt; the row's own tokens overwrite it before they can see it.
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
 
     def pick(hidden: jax.Array, number: jax.Array | int) -> jax.Array:
-        scores = transformer.logits(config, params, hidden)[:, 0]
+        scores = network.logits(config, params, hidden)[:, 0]
         return sample(scores, jax.random.fold_in(key, number), temperature, top_k, top_p)
 
     first = pick(last, 0)
@@ -109,7 +110,7 @@ def _generate(
     def extend(carry: tuple) -> tuple:
         number, cache, drawn, finished = carry
         previous = jax.lax.dynamic_slice_in_dim(drawn, number - 1, 1, axis=1)
-        hidden, cache = transformer.apply_cached(config, params, previous, cache, lengths + number - 1)
+        hidden, cache = network.apply_cached(config, params, previous, cache, lengths + number - 1)
         token = pick(hidden, number)  # a row that has stopped goes on until all have; `generate` cuts it off
         return number + 1, cache, drawn.at[:, number].set(token), finished | (token == stop)
 

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model import transformer
-from gpt_jax.sharding import all_max, all_sum, per_shard, shard_index
+from gpt_jax.model import network
+from gpt_jax.model.transformer import Dropout, Params
+from gpt_jax.sharding import all_max, all_sum, constrain, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
 
@@ -27,19 +28,53 @@ def normalize(batch: Batch) -> Batch:
     return batch | {"weights": batch["weights"] / jnp.maximum(batch["weights"].sum(), 1e-6)}
 
 
-def language_model_loss(
-    config: ModelConfig, params: transformer.Params, batch: Batch, dropout: transformer.Dropout | None
-) -> Float[Array, ""]:
+def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropout: Dropout | None) -> Float[Array, ""]:
     """Sum of weight x negative log-likelihood (nats) of the batch's targets: their mean once `normalize` was applied.
 
     Args:
       batch: tokens and targets int32 [batch, time], weights float32 [batch, time], optionally segment_ids [batch, time].
       dropout: what its masks depend on; None for evaluation.
     """
-    hidden = transformer.apply(config, params, batch["tokens"], dropout=dropout, segment_ids=batch.get("segment_ids"))
+    hidden = network.apply(config, params, batch["tokens"], dropout=dropout, segment_ids=batch.get("segment_ids"))
     table = params["embedding"]["tokens"]
     with jax.default_matmul_precision(config.matmul_precision):
         return cross_entropy(hidden, table, batch["targets"], batch["weights"], config.vocab_size, config.loss_chunk)
+
+
+def token_log_probabilities(
+    config: ModelConfig, params: Params, tokens: Int[Array, "batch time"], targets: Int[Array, "batch time"]
+) -> Float[Array, "batch time"]:
+    """log softmax(logits)[target] (nats) at every position, float32, without dropout; `loss_chunk` time steps at once."""
+    hidden = network.apply(config, params, tokens)
+    table = constrain(params["embedding"]["tokens"], "vocab", None).astype(hidden.dtype)
+    entries = jnp.arange(table.shape[0])
+    batch, time = tokens.shape
+    starts, chunk = _chunks(time, config.loss_chunk)
+    hidden, targets = _fill(hidden, len(starts) * chunk), _fill(targets, len(starts) * chunk)
+
+    def one_chunk(start: jax.Array) -> jax.Array:
+        x, target = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets))
+        scores = jnp.einsum("bte,ve->btv", x, table, preferred_element_type=jnp.float32)
+        scores = constrain(jnp.where(entries < config.vocab_size, scores, -jnp.inf), "batch", None, "vocab")
+        target_score = jnp.where(entries == target[..., None], scores, 0).sum(axis=-1)
+        return target_score - jax.nn.logsumexp(scores, axis=-1)
+
+    with jax.default_matmul_precision(config.matmul_precision):
+        pieces = jax.lax.map(one_chunk, starts)
+    return constrain(jnp.moveaxis(pieces, 0, 1).reshape(batch, -1)[:, :time], "batch", None)
+
+
+def _chunks(time: int, most: int) -> tuple[Int[Array, "chunks"], int]:
+    """Starts and common length of the fewest chunks of at most `most` steps that cover `time`; the last may reach beyond it."""
+    number = -(-time // most)
+    length = -(-time // number)
+    return jnp.arange(number) * length, length
+
+
+def _fill(array: jax.Array, time: int) -> jax.Array:
+    """Zeros behind axis 1 up to a length of `time`, which weigh nothing; the array itself where it has that length."""
+    missing = time - array.shape[1]
+    return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)) if missing else array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -54,7 +89,7 @@ def cross_entropy(
     """sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
 
     Differentiable in `hidden` and `table` (weights and targets are data). The product is computed in the type of `hidden`
-    with float32 results; `chunk` must divide time or exceed it.
+    with float32 results, at most `chunk` time steps of it at once.
     """
     return _over_shards(hidden, table, targets, weights, vocab_size, chunk, False)
 
@@ -79,7 +114,7 @@ def _over_shards(
     """Each device takes its own examples and its own part of the vocabulary."""
     by_example, by_token, by_entry = ("batch", None, None), ("batch", None), ("vocab", None)
     out_names = ((), by_example, by_entry) if gradients else ()
-    local = functools.partial(_local, vocab_size=vocab_size, chunk=min(chunk, hidden.shape[1]), gradients=gradients)
+    local = functools.partial(_local, vocab_size=vocab_size, chunk=chunk, gradients=gradients)
     return per_shard(local, (by_example, by_entry, by_token, by_token), out_names)(hidden, table, targets, weights)
 
 
@@ -90,8 +125,8 @@ def _local(
     entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
     time = hidden.shape[1]
-    if time % chunk:
-        raise ValueError(f"loss chunk {chunk} does not divide {time} time steps")
+    starts, chunk = _chunks(time, chunk)
+    hidden, targets, weights = (_fill(array, len(starts) * chunk) for array in (hidden, targets, weights))
 
     def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, table_gradient = carry
@@ -112,11 +147,10 @@ def _local(
         x_gradient = all_sum(jnp.einsum("btv,ve->bte", score_gradient, narrow, preferred_element_type=jnp.float32), "vocab")
         return (total, table_gradient), x_gradient.astype(hidden.dtype)
 
-    starts = jnp.arange(0, time, chunk)
     zero = jnp.zeros(table.shape if gradients else (), jnp.float32)
     (total, table_gradient), pieces = jax.lax.scan(one_chunk, (jnp.zeros(()), zero), starts)
     total = all_sum(total, "batch")
     if not gradients:
         return total
-    hidden_gradient = jnp.moveaxis(pieces, 0, 1).reshape(hidden.shape)
+    hidden_gradient = jnp.moveaxis(pieces, 0, 1).reshape(hidden.shape)[:, :time]
     return total, hidden_gradient, all_sum(table_gradient, "batch").astype(table.dtype)

@@ -12,6 +12,7 @@ shardings, and whether weight decay falls on it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -153,21 +154,28 @@ class Block(nnx.Module):
             stream = masks.stream(seed, step, layer, masks.Site.ATTENTION, row[:, None], jnp.arange(config.num_heads))
             stream = constrain(stream, "batch", "heads", None)
         mixed, cache = self.attention(x, stream, segment_ids, cache, start)
-        mixed = _drop(mixed, dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_ATTENTION)
+        mixed = drop(mixed, dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_ATTENTION)
         x = self.attention_norm(x + constrain(mixed, "batch", None, None))
-        changed = _drop(self.mlp(x), dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_MLP)
+        changed = drop(self.mlp(x), dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_MLP)
         return self.mlp_norm(x + constrain(changed, "batch", None, None)), cache
 
 
-class Embedding(nnx.Module):
-    """Token embeddings, shared with the output layer, and learned positions."""
+class TokenEmbedding(nnx.Module):
+    """Token embeddings, shared with the output layer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         tokens = config.init_stddev * jax.random.normal(rngs.params(), (config.padded_vocab_size, config.embed_dim))
         real = jnp.arange(config.padded_vocab_size) < config.vocab_size
         tokens = jnp.where(real[:, None], tokens, 0)  # Rows that only pad the array stay zero: no loss reaches them.
-        positions = config.init_stddev * jax.random.normal(rngs.params(), (config.context_length, config.embed_dim))
         self.tokens = nnx.Param(tokens.astype(config.param_dtype), axes=("vocab", "embed"), decay=True)
+
+
+class Embedding(TokenEmbedding):
+    """The same with learned positions."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, rngs=rngs)
+        positions = config.init_stddev * jax.random.normal(rngs.params(), (config.context_length, config.embed_dim))
         self.positions = nnx.Param(positions.astype(config.param_dtype), axes=(None, "embed"), decay=True)
 
 
@@ -185,23 +193,17 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 def describe(config: ModelConfig) -> dict[str, Any]:
     """A tree like `init`'s with a `Parameter` in place of each array."""
-
-    def read(module: Any, prefix: tuple[str | None, ...]) -> Any:
-        state = nnx.state(nnx.eval_shape(module), nnx.Param)
-        as_parameter = lambda p: Parameter(prefix + p.get_metadata()["axes"], p.get_metadata()["decay"])  # noqa: E731
-        return nnx.to_pure_dict(jax.tree.map(as_parameter, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
-
     return {
-        "embedding": read(lambda: Embedding(config, rngs=nnx.Rngs(0)), ()),
-        "blocks": read(lambda: Block(config, rngs=nnx.Rngs(0)), (None,)),
+        "embedding": describe_module(lambda: Embedding(config, rngs=nnx.Rngs(0))),
+        "blocks": describe_module(lambda: Block(config, rngs=nnx.Rngs(0)), (None,)),
     }
 
 
-def count(config: ModelConfig) -> int:
-    """Number of parameters, without the rows that pad the vocabulary (116,534,784 with the paper's settings)."""
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    padding = (config.padded_vocab_size - config.vocab_size) * config.embed_dim
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes)) - padding
+def describe_module(create: Callable[[], nnx.Module], prefix: tuple[str | None, ...] = ()) -> dict[str, Any]:
+    """A `Parameter` for each of a module's parameters; `prefix` names the axes that stacking puts before its own."""
+    state = nnx.state(nnx.eval_shape(create), nnx.Param)
+    as_parameter = lambda p: Parameter(prefix + p.get_metadata()["axes"], p.get_metadata()["decay"])  # noqa: E731
+    return nnx.to_pure_dict(jax.tree.map(as_parameter, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
 def apply(
@@ -280,7 +282,7 @@ def _forward(
     # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
     table = constrain(embedding["tokens"], "vocab", None)
     x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
-    x = _drop(x, dropout, config.embed_dropout, 0, masks.Site.EMBEDDING)
+    x = drop(x, dropout, config.embed_dropout, 0, masks.Site.EMBEDDING)
     x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
 
     graph = _block_graph(config)
@@ -289,14 +291,19 @@ def _forward(
         layer_params, number, layer_cache = scanned
         return nnx.merge(graph, layer_params)(x, number, dropout, segment_ids, layer_cache, start)
 
-    if config.remat != "off":
-        keep = jax.checkpoint_policies
-        policy = keep.dots_with_no_batch_dims_saveable if config.remat == "dots" else keep.nothing_saveable
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)  # inside a scan nothing is shared anyway
-    return jax.lax.scan(layer, x, (params["blocks"], jnp.arange(config.num_layers), cache))
+    return jax.lax.scan(rematerialize(config, layer), x, (params["blocks"], jnp.arange(config.num_layers), cache))
 
 
-def _drop(x: jax.Array, dropout: Dropout | None, rate: float, layer: jax.Array | int, site: masks.Site) -> jax.Array:
+def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[..., Any]:
+    """A scan's body whose backward pass computes again what `config.remat` says."""
+    if config.remat == "off":
+        return body
+    keep = jax.checkpoint_policies
+    policy = keep.dots_with_no_batch_dims_saveable if config.remat == "dots" else keep.nothing_saveable
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # inside a scan nothing is shared anyway
+
+
+def drop(x: jax.Array, dropout: Dropout | None, rate: float, layer: jax.Array | int, site: masks.Site) -> jax.Array:
     """Dropout of activations [batch, time, embed] at one site."""
     if dropout is None or rate == 0:
         return x

@@ -59,7 +59,7 @@ class Info:
     size: int
     """Bytes on disk."""
     metrics: dict[str, float]
-    """What was measured at `step`, "loss" being the validation loss; empty unless sound."""
+    """What was measured at `step` on the validation split; empty unless sound."""
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ class Checkpoints:
         Args:
           folder: RUN/checkpoints; made if missing.
           keep_latest: newest checkpoints kept, > 0.
-          keep_best: checkpoints with the lowest metrics["loss"] kept besides.
+          keep_best: best checkpoints (`best`) kept besides.
           config_json: the resolved config, copied into every checkpoint.
           config_digest, data_digest: what the manifest says the state was computed from.
           tokenizer: a folder copied into every checkpoint, or None.
@@ -115,7 +115,8 @@ class Checkpoints:
         Args:
           step: updates done so far.
           state: nested dictionaries of jax arrays.
-          metrics: scalars measured at this step, "loss" ranking the best; those that are not finite are left out.
+          metrics: scalars measured at this step, "rank" or else "loss" ranking the best, lowest first; those that are not finite
+            are left out.
 
         Raises:
           UserError: the previous save, or the beginning of this one, found no space or no access.
@@ -269,9 +270,10 @@ def prune(folder: Path, keep_latest: int, keep_best: int) -> list[Info]:
 
 
 def best(infos: Sequence[Info], count: int) -> list[Info]:
-    """The `count` sound checkpoints with the lowest metrics["loss"], best first, the newer of two equals first."""
-    ranked = [info for info in infos if info.state == "sound" and "loss" in info.metrics]
-    return sorted(ranked, key=lambda info: (info.metrics["loss"], -info.step))[:count]
+    """The `count` sound checkpoints with the lowest metrics["rank"], or metrics["loss"] where that is what they have; best first,
+    the newer of two equals first."""
+    ranked = [info for info in infos if info.state == "sound" and info.metrics.keys() & {"rank", "loss"}]
+    return sorted(ranked, key=lambda info: (info.metrics.get("rank", info.metrics.get("loss")), -info.step))[:count]
 
 
 def _discard(infos: list[Info], keep_latest: int, keep_best: int) -> list[Info]:
@@ -445,14 +447,19 @@ def restore(info: Info, abstract_state: dict[str, Any]) -> dict[str, Any]:
 
 
 def restore_part(info: Info, abstract_subtree: dict[str, Any], key: str = "params") -> dict[str, Any]:
-    """Reads one entry of a state, by default the parameters without the optimiser's moments; otherwise like `restore`."""
+    """Reads entries of one part of a state, by default of the parameters; entries that are not asked for are left alone, and all
+    else is as in `restore`."""
     return _load(info, {key: abstract_subtree}, partial=True)[key]
 
 
 def _load(info: Info, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
     _demand_sound(info)
     stored = ocp.metadata(info.path).metadata
-    _compare(info, {key: stored[key] for key in wanted if key in stored} if partial else stored, wanted)
+    if partial:
+        stored = {
+            key: {name: stored[key][name] for name in wanted[key] if name in stored[key]} for key in wanted if key in stored
+        }
+    _compare(info, stored, wanted)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     with context:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt_jax.config import PretrainConfig
+from gpt_jax.config import RunConfig
 from gpt_jax.data.pipeline import batches
 from gpt_jax.distributed import StopRequest
 from gpt_jax.errors import Preempted, TrainingError
@@ -21,7 +21,7 @@ from gpt_jax.sharding import place_batch
 from gpt_jax.train.checkpoint import Checkpoints
 from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.progress import Progress
-from gpt_jax.train.step import LANGUAGE_MODEL, Objective, State, lower_step
+from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, Objective, State, lower_step
 
 
 class Work(NamedTuple):
@@ -35,7 +35,7 @@ class Work(NamedTuple):
     batch_at: Callable[[int], dict[str, np.ndarray]]
     """This host's rows of the batch of an update."""
     evaluate: Callable[[int, Any], dict[str, float]]
-    """(step, params) -> scores; the lowest "loss" is the best checkpoint."""
+    """(step, params) -> scores, which rank the checkpoints (`checkpoint.best`)."""
     evidence: Callable[[int], dict[str, Any]]
     """What to note of the batch of an update that went wrong."""
     objective: Objective = LANGUAGE_MODEL
@@ -50,7 +50,7 @@ class NonFinite(Exception):
 
 
 def train(
-    config: PretrainConfig,
+    config: RunConfig,
     work: Work,
     mesh: Mesh,
     state: State,
@@ -69,8 +69,9 @@ def train(
       Preempted: the process was told to stop; the state is saved.
     """
     total, scores = work.horizon.total, {}
-    start = saved = int(state["step"])  # beyond 0 a run starts from a checkpoint
-    update = lower_step(config, mesh, horizon=work.horizon, objective=work.objective).compile()
+    start = int(state["step"])
+    saved = start or None  # the newest step on disk: beyond 0 a run starts from a checkpoint
+    update = ByShape(lambda batch: lower_step(config, mesh, horizon=work.horizon, objective=work.objective, batch=batch))
 
     def account(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
@@ -115,11 +116,13 @@ def train(
     return state, scores
 
 
-def _keep_last_good(error: NonFinite, work: Work, state: State, saved: int, run: RunDir, checkpoints: Checkpoints) -> NoReturn:
+def _keep_last_good(
+    error: NonFinite, work: Work, state: State, saved: int | None, run: RunDir, checkpoints: Checkpoints
+) -> NoReturn:
     """Saves the state before the update that went wrong, notes what its batch was, and ends the training."""
     step, values = error.step, error.values
     good = int(state["step"])
-    if good != saved or good == 0:  # saving it again would lose its scores
+    if good != saved:  # saving it again would lose its scores
         checkpoints.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
     checkpoints.wait()
     evidence = {name: str(value) if not math.isfinite(value) else value for name, value in values.items()}

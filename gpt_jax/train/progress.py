@@ -32,11 +32,13 @@ PEAK_FLOPS = {
 
 def flops_per_token(model: ModelConfig) -> float:
     """Floating-point operations that training one token takes: 6 for each parameter in a matrix product (the embedding counts
-    once, as the output layer), and 12 x layers x width x context for attention, counted without its causal half as is usual.
+    once, as the output layer), and 12 x layers x width x context for attention, counted without regard to its mask as is usual.
     """
-    block = 4 * model.embed_dim**2 + 2 * model.embed_dim * model.mlp_dim
-    products = model.num_layers * block + model.vocab_size * model.embed_dim
-    return 6 * products + 12 * model.num_layers * model.embed_dim * model.context_length
+    embed, units = model.embed_dim, model.lstm_units
+    if model.kind == "lstm":
+        return 6 * (4 * units * (embed + units) + units * embed + model.vocab_size * embed)
+    block = 4 * embed**2 + 2 * embed * model.mlp_dim
+    return 6 * (model.num_layers * block + model.vocab_size * embed) + 12 * model.num_layers * embed * model.context_length
 
 
 def say(line: str) -> None:
@@ -50,18 +52,26 @@ class Progress:
 
     Args:
       total: updates in the whole run.
-      tokens_per_step: tokens of one update, over all hosts.
-      flops: FLOPs of a token, over the peak of all devices together, for the utilisation; 0 where the peak is not known.
+      unit: what the rate counts: "tokens" or "examples".
+      units_per_step: units of one update, over all hosts.
+      flops: FLOPs of a unit, over the peak of all devices together, for the utilisation; 0 where that is not known.
       log_seconds: seconds between log lines.
       tensorboard: folder of TensorBoard's event files, or None.
       primary: whether this process talks; the others say nothing.
     """
 
     def __init__(
-        self, total: int, tokens_per_step: int, flops: float, log_seconds: float, tensorboard: Path | None, primary: bool
+        self,
+        total: int,
+        unit: str,
+        units_per_step: int,
+        flops: float,
+        log_seconds: float,
+        tensorboard: Path | None,
+        primary: bool,
     ):
         self.say: Callable[[str], None] = say if primary else lambda line: None
-        self._total, self._tokens_per_step, self._flops = total, tokens_per_step, flops
+        self._total, self._unit, self._units_per_step, self._flops = total, unit, units_per_step, flops
         self._primary, self._live = primary, sys.stderr.isatty()
         self._interval = 0.2 if self._live else log_seconds
         self._writer: Any = None
@@ -83,9 +93,9 @@ class Progress:
         self._mark = self._last = (time.monotonic(), step)
 
     @property
-    def tokens_per_second(self) -> float:
-        """Mean rate of the whole run, pauses for compilation, evaluations and saves left out."""
-        return self._updates * self._tokens_per_step / self._busy if self._busy else 0.0
+    def rate(self) -> float:
+        """Mean units a second of the whole run, pauses for compilation, evaluations and saves left out."""
+        return self._updates * self._units_per_step / self._busy if self._busy else 0.0
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Shows one update's numbers, when it is time to."""
@@ -101,7 +111,7 @@ class Progress:
         elif now - self._shown >= self._interval or step == self._total:
             since, first = self._mark
             if step > first:
-                self._rate_shown = (step - first) * self._tokens_per_step / max(now - since, 1e-9)
+                self._rate_shown = (step - first) * self._units_per_step / max(now - since, 1e-9)
             if now - since > 30:  # the rate of the last half minute or so
                 self._mark = (now, step)
             self._show(f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {self._rate(step)}")
@@ -131,9 +141,9 @@ class Progress:
     def _rate(self, step: int) -> str:
         if not self._rate_shown:
             return ""
-        left = (self._total - step) * self._tokens_per_step / self._rate_shown
+        left = (self._total - step) * self._units_per_step / self._rate_shown
         utilisation = f"  MFU {self._rate_shown * self._flops:.1%}" if self._flops else ""
-        return f"{self._rate_shown:,.0f} tokens/s{utilisation}  {duration(left)} left"
+        return f"{self._rate_shown:,.0f} {self._unit}/s{utilisation}  {duration(left)} left"
 
     def _show(self, line: str) -> None:
         if self._primary and self._live:

@@ -17,14 +17,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.config import ModelConfig, PretrainConfig
-from gpt_jax.model import transformer
+from gpt_jax.config import ModelConfig, RunConfig
+from gpt_jax.model import network, transformer
 from gpt_jax.model.loss import Batch, language_model_loss, normalize
 from gpt_jax.sharding import constrain, named
 from gpt_jax.train.optimizer import Horizon, learning_rate, make_optimizer
 
 # Plain nested dictionaries of arrays: params, optimizer, step (updates made, int32) and ok (bool: no update was ever non-finite).
 State = dict[str, Any]
+
+Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
 class Objective(NamedTuple):
@@ -40,10 +42,10 @@ class Objective(NamedTuple):
     """config -> a tree like the parameters' with a `transformer.Parameter` for each."""
 
 
-LANGUAGE_MODEL = Objective(language_model_loss, normalize, transformer.init, transformer.describe)
+LANGUAGE_MODEL = Objective(language_model_loss, normalize, network.init, network.describe)
 
 
-def state_shardings(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+def state_shardings(config: RunConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
     """A `NamedSharding` for each array of the state; the optimiser's moments lie like their parameters."""
     is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
     description = objective.describe(config.model)
@@ -61,21 +63,21 @@ def state_shardings(config: PretrainConfig, mesh: Mesh, objective: Objective = L
     return {"params": params, "optimizer": flax.serialization.to_state_dict(moments), "step": everywhere, "ok": everywhere}
 
 
-def init_state(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+def init_state(config: RunConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
     """Random parameters and zero moments, made under jit on the devices that keep them: no host ever holds the whole."""
     create = functools.partial(_create, config, objective)
     with jax.set_mesh(mesh):
         return jax.jit(create, out_shardings=state_shardings(config, mesh, objective))(np.uint32(config.train.seed))
 
 
-def abstract_state(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+def abstract_state(config: RunConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
     """The state's shapes, dtypes and shardings, without the arrays."""
     shapes = jax.eval_shape(functools.partial(_create, config, objective), np.uint32(0))
     with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
     return jax.tree.map(with_sharding, shapes, state_shardings(config, mesh, objective))
 
 
-def abstract_batch(config: PretrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(config: RunConfig, mesh: Mesh) -> Abstract:
     """Shapes, dtypes and shardings of a pre-training batch."""
     size, time = config.train.batch_size, config.model.context_length
 
@@ -91,12 +93,12 @@ def abstract_batch(config: PretrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def lower_step(
-    config: PretrainConfig,
+    config: RunConfig,
     mesh: Mesh,
     *,
     horizon: Horizon | None = None,
     objective: Objective = LANGUAGE_MODEL,
-    batch: dict[str, jax.ShapeDtypeStruct] | None = None,
+    batch: Abstract | None = None,
 ) -> jax.stages.Lowered:
     """Traces and lowers the update for a mesh, whose devices need not be attached. `.compile()` makes it callable.
 
@@ -120,25 +122,50 @@ def lower_step(
         return step.lower(abstract_state(config, mesh, objective), batch or abstract_batch(config, mesh))
 
 
-def lower_evaluation(config: PretrainConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> jax.stages.Lowered:
-    """The compiled function maps (params, batch) to (sum of weight x loss, sum of weights), without dropout."""
-
+def lower_evaluation(
+    config: RunConfig,
+    mesh: Mesh,
+    function: Callable[[ModelConfig, transformer.Params, Batch], Any],
+    *,
+    objective: Objective = LANGUAGE_MODEL,
+    batch: Abstract | None = None,
+) -> jax.stages.Lowered:
+    """Traces and lowers what scores parameters. The compiled function maps (params, batch) to `function(model, params, batch)`,
+    whose arrays are whole on every device.
+    """
     config = _for_devices(config, mesh)
-
-    def evaluate(params: transformer.Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return objective.loss(config.model, params, batch, None), batch["weights"].sum()
-
+    params = abstract_state(config, mesh, objective)["params"]
+    evaluate = jax.jit(functools.partial(function, config.model), out_shardings=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        return jax.jit(evaluate).lower(abstract_state(config, mesh, objective)["params"], abstract_batch(config, mesh))
+        return evaluate.lower(params, batch or abstract_batch(config, mesh))
 
 
-def _for_devices(config: PretrainConfig, mesh: Mesh) -> PretrainConfig:
+class ByShape:
+    """A function of (state or parameters, batch) that is compiled once for each shape of a batch, when the first one comes."""
+
+    def __init__(self, lower: Callable[[Abstract], jax.stages.Lowered]):
+        self._lower = lower
+        self._programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
+
+    def __len__(self) -> int:
+        """Compilations so far."""
+        return len(self._programs)
+
+    def __call__(self, first: Any, batch: Batch) -> Any:
+        key = tuple(batch[name].shape for name in sorted(batch))
+        if key not in self._programs:
+            abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}
+            self._programs[key] = self._lower(abstract).compile()
+        return self._programs[key](first, batch)
+
+
+def _for_devices(config: RunConfig, mesh: Mesh) -> RunConfig:
     """Settles what "auto" means on the mesh's devices, which need not be those of this machine."""
     dtype: Any = str(transformer.compute_dtype(config.model, mesh.devices.flat[0].platform))
     return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
 
 
-def _create(config: PretrainConfig, objective: Objective, seed: jax.Array) -> State:
+def _create(config: RunConfig, objective: Objective, seed: jax.Array) -> State:
     params = objective.init(config.model, jax.random.key(seed))
     moments = _optimizer(config, Horizon(1, 0), objective).init(params)
     return {
@@ -150,7 +177,7 @@ def _create(config: PretrainConfig, objective: Objective, seed: jax.Array) -> St
 
 
 def _update(
-    config: PretrainConfig, horizon: Horizon, objective: Objective, state: State, batch: Batch
+    config: RunConfig, horizon: Horizon, objective: Objective, state: State, batch: Batch
 ) -> tuple[State, dict[str, jax.Array]]:
     params, step = state["params"], state["step"]
     batch = objective.normalize(batch)
@@ -197,7 +224,7 @@ def _accumulate(
     return jax.lax.scan(add, zero, strided)[0]
 
 
-def _optimizer(config: PretrainConfig, horizon: Horizon, objective: Objective) -> optax.GradientTransformation:
+def _optimizer(config: RunConfig, horizon: Horizon, objective: Objective) -> optax.GradientTransformation:
     is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
     decay = jax.tree.map(lambda parameter: parameter.decay, objective.describe(config.model), is_leaf=is_parameter)
     return make_optimizer(config.optim, horizon, decay)

@@ -16,7 +16,7 @@ from gpt_jax.errors import UserError
 
 
 def read(source: Path | str, **fields) -> list[str]:
-    return list(corpus.documents(DataConfig(source=str(source), **fields)))
+    return list(corpus.open_source(DataConfig(source=str(source), **fields)).documents())
 
 
 def rows(path: Path, *texts: str, field: str = "text") -> Path:
@@ -185,7 +185,7 @@ source = corpus.open_source(DataConfig(source="tfds:tiny", text_field="story"))
 print(source.identity(), sorted(source.documents()))
 for name, field in (("tiny", "text"), ("tinny", "text"), ("tiny", "label")):
     try:
-        print(list(corpus.documents(DataConfig(source=f"tfds:{name}", text_field=field))))
+        print(list(corpus.open_source(DataConfig(source=f"tfds:{name}", text_field=field)).documents()))
     except UserError as error:
         print(error)
 """

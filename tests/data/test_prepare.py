@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig, from_dict, to_dict
+from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
+from gpt_jax.config_io import from_dict, to_dict
 from gpt_jax.data import store as store_module
 from gpt_jax.data.prepare import check_recipe, prepare
 from gpt_jax.data.store import Store
@@ -172,7 +173,7 @@ def test_a_finished_store_is_verified_and_left_alone(source, tmp_path):
 DIE_SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from gpt_jax.config import PretrainConfig, from_dict
+from gpt_jax.config_io import from_dict
 from gpt_jax.data.prepare import prepare
 
 module, name = {"fsync": os, "replace": os, "rmtree": shutil}[sys.argv[3]], sys.argv[3]
@@ -186,7 +187,7 @@ def die(*arguments, **options):
     return function(*arguments, **options)
 
 setattr(module, name, die)
-prepare(from_dict(PretrainConfig, json.loads(sys.argv[1])), Path(sys.argv[2]), print)
+prepare(from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), print)
 """
 
 
@@ -369,7 +370,7 @@ def test_the_recipe_is_checked_without_the_text(source, tmp_path):
     source.unlink()
     check_recipe(store, config)
     check_recipe(store, make_config("", shard_bytes=7, max_bytes=9))
-    same = from_dict(PretrainConfig, to_dict(config) | {"train": {"batch_size": 8}})
+    same = from_dict(to_dict(config) | {"train": {"batch_size": 8}})
     check_recipe(
         store, dataclasses.replace(same, data=dataclasses.replace(same.data, processes=7, store="elsewhere", prefetch=9))
     )

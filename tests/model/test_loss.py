@@ -1,5 +1,6 @@
 """The chunked loss against the plain formula: values, gradients, micro-batches, meshes, and what it never holds."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
-from gpt_jax.model import transformer
-from gpt_jax.model.loss import cross_entropy, language_model_loss, normalize
-from gpt_jax.sharding import make_mesh
+from gpt_jax.model import network
+from gpt_jax.model.loss import cross_entropy, language_model_loss, normalize, token_log_probabilities
+from gpt_jax.model.transformer import Dropout, Parameter
+from gpt_jax.sharding import make_mesh, named
 
 BATCH, TIME, EMBED, VOCAB, PADDED = 8, 12, 16, 150, 256
 
@@ -83,9 +85,14 @@ def test_bfloat16(example, expected):
     np.testing.assert_allclose(table_gradient, expected[1][1], atol=0.05)
 
 
-def test_a_chunk_that_does_not_divide_the_time(example):
-    with pytest.raises(ValueError, match="chunk 5 does not divide 12"):
-        jax.jit(functools.partial(cross_entropy, vocab_size=VOCAB, chunk=5))(*example)
+@pytest.mark.parametrize("chunk", [1, 3, 4, 6, 10])
+def test_a_chunk_that_does_not_divide_the_time(example, chunk):
+    """Eleven steps, a prime number: all chunks but those of one step leave the last one to be filled up."""
+    hidden, table, targets, weights = example
+    arrays = hidden[:, :11], table, targets[:, :11], weights[:, :11]
+    loss = functools.partial(cross_entropy, vocab_size=VOCAB, chunk=chunk)
+    expected = jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(*arrays)
+    assert_equal_to(expected, jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(*arrays))
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
@@ -112,17 +119,53 @@ def test_micro_batches_add_to_the_whole(example):
     tokens, weights = example[2:]
     batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": weights, "row": np.arange(BATCH, dtype=np.int32)}
     batch = jax.jit(normalize)(batch)
-    draw = np.random.default_rng(1)
-    shapes = jax.eval_shape(functools.partial(transformer.init, TINY), jax.random.key(0))
-    params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 5, shapes)
+    params = random_params(TINY)
 
     @jax.jit
     def loss(params, batch):
-        return language_model_loss(TINY, params, batch, transformer.Dropout(3, 4, batch["row"]))
+        return language_model_loss(TINY, params, batch, Dropout(3, 4, batch["row"]))
 
     whole = loss(params, batch)
     parts = [loss(params, {name: array[j::4] for name, array in batch.items()}) for j in range(4)]
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
+
+
+def log_probabilities_by_hand(config, params, tokens, targets):
+    """NumPy's log-softmax over the logical vocabulary, float64, of the network's output."""
+    hidden = np.asarray(jax.jit(functools.partial(network.apply, config))(params, tokens), np.float64)
+    scores = hidden @ np.asarray(params["embedding"]["tokens"][:VOCAB], np.float64).T
+    normalised = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return np.take_along_axis(normalised, targets[..., None], -1)[..., 0]
+
+
+def random_params(config):
+    """The rows that pad the table are not zero here, so that only a mask keeps them out."""
+    draw = np.random.default_rng(1)
+    shapes = jax.eval_shape(functools.partial(network.init, config), jax.random.key(0))
+    return jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 3, shapes)
+
+
+@pytest.mark.parametrize("time", [1, 11, TIME])
+def test_token_log_probabilities(example, time):
+    tokens, targets = example[2][:, :time], np.roll(example[2], 1, axis=0)[:, :time]
+    params = random_params(TINY)
+    actual = jax.jit(functools.partial(token_log_probabilities, TINY))(params, tokens, targets)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, log_probabilities_by_hand(TINY, params, tokens, targets), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+def test_token_log_probabilities_on_a_mesh(example, kind):
+    config = dataclasses.replace(TINY, kind=kind, lstm_units=8, loss_chunk=5)
+    tokens, targets = example[2], np.roll(example[2], 1, axis=0)
+    params = random_params(config)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
+    shardings = jax.tree.map(lambda leaf: named(mesh, leaf.axes), network.describe(config), is_leaf=is_parameter)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(params, shardings)
+        actual = jax.jit(functools.partial(token_log_probabilities, config))(placed, tokens, targets)
+    np.testing.assert_allclose(actual, log_probabilities_by_hand(config, params, tokens, targets), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [4, TIME])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
-from gpt_jax.model import masks, transformer
+from gpt_jax.model import masks, network, transformer
 from gpt_jax.model.loss import language_model_loss
 from gpt_jax.sharding import make_mesh, named
 
@@ -174,7 +174,7 @@ def test_packed_examples_equal_separate_ones(params, tokens):
 
 def test_the_papers_model_has_116534784_parameters_in_146_arrays():
     paper_config = ModelConfig()
-    assert transformer.count(paper_config) == 116_534_784
+    assert network.count(paper_config) == 116_534_784
     shapes = jax.eval_shape(functools.partial(transformer.init, paper_config), jax.random.key(0))
     assert len(jax.tree.leaves(shapes["embedding"])) + sum(leaf.shape[0] for leaf in jax.tree.leaves(shapes["blocks"])) == 146
     assert shapes["blocks"]["attention"]["qkv"]["kernel"].shape == (12, 768, 3, 12, 64)

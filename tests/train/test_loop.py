@@ -31,7 +31,7 @@ def start(config, folder, *, total=20, state=None, batch_at=random_batch, evalua
     """Runs the loop in `folder`, evaluating and saving at multiples of `every`; returns what it returns."""
     mesh = sharding.make_mesh(config.mesh)
     work = Work(Horizon(total, 3), every, every, batch_at, evaluate, evidence=lambda index: {"windows": [index]})
-    progress = Progress(total, 8 * 16, 0.0, 10.0, None, True)
+    progress = Progress(total, "tokens", 8 * 16, 0.0, 10.0, None, True)
     with contextlib.closing(RunDir(folder)) as run, StopRequest() as stop:
         run.open(config, "")
         with Checkpoints(

@@ -14,6 +14,7 @@ from gpt_jax import sharding
 from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from gpt_jax.model import transformer
 from gpt_jax.train.optimizer import Horizon
+from gpt_jax.train.pretrain import total_loss
 from gpt_jax.train.step import init_state, lower_evaluation, lower_step, state_shardings
 
 STEPS = 20
@@ -204,7 +205,7 @@ def assert_spread(state, mesh):
 def test_evaluation_sums_the_losses_of_the_targets_that_count(mesh_name):
     config, mesh, batch = make_config(), make_mesh(mesh_name), batch_at(3)
     params = place(initial(), mesh)["params"]
-    total, weight = lower_evaluation(config, mesh).compile()(params, sharding.place_batch(mesh, batch, 16))
+    total, weight = lower_evaluation(config, mesh, total_loss).compile()(params, sharding.place_batch(mesh, batch, 16))
 
     @jax.jit
     def logits(params):

@@ -1,0 +1,1 @@
+"""Fine-tuning configs: one for each of the paper's tasks, with its settings."""

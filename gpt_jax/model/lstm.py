@@ -1,0 +1,180 @@
+"""The LSTM that takes the Transformer's place in the ablation of section 5: one layer of 2048 units, the same functions.
+
+    embeddings, dropout -> LSTM -> projection to the embeddings' width, dropout -> softmax over the transposed embeddings
+
+The paper gives the number of units and no more. Ours: token embeddings `embed_dim` wide, tied with the output layer as the
+Transformer's are, and therefore a projection from the units back to that width; no positions, which the recurrence
+makes needless; dropout at the Transformer's rates. Over the mesh axis "tensor" the units are split and their outputs
+gathered at every step: that saves memory, not time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model import masks
+from gpt_jax.model.transformer import (
+    Dropout,
+    Linear,
+    Params,
+    TokenEmbedding,
+    compute_dtype,
+    describe_module,
+    drop,
+    rematerialize,
+)
+from gpt_jax.sharding import constrain
+
+Cache = dict[str, Float[Array, "batch positions units"]]
+"""`hidden` (compute dtype) and `cell` (float32): the state after every position."""
+State = tuple[Float[Array, "batch units"], Float[Array, "batch units"]]  # the same after one position
+
+
+class Lstm(nnx.Module):
+    """i, f, o = sigmoid, g = tanh of x @ input + h @ recurrent + bias; c = f c + i g; h = o tanh(c); no peepholes.
+
+    Kernels are N(0, 1 / inputs) and the forget gate's bias is 1. At the paper's sizes that is close to the Transformer's
+    N(0, 0.02); at smaller ones 0.02 would all but extinguish the signal, which no layer normalisation lifts again.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        embed, units = {"embed": config.embed_dim}, {"mlp": config.lstm_units}
+        self.input = Linear(_with_inputs(config, config.embed_dim), embed, {"gates": 4, **units}, rngs=rngs)  # i, f, g, o
+        self.input.bias[...] = self.input.bias[...].at[1].set(1)
+        recurrent = jax.random.normal(rngs.params(), (config.lstm_units, 4, config.lstm_units)) / config.lstm_units**0.5
+        self.recurrent = nnx.Param(recurrent.astype(config.param_dtype), axes=(None, None, "mlp"), decay=True)
+        self.output = Linear(_with_inputs(config, config.lstm_units), units, embed, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self, x: Float[Array, "batch time embed"], restart: Bool[Array, "batch time"] | None, state: State
+    ) -> tuple[Float[Array, "batch time embed"], Cache]:
+        """Output, and the state after every position. `restart`: where the state is forgotten before the step."""
+        recurrent = self.recurrent[...].astype(x.dtype)
+
+        def step(state: State, now: tuple[jax.Array, jax.Array | None]) -> tuple[State, State]:
+            hidden, cell = state
+            projected, fresh = now
+            if fresh is not None:
+                hidden, cell = (jnp.where(fresh[:, None], 0, array) for array in (hidden, cell))
+            i, f, g, o = jnp.moveaxis((projected + jnp.tensordot(hidden, recurrent, 1)).astype(jnp.float32), 1, 0)
+            cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+            hidden = (jax.nn.sigmoid(o) * jnp.tanh(cell)).astype(x.dtype)
+            state = constrain(hidden, "batch", None), constrain(cell, "batch", "mlp")
+            return state, state
+
+        # What the inputs add to the gates is one product for all steps; only the recurrent one has to wait for its turn.
+        projected = constrain(self.input(x), "batch", None, None, "mlp")
+        by_time = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (projected, restart))
+        _, states = jax.lax.scan(rematerialize(self.config, step), state, by_time)
+        hidden, cell = (jnp.moveaxis(array, 0, 1) for array in states)
+        return self.output(hidden), {"hidden": hidden, "cell": cell}
+
+
+def _with_inputs(config: ModelConfig, inputs: int) -> ModelConfig:
+    """The config under which `Linear` draws a kernel from N(0, 1 / inputs)."""
+    return dataclasses.replace(config, init_stddev=inputs**-0.5)
+
+
+# -- functions on plain dictionaries, with the Transformer's signatures -----------------------------------------------------
+
+
+def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Random parameters; the embeddings are N(0, init_stddev)."""
+    embedding_key, lstm_key = jax.random.split(key)
+    embedding = TokenEmbedding(config, rngs=nnx.Rngs(params=embedding_key))
+    lstm = Lstm(config, rngs=nnx.Rngs(params=lstm_key))
+    modules = {"embedding": embedding, "lstm": lstm}
+    return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """A tree like `init`'s with a `Parameter` in place of each array."""
+    return {
+        "embedding": describe_module(lambda: TokenEmbedding(config, rngs=nnx.Rngs(0))),
+        "lstm": describe_module(lambda: Lstm(config, rngs=nnx.Rngs(0))),
+    }
+
+
+def apply(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch time"],
+    *,
+    dropout: Dropout | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+) -> Float[Array, "batch time embed"]:
+    """The projected output, in the compute dtype.
+
+    Args:
+      tokens: ids below `vocab_size`, any number of them in time.
+      dropout: what its masks depend on; None for evaluation.
+      segment_ids: examples packed into one row: the state restarts where the number changes.
+    """
+    restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    state = _zero_state(config, tokens.shape[0])
+    return _forward(config, params, tokens, dropout, restart, state)[0]
+
+
+def apply_cached(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "batch time"],
+    cache: Cache,
+    start: Int[Array, "batch"],
+) -> tuple[Float[Array, "batch time embed"], Cache]:
+    """Continues each row from its state after position `start[i]` - 1; returns the new positions' output and the fuller cache.
+
+    States after a row's own length (left there by padding) are never read, and are overwritten as the row grows.
+    """
+
+    def before(array: jax.Array) -> jax.Array:
+        last = jnp.take_along_axis(array, jnp.maximum(start - 1, 0)[:, None, None], axis=1)[:, 0]
+        return jnp.where(start[:, None] > 0, last, 0)
+
+    output, states = _forward(config, params, tokens, None, None, (before(cache["hidden"]), before(cache["cell"])))
+    write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
+    return output, {name: write(cache[name], states[name], start) for name in cache}
+
+
+def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
+    """A cache with room for the states after `positions` tokens a row."""
+    hidden, cell = _zero_state(config, batch)
+    return {name: jnp.repeat(array[:, None], positions, axis=1) for name, array in (("hidden", hidden), ("cell", cell))}
+
+
+def _zero_state(config: ModelConfig, batch: int) -> State:
+    """The state before the first token. The cell, a sum over time, is float32 whatever the compute dtype."""
+    shape = (batch, config.lstm_units)
+    return jnp.zeros(shape, compute_dtype(config)), jnp.zeros(shape, jnp.float32)
+
+
+def _forward(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    dropout: Dropout | None,
+    restart: jax.Array | None,
+    state: State,
+) -> tuple[jax.Array, Cache]:
+    with jax.default_matmul_precision(config.matmul_precision):
+        x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens]
+        x = drop(x, dropout, config.embed_dropout, 0, masks.Site.EMBEDDING)
+        x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
+        output, states = nnx.merge(_graph(config), params["lstm"])(x, restart, state)
+        output = drop(output, dropout, config.residual_dropout, 0, masks.Site.RESIDUAL_MLP)
+        return constrain(output, "batch", None, None), states
+
+
+@functools.cache
+def _graph(config: ModelConfig) -> Any:
+    """Flax's static description of the layer, into which its arrays are merged."""
+    return nnx.split(nnx.eval_shape(lambda: Lstm(config, rngs=nnx.Rngs(0))))[0]

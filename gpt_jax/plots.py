@@ -1,0 +1,61 @@
+"""Curves as PNG files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt_jax.errors import UserError
+from gpt_jax.rundir import write_atomic
+
+
+class Point(NamedTuple):
+    """A point of a curve, with the least and the greatest of the values that it stands for."""
+
+    x: float
+    y: float
+    low: float
+    high: float
+
+
+def require_matplotlib() -> None:
+    """Raises a `UserError` where matplotlib is not installed; worth knowing before hours of training."""
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise UserError("plots need matplotlib: pip install 'gpt_jax[plots]'") from None
+
+
+def curves(
+    path: Path, title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]], ticks: Sequence[str] = ()
+) -> None:
+    """Writes a figure with a curve for each series, bars from the least to the greatest value at its points.
+
+    Args:
+      ticks: names of x = 0, 1, 2, ...; the points are not joined then.
+    """
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points in series.items():
+        x, y = [point.x for point in points], [point.y for point in points]
+        bars = ([p.y - p.low for p in points], [p.high - p.y for p in points])
+        axes.errorbar(x, y, bars, marker="o", markersize=4, capsize=3, linestyle="none" if ticks else "-", label=name)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    if ticks:
+        axes.set_xticks(range(len(ticks)), ticks)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    if len(series) > 1:
+        axes.legend()
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, buffer.getvalue())

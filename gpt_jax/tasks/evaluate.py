@@ -1,0 +1,171 @@
+"""What a checkpoint scores: perplexity on text, a fine-tuned model's scores on a split of a task, zero-shot probes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from gpt_jax import config_io, sharding
+from gpt_jax.config import DataConfig, FinetuneConfig, FinetuneRunConfig, TaskConfig
+from gpt_jax.data.corpus import open_source
+from gpt_jax.data.windows import EvaluationWindows
+from gpt_jax.errors import UserError, nearest
+from gpt_jax.tasks.dataset import load_dataset, task_of
+from gpt_jax.tasks.finetune import Scorer, head_of
+from gpt_jax.tasks.readers import read
+from gpt_jax.tasks.registry import named
+from gpt_jax.tasks.zero_shot import PROBES, probe, read_winograd
+from gpt_jax.train import checkpoint
+from gpt_jax.train.pretrain import total_loss
+from gpt_jax.train.step import ByShape, lower_evaluation
+from gpt_jax.train.trained import load_model
+
+BATCH_SIZE = 8
+
+
+class TokenList:
+    """Tokens in memory, to be read like a split of a store."""
+
+    def __init__(self, tokens: list[int]):
+        self._tokens = np.array(tokens, np.int32)
+        self.num_tokens = len(tokens)
+
+    def read(self, starts: np.ndarray, length: int) -> np.ndarray:
+        return self._tokens[starts[:, None] + np.arange(length)]
+
+
+def evaluate_text(path: Path, source: str, text_field: str = "text", max_bytes: int = 0) -> dict[str, float]:
+    """A language model's loss (nats a token), perplexity and bits a byte on text; windows do not overlap.
+
+    Args:
+      path: a run's folder or one checkpoint's.
+      source: as `--data.source`: a file, a folder, a glob, `tfds:NAME` or `builtin:docs`.
+      max_bytes: stop after the document that reaches it; 0: all of the text.
+
+    Raises:
+      UserError: no sound checkpoint, or no text there, or less than one window of it.
+    """
+    trained = load_model(path)
+    tokens: list[int] = []
+    size = 0
+    for document in open_source(DataConfig(source=source, text_field=text_field)).documents():
+        tokens += [*trained.tokenizer.encode(document), trained.tokenizer.separator]
+        size += len(document.encode("utf-8", "replace"))
+        if max_bytes and size >= max_bytes:
+            break
+    config, mesh = trained.config, trained.mesh
+    batch_size = BATCH_SIZE * sharding.axis_size(mesh, "batch")
+    windows = EvaluationWindows(TokenList(tokens), config.model.context_length, batch_size, 0)
+    score = ByShape(lambda batch: lower_evaluation(config, mesh, total_loss, batch=batch))
+    rows = sharding.host_rows(mesh, batch_size)
+    total = weight = 0.0
+    with jax.set_mesh(mesh):
+        for index in range(windows.num_batches):
+            part, count = score(trained.params, sharding.place_batch(mesh, windows.batch_at(index, rows), batch_size))
+            total, weight = total + float(part), weight + float(count)
+    loss = total / weight
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2) / size,
+        "tokens": len(tokens),
+        "bytes": size,
+    }
+
+
+def evaluate_task(
+    path: Path, overrides: list[str], split: Literal["train", "validation", "test"], out: Path | None, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """A fine-tuned model's scores on a split of its task, or of another task with the same outputs.
+
+    Args:
+      path: a fine-tuning's folder (its best checkpoint) or one checkpoint's.
+      overrides: `--task.*` fields that differ from those it was fine-tuned with.
+      out: folder to write predictions into, or None.
+
+    Raises:
+      UserError: no sound checkpoint of a fine-tuning there, or the task's data do not fit it.
+    """
+    path = best_checkpoint(path)
+    config = config_io.from_dict(checkpoint.read_config(checkpoint.resolve(path, log)))
+    if not isinstance(config, FinetuneRunConfig):
+        raise UserError(f"{path} is a pre-trained model; give --text or --zero-shot, or fine-tune it first")
+    for word in overrides:
+        if word.startswith("--") and not word.startswith("--task."):
+            raise UserError(f"{word}: is not an argument of gpt-jax evaluate; of the config, it takes --task.* fields")
+    task = config_io.override(FinetuneConfig(task=config.task), overrides, "gpt-jax evaluate CHECKPOINT").task
+    head = head_of(task_of(config.task), config)
+    if head.outputs != len(task_of(task).labels):
+        raise UserError(
+            f"--task.name: the checkpoint has {head.outputs} outputs, and {task_of(task).title} has {len(task_of(task).labels)}"
+        )
+    trained = load_model(path, head.objective())
+    size = config.train.batch_size * sharding.axis_size(trained.mesh, "batch")
+    model = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, batch_size=size))
+    dataset = load_dataset(task, trained.tokenizer, config.model.context_length, size, log, (split,))
+    scorer = Scorer(model, trained.mesh, head, dataset)
+    if split not in dataset.rows:
+        raise UserError(f"--split: {dataset.task.title} has no {split} rows here")
+    if out is not None:
+        return scorer.write(trained.params, split, out)
+    return scorer.scores(scorer.log_probabilities(trained.params, split), split)
+
+
+def best_checkpoint(path: Path) -> Path:
+    """The checkpoint of a fine-tuning's folder that result.json names as the best; any other path as it is."""
+    result = path / "result.json"
+    if result.is_file() and "best_step" in (found := json.loads(result.read_text())):
+        best = path / "checkpoints" / str(found["best_step"])
+        if best.is_dir():
+            return best
+    return path
+
+
+def zero_shot(path: Path, sources: Mapping[str, str], every_checkpoint: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What a language model scores on probes without fine-tuning (section 5, Figure 2, right).
+
+    Args:
+      path: a run's folder or one checkpoint's.
+      sources: for each probe's name (`zero_shot.PROBES`) where its rows are: a task's folder, "" for tensorflow-datasets, or a
+        file of Winograd schemas.
+      every_checkpoint: score all sound checkpoints of the run, not only the newest.
+
+    Returns:
+      `probe`'s result for each checkpoint and probe, with its `step`.
+
+    Raises:
+      UserError: no such probe, no sound checkpoint, or rows that cannot be read.
+    """
+    splits: dict[str, Any] = {}
+    for name, source in sources.items():
+        if name not in PROBES:
+            raise UserError(f"--zero-shot: no probe is named '{name}'; {nearest(name, PROBES)}")
+        task = PROBES[name].task
+        if task:
+            config = TaskConfig(name=task, path=source)
+            splits[name] = {split: read(named(task), config, split) for split in PROBES[name].splits}
+        elif source:
+            splits[name] = {"test": read_winograd(Path(source))}
+        else:
+            raise UserError(f"--zero-shot: {name} is read from a file: write {name}=FILE")
+    checkpoints = [path]
+    if every_checkpoint:
+        checkpoints = [info.path for info in checkpoint.inspect(path) if info.state == "sound"]
+    results = []
+    for folder in checkpoints:
+        trained = load_model(folder)
+        with jax.set_mesh(trained.mesh):
+            for name, rows in splits.items():
+                found = probe(name, trained.config.model, trained.params, trained.tokenizer, rows)
+                results.append({"step": trained.info.step, **found})
+                metric = PROBES[name].metric
+                normalized = "" if found["normalized"] is None else f", normalised {found['normalized']:.3f}"
+                log(f"checkpoint {trained.info.step}: {PROBES[name].title} {metric} {found[metric]:.4f}{normalized}")
+    return results

@@ -1,0 +1,287 @@
+"""Batches of labelled examples: each example once, the same whoever asks, and little padding."""
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from gpt_jax.data.windows import epoch_keys, permute
+from gpt_jax.errors import UserError
+from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, choose_lengths
+from gpt_jax.tasks.transforms import Encoded
+
+
+def numbered(lengths, num_outputs=3):
+    """Examples with sequences of these lengths [n, S], whose tokens count on from 1, so that each tells where it was read."""
+    lengths = np.array(lengths, np.int32)
+    ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
+    labels = np.eye(num_outputs, dtype=np.float32)[np.arange(len(lengths)) % num_outputs]
+    return Encoded(np.arange(1, lengths.sum() + 1, dtype=np.int32), ends - lengths, lengths, labels, truncated=0)
+
+
+def random_lengths(count, sequences=1, longest=30, seed=0):
+    return np.random.default_rng(seed).integers(3, longest + 1, (count, sequences))
+
+
+def epoch_of(batches, epoch):
+    """int64 [steps, batch_size]: the examples of an epoch."""
+    return np.array([batches.examples(epoch * batches.steps_per_epoch + number) for number in range(batches.steps_per_epoch)])
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, array in one.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+# -- a batch, by hand -------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_by_hand():
+    """Tokens: example 0 has 1 2 3 4 and 5 6 7; example 1 has 8 9 10 and 11 12 13 14 15. The longest comes first."""
+    batch = ScoringBatches(numbered([[4, 3], [3, 5]]), 3, [4, 6, 9]).batch_at(0, np.arange(3))
+    pad = [0] * 6
+    assert batch["tokens"].tolist() == [
+        [[8, 9, 10, 0, 0, 0], [11, 12, 13, 14, 15, 0]],
+        [[1, 2, 3, 4, 0, 0], [5, 6, 7, 0, 0, 0]],
+        [pad, pad],
+    ]
+    assert batch["targets"].tolist() == [
+        [[9, 10, 0, 0, 0, 0], [12, 13, 14, 15, 0, 0]],
+        [[2, 3, 4, 0, 0, 0], [6, 7, 0, 0, 0, 0]],
+        [pad, pad],
+    ]
+    third = np.float32(1 / 3)
+    assert batch["weights"].tolist() == [
+        [[0.5, 0.5, 0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25, 0, 0]],
+        [[third, third, third, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0]],
+        [pad, pad],
+    ]
+    assert batch["extract"].tolist() == [[2, 4], [3, 2], [0, 0]]
+    assert batch["labels"].tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
+    assert batch["row"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert {name: array.dtype.name for name, array in batch.items()} == {
+        "tokens": "int32",
+        "targets": "int32",
+        "weights": "float32",
+        "extract": "int32",
+        "labels": "float32",
+        "row": "int32",
+    }
+
+
+@pytest.mark.parametrize("order", ["grouped", "random"])
+def test_training_batches_hold_their_examples(order):
+    encoded = numbered(random_lengths(50, sequences=3))
+    batches = TaskBatches(encoded, 8, 0, [10, 20, 30], order)
+    for step in range(12):
+        batch = batches.batch_at(step, np.arange(8))
+        longest = 0
+        for row, example in enumerate(batches.examples(step)):
+            np.testing.assert_array_equal(batch["labels"][row], encoded.labels[example])
+            for s, length in enumerate(encoded.lengths[example]):
+                begin = encoded.begins[example, s]
+                ids = list(range(begin + 1, begin + length + 1))
+                padding = [0] * (batch["tokens"].shape[2] - length)
+                assert batch["tokens"][row, s].tolist() == ids + padding
+                assert batch["targets"][row, s].tolist() == [*ids[1:], 0, *padding]
+                assert batch["tokens"][row, s, batch["extract"][row, s]] == ids[-1]
+                longest = max(longest, length)
+        assert batch["tokens"].shape == (8, 3, -(-longest // 10) * 10)
+        np.testing.assert_allclose(batch["weights"].sum(axis=2), 1, rtol=1e-6)
+        assert ((batch["weights"] > 0) == (batch["targets"] > 0)).all()
+
+
+# -- epochs -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["grouped", "random"])
+@pytest.mark.parametrize("count", [8, 15, 16, 67])
+def test_an_epoch_has_no_example_twice_and_leaves_out_the_remainder(order, count):
+    batches = TaskBatches(numbered(random_lengths(count)), 8, 0, [30], order)
+    assert batches.steps_per_epoch == count // 8
+    for epoch in range(5):
+        examples = epoch_of(batches, epoch).ravel()
+        assert np.unique(examples).size == examples.size == count - count % 8
+        assert set(examples) <= set(range(count))
+
+
+@pytest.mark.parametrize("order", ["grouped", "random"])
+def test_every_epoch_leaves_out_others(order):
+    """With 7 of 15 left out, 20 epochs miss an example with a chance of 15 * (7/15)^20: one in 300,000."""
+    batches = TaskBatches(numbered(random_lengths(15)), 8, 0, [30], order)
+    assert set(np.concatenate([epoch_of(batches, epoch).ravel() for epoch in range(20)])) == set(range(15))
+
+
+@pytest.mark.parametrize("order", ["grouped", "random"])
+def test_epochs_and_seeds_differ(order):
+    encoded = numbered(random_lengths(400))
+    epochs = [epoch_of(TaskBatches(encoded, 8, seed, [30], order), epoch) for seed in (0, 1) for epoch in (0, 1)]
+    for one, other in itertools.combinations(epochs, 2):
+        assert (one == other).mean() < 0.05
+
+
+def test_grouped_batches_are_of_one_length_in_an_order_of_their_own():
+    encoded = numbered(random_lengths(400))
+    first, second = (epoch_of(TaskBatches(encoded, 8, 0, [30], "grouped"), epoch) for epoch in (0, 1))
+    for examples in (first, second):
+        shortest, longest = encoded.longest[examples].min(axis=1), encoded.longest[examples].max(axis=1)
+        by_length = np.lexsort([longest, shortest])
+        assert (longest[by_length][:-1] <= shortest[by_length][1:]).all()  # no two batches overlap
+        assert (np.diff(longest) < 0).sum() > 10  # 50 batches that rose throughout would be sorted still
+    together = {frozenset(batch) for batch in first}
+    assert not together & {frozenset(batch) for batch in second}  # examples of one length meet others in the next epoch
+
+
+def test_random_batches_are_of_any_length():
+    encoded = numbered(random_lengths(400))
+    examples = epoch_of(TaskBatches(encoded, 8, 0, [30], "random"), 0)
+    assert np.ptp(encoded.longest[examples], axis=1).mean() > 15
+
+
+def test_order_follows_the_documented_definition():
+    """Never to be changed: a resumed fine-tuning must see what it would have seen. (`permute` is frozen elsewhere.)"""
+    encoded = numbered(random_lengths(67, longest=8))
+    grouped, random = (TaskBatches(encoded, 8, 2**32 - 1, [8], order) for order in ("grouped", "random"))
+
+    def permutation(size, number):
+        keys = epoch_keys(2**32 - 1, np.full(size, number, np.uint64))
+        return permute(np.arange(size, dtype=np.uint64), size, keys).tolist()
+
+    for epoch in range(3):
+        cut = permutation(67, 2 * epoch)[:64]
+        assert epoch_of(random, epoch).ravel().tolist() == cut
+        ordered = sorted(cut, key=lambda example: encoded.lengths[example, 0])
+        batches = [ordered[8 * number : 8 * number + 8] for number in permutation(8, 2 * epoch + 1)]
+        assert epoch_of(grouped, epoch).tolist() == batches
+
+
+# -- who asks, and when -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", ["grouped", "random"])
+def test_a_batch_depends_on_its_step_alone(order):
+    """Not on what was asked for before: threads ask in any order, and a resumed run begins in the middle."""
+    encoded = numbered(random_lengths(67, sequences=2))
+    lengths = [10, 20, 30]
+    rows = np.arange(8)
+    steps = range(30)
+    in_order = TaskBatches(encoded, 8, 5, lengths, order)
+    expected = [in_order.batch_at(step, rows) for step in steps]
+    for step in (29, 3, 17, 3, 0):
+        assert_equal(in_order.batch_at(step, rows), expected[step])
+        assert_equal(TaskBatches(encoded, 8, 5, lengths, order).batch_at(step, rows), expected[step])
+    shared = TaskBatches(encoded, 8, 5, lengths, order)
+    with ThreadPoolExecutor(4) as pool:
+        for batch, step in zip(pool.map(lambda step: shared.batch_at(step, rows), steps), steps, strict=True):
+            assert_equal(batch, expected[step])
+
+
+@pytest.mark.parametrize("order", ["grouped", "random"])
+def test_hosts_get_their_rows_of_the_same_batch(order):
+    """Padded like the whole, also where the longest sequence is another host's."""
+    encoded = numbered(random_lengths(67, sequences=2))
+    lengths = list(range(3, 31))
+    training = TaskBatches(encoded, 8, 5, lengths, order)
+    scoring = ScoringBatches(encoded, 8, lengths)
+    for batches, steps in ((training, range(20)), (scoring, range(scoring.num_batches))):
+        for step in steps:
+            whole = batches.batch_at(step, np.arange(8))
+            hosts = [batches.batch_at(step, rows) for rows in np.split(np.arange(8), 4)]
+            assert_equal({name: np.concatenate([host[name] for host in hosts]) for name in whole}, whole)
+            assert_equal(batches.batch_at(step, np.array([6, 1])), {name: array[[6, 1]] for name, array in whole.items()})
+
+
+def test_fewer_examples_than_a_batch_are_a_users_mistake():
+    with pytest.raises(UserError, match=r"^--train\.batch-size: 8 is more than the 7 examples[^\n]*$"):
+        TaskBatches(numbered(random_lengths(7)), 8, 0, [30], "grouped")
+
+
+# -- scoring ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
+def test_scoring_covers_every_example_once(count):
+    encoded = numbered(random_lengths(count, sequences=2))
+    batches = ScoringBatches(encoded, 8, [10, 20, 30])
+    assert batches.num_batches == -(-count // 8)
+    examples = np.concatenate([batches.examples(step) for step in range(batches.num_batches)])
+    assert np.sort(examples[:count]).tolist() == list(range(count))
+    assert (examples[count:] == -1).all()
+    assert (np.diff(encoded.longest[examples[:count]]) <= 0).all()
+    seen = np.concatenate([batches.batch_at(step, np.arange(8))["tokens"].ravel() for step in range(batches.num_batches)])
+    assert np.sort(seen[seen > 0]).tolist() == encoded.tokens.tolist()
+
+
+# -- lengths ----------------------------------------------------------------------------------------------------------------
+
+
+def padded_tokens(splits, batch_size, lengths):
+    """Tokens of a row of every batch, with each split in order of length; infinite where a batch fits no length."""
+    total = 0
+    for longest in splits:
+        ordered = sorted(longest, reverse=True)
+        for begin in range(0, len(ordered), batch_size):
+            total += min((length for length in lengths if length >= ordered[begin]), default=np.inf)
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("most", [1, 2, 3, 4])
+def test_lengths_are_the_best_there_are(batch_size, most):
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        splits = [rng.geometric(0.2, size).clip(max=12) + 2 for size in (20, 5)]
+        chosen = choose_lengths(splits, batch_size, most)
+        assert len(chosen) <= most
+        assert list(chosen) == sorted(set(chosen))
+        candidates = itertools.combinations(range(3, 15), most)
+        best = min(padded_tokens(splits, batch_size, lengths) for lengths in candidates)
+        assert padded_tokens(splits, batch_size, chosen) == best
+
+
+def test_no_more_lengths_than_there_are():
+    assert choose_lengths([np.array([4, 4, 9, 4])], 1, 8) == (4, 9)
+
+
+def test_every_split_fits():
+    assert choose_lengths([np.array([5, 6]), np.array([40])], 2, 3)[-1] == 40
+
+
+def test_padding_share_by_hand():
+    """Longest first, two a batch: 5 and 4 tokens padded to 5; 3 tokens and an empty row padded to 4."""
+    encoded = numbered([[5], [4], [3]])
+    assert ScoringBatches(encoded, 2, [4, 5]).padding_share() == pytest.approx(6 / 18)
+    assert TaskBatches(encoded, 3, 0, [6], "random").padding_share() == pytest.approx(6 / 18)
+
+
+def test_padding_share_is_that_of_the_batches():
+    batches = TaskBatches(numbered(random_lengths(67, sequences=2)), 8, 0, [10, 20, 30], "grouped")
+    for epoch in (0, 3):
+        made = [batches.batch_at(epoch * batches.steps_per_epoch + number, np.arange(8)) for number in range(8)]
+        padding = sum((batch["tokens"] == 0).sum() for batch in made)
+        assert batches.padding_share(epoch) == pytest.approx(padding / sum(batch["tokens"].size for batch in made))
+
+
+def glue(path, columns, header):
+    """Examples as long as those of a GLUE file in a context of 512, a token taken to be four bytes."""
+    lines = path.read_text(encoding="utf-8").splitlines()[header:]
+    texts = [[line.split("\t")[column] for column in columns] for line in lines]
+    tokens = [sum(max(len(text.encode()) // 4, 1) for text in row) + len(row) + 1 for row in texts]
+    return numbered(np.minimum(tokens, 512)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "header"), [("CoLA", (3,), 0), ("RTE", (1, 2), 1), ("SST-2", (0,), 1)], ids=["CoLA", "RTE", "SST-2"]
+)
+def test_eight_lengths_leave_little_padding(shared_data, task, columns, header):
+    """At most 15 % of the tokens of training, though validation shares the lengths."""
+    folder = shared_data("glue") / task
+    training, validation = (glue(folder / name, columns, header) for name in ("train.tsv", "dev.tsv"))
+    lengths = choose_lengths([training.longest, validation.longest], 32, 8)
+    assert len(lengths) <= 8
+    batches = TaskBatches(training, 32, 0, lengths, "grouped")
+    assert max(batches.padding_share(epoch) for epoch in range(3)) <= 0.15
+    scoring = ScoringBatches(validation, 32, lengths)
+    assert {scoring.batch_at(step, np.arange(1))["tokens"].shape[2] for step in range(scoring.num_batches)} <= set(lengths)

@@ -1,0 +1,495 @@
+"""Every reader on small files in the exact layout of the releases, and every row that is not as it should be."""
+
+import collections
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gpt_jax.config import TaskConfig
+from gpt_jax.errors import UserError
+from gpt_jax.tasks import registry
+from gpt_jax.tasks.readers import Row, read
+
+
+def write(path, *lines, end="\n"):
+    """Writes rows, each a text or a list of cells that tabs separate."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((line if isinstance(line, str) else "\t".join(line)) + end for line in lines), newline="")
+
+
+def split_of(name, path, split="train"):
+    return read(registry.named(name), TaskConfig(name=name, path=str(path)), split)
+
+
+def rows_of(name, path, split="train"):
+    return split_of(name, path, split).rows
+
+
+def contents(rows):
+    return [(row.texts, row.label) for row in rows]
+
+
+def refused(name, path, split="train"):
+    with pytest.raises(UserError) as error:
+        split_of(name, path, split)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# -- GLUE -------------------------------------------------------------------------------------------------------------------
+
+
+def test_cola_has_four_columns_without_a_header_and_a_test_with_one(tmp_path):
+    write(tmp_path / "train.tsv", 'gj04\t1\t\tHe said "so.', "gj04\t0\t*\t The more  does Bill smoke. ", "", 'ks\t1\t\tA "b"" c.')
+    write(tmp_path / "test.tsv", "index\tsentence", "0\tBill whistled.", "1\tIs it?")
+    split = split_of("cola", tmp_path)
+    assert contents(split.rows) == [(('He said "so.',), 1), (("The more  does Bill smoke.",), 0), (('A "b"" c.',), 1)]
+    assert [row.where for row in split.rows] == [f"{tmp_path}/train.tsv:{line}" for line in (1, 2, 4)]
+    assert [row.id for row in split.rows] == ["0", "1", "2"]
+    assert (split.read, split.dropped) == (3, {})
+    assert rows_of("cola", tmp_path, "test")[1] == Row("1", ("Is it?",), None, f"{tmp_path}/test.tsv:3")
+
+
+def test_a_folder_above_the_task_s_own_will_do_and_so_will_line_ends_of_two_characters(tmp_path):
+    write(tmp_path / "SST-2" / "dev.tsv", "sentence\tlabel", "a gorgeous , witty film \t1", "unflinchingly bleak \t0", end="\r\n")
+    assert contents(rows_of("sst2", tmp_path, "validation")) == [(("a gorgeous , witty film",), 1), (("unflinchingly bleak",), 0)]
+    assert rows_of("sst2", tmp_path, "validation") == rows_of("sst2", tmp_path / "SST-2", "validation")
+
+
+@pytest.mark.parametrize(("name", "columns"), [("rte", ["sentence1", "sentence2"]), ("qnli", ["question", "sentence"])])
+def test_rte_and_qnli(tmp_path, name, columns):
+    write(
+        tmp_path / "train.tsv", ["index", *columns, "label"], ["7", "A.", "B.", "not_entailment"], ["8", "C.", "D.", "entailment"]
+    )
+    write(tmp_path / "test.tsv", ["index", *columns], ["0", "E.", "F."])
+    assert [row[:3] for row in rows_of(name, tmp_path)] == [("7", ("A.", "B."), 1), ("8", ("C.", "D."), 0)]
+    assert contents(rows_of(name, tmp_path, "test")) == [(("E.", "F."), None)]
+
+
+def test_mrpc_has_a_byte_order_mark(tmp_path):
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    write(tmp_path / "train.tsv", header, ["1", "70", "71", 'He said " no .', "No , he said ."], end="\r\n")
+    write(tmp_path / "msr_paraphrase_train.txt", header, "1\t70\t71\ta\tb", "0\t72\t73\tc\td")
+    write(tmp_path / "test.tsv", "index\t#1 ID\t#2 ID\t#1 String\t#2 String", "0\t1\t2\tE .\tF .")
+    assert contents(rows_of("mrpc", tmp_path)) == [(('He said " no .', "No , he said ."), 1)]
+    assert contents(rows_of("mrpc", tmp_path, "test")) == [(("E .", "F ."), None)]
+
+
+def test_mrpc_as_first_released_has_labelled_tests_and_no_validation_split(tmp_path):
+    header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
+    write(tmp_path / "msr_paraphrase_train.txt", header, "1\t70\t71\ta\tb", "0\t72\t73\tc\td")
+    write(tmp_path / "msr_paraphrase_test.txt", header, "0\t74\t75\te\tf")
+    assert contents(rows_of("mrpc", tmp_path)) == [(("a", "b"), 1), (("c", "d"), 0)]
+    assert contents(rows_of("mrpc", tmp_path, "test")) == [(("e", "f"), 0)]
+    assert split_of("mrpc", tmp_path, "validation") is None
+
+
+def test_qqp_s_known_defects_are_dropped_and_counted(tmp_path):
+    write(
+        tmp_path / "train.tsv",
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        "133273\t213221\t213222\tHow is it?\tHow was it?\t1",
+        '5\t6\t7\tWho\twas "he',
+        '"\tand when?\t0',
+        "9\t10\t11\tWhat?\t \t0",
+    )
+    write(tmp_path / "test.tsv", "id\tquestion1\tquestion2", "3\tWhy?\tWhen?")
+    split = split_of("qqp", tmp_path)
+    assert [row[:3] for row in split.rows] == [("133273", ("How is it?", "How was it?"), 1)]
+    assert (split.read, split.dropped) == (4, {"wrong number of columns": 2, "empty text": 1})
+    assert [row[:3] for row in rows_of("qqp", tmp_path, "test")] == [("3", ("Why?", "When?"), None)]
+
+
+def test_stsb_has_scores(tmp_path):
+    columns = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"]
+    row = ["0", "main-captions", "MSRvid", "2012test", "0001", "none", "none", "A plane is taking off.", "A plane takes off."]
+    write(tmp_path / "train.tsv", [*columns, "score"], [*row, "3.800"], [*row, "0"])
+    write(tmp_path / "test.tsv", columns, row)
+    assert [row.label for row in rows_of("stsb", tmp_path)] == [3.8, 0.0]
+    assert contents(rows_of("stsb", tmp_path, "test")) == [(("A plane is taking off.", "A plane takes off."), None)]
+
+
+def test_mnli_has_two_groups_and_files_of_different_columns(tmp_path):
+    common = ["index", "promptID", "pairID", "genre", "parse", "sentence1", "sentence2"]
+    row = ["0", "31193", "31193n", "government", "( ( x ) )", "A.", "B."]
+    write(tmp_path / "MNLI" / "train.tsv", [*common, "label1", "gold_label"], [*row, "neutral", "neutral"])
+    for group, label in (("matched", "entailment"), ("mismatched", "contradiction")):
+        labels = [f"label{number}" for number in range(1, 6)]
+        write(
+            tmp_path / "MNLI" / f"dev_{group}.tsv",
+            [*common, *labels, "gold_label"],
+            [*row, *["neutral"] * 5, label],
+        )
+        write(tmp_path / "MNLI" / f"test_{group}.tsv", common, row)
+    assert contents(rows_of("mnli", tmp_path)) == [(("A.", "B."), 1)]
+    validation = rows_of("mnli", tmp_path, "validation")
+    assert [(row.id, row.label, row.group) for row in validation] == [("0", 0, "matched"), ("0", 2, "mismatched")]
+    assert [(row.label, row.group) for row in rows_of("mnli", tmp_path, "test")] == [(None, "matched"), (None, "mismatched")]
+    (tmp_path / "MNLI" / "dev_mismatched.tsv").unlink()
+    message = f"--task.path: {tmp_path}/MNLI has no dev_mismatched.tsv, which the validation split of MultiNLI needs"
+    assert refused("mnli", tmp_path, "validation") == message
+
+
+# -- JSON lines -------------------------------------------------------------------------------------------------------------
+
+
+def nli(label, number):
+    pair = {"sentence1": f"A\u2028man {number}. ", "sentence2": 'A "man".', "gold_label": label, "pairID": f"{number}r1c"}
+    return json.dumps(pair | {"annotator_labels": [label], "captionID": "x.jpg#0"}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "validation"),
+    [
+        ("snli", "snli_1.0_train.jsonl", ["snli_1.0_dev.jsonl"]),
+        ("mnli", "multinli_1.0_train.jsonl", ["multinli_1.0_dev_matched.jsonl", "multinli_1.0_dev_mismatched.jsonl"]),
+    ],
+)
+def test_pairs_without_a_gold_label_are_dropped_and_counted(tmp_path, name, train, validation):
+    write(tmp_path / train, nli("neutral", 1), nli("-", 2), nli("contradiction", 3), nli("-", 4))
+    for file in validation:
+        write(tmp_path / file, nli("entailment", 5))
+    split = split_of(name, tmp_path)
+    assert [row[:3] for row in split.rows] == [
+        ("1r1c", ("A\u2028man 1.", 'A "man".'), 1),
+        ("3r1c", ("A\u2028man 3.", 'A "man".'), 2),
+    ]
+    assert split.rows[1].where == f"{tmp_path / train}:3"
+    assert (split.read, split.dropped) == (4, {"no gold label": 2})
+    assert [row.label for row in rows_of(name, tmp_path, "validation")] == [0] * len(validation)
+    assert split_of(name, tmp_path, "test") is None
+
+
+# -- SciTail, Story Cloze, RACE ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["", "tsv_format", "SciTailV1.1/tsv_format"])
+def test_scitail(tmp_path, folder):
+    write(tmp_path / folder / "scitail_1.0_train.tsv", 'Pluto "rotates.\tEarth rotates.\tneutral', '"A\tB.\tentails')
+    assert contents(rows_of("scitail", tmp_path)) == [(('Pluto "rotates.', "Earth rotates."), 1), (('"A', "B."), 0)]
+
+
+STORY_HEADER = (
+    "InputStoryid,InputSentence1,InputSentence2,InputSentence3,InputSentence4,"
+    "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2,AnswerRightEnding"
+)
+
+
+def story(number, answer=1):
+    return f'id-{number},"One, {number}.",Two. ,"He said ""three"".",Four.,Good end.,Bad end.,{answer}'
+
+
+@pytest.mark.parametrize("name", ["cloze_test_val__spring2016.csv", "cloze_test_val__spring2016 - cloze_test_ALL_val.csv"])
+def test_story_cloze_holds_out_the_rows_that_the_released_code_does(tmp_path, name):
+    write(tmp_path / name, STORY_HEADER, *(story(number, number % 2 + 1) for number in range(1871)))
+    train, validation = split_of("story_cloze", tmp_path), split_of("story_cloze", tmp_path, "validation")
+    # What scikit-learn's train_test_split does with that seed, in NumPy's frozen generator.
+    order = np.random.RandomState(3535999445).permutation(1871)
+    assert [row.id for row in validation.rows] == [f"id-{number}" for number in order[:374]]
+    assert [row.id for row in train.rows] == [f"id-{number}" for number in order[374:]]
+    assert (train.read, validation.read, train.dropped) == (1497, 374, {})
+    first = next(row for row in train.rows if row.id == "id-0")
+    assert first.texts == ('One, 0. Two.  He said "three". Four.', "Good end.", "Bad end.")
+    assert [row.label for row in validation.rows] == [float(number % 2) for number in order[:374]]
+
+
+def test_story_cloze_tests_on_the_test_file(tmp_path):
+    write(tmp_path / "cloze_test_test__spring2016.csv", STORY_HEADER, story(0, 2))
+    assert [row.label for row in rows_of("story_cloze", tmp_path, "test")] == [1]
+    write(tmp_path / "cloze_test_val__spring2016.csv", STORY_HEADER, story(0))
+    assert "cloze_test_val__spring2016.csv:2: the file has 1 rows, of which 374 are held out" in refused("story_cloze", tmp_path)
+    write(tmp_path / "cloze_test_val__spring2016 - copy.csv", STORY_HEADER, story(0))
+    assert refused("story_cloze", tmp_path).endswith("; keep one of them")
+
+
+def passage(folder, number, **changes):
+    content = {
+        "article": f"It rains.\nIt is day {number}.",
+        "questions": ["What falls?", "It is _ ."],
+        "options": [["snow", "rain", "hail", "leaves"], ["day", "night", "dusk", "dawn"]],
+        "answers": ["B", "A"],
+        "id": f"{number}.txt",
+    }
+    write(folder / f"{number}.txt", json.dumps(content | changes))
+
+
+def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
+    for split in ("train", "dev", "test"):
+        passage(tmp_path / "RACE" / split / "middle", 1)
+        passage(tmp_path / "RACE" / split / "high", 2)
+    rows = rows_of("race", tmp_path, "validation")
+    assert [(row.id, row.label, row.group) for row in rows] == [
+        ("1.txt/0", 1, "middle"),
+        ("1.txt/1", 0, "middle"),
+        ("2.txt/0", 1, "high"),
+        ("2.txt/1", 0, "high"),
+    ]
+    assert rows[1].texts == ("It rains.\nIt is day 1. It is _ .", "day", "night", "dusk", "dawn")
+    assert rows_of("race", tmp_path / "RACE", "validation") == rows
+    assert [row.label for row in rows_of("race", tmp_path, "test")] == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"options": [["snow", "rain", "hail"], ["a", "b", "c", "d"]]},
+            ":1 question 0: 3 options; there must be 4 for every question",
+        ),
+        ({"answers": ["B", "E"]}, ":1 question 1: the label is 'E'; it must be one of A, B, C, D"),
+        ({"answers": ["B"]}, ":1: must hold a text 'article' and lists of equal length questions, options, answers"),
+        ({"options": [["snow", "rain", "hail", " "], ["a", "b", "c", "d"]]}, ":1 question 0: 'D' is empty; "),
+        ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' holds a int, not a text"),
+    ],
+)
+def test_articles_that_are_not_as_they_should_be(tmp_path, changes, message):
+    passage(tmp_path / "train" / "high", 1)
+    passage(tmp_path / "train" / "middle", 3, **changes)
+    assert refused("race", tmp_path).startswith(f"{tmp_path}/train/middle/3.txt{message}")
+
+
+def test_articles_that_are_no_json(tmp_path):
+    passage(tmp_path / "train" / "high", 1)
+    write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x",', "broken")
+    assert refused("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:2: not a JSON object: ")
+    write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x"}')
+    assert refused("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:1: no field 'questions'; ")
+
+
+# -- bad rows and files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("1\tA.\tentailment", "columns: 3; there must be 4: index, sentence1, sentence2, label"),
+        ("1\tA.\tB.\tC.\tentailment", "columns: 5; there must be 4: index, sentence1, sentence2, label"),
+        ("1\tA.\tB.\tneutral", "the label is 'neutral'; it must be one of entailment, not_entailment"),
+        ("1\tA.\tB.\t-", "the label is '-'; it must be one of entailment, not_entailment"),
+        ("1\tA.\t \u00a0\tentailment", "'sentence2' is empty; every text must have something in it besides white space"),
+    ],
+)
+def test_rows_that_are_not_as_they_should_be(tmp_path, row, message):
+    write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel", "0\tA.\tB.\tentailment", row)
+    assert refused("rte", tmp_path) == f"{tmp_path}/train.tsv:3: {message}"
+
+
+@pytest.mark.parametrize("score", ["x", "", "nan", "5.2", "-1"])
+def test_scores_that_are_none(tmp_path, score):
+    write(tmp_path / "train.tsv", "sentence1\tsentence2\tscore", f"A\tB\t{score}")
+    assert refused("stsb", tmp_path) == f"{tmp_path}/train.tsv:2: the score is '{score}'; it must be a number from 0 to 5"
+
+
+def test_bytes_that_are_not_utf_8(tmp_path):
+    write(tmp_path / "train.tsv", "sentence\tlabel", "fine\t1")
+    with (tmp_path / "train.tsv").open("ab") as file:
+        file.write("naïve\t1\n".encode("latin-1"))
+    assert refused("sst2", tmp_path) == f"{tmp_path}/train.tsv:3: byte 0xef is not UTF-8; convert the file to UTF-8"
+
+
+def test_json_lines_that_are_none(tmp_path):
+    path = tmp_path / "snli_1.0_train.jsonl"
+    for line, message in [
+        ('{"sentence1": "A"', ":2: not a JSON object: Expecting ',' delimiter at column 18"),
+        ("[1]", ":2: a JSON list, not an object with named fields"),
+        ('{"sentence1": "A", "sentence2": "B"}', ":2: no field 'gold_label'; known: sentence1, sentence2"),
+        ('{"sentence1": "A", "sentence2": "B", "gold_label": null}', ":2: no label; only the rows of a test split may lack it"),
+    ]:
+        write(path, nli("neutral", 1), line)
+        assert refused("snli", tmp_path) == f"{path}{message}"
+
+
+def test_another_task_s_files(tmp_path):
+    write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel", "0\tA.\tB.\tentailment")
+    assert refused("qqp", tmp_path).startswith(f"{tmp_path}/train.tsv:1: no column 'question1'; ")
+    write(tmp_path / "train.tsv", "sentence1\tsentence2", "A.\tB.")
+    assert refused("rte", tmp_path) == f"{tmp_path}/train.tsv:1: no column 'label'; known: sentence1, sentence2"
+    write(tmp_path / "train.tsv")
+    assert refused("rte", tmp_path) == f"{tmp_path}/train.tsv:1: no column 'sentence1'; there are none"
+
+
+def test_files_that_are_not_there(tmp_path):
+    assert refused("rte", tmp_path / "absent") == f"--task.path: there is no folder '{tmp_path}/absent'"
+    message = f"--task.path: no files of RTE; looked for train.tsv in {tmp_path}, {tmp_path}/RTE"
+    assert refused("rte", tmp_path) == message
+    write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel")
+    assert refused("rte", tmp_path, "validation").endswith("has no dev.tsv, which the validation split of RTE needs")
+    assert refused("rte", tmp_path) == "--task.path: the train split of RTE has no rows (0 read, 0 dropped)"
+    assert split_of("rte", tmp_path, "test") is None
+
+
+# -- own files --------------------------------------------------------------------------------------------------------------
+
+
+def own_split(split="train", **fields):
+    config = TaskConfig(**fields)
+    return read(registry.own(config), config, split)
+
+
+def test_own_files_of_every_format(tmp_path):
+    write(tmp_path / "my.tsv", "label\tid\ttext", 'good\tx1\t "quoted', "bad\tx2\tcomma, dot.")
+    write(tmp_path / "my.csv", "text,label", '"two', "", 'lines, ""quoted""", good', "plain,bad")
+    write(tmp_path / "my.jsonl", '{"text": "a", "label": "bad"}', "", '{"text": "b"}')
+    files = {"train": str(tmp_path / "my.tsv"), "validation": str(tmp_path / "my.csv"), "test": str(tmp_path / "my.jsonl")}
+    labels = ("good", "bad")
+    assert contents(own_split(**files).rows) == [(('"quoted',), 1), (("comma, dot.",), 0)]
+    assert [row.id for row in own_split(**files).rows] == ["x1", "x2"]
+    validation = own_split("validation", **files, labels=labels).rows
+    assert contents(validation) == [(('two\n\nlines, "quoted"',), 0), (("plain",), 1)]
+    assert [row.where for row in validation] == [f"{tmp_path}/my.csv:2", f"{tmp_path}/my.csv:5"]
+    assert own_split("validation", train=files["train"]) is None
+
+
+def test_own_tests_may_lack_labels(tmp_path):
+    write(tmp_path / "train.csv", "a,b,same", "x,y,1", "x,z,0")
+    write(tmp_path / "test.csv", "a,b", "x,y")
+    fields = {"train": str(tmp_path / "train.csv"), "kind": "similarity", "texts": ("a", "b"), "label": "same"}
+    assert contents(own_split("test", test=str(tmp_path / "test.csv"), **fields).rows) == [(("x", "y"), None)]
+    with pytest.raises(UserError, match=r"test.csv:1: no column 'same' \(--task.label\); known: a, b$"):
+        own_split("validation", validation=str(tmp_path / "test.csv"), **fields)
+
+
+def test_own_multiple_choice(tmp_path):
+    write(tmp_path / "train.jsonl", '{"c": "It rains.", "x": "Wet.", "y": "Dry.", "z": "Red.", "label": 2}')
+    fields = {"train": str(tmp_path / "train.jsonl"), "kind": "multiple_choice", "texts": ("c", "x", "y", "z")}
+    assert contents(own_split(**fields).rows) == [(("It rains.", "Wet.", "Dry.", "Red."), 2)]
+    with pytest.raises(UserError, match=r"train.jsonl:1: the label is '2'; it must be one of a, b, c$"):
+        own_split(**fields, labels=("a", "b", "c"))
+
+
+def test_own_files_that_are_not_as_they_should_be(tmp_path):
+    path = tmp_path / "my.csv"
+    for lines, message in [
+        (["text,label", "a,1", "b,2,3"], ":3: columns: 3; there must be 2: text, label"),
+        (
+            ["text,label", "a,1", '"b,2'],
+            ":3: unexpected end of data; quote a cell that holds commas or quotes, and double its quotes",
+        ),
+        (["words,label", "a,1", "b,2"], ":1: no column 'text' (--task.texts); known: words, label"),
+        (["text,label", "a,1", ",2"], ":3: 'text' is empty; every text must have something in it besides white space"),
+        (["text,label", "a,1", "b,0", "c,x"], ":4: the label is 'x'; it must be one of 1, 0"),
+    ]:
+        write(path, *lines)
+        with pytest.raises(UserError) as error:
+            own_split(train=str(path), labels=("1", "0"))
+        assert str(error.value) == f"{path}{message}"
+
+
+# -- real files, and tensorflow-datasets ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "validation", "test"), [("cola", 8551, 1043, 1063), ("rte", 2490, 277, 3000), ("sst2", 67349, 872, 1821)]
+)
+def test_the_real_files_are_read_whole(shared_data, name, train, validation, test):
+    folder = shared_data("glue")
+    for split, count in (("train", train), ("validation", validation), ("test", test)):
+        read_split = split_of(name, folder, split)
+        assert (len(read_split.rows), read_split.read, read_split.dropped) == (count, count, {})
+        labels = collections.Counter(row.label for row in read_split.rows)
+        assert labels.keys() == ({None} if split == "test" else {0.0, 1.0})
+
+
+def test_what_tensorflow_datasets_cannot_give_must_come_from_files(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(
+        UserError, match=r"^--task.path: tensorflow-datasets cannot give glue/cola \(.*\); give the folder of the task"
+    ):
+        split_of("cola", "")
+
+
+TFDS_SCRIPT = """
+import json, sys
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+from gpt_jax.config import TaskConfig
+from gpt_jax.tasks import readers, registry
+
+tfds.disable_progress_bar()
+folder = Path(sys.argv[1])
+tfds.download.DownloadManager.download_and_extract = lambda self, url: folder  # the archives, unpacked
+results = {}
+for name in ("cola", "stsb", "mnli", "snli", "scitail", "race", "story_cloze"):
+    task = registry.named(name)
+    for split in ("train", "validation", "test"):
+        here = readers.read(task, TaskConfig(name=name, path=str(folder)), split)
+        there = readers.read(task, TaskConfig(name=name), split)
+        alike = [sorted((row.texts, row.label, row.group) for row in each.rows) for each in (here, there)]
+        ids = "glue" not in there.rows[0].where or [row.id for row in here.rows] == [row.id for row in there.rows]
+        results[f"{name} {split}"] = [len(there.rows), alike[0] == alike[1] and ids, there.dropped, there.rows[-1].where]
+names = {"cola": ["unacceptable", "acceptable"], "sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"]}
+names["qqp"] = ["not_duplicate", "duplicate"]
+for task in registry.TASKS.values():
+    if task.kind != "multiple_choice" and not task.regression:
+        features = tfds.builder(task.tfds.train[0].path.partition(":")[0]).info.features
+        assert features["label"].names == names.get(task.name, list(task.labels)), task.name
+print(json.dumps(results))
+"""
+
+
+def write_archives(folder):
+    """Small archives of some tasks, with what both readings of a file agree on and what they do not."""
+    write(folder / "CoLA" / "train.tsv", 'gj04\t1\t\tHe "is.', "gj04\t0\t*\tIs he it.")
+    write(folder / "CoLA" / "dev.tsv", "gj04\t1\t\tDev.")
+    write(folder / "CoLA" / "test.tsv", "index\tsentence", "0\tA.", "1\tB.", "2\tC.")
+    for split in ("train", "dev"):
+        write(folder / "STS-B" / f"{split}.tsv", "index\tsentence1\tsentence2\tscore", "0\tA.\tB.\t3.800", "1\tC.\tD.\t0")
+    write(folder / "STS-B" / "test.tsv", "index\tsentence1\tsentence2", "0\tA.\tB.")
+    for file in ("train", "dev_matched", "dev_mismatched"):
+        write(folder / "MNLI" / f"{file}.tsv", "index\tsentence1\tsentence2\tgold_label", f"0\tA {file}.\tB.\tneutral")
+    for group in ("matched", "mismatched"):
+        write(folder / "MNLI" / f"test_{group}.tsv", "index\tsentence1\tsentence2", f"0\tA {group}.\tB.")
+    for split in ("train", "dev", "test"):
+        write(folder / "snli_1.0" / f"snli_1.0_{split}.jsonl", nli("contradiction", 1), nli("-", 2))
+        pairs = (json.loads(nli(label, number)) for number, label in ((1, "contradiction"), (2, "-")))
+        lines = ["\t".join((pair["gold_label"], pair["sentence1"], pair["sentence2"])) for pair in pairs]
+        write(folder / "snli_1.0" / f"snli_1.0_{split}.txt", "gold_label\tsentence1\tsentence2", *lines)
+        lone = ['"A\tB.\tneutral', 'C"\tD.\tneutral'] if split == "train" else []
+        write(folder / "SciTailV1.1" / "tsv_format" / f"scitail_1.0_{split}.tsv", "Pluto.\tEarth.\tentails", *lone)
+        for group in ("middle", "high"):
+            passage(folder / "RACE" / split / group, 1)
+    for place in (folder, folder / "sets" / "downloads" / "manual"):
+        for split in ("val", "test"):
+            write(place / f"cloze_test_{split}__spring2016.csv", STORY_HEADER, *(story(number) for number in range(375)))
+
+
+@pytest.mark.slow
+def test_tensorflow_datasets_give_the_rows_of_the_files(tmp_path):
+    # tensorflow-datasets 4.9.10 needs it to make a data set, and does not say so in its requirements.
+    pytest.importorskip("importlib_resources", reason="importlib_resources is not installed")
+    write_archives(tmp_path)
+    environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path / "sets"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", TFDS_SCRIPT, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    snli = {"no gold label": 1}
+    joined = {"rows run together": 1}
+    assert results == {
+        "cola train": [2, True, {}, "tfds:glue/cola train 1"],
+        "cola validation": [1, True, {}, "tfds:glue/cola validation 0"],
+        "cola test": [3, True, {}, "tfds:glue/cola test 2"],
+        "stsb train": [2, True, {}, "tfds:glue/stsb train 1"],
+        "stsb validation": [2, True, {}, "tfds:glue/stsb validation 1"],
+        "stsb test": [1, True, {}, "tfds:glue/stsb test 0"],
+        "mnli train": [1, True, {}, "tfds:glue/mnli train 0"],
+        "mnli validation": [2, True, {}, "tfds:glue/mnli validation_mismatched 0"],
+        "mnli test": [2, True, {}, "tfds:glue/mnli test_mismatched 0"],
+        "snli train": [1, True, snli, results["snli train"][3]],
+        "snli validation": [1, True, snli, results["snli validation"][3]],
+        "snli test": [1, True, snli, results["snli test"][3]],
+        "scitail train": [1, False, joined, "tfds:sci_tail train 0"],  # the file has 3
+        "scitail validation": [1, True, {}, "tfds:sci_tail validation 0"],
+        "scitail test": [1, True, {}, "tfds:sci_tail test 0"],
+        "race train": [4, True, {}, "tfds:race/high train 0 question 1"],
+        "race validation": [4, True, {}, "tfds:race/high dev 0 question 1"],
+        "race test": [4, True, {}, "tfds:race/high test 0 question 1"],
+        "story_cloze train": [1, False, {}, results["story_cloze train"][3]],  # another order, so other rows are held out
+        "story_cloze validation": [374, False, {}, results["story_cloze validation"][3]],
+        "story_cloze test": [375, True, {}, "tfds:story_cloze/2016 test 374"],
+    }

@@ -1,0 +1,339 @@
+"""Zero-shot probes: span scores against full logits in NumPy, the rules by hand, the reader on its layouts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.metrics import matthews_corrcoef
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.data.tokenizers import Bytes, SentencePiece
+from gpt_jax.errors import UserError
+from gpt_jax.model import network
+from gpt_jax.tasks import zero_shot
+from gpt_jax.tasks.readers import Row, Split
+from gpt_jax.tasks.zero_shot import PROBES, Span, best_threshold, probe, read_winograd, score_spans
+
+TINY = ModelConfig(
+    vocab_size=257, context_length=40, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, lstm_units=16, loss_chunk=16
+)
+LSTM = ModelConfig(kind="lstm", vocab_size=257, context_length=40, embed_dim=16, num_heads=2, lstm_units=16, loss_chunk=16)
+
+
+def random_params(config):
+    draw = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(network.init, config), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) / 3, jnp.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(TINY)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_logits(config, params, tokens):
+    return network.logits(config, params, network.apply(config, params, tokens))
+
+
+def log_probability(config, params, ids, scored):
+    """Sum over the last `scored` ids, in float64, each sequence on its own and without padding it to anything but the context."""
+    tokens = np.zeros((1, config.context_length), np.int32)
+    tokens[0, : len(ids) - 1] = ids[:-1]
+    scores = np.asarray(full_logits(config, params, tokens), np.float64)[0]
+    normalised = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return sum(normalised[place - 1, ids[place]] for place in range(len(ids) - scored, len(ids)))
+
+
+def split_of(rows):
+    return Split([Row(str(n), texts, label, f"made:{n + 1}") for n, (texts, label) in enumerate(rows)], len(rows), {})
+
+
+# -- spans ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [TINY, LSTM], ids=lambda config: config.kind)
+def test_spans_against_full_logits(config):
+    params = random_params(config)
+    draw = np.random.default_rng(1)
+    lengths = [2, 41, 33, 34, 3, 20, *draw.integers(2, 42, 40)]  # more than one batch of the shorter size
+    spans = [Span(draw.integers(0, 257, length).tolist(), int(draw.integers(1, length))) for length in lengths]
+    scores = score_spans(config, params, spans)
+    expected = np.array([log_probability(config, params, *span) for span in spans])
+    np.testing.assert_allclose(scores.total, expected, rtol=1e-5)
+    np.testing.assert_allclose(scores.mean, expected / [span.scored for span in spans], rtol=1e-5)
+    assert not scores.truncated.any()
+
+
+def test_what_exceeds_the_context_loses_its_beginning(params):
+    """41 ids fit: 40 are the model's input and the last one is only predicted."""
+    ids = np.random.default_rng(2).integers(0, 257, 60).tolist()
+    scores = score_spans(TINY, params, [Span(ids, 5), Span(ids[19:], 5), Span(ids, 50), Span(ids[19:], 40)])
+    assert scores.truncated.tolist() == [True, False, True, False]
+    assert scores.total[0] == scores.total[1] == pytest.approx(log_probability(TINY, params, ids[19:], 5), rel=1e-5)
+    assert scores.mean[2] == scores.mean[3], "of a span too long itself the last 40 tokens are scored"
+
+
+def test_few_programs(params):
+    zero_shot._token_log_probabilities.clear_cache()
+    score_spans(TINY, params, [Span([1] * length, 1) for length in range(2, 42)] * 3)
+    assert zero_shot._token_log_probabilities._cache_size() == 2  # padded to 32 and to 40
+
+
+# -- CoLA's threshold -------------------------------------------------------------------------------------------------------
+
+
+def test_threshold_by_hand():
+    scores, labels = np.array([-1.0, -5.0, -3.0, -2.0, -4.0]), np.array([1, 0, 1, 0, 0])
+    # From -3 on: three accepted, two of them rightly, two rightly refused: (2 * 2 - 1 * 0) / sqrt(3 * 2 * 3 * 2) = 0.67.
+    # From -1 on: (1 * 3 - 0 * 1) / sqrt(1 * 2 * 3 * 4) = 0.61.
+    assert best_threshold(scores, labels) == -3.0
+    assert best_threshold(scores, 1 - labels) == -5.0, "accepting all correlates with nothing, and that beats a negative one"
+    # From -2 on and from -4 on both have 1 / sqrt(3): of equal ones the lower.
+    assert best_threshold(np.array([-5.0, -4.0, -3.0, -2.0]), np.array([0, 1, 0, 1])) == -4.0
+    assert best_threshold(np.array([-2.0, -2.0, -2.0]), np.array([1, 0, 1])) == -2.0
+
+
+def test_threshold_against_scikit_learn():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        labels = draw.integers(0, 2, 50)
+        scores = np.round(draw.normal(size=50) + labels, 1)  # with equal scores
+        by_threshold = {s: matthews_corrcoef(labels, scores >= s) for s in np.unique(scores)}
+        best = best_threshold(scores, labels)
+        assert by_threshold[best] == pytest.approx(max(by_threshold.values()), abs=1e-12)
+        assert best == min(s for s, value in by_threshold.items() if value > by_threshold[best] - 1e-12)
+
+
+# -- the probes, end to end -------------------------------------------------------------------------------------------------
+
+
+def ids_of(text):
+    return list(text.encode())
+
+
+def mean_after(params, context, continuation):
+    ids = [256, *ids_of(context), *ids_of(continuation)]
+    return log_probability(TINY, params, ids, len(ids_of(continuation))) / len(ids_of(continuation))
+
+
+def test_cola(params):
+    train = [("abc", 1), ("the cat", 0), ("zz z", 1), ("qqq", 0), ("a man", 1), ("xyz xyz", 0)]
+    validation = [("a dog", 1), ("of of", 0), ("hm", 1), ("no", 0)]
+    splits = {"train": train, "validation": validation}
+    splits = {name: split_of([((text,), label) for text, label in rows]) for name, rows in splits.items()}
+    result = probe("cola", TINY, params, Bytes(), splits)
+    means = np.array([mean_after(params, "", text) for text, _ in train])
+    labels = np.array([label for _, label in train])
+    correlations = [matthews_corrcoef(labels, means >= threshold) for threshold in means]
+    threshold = means[int(np.argmax(correlations))]
+    assert result["threshold"] == pytest.approx(threshold, rel=1e-5)
+    accepted = [mean_after(params, "", text) >= threshold - 1e-6 for text, _ in validation]
+    expected = matthews_corrcoef([label for _, label in validation], accepted)
+    assert result["matthews"] == pytest.approx(expected)
+    assert result["normalized"] == pytest.approx(expected / 0.35)
+    assert (result["n"], result["split"], result["truncated"]) == (4, "validation", 0)
+
+
+def test_choices_by_hand():
+    def choices(name, *texts):
+        return PROBES[name].choices(Row("0", texts, 0, "made:1"))
+
+    assert choices("cola", "a dog barks") == [("", "a dog barks")]
+    assert choices("sst2", "a fine film") == [("a fine film very", " negative"), ("a fine film very", " positive")]
+    assert choices("race", "a document why?", "no", "so") == [("a document why?", " no"), ("a document why?", " so")]
+    assert choices("story_cloze", "it ended.", "well", "ill") == [("it ended.", " well"), ("it ended.", " ill")]
+
+
+class Abbreviating(Bytes):
+    """Has an entry for one of the two words, and spells the other."""
+
+    def encode(self, text):
+        return [self.entry] if text == " negative" else super().encode(text)
+
+
+def test_sst2_sums_the_pieces_of_a_word(params):
+    """The least likely token of all is less likely than any of nine bytes is on average, and likelier than all nine together."""
+    tokenizer = Abbreviating()
+    tokens = np.zeros((1, 40), np.int32)
+    tokens[0, :7] = [256, *ids_of("a very")]
+    tokenizer.entry = int(np.asarray(full_logits(TINY, params, tokens))[0, 6].argmin())
+    result = probe("sst2", TINY, params, tokenizer, {"validation": split_of([(("a",), 0)])})
+    assert result["accuracy"] == 1
+
+
+def test_sst2_compares_whole_words_after_very(params):
+    sentences = ["a fine film", "dull", "it is what it is", "so so", "bad", "great fun"]
+    predictions = []
+    for sentence in sentences:
+        ids = [256, *ids_of(sentence + " very")]
+        negative = log_probability(TINY, params, ids + ids_of(" negative"), len(" negative"))
+        positive = log_probability(TINY, params, ids + ids_of(" positive"), len(" positive"))
+        predictions.append(int(positive > negative))
+    labels = [1, 0, *predictions[2:]]
+    rows = [((sentence,), label) for sentence, label in zip(sentences, labels, strict=True)]
+    result = probe("sst2", TINY, params, Bytes(), {"validation": split_of(rows)})
+    accuracy = np.mean(np.array(labels) == predictions)
+    assert result["accuracy"] == accuracy
+    assert result["normalized"] == pytest.approx((accuracy - 0.5) / (0.932 - 0.5))
+
+
+def test_race_takes_the_answer_of_the_highest_mean(params):
+    """Answers of differing length; with the model's own choices as labels all are right, with others none."""
+    questions = [
+        ("where is it?", "here", "there, I think", "no", "nobody knows"),
+        ("who?", "a", "bbbbbbbb", "Mr. C", "the dog of his aunt"),
+        ("a document that is too long for its question? why?", "so", "because", "it is", "ha"),
+    ]
+    chosen = []
+    for context, *answers in questions:
+        means = []
+        for answer in answers:
+            ids = [256, *ids_of(f"{context} {answer}")][-41:]
+            means.append(log_probability(TINY, params, ids, len(answer) + 1) / (len(answer) + 1))
+        chosen.append(int(np.argmax(means)))
+
+    def run(labels):
+        return probe("race", TINY, params, Bytes(), {"test": split_of(list(zip(questions, labels, strict=True)))})
+
+    right = run(chosen)
+    assert (right["accuracy"], right["truncated"]) == (1.0, 1)
+    assert right["normalized"] == pytest.approx(0.75 / (0.533 - 0.25))
+    assert run([(label + 1) % 4 for label in chosen])["accuracy"] == 0
+
+
+def test_winograd_scores_what_follows_the_substituted_candidate(params, tmp_path):
+    path = tmp_path / "test.c.txt"
+    path.write_text("The bee saw the cup as it fell.\nit\nThe bee,the cup\nthe cup\n")
+    split = read_winograd(path)
+    bee = mean_after(params, "The bee saw the cup as the bee", " fell.")
+    cup = mean_after(params, "The bee saw the cup as the cup", " fell.")
+    for name in ("dprd", "wsc"):
+        result = probe(name, TINY, params, Bytes(), {"test": split})
+        assert result["accuracy"] == float(cup > bee)
+    assert result["normalized"] is None, "the paper has no figure for WSC"
+
+
+def test_equal_choices_share_the_point(params, tmp_path):
+    """A model to which all tokens are equally likely guesses, even where the right candidate is always the first."""
+    path = tmp_path / "wsc.txt"
+    path.write_text("It hit me, so _ broke.\n_\nthe cup,the jug\nthe cup\n\n" * 3)
+    even = params | {"embedding": jax.tree.map(jnp.zeros_like, params["embedding"])}
+    assert probe("dprd", TINY, even, Bytes(), {"test": read_winograd(path)})["accuracy"] == 0.5
+
+
+def test_a_space_belongs_to_the_word_that_follows_it():
+    """Encoded in two parts, a text has the pieces that it has as a whole."""
+    words = "the film was very positive and the play was very negative but not so very bad " * 20
+    pieces = SentencePiece.train([words], 300, "nmt_nfkc")
+    for context, continuation in [("the film was very", " positive"), ("the play was very", " negative"), ("not so", " bad")]:
+        assert pieces.encode(context) + pieces.encode(continuation) == pieces.encode(context + continuation)
+
+
+def test_every_probe_has_its_baselines():
+    assert {name: (each.random, each.best) for name, each in PROBES.items()} == {
+        "cola": (0.0, 0.350),
+        "sst2": (0.5, 0.932),
+        "race": (0.25, 0.533),
+        "story_cloze": (0.5, 0.776),
+        "dprd": (0.5, 0.7641),
+        "wsc": (0.5, None),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "splits", "message"),
+    [
+        ("cloa", {}, "no zero-shot probe is named 'cloa'; did you mean cola"),
+        ("cola", {"validation": split_of([(("a",), 1)])}, "'cola' needs the train split of CoLA"),
+        ("dprd", {"test": split_of([])}, "'dprd' needs the test split of DPRD"),
+        ("sst2", {"validation": split_of([(("a",), 1), (("b",), None)])}, "made:2: has no label"),
+        ("cola", {"train": split_of([(("a",), 1), (("b",), 1)])}, "made:1: the train split has one class only"),
+    ],
+)
+def test_mistakes(params, name, splits, message):
+    with pytest.raises(UserError, match=message) as error:
+        probe(name, TINY, params, Bytes(), splits)
+    assert "\n" not in str(error.value)
+
+
+# -- Winograd schemas -------------------------------------------------------------------------------------------------------
+
+
+def read(tmp_path, text):
+    path = tmp_path / "schemas.txt"
+    path.write_text(text)
+    return read_winograd(path)
+
+
+def substituted(row):
+    return ["".join(choice) for choice in PROBES["dprd"].choices(row)]
+
+
+def test_reader_of_the_dataset_layout(tmp_path):
+    text = (
+        "The bee landed on the flower because it wanted pollen.\nit\nThe bee,the flower\nThe bee\n\n"
+        "When Debbie splashed Tina, she got in trouble.\nshe\nDebbie,Tina\nTina\n"
+    )
+    split = read(tmp_path, text)
+    assert (split.read, split.dropped) == (2, {})
+    first, second = split.rows
+    assert first.texts == ("The bee landed on the flower because ", " wanted pollen.", "The bee", "the flower")
+    assert (first.label, second.label) == (0.0, 1.0)
+    assert second.where == f"{tmp_path}/schemas.txt:6"
+    assert substituted(first) == [
+        "The bee landed on the flower because the bee wanted pollen.",
+        "The bee landed on the flower because the flower wanted pollen.",
+    ]
+
+
+def test_first_occurrence_as_a_whole_word_is_replaced(tmp_path):
+    """The "he" of "The" and "when" is no word, and the second "he" stays."""
+    split = read(tmp_path, "The man fled when Tom said he thought he lied.\nhe\nthe man,Tom\nTom\n\n")
+    assert substituted(split.rows[0])[1] == "The man fled when Tom said Tom thought he lied."
+
+
+def test_placeholders(tmp_path):
+    """As files of the Winograd Schema Challenge have them, with stray spaces and the pronoun given or not."""
+    text = (
+        "The drain is clogged with hair.  [MASK]  has to be cleaned. \n[MASK]\n the drain , The hair \n The drain \n\n"
+        "They left it there, since nobody could move _ .\nit\nA piano,the crate\nthe crate\n\n\n"
+    )
+    first, second = read(tmp_path, text).rows
+    assert substituted(first) == [
+        "The drain is clogged with hair. The drain has to be cleaned.",
+        "The drain is clogged with hair. The hair has to be cleaned.",
+    ]
+    assert first.label == 0
+    assert substituted(second) == [
+        "They left it there, since nobody could move a piano.",
+        "They left it there, since nobody could move the crate.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("A b it c.\nit\nA,b\n", r":1: an example must have four lines \(.*\) before the blank one, not 3"),
+        ("A b it c.\nit\nA,b\nA\n\nA b it c.\nit\nA,b\nA\nA b", ":6: .* not 5"),
+        ("A bit c.\nit\nA,b\nA\n", ":2: the pronoun 'it' is no word of the sentence 'A bit c.'"),
+        ("A b it\nit\nA,b\nA\n", ":2: 'it' ends the sentence"),
+        ("A b it c.\nit\nA,b,c\nA\n", ":3: 'A,b,c' must be the two candidates"),
+        ("A b it c.\nit\nA,\nA\n", ":3: 'A,' must be the two candidates"),
+        ("\nA b it c.\nit\nA,b\nc\n", ":5: the answer 'c' is no candidate of 'A,b'"),
+    ],
+)
+def test_malformed_schemas_are_named(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as error:
+        read(tmp_path, text)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_schemas_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.txt: No such file"):
+        read_winograd(tmp_path / "nowhere.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"latin.txt: is not UTF-8"):
+        read_winograd(tmp_path / "latin.txt")
