@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,19 +13,25 @@ import jax
 import numpy as np
 
 from gpt_jax import config_io
-from gpt_jax.config import PretrainConfig
+from gpt_jax.config import FinetuneConfig, LoopConfig, ModelOptions, OptimConfig, PretrainConfig, TransferConfig
+from gpt_jax.data.corpus import InstalledDocs
 from gpt_jax.data.store import Store
 from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.model.decode import generate
+from gpt_jax.tasks.finetune import finetune
+from gpt_jax.tasks.made import make_tasks
 from gpt_jax.train.pretrain import pretrain
 from gpt_jax.train.progress import duration, say
 from gpt_jax.train.trained import load_model
 
 MARGIN = 1.5  # nats by which the demo's model must beat a unigram model, or else something is broken
+TRAIN_ROWS, VALIDATION_ROWS = 320, 200  # of each of the demo's tasks
+MAX_TOKENS = {"classification": 48, "entailment": 64, "similarity": 64, "multiple_choice": 64}
 
 
 def demo(workdir: Path) -> int:
-    """Pre-trains a small GPT on the documentation of this machine, samples from it, and compares it with counting.
+    """Pre-trains a small GPT on the documentation of this machine, samples from it, compares it with counting, and fine-tunes it
+    on four tasks made from the same documentation.
 
     Returns:
       The exit code: 1 if the model is not `MARGIN` nats better than a unigram model of the same tokens.
@@ -39,16 +48,21 @@ def demo(workdir: Path) -> int:
     prompts = list(config.train.prompts)
     for prompt, text in continue_prompts(workdir, prompts, config.train.sample_tokens, temperature=0.8, top_k=40):
         say(f"    {prompt}|{text}".replace("\n", " "))
+    say("\nFour tasks made from the same documentation, each fine-tuned from the model and from nothing:")
+    scores = fine_tune_made_tasks(config, workdir)
 
     rows = [("model", result["loss"]), ("interpolated bigram", bigram), ("unigram", unigram)]
     print(f"\n{'validation loss':<24}{'nats/token':>12}{'bits/byte':>12}")
     for name, loss in rows:
         print(f"{name:<24}{loss:>12.3f}{loss * per_byte:>12.3f}")
+    print(f"\n{'accuracy, %':<24}{'pre-trained':>12}{'from nothing':>14}{'majority class':>16}")
+    for name, (pretrained, nothing, majority) in scores.items():
+        print(f"{name:<24}{100 * pretrained:>12.1f}{100 * nothing:>14.1f}{100 * majority:>16.1f}")
     print(
         f"\nparameters   {result['parameters']:,}\n"
         f"tokens seen  {result['tokens']:,} (the corpus has {store.split('train').num_tokens:,})\n"
-        f"speed        {result['tokens_per_second']:,} tokens/s on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
-        f"run          {workdir} (metrics.jsonl, checkpoints/, tensorboard/, result.json)\n"
+        f"speed        {result['tokens_per_second']:,.0f} tokens/s on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
+        f"run          {workdir} (metrics.jsonl, checkpoints/, tensorboard/, result.json, tasks/)\n"
         f"time         {duration(time.monotonic() - started)}\n\n"
         f'next         gpt-jax generate {workdir} --prompt "The function"'
     )
@@ -56,6 +70,34 @@ def demo(workdir: Path) -> int:
         print(f"\nThe demo failed: the loss must end {MARGIN} nats under the unigram model's.")
         return 1
     return 0
+
+
+def fine_tune_made_tasks(config: PretrainConfig, workdir: Path) -> dict[str, tuple[float, float, float]]:
+    """Fine-tunes the model in `workdir` on each of `made`'s tasks, in `workdir`/tasks.
+
+    Returns:
+      For each task the validation accuracy from the pre-trained model and from random parameters, and the majority class's.
+    """
+    passages = InstalledDocs(config.data.max_bytes).passages
+    scores = {}
+    for name, task in make_tasks(passages, workdir / "tasks", TRAIN_ROWS, VALIDATION_ROWS).items():
+        tuning = FinetuneConfig(
+            # As in the demo's pre-training: a model this small has nothing to drop.
+            model=ModelOptions(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0),
+            optim=OptimConfig(peak_lr=1e-3, schedule="linear", warmup="10%", b2=0.98, clip_norm=1.0),
+            train=LoopConfig(batch_size=16, duration="2 epochs", eval_every="1 epochs", save_every="1 epochs", tensorboard=False),
+            task=dataclasses.replace(task, lengths=1, max_tokens=MAX_TOKENS[task.kind]),
+        )
+        accuracies = []
+        for origin in ("pretrained", "nothing"):
+            whence = TransferConfig(str(workdir)) if origin == "pretrained" else TransferConfig("none", like=str(workdir))
+            folder = workdir / "tasks" / name / origin
+            result = finetune(dataclasses.replace(tuning, init=whence), folder)
+            accuracies.append(result["validation"]["accuracy"])
+        rows = Path(task.validation).read_text(encoding="utf-8").splitlines()
+        labels = collections.Counter(json.loads(row)["label"] for row in rows)
+        scores[f"{task.kind}: {name}"] = (accuracies[0], accuracies[1], max(labels.values()) / labels.total())
+    return scores
 
 
 def continue_prompts(

@@ -1,7 +1,9 @@
-"""What every test relies on: eight simulated CPU devices, checked array shapes, and the shared archives of real data."""
+"""What tests rely on: eight simulated CPU devices, checked array shapes, the shared archives of real data, a tiny model."""
 
 import fcntl
+import json
 import os
+import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +58,46 @@ def share_compilations(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.update(JAX_COMPILATION_CACHE_DIR=str(folder), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+PRETRAIN = """
+from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
+
+
+def config():
+    return PretrainConfig(
+        model=ModelConfig(vocab_size=257, context_length=32, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32),
+        data=DataConfig(source="{source}", validation_share=0.1, processes=1, tokenizer=TokenizerConfig(kind="bytes")),
+        optim=OptimConfig(peak_lr=0.01, warmup="1 steps"),
+        train=TrainConfig(
+            batch_size=8, duration="2 steps", save_every="1 steps", sample_tokens=0, tensorboard=False
+        ),
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two steps with checkpoints of both: a model so small that fine-tuning it takes seconds."""
+    from gpt_jax import config_io
+    from gpt_jax.train.pretrain import pretrain
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    rng = random.Random(0)
+    lines = ("".join(rng.choices("abcdefgh ", k=200)) for _ in range(40))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    (folder / "tiny.py").write_text(PRETRAIN.format(source=folder / "text.jsonl"))
+    pretrain(config_io.load(str(folder / "tiny.py")), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def own_task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Fields of a task of one's own: texts of "a" are yes, texts of "b" are no; 40 rows for training, 12 for validation."""
+    folder = tmp_path_factory.mktemp("own_task")
+    rng = random.Random(1)
+    for split, size in (("train", 40), ("validation", 12), ("test", 10)):
+        rows = ["text\tlabel"]
+        rows += [f"{letter * rng.randint(3, 20)}\t{label}" for letter, label in [("a", "yes"), ("b", "no")] * (size // 2)]
+        (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    return {split: str(folder / f"{split}.tsv") for split in ("train", "validation", "test")}

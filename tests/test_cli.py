@@ -326,6 +326,7 @@ sys.exit(main([*sys.argv[1:], "--data.pipeline", "auto"]))
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_line_and_a_sound_checkpoint(finished, tmp_path, capsys):
     """On a file system of 3 MB that only this one process sees."""
     config_file, run = finished

@@ -254,7 +254,7 @@ def test_a_plain_install_brings_the_configs(tmp_path: Path) -> None:
     subprocess.run(pip, check=True, stdin=subprocess.DEVNULL)
     shutil.rmtree(copy)
 
-    code = "from gpt_jax import config_io; import gpt_jax.configs.smoke as smoke; print(config_io.config_folder()); smoke.config()"
+    code = "from gpt_jax import config_io as io; import gpt_jax.configs.smoke as smoke; print(io.config_folder()); smoke.config()"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
 from gpt_jax.errors import UserError, nearest
+from gpt_jax.rundir import sha256
 
 if TYPE_CHECKING:
     from gpt_jax.config import DataConfig
@@ -98,9 +99,7 @@ class FileSource:
         total = 0
         for path in self._paths:
             size = path.stat().st_size
-            with path.open("rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            listing.update(f"{checksum} {size} {path.relative_to(self._root).as_posix()}\n".encode())
+            listing.update(f"{sha256(path)} {size} {path.relative_to(self._root).as_posix()}\n".encode())
             total += size
         return {"files": len(self._paths), "bytes": total, "sha256": listing.hexdigest()}
 
@@ -244,6 +243,9 @@ class ExampleSource:
             self._builder.download_and_prepare()
         except ImportError as error:
             raise UserError(f"--data.source: this data set needs another package: {error}") from error
+        if "train" not in self._builder.info.splits:
+            splits = ", ".join(self._builder.info.splits)
+            raise UserError(f"--data.source: tfds:{self._builder.name} has no split 'train' to read, but {splits}")
         for example in self._as_numpy(self._builder.as_dataset(split="train", shuffle_files=False)):
             value = example[self._text_field]
             if not isinstance(value, bytes):

@@ -30,7 +30,7 @@ from jaxtyping import Int32, Int64
 
 from gpt_jax.data import tokenizers
 from gpt_jax.errors import UserError
-from gpt_jax.rundir import write_atomic
+from gpt_jax.rundir import sha256, write_atomic
 
 FORMAT = "gpt_jax token store"
 VERSION = 1
@@ -142,12 +142,6 @@ def check_files(folder: Path, shards: Iterable[dict[str, Any]], verify: bool) ->
                     raise UserError(
                         f"{folder / file['file']}: altered since it was written (SHA-256); restore it or prepare the store anew"
                     )
-
-
-def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -38,6 +38,7 @@ from orbax.checkpoint import v1 as ocp
 from gpt_jax.data.windows import PERMUTATION_VERSION
 from gpt_jax.errors import UserError
 from gpt_jax.model import masks
+from gpt_jax.rundir import sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -217,10 +218,10 @@ def _seal(path: Path, manifest: dict[str, Any]) -> None:
     for entry in (*files, *(folder for folder in path.rglob("*") if folder.is_dir()), path, path.parent):
         _sync(entry)
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(_sha256, files)
+        sums = pool.map(sha256, files)
         listed = {
-            str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": sha256}
-            for file, sha256 in zip(files, sums, strict=True)
+            str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": checksum}
+            for file, checksum in zip(files, sums, strict=True)
         }
     temporary = path / f"{MANIFEST}.tmp"
     temporary.write_bytes(_encode(manifest | {"files": listed}))
@@ -234,11 +235,6 @@ def _encode(manifest: dict[str, Any]) -> bytes:
     entries = {name: value for name, value in manifest.items() if name != "sha256"}
     entries["sha256"] = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
     return (json.dumps(entries, sort_keys=True, indent=1) + "\n").encode()
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -417,7 +413,7 @@ def _file_problem(file: Path, expected: dict[str, Any], checksums: bool) -> str:
         size = file.stat().st_size
         if size != expected["size"]:
             return f"{size} bytes instead of {expected['size']}"
-        return "checksum differs" if checksums and _sha256(file) != expected["sha256"] else ""
+        return "checksum differs" if checksums and sha256(file) != expected["sha256"] else ""
     except OSError as error:
         return error.strerror or str(error)
 

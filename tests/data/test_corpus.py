@@ -228,7 +228,7 @@ def test_installed_documentation_is_prose_taken_once_from_files_that_are_not_imp
     (tmp_path / "broken.py").write_text('"""' + PROSE * 3 + '"""\nnot python\n')
     (tmp_path / "latin.txt").write_bytes(b"\xe9" + PROSE.encode() * 3)
     names = ["a.py", "b.py", "topics.py", "page.md", "broken.py", "latin.txt"]
-    monkeypatch.setattr(corpus, "_installed_files", lambda: ((name, tmp_path / name) for name in names))
+    monkeypatch.setattr(corpus, "_installed_files", lambda: ((name, tmp_path / name, "some") for name in names))
     found = read("builtin:docs")
     assert sorted(text.rstrip() for text in found) == sorted(
         text.rstrip()

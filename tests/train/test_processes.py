@@ -86,6 +86,7 @@ def single(tiny, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(single, config_file, tmp_path):
     run = tmp_path / "run"
     with Pair(config_file, run, *MESH) as pair:

@@ -111,6 +111,7 @@ def test_sigterm_ends_with_42_and_the_same_command_goes_on(whole, config_file, t
     assert not (run / "metrics.superseded.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_kill_inside_a_save_changes_nothing(whole, config_file, tmp_path, capsys):
     run = tmp_path / "run"
     assert kill_when(lambda: saving(run, 6), start(config_file, run, *OFTEN), run), "it finished before it could be killed"

@@ -1,0 +1,197 @@
+"""A whole fine-tuning: from a checkpoint to scores, continued bit for bit, from nothing, and what is refused on the way."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from gpt_jax.cli import main
+from gpt_jax.config import FinetuneConfig, LoopConfig, ModelOptions, OptimConfig, PipelineConfig, TaskConfig, TransferConfig
+from gpt_jax.errors import UserError
+from gpt_jax.tasks import evaluate
+from gpt_jax.tasks.finetune import finetune, finetune_seeds
+from gpt_jax.train import checkpoint
+
+
+def make_config(task, init, **task_fields):
+    return FinetuneConfig(
+        model=ModelOptions(compute_dtype="float32"),
+        data=PipelineConfig(pipeline="threads"),
+        optim=OptimConfig(peak_lr=0.01, schedule="linear", warmup="10%", clip_norm=1.0),
+        train=LoopConfig(
+            batch_size=8, duration="4 epochs", eval_every="2 epochs", save_every="4 steps", keep_latest=9, tensorboard=False
+        ),
+        task=TaskConfig(**task, lengths=2, **task_fields),
+        init=init,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(pretrained, own_task):
+    return make_config(own_task, TransferConfig(str(pretrained)))
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """A fine-tuning of twenty updates, and what it returned."""
+    folder = tmp_path_factory.mktemp("finetune") / "run"
+    return folder, finetune(config, folder)
+
+
+def trajectory(run):
+    records = [json.loads(line, parse_float=str) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    left_out = ("time", "attempt")
+    return [
+        {name: value for name, value in record.items() if name not in left_out}
+        for record in records
+        if record["kind"] in ("train", "eval")
+    ]
+
+
+def test_a_finished_folder_has_scores_predictions_and_the_best_checkpoint(finished):
+    run, result = finished
+    assert json.loads((run / "result.json").read_text()) == result
+    assert result["step"] == 20
+    assert result["counts"]["train"] == {"read": 40, "used": 40, "truncated": 0}
+    scores = {
+        record["step"]: record
+        for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if record["kind"] == "eval"
+    }
+    assert set(scores) == {10, 20}
+    best = max(scores.values(), key=lambda record: (record["accuracy"], record["step"]))
+    assert result["best_step"] == best["step"]
+    assert result["validation"]["accuracy"] == best["accuracy"]
+    assert (run / "checkpoints" / str(best["step"])).is_dir()
+    rows = [json.loads(line) for line in (run / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert len(rows) == 10
+    right = [row["gold"] == row["prediction"] for row in rows]
+    assert np.mean(right) == pytest.approx(result["test"]["accuracy"])
+    for row in rows:
+        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == ["no", "yes"][int(np.argmax(row["probabilities"]))]
+
+
+def test_the_task_is_learnt(finished):
+    _, result = finished
+    assert result["validation"]["accuracy"] > 0.9
+
+
+def test_cut_short_and_started_again_it_equals_the_uninterrupted_run(finished, config, tmp_path):
+    run, result = finished
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    for info in checkpoint.inspect(again):
+        if info.step > 8:
+            shutil.rmtree(info.path)
+    (again / "result.json").unlink()
+    resumed = finetune(config, again)
+    assert trajectory(again) == trajectory(run)
+    timeless = lambda found: {k: v for k, v in found.items() if "second" not in k}  # noqa: E731
+    assert timeless(resumed) == timeless(result)
+    superseded = (again / "metrics.superseded.jsonl").read_text().splitlines()
+    assert min(json.loads(line)["step"] for line in superseded) == 9
+
+
+def test_evaluate_gives_the_scores_of_the_best_checkpoint(finished, own_task, tmp_path):
+    run, result = finished
+    scores = evaluate.evaluate_task(run, [], "test", tmp_path / "out", print)
+    assert scores == pytest.approx(result["test"], abs=1e-6)
+    written = [json.loads(line) for line in (tmp_path / "out" / "test.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (run / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in written] == [row["prediction"] for row in before]
+    other = evaluate.evaluate_task(run, ["--task.validation", own_task["test"], "--task.test", ""], "validation", None, print)
+    assert other == pytest.approx(result["test"], abs=1e-6)
+
+
+def test_a_pretrained_models_perplexity_is_the_same_before_and_after_the_special_tokens(pretrained, finished, tmp_path):
+    (tmp_path / "text.txt").write_text("abc def gab " * 40)
+    scores = evaluate.evaluate_text(pretrained, str(tmp_path / "text.txt"))
+    assert scores["bytes"] == 480
+    assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
+    assert scores["bits_per_byte"] == pytest.approx(scores["loss"] / np.log(2))  # one token a byte; the last one ends the text
+    tuned = evaluate.evaluate_text(finished[0], str(tmp_path / "text.txt"))
+    assert tuned["loss"] != scores["loss"]
+
+
+def test_seeds_are_runs_of_their_own_with_one_summary(own_task, pretrained, tmp_path):
+    config = make_config(own_task, TransferConfig("none", like=str(pretrained)))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, duration="2 steps"))
+    result = finetune_seeds(config, tmp_path, 2)
+    each = [json.loads((tmp_path / f"seed-{seed}" / "result.json").read_text()) for seed in (0, 1)]
+    losses = [one["validation"]["loss"] for one in each]
+    assert losses[0] != losses[1]
+    assert result["validation"]["loss"]["values"] == losses
+    assert result["validation"]["loss"]["median"] == pytest.approx(np.mean(losses))
+    assert result["validation"]["loss"]["std"] == pytest.approx(np.std(losses, ddof=1))
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+
+
+def mistake(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        (TransferConfig(), "--init.from: say which run or checkpoint to fine-tune, or none"),
+        (TransferConfig("none"), "--init.like: say whose architecture"),
+        (TransferConfig("none", like="gpt1"), "--init.tokenizer: give the folder of the gpt1 tokenizer"),
+        (TransferConfig("none", like="gtp1"), "did you mean gpt1"),
+        (TransferConfig("none", like="finetune/cola"), "--init.like: 'finetune/cola' is a fine-tuning config"),
+        (TransferConfig("nowhere"), "nowhere: no such folder"),
+    ],
+)
+def test_an_origin_that_is_none_is_refused(own_task, init, message, tmp_path):
+    assert message in mistake(finetune, make_config(own_task, init), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_tasks_are_refused_before_anything_is_trained(own_task, pretrained, tmp_path):
+    init = TransferConfig(str(pretrained))
+    run = tmp_path / "run"
+    assert "did you mean cola" in mistake(finetune, make_config({"name": "coal"}, init), run)
+    assert "--task.max-tokens: 64 is more than the model's context of 32" in mistake(
+        finetune, make_config(own_task, init, max_tokens=64), run
+    )
+    assert "has no validation rows" in mistake(finetune, make_config({"train": own_task["train"]}, init), run)
+    assert "--init.blocks: the checkpoint has 2 blocks, not 3" in mistake(
+        finetune, make_config(own_task, dataclasses.replace(init, blocks=3)), run
+    )
+    rows = tmp_path / "one.tsv"
+    rows.write_text("text\tlabel\nabc\tyes\nabd\tmaybe\n")
+    message = mistake(finetune, make_config(own_task | {"validation": str(rows)}, init), run)
+    assert message.startswith(f"{rows}:3: ")
+    assert "maybe" in message
+    assert not run.exists()
+
+
+def test_the_command_line_fine_tunes_evaluates_and_reports(pretrained, own_task, tmp_path, capsys):
+    config = tmp_path / "own.py"
+    config.write_text(
+        "from gpt_jax.config import FinetuneConfig, LoopConfig, TaskConfig\n"
+        "def config():\n"
+        f"    return FinetuneConfig(task=TaskConfig(train={own_task['train']!r}, validation={own_task['validation']!r}),\n"
+        "        train=LoopConfig(batch_size=8, duration='2 steps', tensorboard=False))\n"
+    )
+    run = str(tmp_path / "run")
+    assert main(["finetune", str(config), "--init.from", str(pretrained), "--workdir", run]) == 0
+    assert main(["evaluate", run, "--split", "validation"]) == 0
+    out = capsys.readouterr().out
+    assert "accuracy" in out
+    assert main(["generate", run, "--prompt", "abc", "--tokens", "3"]) == 0
+    capsys.readouterr()
+    assert main(["pretrain", str(config), "--workdir", run]) == 2
+    assert "is a config for gpt-jax finetune" in capsys.readouterr().err
+    assert main(["evaluate", str(pretrained)]) == 2
+    assert "is a pre-trained model" in capsys.readouterr().err
+    assert main(["report", "--paper", run]) == 2
+    assert "your own" in capsys.readouterr().err
+    assert main(["finetune", str(config), "--init.from", str(pretrained)]) == 2
+    assert main(["finetune", str(config), "--init.from", str(pretrained), "--workdir", run, "--task.lm-weight", "0"]) == 2
+    assert "--task.lm-weight 0.0 (was 0.5)" in capsys.readouterr().err

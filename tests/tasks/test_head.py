@@ -1,0 +1,148 @@
+"""The head and the loss of fine-tuning, against the paper's equations written out, and what is taken over of a checkpoint."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax import sharding
+from gpt_jax.config import LoopConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
+from gpt_jax.model import network
+from gpt_jax.model.transformer import Dropout
+from gpt_jax.tasks.head import Head, normalize, transfer
+from gpt_jax.train.optimizer import Horizon
+from gpt_jax.train.step import init_state, lower_step
+
+MODEL = ModelConfig(vocab_size=60, context_length=16, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32, init_stddev=0.2)
+CLASSES = Head(outputs=3, choices=False, lm_weight=0.5, dropout=0.1)
+CHOICES = Head(outputs=4, choices=True, lm_weight=0.5, dropout=0.1)
+EXAMPLES, TIME = 8, 12
+
+
+def random_batch(head, sequences, seed=0):
+    """Sequences of random tokens and lengths; soft labels."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.choice([4, 9, TIME], (EXAMPLES, sequences))
+    tokens = rng.integers(0, MODEL.vocab_size, (EXAMPLES, sequences, TIME + 1), np.int32)
+    real = np.arange(TIME) < lengths[..., None] - 1
+    labels = rng.dirichlet(np.ones(head.outputs), EXAMPLES).astype(np.float32)
+    batch = {
+        "tokens": tokens[..., :-1],
+        "targets": tokens[..., 1:],
+        "weights": (real / (lengths - 1)[..., None]).astype(np.float32),
+        "extract": (lengths - 1).astype(np.int32),
+        "labels": labels,
+        "row": np.arange(EXAMPLES * sequences, dtype=np.int32).reshape(EXAMPLES, sequences),
+    }
+    return {name: jnp.asarray(array) for name, array in batch.items()}
+
+
+def written_out(head, params, batch):
+    """L3(C) = L2(C) + lambda L1(C), equation 5, an example and a sequence at a time."""
+    tokens = batch["tokens"].reshape(-1, TIME)
+    hidden = network.apply(MODEL, params, tokens).reshape(*batch["tokens"].shape, -1)
+    logs = jax.nn.log_softmax(network.logits(MODEL, params, hidden.reshape(*tokens.shape, -1))).reshape(*hidden.shape[:3], -1)
+    kernel, bias = params["head"]["kernel"], params["head"]["bias"]
+    total = 0.0
+    for b, ends in enumerate(batch["extract"].tolist()):
+        extracted = [hidden[b, s, end] for s, end in enumerate(ends)]
+        lm = [-logs[b, s, jnp.arange(end), batch["targets"][b, s, :end]].mean() for s, end in enumerate(ends)]
+        scores = jnp.stack([(h @ kernel + bias)[0] for h in extracted]) if head.choices else sum(extracted) @ kernel + bias
+        task = -(batch["labels"][b] * jax.nn.log_softmax(scores)).sum()
+        total += task / EXAMPLES + head.lm_weight * sum(lm) / (EXAMPLES * len(lm))
+    return total
+
+
+@pytest.mark.parametrize(("head", "sequences"), [(CLASSES, 1), (CLASSES, 2), (CHOICES, 4)], ids=["one", "pair", "choices"])
+def test_loss_and_gradients_are_those_of_the_equations(head, sequences):
+    params = head.init(MODEL, jax.random.key(0))
+    batch = random_batch(head, sequences)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: head.loss(MODEL, p, normalize(batch), None)))(params)
+    expected, reference = jax.jit(jax.value_and_grad(lambda p: written_out(head, p, batch)))(params)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        wanted = np.asarray(dict(jax.tree_util.tree_leaves_with_path(reference))[path])
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_auxiliary_loss_is_what_its_weight_says():
+    params = CLASSES.init(MODEL, jax.random.key(0))
+    batch = normalize(random_batch(CLASSES, 1))
+    losses = {w: float(CLASSES._replace(lm_weight=w).loss(MODEL, params, batch, None)) for w in (0.0, 0.5, 1.0)}
+    assert losses[1.0] - losses[0.5] == pytest.approx(losses[0.5] - losses[0.0], rel=1e-4)
+    assert losses[0.5] > losses[0.0] + 0.5
+    logs = CLASSES.log_probabilities(MODEL, params, batch)
+    assert losses[0.0] == pytest.approx(float(-(batch["labels"] * logs).sum()), rel=1e-5)
+
+
+def test_the_choices_of_a_question_share_the_classifiers_mask():
+    """Four equal choices get equal scores under dropout before the classifier, and other masks in other questions and steps."""
+    model = dataclasses.replace(MODEL, embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
+    head = CHOICES._replace(dropout=0.5, lm_weight=0.0)
+    params = head.init(model, jax.random.key(0))
+    batch = random_batch(head, 4)
+    batch |= {name: batch[name][:1, :1].repeat(4, axis=1).repeat(EXAMPLES, axis=0) for name in ("tokens", "extract")}
+    labels = np.eye(4, dtype=np.float32)[np.arange(EXAMPLES) % 4] / EXAMPLES
+
+    def loss(step):
+        return head.loss(model, params, batch | {"labels": labels}, Dropout(0, step, batch["row"]))
+
+    assert loss(0) == pytest.approx(np.log(4), rel=1e-5)  # equal scores, whatever was dropped
+    classes = CLASSES._replace(dropout=0.5, lm_weight=0.0)
+    params = classes.init(model, jax.random.key(0))
+    one = {name: array[:, :1] if array.ndim > 1 and name != "labels" else array for name, array in batch.items()}
+    one["labels"] = np.eye(3, dtype=np.float32)[np.zeros(EXAMPLES, int)] / EXAMPLES
+    values = {float(classes.loss(model, params, one, Dropout(0, step, one["row"]))) for step in range(4)}
+    assert len(values) == 4
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, fsdp=2, tensor=2)], ids=["single", "2 x 2 x 2"])
+def test_parts_and_meshes_do_not_change_an_update(mesh):
+    """Dropout on: four micro-batches give the update of the whole batch, on one device and on eight."""
+    batch = random_batch(CHOICES, 4)
+    results = []
+    for parts, shape in ((1, MeshConfig(data=1)), (2, mesh)):
+        config = RunConfig(
+            model=MODEL, optim=OptimConfig(warmup="0 steps"), train=LoopConfig(batch_size=EXAMPLES, micro_batches=parts)
+        )
+        devices = sharding.make_mesh(shape, jax.devices()[: 1 if shape.data == 1 else 8])
+        objective = CHOICES.objective()
+        placed = sharding.place_batch(devices, jax.device_get(batch), EXAMPLES)
+        abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in placed.items()}
+        step = lower_step(config, devices, horizon=Horizon(10, 0), objective=objective, batch=abstract).compile()
+        state, metrics = step(init_state(config, devices, objective), placed)
+        results.append((float(metrics["loss"]), float(metrics["grad_norm"]), jax.device_get(state["params"])))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert results[1][1] == pytest.approx(results[0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("vocab_size", [60, 127])
+def test_special_tokens_are_added_behind_the_vocabulary(vocab_size):
+    """Also where the padded table grows from 128 rows to 256."""
+    old = dataclasses.replace(MODEL, vocab_size=vocab_size)
+    new = dataclasses.replace(MODEL, vocab_size=vocab_size + 3)
+    trained = network.init(old, jax.random.key(1))
+    random = CLASSES.init(new, jax.random.key(2))
+    moved = transfer(random, trained, -1, vocab_size)
+    table = moved["embedding"]["tokens"]
+    assert table.shape == (new.padded_vocab_size, 16)
+    np.testing.assert_array_equal(table[:vocab_size], trained["embedding"]["tokens"][:vocab_size])
+    np.testing.assert_array_equal(table[vocab_size:], random["embedding"]["tokens"][vocab_size:])
+    assert (np.abs(table[vocab_size : vocab_size + 3]).max(axis=1) > 0).all()
+    assert not np.any(table[vocab_size + 3 :])
+    np.testing.assert_array_equal(moved["head"]["kernel"], random["head"]["kernel"])
+    for old_leaf, leaf in zip(jax.tree.leaves(trained["blocks"]), jax.tree.leaves(moved["blocks"]), strict=True):
+        np.testing.assert_array_equal(leaf, old_leaf)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_so_many_blocks_are_taken_over_from_the_input_up(blocks):
+    trained = network.init(MODEL, jax.random.key(1))
+    random = CLASSES.init(MODEL, jax.random.key(2))
+    moved = transfer(random, trained, blocks, MODEL.vocab_size)
+    kernels = [tree["blocks"]["mlp"]["up"]["kernel"] for tree in (trained, random, moved)]
+    for layer in range(2):
+        np.testing.assert_array_equal(kernels[2][layer], kernels[0 if layer < blocks else 1][layer])
+    np.testing.assert_array_equal(moved["embedding"]["positions"], trained["embedding"]["positions"])

@@ -1,0 +1,122 @@
+"""Studies: which fine-tunings they run and what they leave behind; zero-shot scores along a run; examples/s by padding."""
+
+import json
+
+import pytest
+
+from gpt_jax import studies
+from gpt_jax.cli import main
+from gpt_jax.config import FinetuneConfig, TransferConfig
+from gpt_jax.errors import UserError
+from gpt_jax.plots import Point, curves
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def settings(config):
+    """What distinguishes the fine-tunings of a study."""
+    return config.init.from_, config.init.like, config.init.blocks, config.task.lm_weight
+
+
+def test_layers_go_from_nothing_to_all_blocks(pretrained):
+    run = str(pretrained)
+    variants = studies.layers(FinetuneConfig(init=TransferConfig(run)), "")
+    assert [(variant.name, variant.x, settings(variant.config)) for variant in variants] == [
+        ("nothing", -1, ("none", run, -1, 0.5)),
+        ("embeddings", 0, (run, "", 0, 0.5)),
+        ("1 blocks", 1, (run, "", 1, 0.5)),
+        ("2 blocks", 2, (run, "", 2, 0.5)),
+    ]
+
+
+def test_ablations_are_the_rows_of_table_5(pretrained):
+    run = str(pretrained)
+    variants = studies.ablations(FinetuneConfig(init=TransferConfig(run)), "LSTM")
+    assert {variant.name: settings(variant.config) for variant in variants} == {
+        "full": (run, "", -1, 0.5),
+        "w/o pre-training": ("none", run, -1, 0.5),
+        "w/o aux LM": (run, "", -1, 0.0),
+        "LSTM w/ aux LM": ("LSTM", "", -1, 0.5),
+    }
+    assert len(studies.ablations(FinetuneConfig(init=TransferConfig(run)), "")) == 3
+
+
+def test_steps_are_the_checkpoints_of_the_run(pretrained):
+    variants = studies.steps(FinetuneConfig(init=TransferConfig(str(pretrained))), "")
+    assert [variant.x for variant in variants] == [0, 1, 2]
+    assert variants[1].config.init.from_ == str(pretrained / "checkpoints" / "1")
+
+
+def test_a_study_needs_a_pretrained_run(tmp_path):
+    with pytest.raises(UserError, match=r"--init\.from: say which pre-trained run"):
+        studies.study("layers", FinetuneConfig(init=TransferConfig("none", like="gpt1")), tmp_path, 1)
+
+
+def test_curves_are_drawn(tmp_path):
+    curves(tmp_path / "a" / "plot.png", "Title", "x", "y", {"one": [Point(0, 1, 0, 2), Point(1, 2, 1, 3)], "two": []})
+    curves(tmp_path / "names.png", "Title", "", "y", {"one": [Point(0, 1, 1, 1), Point(1, 2, 2, 2)]}, ["a", "b"])
+    assert (tmp_path / "a" / "plot.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "a" / "plot.png").read_bytes() != (tmp_path / "names.png").read_bytes()
+
+
+@pytest.fixture
+def config_file(own_task, tmp_path):
+    """A config for a fine-tuning of two updates."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from gpt_jax.config import FinetuneConfig, LoopConfig, TaskConfig\n"
+        "def config():\n"
+        f"    task = TaskConfig(train={own_task['train']!r}, validation={own_task['validation']!r}, lengths=1)\n"
+        "    return FinetuneConfig(task=task, train=LoopConfig(batch_size=8, duration='2 steps', tensorboard=False))\n"
+    )
+    return str(file)
+
+
+@pytest.mark.slow
+def test_a_study_leaves_its_scores_and_a_figure(config_file, pretrained, tmp_path, capsys):
+    out = tmp_path / "study"
+    command = ["study", config_file, "--name", "layers", "--init.from", str(pretrained), "--workdir", str(out), "--seeds", "2"]
+    assert main(command) == 0
+    found = json.loads((out / "study.json").read_text())
+    assert [row["variant"] for row in found["variants"]] == ["nothing", "embeddings", "1 blocks", "2 blocks"]
+    for row in found["variants"]:
+        folder = out / row["variant"].replace(" ", "-")
+        each = [json.loads((folder / f"seed-{seed}" / "result.json").read_text())["validation"] for seed in (0, 1)]
+        assert row["validation"]["accuracy"]["values"] == [one["accuracy"] for one in each]
+    assert len({row["validation"]["loss"]["median"] for row in found["variants"]}) == 4
+    assert (out / "study.png").read_bytes().startswith(PNG)
+    before = (out / "study.json").read_bytes()
+    capsys.readouterr()
+    assert main(command) == 0  # all of it is there already
+    assert (out / "study.json").read_bytes() == before
+    assert "nothing to do" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_padding_is_timed_three_ways_on_the_same_examples(config_file, pretrained, capsys):
+    assert main(["bench", "padding", "--config", config_file, "--init.from", str(pretrained)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    padding = [float(next(word for word in line.split() if word.endswith("%"))[:-1]) for line in lines]
+    assert len(lines) == 3
+    assert lines[0].startswith("grouped, 1 lengths")
+    assert padding[2] > padding[0]
+    assert all(float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_zero_shot_scores_along_a_run(pretrained, tmp_path, capsys):
+    schemas = tmp_path / "schemas.txt"
+    schemas.write_text(
+        "The bee landed on the flower because it had pollen.\nit\nThe bee,The flower\nThe flower\n\n"
+        "The dog ran from the cat because he was afraid.\nhe\nThe dog,The cat\nThe dog\n\n"
+    )
+    out = tmp_path / "out"
+    # Both checkpoints of the run; the sentences are cut to the model's context of 32 bytes.
+    assert main(["evaluate", str(pretrained), "--zero-shot", f"dprd={schemas}", "--every-checkpoint", "--out", str(out)]) == 0
+    found = json.loads((out / "zero_shot.json").read_text())
+    assert [(row["step"], row["probe"], row["n"]) for row in found] == [(1, "dprd", 2), (2, "dprd", 2)]
+    for row in found:
+        assert row["normalized"] == pytest.approx((row["accuracy"] - 0.5) / (0.7641 - 0.5))
+    assert (out / "zero_shot.png").read_bytes().startswith(PNG)
+    capsys.readouterr()
+    assert main(["evaluate", str(pretrained), "--zero-shot", "wcs=a"]) == 2
+    assert "did you mean wsc" in capsys.readouterr().err
