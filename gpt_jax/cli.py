@@ -146,14 +146,13 @@ def _configured(options: argparse.Namespace, overrides: list[str], kind: str = "
     from gpt_jax.config import FinetuneConfig
 
     if options.config is None:
+        names = ", ".join(name for name in config_io.names() if name.startswith("finetune/") == (kind == "finetune"))
         if any(word in ("-h", "--help") for word in overrides):
             print(f"usage: gpt-jax {options.verb} CONFIG --workdir RUN [--section.field VALUE ...]\n")
-            print(f"CONFIG: {', '.join(config_io.names())}, or the path of a .py file.")
+            print(f"CONFIG: {names}, or the path of a .py file.")
             print(f"`gpt-jax {options.verb} CONFIG --help` lists every field with its meaning.")
             raise SystemExit(0)
-        raise UserError(
-            f"say which config: gpt-jax {options.verb} CONFIG, with CONFIG one of {', '.join(config_io.names())} or a .py file"
-        )
+        raise UserError(f"say which config: gpt-jax {options.verb} CONFIG, with CONFIG one of {names} or a .py file")
     loaded = config_io.load(options.config)
     if isinstance(loaded, FinetuneConfig) != (kind == "finetune"):
         raise UserError(f"{options.config} is a config for gpt-jax {'pretrain' if kind == 'finetune' else 'finetune'}")
@@ -273,6 +272,8 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.name != "padding" and (overrides or options.config):
         raise UserError(f"'{overrides[0] if overrides else '--config'}' is not an argument of gpt-jax bench {options.name}")
     if options.name == "padding":
+        if options.config is None:
+            raise UserError("--config: say which fine-tuning config to time, for example finetune/cola")
         config = _configured(options, overrides, "finetune")
         from gpt_jax.present import bench_padding
 

@@ -452,6 +452,10 @@ class TaskConfig:
         require(
             not (self.name and own), "task.name", f"'{self.name}' is a task of the paper; drop it, or --task.train and its like"
         )
+        for name in ("kind", "texts", "label", "labels"):
+            given = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            require(not (self.name and given), f"task.{name}", f"describes a task of your own, and '{self.name}' is known")
+        require(not (own and self.path), "task.path", "is for the paper's tasks; your own has --task.train and its like")
         require(self.max_train >= 0, "task.max_train", f"must be 0 (all) or positive, not {self.max_train}")
         require(self.max_tokens >= 0, "task.max_tokens", f"must be 0 (the context) or positive, not {self.max_tokens}")
         require(self.lengths > 0, "task.lengths", f"must be positive, not {self.lengths}")

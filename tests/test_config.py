@@ -9,7 +9,18 @@ import pytest
 
 from gpt_jax import config as configs
 from gpt_jax import config_io
-from gpt_jax.config import InitConfig, MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TrainConfig
+from gpt_jax.config import (
+    FinetuneConfig,
+    FinetuneRunConfig,
+    InitConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    TaskConfig,
+    TrainConfig,
+    TransferConfig,
+)
 from gpt_jax.errors import Preempted, TrainingError, UserError, nearest
 
 PAPER = PretrainConfig()
@@ -107,10 +118,27 @@ def test_defaults_are_the_papers() -> None:
         (lambda: MeshConfig(tensor=0), "--mesh.tensor: "),
         (lambda: PretrainConfig(mesh=MeshConfig(tensor=5)), "--mesh.tensor: 5 does not divide model.num-heads 12"),
         (lambda: PretrainConfig(model=ModelConfig(vocab_size=257)), "--model.vocab-size: the gpt1 tokenizer has 40478"),
+        (lambda: TaskConfig(name="cola", train="a.tsv"), "--task.name: 'cola' is a task of the paper"),
+        (lambda: TaskConfig(name="cola", labels=("a", "b")), "--task.labels: describes a task of your own"),
+        (lambda: TaskConfig(path="GLUE", train="a.tsv"), "--task.path: is for the paper's tasks"),
+        (lambda: TaskConfig(kind="entailment", train="a.tsv"), "--task.texts: entailment takes 2 text columns, not 1"),
+        (lambda: TaskConfig(kind="multiple_choice", train="a.tsv"), "--task.texts: multiple_choice takes the context's column"),
+        (lambda: TaskConfig(lm_weight=-1.0), "--task.lm-weight: must not be negative"),
+        (lambda: TransferConfig("RUN", like="gpt1"), "--init.like: goes with --init.from none"),
+        (lambda: TransferConfig("RUN", blocks=-2), "--init.blocks: must be -1 (all)"),
     ],
 )
 def test_a_broken_rule_names_its_field(build: Any, field: str) -> None:
     assert error_of(build).startswith(field)
+
+
+def test_the_papers_fine_tuning_settings_are_the_defaults() -> None:
+    """Section 4.1, "Fine-tuning details", and the released code's clipping."""
+    config = FinetuneConfig()
+    assert (config.optim.peak_lr, config.optim.schedule, config.optim.warmup) == (6.25e-5, "linear", "0.2%")
+    assert (config.optim.b1, config.optim.b2, config.optim.weight_decay, config.optim.clip_norm) == (0.9, 0.999, 0.01, 1.0)
+    assert (config.train.batch_size, config.train.duration) == (32, "3 epochs")
+    assert (config.task.lm_weight, config.task.classifier_dropout, config.model.embed_dropout) == (0.5, 0.1, 0.1)
 
 
 def test_configs_are_frozen() -> None:
@@ -211,6 +239,12 @@ def test_effects_of_well_known_fields(name: str, effect: str) -> None:
 
 def test_a_config_survives_json() -> None:
     config = override("--train.prompts", "x", "--init.from", "RUN", "--model.remat", "full", "--data.verify", "False")
+    assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(config)))) == config
+
+
+def test_a_fine_tunings_config_survives_json_with_its_architecture() -> None:
+    model = ModelConfig(num_layers=3, vocab_size=40_481)
+    config = FinetuneRunConfig(model=model, task=TaskConfig(name="cola"), init=TransferConfig("none", like="RUN"))
     assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(config)))) == config
 
 
