@@ -85,9 +85,13 @@ def train(
         if start == total:  # stopped between the last save and the result
             scores = work.evaluate(total, state["params"])
         pending: tuple[int, dict[str, jax.Array]] | None = None
+        compilations = 0
         try:
             for index, batch in stream:
                 state, metrics = update(state, place_batch(mesh, batch, config.train.batch_size))
+                if len(update) > compilations:  # a batch of a new shape: the time that took is none of training
+                    compilations = len(update)
+                    progress.start(index)
                 if pending is not None:
                     account(*pending)
                 step, pending = index + 1, (index + 1, metrics)

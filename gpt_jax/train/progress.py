@@ -89,7 +89,7 @@ class Progress:
         self._rate_shown = 0.0
 
     def start(self, step: int) -> None:
-        """The clock of the rate starts here, with compilation over; called again after an evaluation or a save."""
+        """The clock of the rate starts here: called whenever a compilation, an evaluation or a save is over."""
         self._mark = self._last = (time.monotonic(), step)
 
     @property
