@@ -22,6 +22,9 @@ Kind = Literal["auto", "tf", "threads"]
 WORKERS = 4
 """Batches in the making at once. Waiting for the disk or the network overlaps; the index arithmetic holds the interpreter."""
 
+GROUP = 4
+"""Batches that tf.data has made at a time: every call from it into Python costs as much as a batch of 64 windows."""
+
 _open: weakref.WeakSet[Generator[tuple[int, Batch], None, None]] = weakref.WeakSet()
 
 
@@ -37,8 +40,8 @@ def batches(
 ) -> Generator[tuple[int, Batch], None, None]:
     """Yields (step, batch_at(step)) for steps start, ..., stop - 1 in order, made ahead in other threads.
 
-    `batch_at` is called from several threads at once and may be called up to `prefetch` + `WORKERS` steps beyond the step last
-    taken. What it raises is raised here, unchanged, when its step is reached. `close()` ends the threads and waits for them.
+    `batch_at` is called from several threads at once and may be called up to `prefetch` + (`WORKERS` + 1) x `GROUP` steps beyond
+    the step last taken. What it raises is raised here, unchanged, when its step is reached. `close()` ends the threads and waits for them.
 
     Args:
       batch_at: makes the batch of a step.
@@ -79,23 +82,26 @@ def _tf(batch_at: Callable[[int], Batch], start: int, stop: int, prefetch: int) 
     tf = _tensorflow()
     made: dict[int, Batch | Exception] = {}
 
-    def make(step: Any) -> Any:
-        try:
-            made[int(step)] = batch_at(int(step))
-        except Exception as error:
-            made[int(step)] = error
-        return step
+    def make(first: Any) -> Any:
+        for step in range(int(first), min(int(first) + GROUP, stop)):
+            try:
+                made[step] = batch_at(step)
+            except Exception as error:
+                made[step] = error
+        return first
 
-    dataset = tf.data.Dataset.range(start, stop).map(
-        lambda step: tf.numpy_function(make, [step], tf.int64), num_parallel_calls=min(prefetch, WORKERS), deterministic=True
+    groups = -(-prefetch // GROUP)
+    dataset = tf.data.Dataset.range(start, stop, GROUP).map(
+        lambda first: tf.numpy_function(make, [first], tf.int64), num_parallel_calls=min(groups + 1, WORKERS), deterministic=True
     )
     options = tf.data.Options()
     options.autotune.enabled = False
-    for step in map(int, dataset.prefetch(prefetch).with_options(options).as_numpy_iterator()):
-        batch = made.pop(step)
-        if isinstance(batch, Exception):
-            raise batch
-        yield step, batch
+    for first in map(int, dataset.prefetch(groups).with_options(options).as_numpy_iterator()):
+        for step in range(first, min(first + GROUP, stop)):
+            batch = made.pop(step)
+            if isinstance(batch, Exception):
+                raise batch
+            yield step, batch
 
 
 def _tensorflow() -> Any:
