@@ -18,7 +18,6 @@ def config() -> PretrainConfig:
             num_heads=4,
             mlp_dim=256,
             init_stddev=0.07,  # the paper's 0.02 at width 768, scaled with 1 / sqrt(width)
-            loss_chunk=64,
         ),
         data=DataConfig(
             source="builtin:docs",

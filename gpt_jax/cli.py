@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     def verb(name: str, run: Any, text: str, config: bool = False) -> argparse.ArgumentParser:
         # A verb with a config leaves --help to the config's own fields, once it knows which config.
         sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not config)
-        sub.set_defaults(run=run, takes_overrides=config)
+        sub.set_defaults(run=run, takes_overrides=config, parser=sub)
         if config:
             sub.add_argument(
                 "config", metavar="CONFIG", nargs="?", help="a config's name (configs/NAME.py) or the path of a .py file"
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder for predictions, or for zero-shot scores and their plot")
 
     sub = verb("study", _study, "the paper's analyses: a series of fine-tunings, a table and a plot", config=True)
-    sub.add_argument("--name", required=True, choices=("layers", "ablations", "steps"), help="which one")
+    sub.add_argument("--name", choices=("layers", "ablations", "steps"), help="which one")
     sub.add_argument("--workdir", type=Path, help="the study's folder")
     sub.add_argument("--seeds", type=int, default=1, help="fine-tunings of each variant (default: 1)")
     sub.add_argument("--lstm", default="", metavar="RUN", help="a pre-trained LSTM, for the ablations")
@@ -145,20 +145,20 @@ def _configured(options: argparse.Namespace, overrides: list[str], kind: str = "
     from gpt_jax import config_io
     from gpt_jax.config import FinetuneConfig
 
-    if options.config is None:
-        names = ", ".join(name for name in config_io.names() if name.startswith("finetune/") == (kind == "finetune"))
-        if any(word in ("-h", "--help") for word in overrides):
-            print(f"usage: gpt-jax {options.verb} CONFIG --workdir RUN [--section.field VALUE ...]\n")
-            print(f"CONFIG: {names}, or the path of a .py file.")
-            print(f"`gpt-jax {options.verb} CONFIG --help` lists every field with its meaning.")
+    asked = any(word in ("-h", "--help") for word in overrides)
+    names = ", ".join(name for name in config_io.names() if name.startswith("finetune/") == (kind == "finetune"))
+    if asked:
+        options.parser.print_help()
+        print("  --SECTION.FIELD VALUE  any field of the config; `--help` after CONFIG lists them with their meaning")
+        if options.config is None:
+            print(f"\nCONFIG: {names}, or the path of a .py file.")
             raise SystemExit(0)
+        print()
+    if options.config is None:
         raise UserError(f"say which config: gpt-jax {options.verb} CONFIG, with CONFIG one of {names} or a .py file")
     loaded = config_io.load(options.config)
     if isinstance(loaded, FinetuneConfig) != (kind == "finetune"):
         raise UserError(f"{options.config} is a config for gpt-jax {'pretrain' if kind == 'finetune' else 'finetune'}")
-    if any(word in ("-h", "--help") for word in overrides):
-        print(f"gpt-jax {options.verb} also takes --workdir RUN, --traceback (show where in the code an error arose)", end="")
-        print(" and --allow-changes (go on in a folder whose config differs)." if options.verb != "prepare" else ".")
     return config_io.override(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
 
 
@@ -203,8 +203,14 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     from gpt_jax.tasks import evaluate
     from gpt_jax.train.progress import say
 
+    if options.text and options.zero_shot:
+        raise UserError("--text and --zero-shot are different measurements; give one of them")
     if overrides and (options.text or options.zero_shot):
         raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax evaluate with --text or --zero-shot")
+    if options.text and options.out:
+        raise UserError("--out: perplexity is printed and leaves no files")
+    if options.every_checkpoint and not options.zero_shot:
+        raise UserError("--every-checkpoint goes with --zero-shot")
     if options.zero_shot:
         from gpt_jax.present import show_zero_shot
 
@@ -223,6 +229,8 @@ def _study(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _configured(options, overrides, "finetune")
     if options.workdir is None:
         raise UserError("--workdir: say which folder shall hold the study")
+    if options.name is None:
+        raise UserError("--name: say which study: layers, ablations or steps")
     from gpt_jax.studies import study
 
     study(options.name, config, options.workdir, options.seeds, options.lstm)
@@ -263,7 +271,7 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     if not infos:
         raise UserError(f"{run}: holds no checkpoints")
     for info in infos:
-        scores = "  ".join(f"{name} {value:.4f}" for name, value in info.metrics.items())
+        scores = "  ".join(f"{name} {value:.4f}" for name, value in info.metrics.items() if name != checkpoint.RANK)
         print(f"{info.step:>9}  {info.size / 1e6:9.1f} MB  {info.state:<10}  {info.problem or scores}")
     return UserError.exit_code if any(info.state == "damaged" for info in infos) else 0
 

@@ -43,14 +43,16 @@ def require(condition: bool, field: str, message: str) -> None:
 DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(steps?|epochs?|tokens|%)?\s*", re.IGNORECASE)
 
 
-def steps_of(duration: str, field: str, *, batch_size: int, context_length: int, epoch: int, total: int | None = None) -> int:
-    """Converts "2000 steps", "3 epochs", "6e6 tokens" or "0.2%" (of the whole run) to a number of updates, rounded down.
+def steps_of(
+    duration: str, field: str, *, batch_size: int, context_length: int | None, epoch: int, total: int | None = None
+) -> float:
+    """Converts "2000 steps", "3 epochs", "6e6 tokens" or "0.2%" (of the whole run) to a number of updates, fractions included.
 
     Args:
       duration: a number and a unit; without a unit, steps.
       field: the dotted name for error messages.
       batch_size: examples in one update, over all hosts.
-      context_length: tokens in one example.
+      context_length: tokens in one example; None where examples differ.
       epoch: examples in one epoch.
       total: updates in the whole run, where "%" is allowed.
     """
@@ -62,12 +64,14 @@ def steps_of(duration: str, field: str, *, batch_size: int, context_length: int,
             f"'{duration}' is a share of the run, which makes no sense here; give steps, tokens or epochs",
         )
         assert total is not None
-        return int(number * total / 100)
+        return number * total / 100
     if unit == "epochs":
-        return int(number * epoch / batch_size)
+        return number * epoch / batch_size
     if unit == "tokens":
-        return int(number / (batch_size * context_length))
-    return int(number)
+        require(context_length is not None, field, "examples differ in their number of tokens; give steps or epochs")
+        assert context_length is not None
+        return number / (batch_size * context_length)
+    return number
 
 
 def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "epochs", "tokens", "%"]]:
@@ -163,8 +167,6 @@ class ModelOptions:
     """Dropout rate on attention probabilities, in [0, 1) (section 4.1: 0.1)."""
     residual_dropout: float = result(0.1)
     """Dropout rate on both residual branches, in [0, 1) (section 4.1: 0.1)."""
-    init_stddev: float = result(0.02)
-    """Standard deviation of the normal initialisation of weights and embeddings (section 4.1: 0.02)."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = result("auto")
     """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and
     the loss are computed in float32 whatever this says."""
@@ -177,14 +179,13 @@ class ModelOptions:
     parameters, `full` each block from its input."""
     attention: Literal["auto", "plain"] = speed("auto")
     """Implementation of attention. `plain`: probabilities as an array, on any device. `auto`: the fastest that runs here."""
-    loss_chunk: int = speed(128)
-    """Time steps whose logits exist at once in the loss."""
+    loss_chunk: int = speed(0)
+    """Time steps whose logits exist at once in the loss; 0: 128 on accelerators, and on a CPU as many as stay in its cache."""
 
     def __post_init__(self) -> None:
         for name in ("embed_dropout", "attention_dropout", "residual_dropout"):
             require(0 <= getattr(self, name) < 1, f"model.{name}", f"must lie in [0, 1), not {getattr(self, name)}")
-        require(self.init_stddev > 0, "model.init_stddev", f"must be positive, not {self.init_stddev}")
-        require(self.loss_chunk > 0, "model.loss_chunk", f"must be positive, not {self.loss_chunk}")
+        require(self.loss_chunk >= 0, "model.loss_chunk", f"must be 0 (by device) or positive, not {self.loss_chunk}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +207,8 @@ class ModelConfig(ModelOptions):
     """Attention heads; must divide `embed_dim` (section 4.1: 12)."""
     mlp_dim: int = result(3072)
     """Inner width of the position-wise feed-forward network (section 4.1: 3072)."""
+    init_stddev: float = result(0.02)
+    """Standard deviation of the normal initialisation of weights and embeddings (section 4.1: 0.02)."""
     layer_norm_epsilon: float = result(1e-5)
     """Added to the variance in layer normalisation (released code: 1e-5)."""
     lstm_units: int = result(2048)
@@ -215,6 +218,7 @@ class ModelConfig(ModelOptions):
         super().__post_init__()
         for name in ("vocab_size", "context_length", "num_layers", "embed_dim", "num_heads", "mlp_dim", "lstm_units"):
             require(getattr(self, name) > 0, f"model.{name}", f"must be positive, not {getattr(self, name)}")
+        require(self.init_stddev > 0, "model.init_stddev", f"must be positive, not {self.init_stddev}")
         require(self.layer_norm_epsilon > 0, "model.layer_norm_epsilon", f"must be positive, not {self.layer_norm_epsilon}")
         require(
             self.kind == "lstm" or self.embed_dim % self.num_heads == 0,
@@ -330,6 +334,26 @@ class TrainConfig(LoopConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class FinetuneLoopConfig(LoopConfig):
+    """The same for fine-tuning, with the settings of section 4.1, "Fine-tuning details"."""
+
+    batch_size: int = result(32)
+    """Examples in one update over all devices and hosts (section 4.1: 32). A question with all its choices is one example."""
+    duration: str = result("3 epochs")
+    """Length of the run (section 4.1: 3 epochs), in steps or epochs; an epoch's last partial batch is dropped."""
+    eval_every: str = result("1 epochs")
+    """How often the validation split is scored and a checkpoint written, among which the best is chosen; at the end too."""
+    save_every: str = speed("1 epochs")
+    """How often a checkpoint is written besides, so that less is lost when the run is killed."""
+    keep_latest: int = speed(1)
+    """Newest checkpoints kept. > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.keep_best > 0, "train.keep_best", "must be positive: the best checkpoint is what is scored in the end")
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshConfig:
     """Devices along each mesh axis; at most one is -1, "all that are left"."""
 
@@ -400,6 +424,9 @@ class TransferConfig(InitConfig):
 
     def __post_init__(self) -> None:
         require(self.blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {self.blocks}")
+        require(
+            self.from_ != "none" or self.blocks == -1, "init.blocks", "with --init.from none there are no blocks to take over"
+        )
         require(
             self.from_ == "none" or not self.like,
             "init.like",
@@ -511,9 +538,7 @@ class FinetuneConfig(RunConfig):
     # The architecture is the checkpoint's.
     model: ModelOptions = ModelOptions()  # type: ignore[assignment]
     optim: OptimConfig = OptimConfig(peak_lr=6.25e-5, schedule="linear", warmup="0.2%", clip_norm=1.0)
-    train: LoopConfig = LoopConfig(
-        batch_size=32, duration="3 epochs", eval_every="1 epochs", save_every="1 epochs", keep_latest=1
-    )
+    train: FinetuneLoopConfig = FinetuneLoopConfig()
     init: TransferConfig = TransferConfig()
     task: TaskConfig = TaskConfig()
 

@@ -34,6 +34,8 @@ def start(config: DistributedConfig, log: Log) -> None:
       UserError: the environment's variables do not make sense.
       TrainingError: the others did not come within `timeout_seconds`.
     """
+    if jax.distributed.is_initialized():  # by an earlier run of this process
+        return
     arguments = _cluster(config)
     if arguments is None:
         return
@@ -142,7 +144,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -156,11 +158,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _notice(self, number: int, frame: Any) -> None:
-        self._asked = True
+        self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
     def at(self, step: int) -> bool:
         """Whether to stop after update `step`; the same answer on every process."""
         if jax.process_count() == 1:
-            return self._asked
+            return self.asked
         return bool(multihost_utils.reached_preemption_sync_point(step))

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gpt_jax import config_io
-from gpt_jax.config import FinetuneConfig, ModelConfig
+from gpt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
 from gpt_jax.errors import UserError
 from gpt_jax.rundir import read_json
 from gpt_jax.tasks import scoring
@@ -32,6 +32,8 @@ class Run:
 
     path: Path
     task: Task
+    origin: str
+    """Where its parameters come from."""
     row: str
     """The row of Table 5 that it corresponds to; one that the table does not have is named in the same way."""
     differences: list[str]
@@ -91,7 +93,7 @@ def _load(path: Path) -> Run:
         for split in _SPLITS
         if split in result
     }
-    return Run(path, task, _row(config), _differences(config), len(result.get("seeds", [0])), scores)
+    return Run(path, task, config.init.from_, _row(config), _differences(config), len(result.get("seeds", [0])), scores)
 
 
 def _row(config: FinetuneConfig) -> str:
@@ -117,9 +119,9 @@ def _percent(values: Sequence[float]) -> str:
 
 
 def _averages(runs: Sequence[Run]) -> Iterator[str]:
-    """A line for each average over tasks that were fine-tuned alike: one row, one split, one run a task."""
-    for row, split in dict.fromkeys((run.row, split) for run in runs for split in run.scores):
-        alike = [run for run in runs if run.row == row and split in run.scores]
+    """A line for each average over tasks that were fine-tuned alike: one origin, one row, one split, one run a task."""
+    for origin, row, split in dict.fromkeys((run.origin, run.row, split) for run in runs for split in run.scores):
+        alike = [run for run in runs if (run.origin, run.row) == (origin, row) and split in run.scores]
         scores = {
             run.task.name: {metric: statistics.median(values) for metric, values in run.scores[split].items()} for run in alike
         }
@@ -155,7 +157,10 @@ def _differences(config: FinetuneConfig) -> list[str]:
         skipped.add("task.lm-weight")
     model = ModelConfig()
     model = dataclasses.replace(model, vocab_size=model.vocab_size + len(Specials._fields))
-    papers = config_io.flatten(dataclasses.replace(FinetuneConfig(), model=model))
+    # Where our defaults differ from the paper on purpose (docs/paper.md), its own settings stand here.
+    model = dataclasses.replace(model, compute_dtype="float32")
+    task = dataclasses.replace(TaskConfig(), order="random", truncation="released")
+    papers = config_io.flatten(dataclasses.replace(FinetuneConfig(), model=model, task=task))
     pretraining = [] if config.init.from_ == "none" else [f"init.from {config.init.from_} (paper: 100 epochs of BooksCorpus)"]
     return pretraining + [
         f"{name} {_WORDS.get((name, value), value)} (paper {_WORDS.get((name, papers[name][0]), papers[name][0])})"

@@ -146,7 +146,8 @@ def bench_matmul() -> float:
 
 
 def bench_padding(config: FinetuneConfig, steps: int = 20) -> dict[str, float]:
-    """Prints and returns examples/s of fine-tuning with batches padded in three ways, in one run, compilation left out.
+    """Prints and returns examples/s of fine-tuning with batches padded in three ways, in one run, without compilation; and prints
+    how many compilations an epoch of each needs.
 
     The same examples, in the same number of batches: grouped by length and padded to a few lengths, as `finetune` does; at random
     and padded to the longest of each batch; at random and padded to the model's context.
@@ -158,14 +159,14 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> dict[str, float]:
 
     from gpt_jax import sharding
     from gpt_jax.tasks.batches import TaskBatches
-    from gpt_jax.tasks.dataset import load_dataset
+    from gpt_jax.tasks.dataset import load_dataset, task_of
     from gpt_jax.tasks.finetune import find_source, head_of, resolve
     from gpt_jax.train.optimizer import Horizon
     from gpt_jax.train.progress import say
     from gpt_jax.train.step import ByShape, init_state, lower_step
 
     source = find_source(config.init, say)
-    resolved = resolve(config, source)
+    resolved = resolve(config, task_of(config.task), source)
     size, context = resolved.train.batch_size, resolved.model.context_length
     mesh = sharding.make_mesh(resolved.mesh)
     data = load_dataset(resolved.task, source.tokenizer, context, size, say, ("train", "validation"))
@@ -194,7 +195,8 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> dict[str, float]:
                 state, _ = update(state, batch)
             jax.block_until_ready(state)
         rates[name] = len(placed) * size / (time.perf_counter() - begun)
-        print(f"{name:<26}{made.padding_share():>10.1%}{len(update):>14}{rates[name]:>12.1f}", flush=True)
+        shapes = {made.batch_at(step, rows[:1])["tokens"].shape for step in range(made.steps_per_epoch)}
+        print(f"{name:<26}{made.padding_share():>10.1%}{len(shapes):>14}{rates[name]:>12.1f}", flush=True)
     return rates
 
 

@@ -97,21 +97,23 @@ class RunDir:
                 "Name another --workdir, or say --allow-changes if it is meant"
             )
 
-    def open(self, config: Any, data_digest: str, allow_changes: bool = False) -> None:
-        """Starts an attempt: writes config.json and opens the record.
+    def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
+        """Refuses data that are not those the run has been trained on.
 
         Raises:
-          UserError: as `check`; or the token store is not the one this run has been trained on.
+          UserError: they differ and `allow_changes` is off.
         """
-        self.check(config, allow_changes)
-        file = self.path / "config.json"
-        if self._trained():
-            stored = read_json(file)["data_digest"]
-            if stored != data_digest and not allow_changes:
-                raise UserError(
-                    f"{self.path} was trained on another token store (digest {stored[:12]}, this one has {data_digest[:12]}); "
-                    "give it back its --data.store, or name another --workdir"
-                )
+        if not self._trained():
+            return
+        stored = read_json(self.path / "config.json")["data_digest"]
+        if stored != data_digest and not allow_changes:
+            raise UserError(
+                f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]}); give it back "
+                "its own, or name another --workdir"
+            )
+
+    def open(self, config: Any, data_digest: str) -> None:
+        """Starts an attempt: writes config.json and opens the record."""
         if not self._primary:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ class RunDir:
             **environment(),
             "config": config_io.to_dict(config),
         }
-        write_atomic(file, json.dumps(facts, indent=1) + "\n")
+        write_atomic(self.path / "config.json", json.dumps(facts, indent=1) + "\n")
         self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from gpt_jax import config_io
-from gpt_jax.config import FinetuneConfig, LoopConfig, ModelOptions, OptimConfig, PretrainConfig, TransferConfig
+from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, PretrainConfig, TransferConfig
 from gpt_jax.data.corpus import InstalledDocs
 from gpt_jax.data.store import Store
 from gpt_jax.data.windows import EvaluationWindows
@@ -85,7 +85,9 @@ def fine_tune_made_tasks(config: PretrainConfig, workdir: Path) -> dict[str, tup
             # As in the demo's pre-training: a model this small has nothing to drop.
             model=ModelOptions(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0),
             optim=OptimConfig(peak_lr=1e-3, schedule="linear", warmup="10%", b2=0.98, clip_norm=1.0),
-            train=LoopConfig(batch_size=16, duration="2 epochs", eval_every="1 epochs", save_every="1 epochs", tensorboard=False),
+            train=FinetuneLoopConfig(
+                batch_size=16, duration="2 epochs", eval_every="1 epochs", save_every="1 epochs", tensorboard=False
+            ),
             task=dataclasses.replace(task, lengths=1, max_tokens=MAX_TOKENS[task.kind]),
         )
         accuracies = []

@@ -2,9 +2,9 @@
 
     layers      from nothing, from the embeddings alone, then from ever more pre-trained blocks (Figure 2, left)
     ablations   the full method; without pre-training; without the auxiliary loss; an LSTM in the Transformer's place (Table 5)
-    steps       from every checkpoint that a pre-training run has kept
+    steps       from every checkpoint that a pre-training run has kept (`--train.keep-latest` says how many)
 
-A study's folder has a run for each variant (and seed), study.json with all scores, and study.png. It is resumed like a run.
+A study's folder has a run for each variant and seed, NAME.json with all scores, and NAME.png. It is resumed like a run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax import config_io
+from gpt_jax import config_io, distributed
 from gpt_jax.config import FinetuneConfig, TransferConfig, require
 from gpt_jax.plots import Point, curves, require_matplotlib
 from gpt_jax.rundir import write_atomic
 from gpt_jax.tasks.dataset import task_of
+from gpt_jax.tasks.evaluate import sound_checkpoints
 from gpt_jax.tasks.finetune import finetune_seeds
 from gpt_jax.train import checkpoint
 from gpt_jax.train.progress import say
@@ -36,7 +37,7 @@ class Variant(NamedTuple):
 
 def layers(config: FinetuneConfig, lstm: str) -> list[Variant]:
     """Nothing, the embeddings, then 1, 2, ... blocks taken over from `--init.from`."""
-    number = _pretrained(config).model.num_layers
+    number = 0 if (model := _pretrained(config).model).kind == "lstm" else model.num_layers
     parts = [Variant("nothing", -1, _from_nothing(config)), Variant("embeddings", 0, _from(config, blocks=0))]
     return parts + [Variant(f"{k} blocks", k, _from(config, blocks=k)) for k in range(1, number + 1)]
 
@@ -55,9 +56,9 @@ def ablations(config: FinetuneConfig, lstm: str) -> list[Variant]:
 
 def steps(config: FinetuneConfig, lstm: str) -> list[Variant]:
     """Every sound checkpoint of the run in `--init.from`; and nothing, at step 0."""
-    found = [info for info in checkpoint.inspect(Path(config.init.from_)) if info.state == "sound" and info.step]
+    found = sound_checkpoints(Path(config.init.from_))
     return [Variant("nothing", 0, _from_nothing(config))] + [
-        Variant(f"step {info.step}", info.step, _from(config, from_=str(info.path))) for info in found
+        Variant(f"step {path.name}", int(path.name), _from(config, from_=str(path))) for path in found
     ]
 
 
@@ -70,7 +71,7 @@ X_LABELS = {
 
 
 def study(name: str, config: FinetuneConfig, workdir: Path, seeds: int, lstm: str = "") -> dict[str, Any]:
-    """Runs a study and writes its folder; returns what study.json holds.
+    """Runs a study and writes its folder; returns what NAME.json holds.
 
     Args:
       name: of a study in STUDIES.
@@ -91,14 +92,16 @@ def study(name: str, config: FinetuneConfig, workdir: Path, seeds: int, lstm: st
         say(f"{name}: {variant.name} ({len(rows) + 1} of {len(variants)})")
         scores = finetune_seeds(variant.config, workdir / variant.name.replace(" ", "-").replace("/", ""), seeds)
         rows.append({"variant": variant.name, "x": variant.x, "validation": scores["validation"], "test": scores.get("test")})
-    result = {"study": name, "task": config.task.name, "init": config.init.from_, "metric": task.metrics[0], "variants": rows}
-    write_atomic(workdir / "study.json", json.dumps(result, indent=1) + "\n")
     metric = task.metrics[0]
+    result = {"study": name, "metric": metric, "seeds": seeds, "config": config_io.to_dict(config), "variants": rows}
+    if not distributed.is_primary():
+        return result
+    write_atomic(workdir / f"{name}.json", json.dumps(result, indent=1) + "\n")
     spreads = [(row["x"], row["validation"][metric]) for row in rows]
     points = [Point(x, 100 * each["median"], 100 * each["min"], 100 * each["max"]) for x, each in spreads]
     ticks = [variant.name for variant in variants] if name == "ablations" else []
     curves(
-        workdir / "study.png",
+        workdir / f"{name}.png",
         f"{task.title}, validation; median and range of {seeds} seeds",
         X_LABELS[name],
         f"{metric} (%)",
@@ -110,7 +113,7 @@ def study(name: str, config: FinetuneConfig, workdir: Path, seeds: int, lstm: st
     for row in rows:
         each = row["validation"][metric]
         print(f"{row['variant']:<{width}}{100 * each['median']:>20.1f}{100 * each['min']:>10.1f}{100 * each['max']:>10.1f}")
-    print(f"{workdir / 'study.json'}, {workdir / 'study.png'}")
+    print(f"{workdir / name}.json, {workdir / name}.png")
     return result
 
 

@@ -64,19 +64,24 @@ def test_nearest_offers_close_names_or_all() -> None:
         ("2000", 2000),
         ("2000 steps", 2000),
         ("1 step", 1),
-        ("3 epochs", 46),  # 3 * 1000 / 64 = 46.875
-        ("0.5 epochs", 7),  # 7.8125
-        ("1 EPOCH", 15),
-        ("6e6 tokens", 183),  # 6,000,000 / (64 * 512) = 183.1
+        ("3 epochs", 46.875),  # 3 * 1000 / 64
+        ("0.5 epochs", 7.8125),
+        ("1 EPOCH", 15.625),
+        ("6e6 tokens", 6e6 / (64 * 512)),
         ("32768 tokens", 1),
-        ("32767 tokens", 0),
         ("0.2%", 6),  # of 3000
         ("0.7%", 21),
         ("100 %", 3000),
     ],
 )
-def test_durations_round_down_to_updates(duration: str, steps: int) -> None:
-    assert configs.steps_of(duration, "train.duration", batch_size=64, context_length=512, epoch=1000, total=3000) == steps
+def test_durations_become_updates(duration: str, steps: float) -> None:
+    found = configs.steps_of(duration, "train.duration", batch_size=64, context_length=512, epoch=1000, total=3000)
+    assert found == pytest.approx(steps)
+
+
+def test_tokens_measure_nothing_where_examples_differ() -> None:
+    with pytest.raises(UserError, match=r"--train\.duration: examples differ in their number of tokens"):
+        configs.steps_of("6e6 tokens", "train.duration", batch_size=64, context_length=None, epoch=1000)
 
 
 @pytest.mark.parametrize("duration", ["", "steps", "5 years", "-3 steps", "1e", "3 epochs 2 steps"])
@@ -107,7 +112,7 @@ def test_defaults_are_the_papers() -> None:
     ("build", "field"),
     [
         (lambda: ModelConfig(num_heads=7), "--model.num-heads: 7 does not divide"),
-        (lambda: ModelConfig(loss_chunk=0), "--model.loss-chunk: must be positive"),
+        (lambda: ModelConfig(loss_chunk=-1), "--model.loss-chunk: must be 0 (by device) or positive"),
         (lambda: ModelConfig(embed_dropout=1.0), "--model.embed-dropout: "),
         (lambda: OptimConfig(peak_lr=float("inf")), "--optim.peak-lr: "),
         (lambda: OptimConfig(warmup="soon"), "--optim.warmup: "),

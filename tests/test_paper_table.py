@@ -6,16 +6,25 @@ import json
 import pytest
 
 from gpt_jax import paper_table
-from gpt_jax.config import FinetuneConfig, LoopConfig, ModelConfig, OptimConfig, PretrainConfig, TaskConfig, TransferConfig
+from gpt_jax.config import (
+    FinetuneConfig,
+    FinetuneLoopConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    TaskConfig,
+    TransferConfig,
+)
 from gpt_jax.config_io import to_dict
 from gpt_jax.errors import UserError
 
-PAPERS_MODEL = ModelConfig(vocab_size=40_478 + 3)  # with start, delimiter and extract
+PAPERS_MODEL = ModelConfig(vocab_size=40_478 + 3, compute_dtype="float32")  # with start, delimiter and extract
+PAPERS_INPUT = {"order": "random", "truncation": "released"}
 
 
 def write_run(folder, name, result, *, model=PAPERS_MODEL, init="runs/gpt1", **changes):
     """A finished fine-tuning of a task of that name, with the paper's settings but for `changes`."""
-    task = changes.pop("task", TaskConfig(name=name))
+    task = changes.pop("task", TaskConfig(name=name, **PAPERS_INPUT))
     config = FinetuneConfig(model=model, init=TransferConfig(from_=init), task=task, **changes)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"commit": "", "config": to_dict(config)}))
@@ -54,7 +63,7 @@ def test_a_run_stands_beside_the_papers_figure_for_its_row(tmp_path, capsys):
 
 
 LSTM = dataclasses.replace(PAPERS_MODEL, kind="lstm", num_layers=1)
-NO_LM = TaskConfig(name="rte", lm_weight=0.0)
+NO_LM = TaskConfig(name="rte", lm_weight=0.0, **PAPERS_INPUT)
 
 
 @pytest.mark.parametrize(
@@ -103,13 +112,13 @@ def test_settings_that_are_not_the_papers_are_named(tmp_path, capsys):
         {"validation": {"accuracy": 0.8}},
         model=model,
         optim=OptimConfig(peak_lr=1e-4, schedule="linear", warmup="0.2%", clip_norm=1.0),
-        train=LoopConfig(batch_size=16, duration="3 epochs", seed=7, eval_every="1 epochs", keep_latest=2),
+        train=FinetuneLoopConfig(batch_size=16, duration="3 epochs", seed=7, eval_every="1 epochs", keep_latest=2),
         task=TaskConfig(name="sst2", path="glue", max_train=8000),
     )
     assert differences(shown(capsys, run), run) == (
         "init.from runs/gpt1 (paper: 100 epochs of BooksCorpus), model.num-layers 4 (paper 12), model.embed-dim 384 (paper 768), "
         "model.num-heads 6 (paper 12), optim.peak-lr 0.0001 (paper 6.25e-05), train.batch-size 16 (paper 32), "
-        "task.max-train 8000 (paper all)"
+        "task.max-train 8000 (paper all), task.truncation longest (paper released), task.order grouped (paper random)"
     )
 
 

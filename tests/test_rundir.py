@@ -17,7 +17,9 @@ CONFIG = PretrainConfig(data=DataConfig(source="text.txt"), train=TrainConfig(du
 def attempt(folder, config=CONFIG, digest="d0" * 32, *, allow_changes=False, steps=(), from_step=0):
     """One start of a run that records these steps; returns its number."""
     run = RunDir(folder)
-    run.open(config, digest, allow_changes)
+    run.check(config, allow_changes)
+    run.check_data(digest, allow_changes)
+    run.open(config, digest)
     try:
         run.supersede(from_step)
         for step in steps:
@@ -98,7 +100,7 @@ def test_a_start_that_trained_nothing_ties_the_folder_to_nothing(tmp_path):
 
 def test_another_token_store_is_refused(tmp_path):
     attempt(tmp_path, steps=[1])
-    with pytest.raises(UserError, match=r"trained on another token store \(digest d0d0d0d0d0d0, this one has e1e1e1e1e1e1\)"):
+    with pytest.raises(UserError, match=r"trained on other data \(digest d0d0d0d0d0d0, these have e1e1e1e1e1e1\)"):
         attempt(tmp_path, digest="e1" * 32)
     attempt(tmp_path, digest="e1" * 32, allow_changes=True)
 

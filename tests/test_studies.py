@@ -64,10 +64,10 @@ def config_file(own_task, tmp_path):
     """A config for a fine-tuning of two updates."""
     file = tmp_path / "own.py"
     file.write_text(
-        "from gpt_jax.config import FinetuneConfig, LoopConfig, TaskConfig\n"
+        "from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, TaskConfig\n"
         "def config():\n"
         f"    task = TaskConfig(train={own_task['train']!r}, validation={own_task['validation']!r}, lengths=1)\n"
-        "    return FinetuneConfig(task=task, train=LoopConfig(batch_size=8, duration='2 steps', tensorboard=False))\n"
+        "    return FinetuneConfig(task=task, train=FinetuneLoopConfig(batch_size=8, duration='2 steps', tensorboard=False))\n"
     )
     return str(file)
 
@@ -77,18 +77,18 @@ def test_a_study_leaves_its_scores_and_a_figure(config_file, pretrained, tmp_pat
     out = tmp_path / "study"
     command = ["study", config_file, "--name", "layers", "--init.from", str(pretrained), "--workdir", str(out), "--seeds", "2"]
     assert main(command) == 0
-    found = json.loads((out / "study.json").read_text())
+    found = json.loads((out / "layers.json").read_text())
     assert [row["variant"] for row in found["variants"]] == ["nothing", "embeddings", "1 blocks", "2 blocks"]
     for row in found["variants"]:
         folder = out / row["variant"].replace(" ", "-")
         each = [json.loads((folder / f"seed-{seed}" / "result.json").read_text())["validation"] for seed in (0, 1)]
         assert row["validation"]["accuracy"]["values"] == [one["accuracy"] for one in each]
     assert len({row["validation"]["loss"]["median"] for row in found["variants"]}) == 4
-    assert (out / "study.png").read_bytes().startswith(PNG)
-    before = (out / "study.json").read_bytes()
+    assert (out / "layers.png").read_bytes().startswith(PNG)
+    before = (out / "layers.json").read_bytes()
     capsys.readouterr()
     assert main(command) == 0  # all of it is there already
-    assert (out / "study.json").read_bytes() == before
+    assert (out / "layers.json").read_bytes() == before
     assert "nothing to do" in capsys.readouterr().err
 
 

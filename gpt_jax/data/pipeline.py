@@ -41,7 +41,8 @@ def batches(
     """Yields (step, batch_at(step)) for steps start, ..., stop - 1 in order, made ahead in other threads.
 
     `batch_at` is called from several threads at once and may be called up to `prefetch` + (`WORKERS` + 1) x `GROUP` steps beyond
-    the step last taken. What it raises is raised here, unchanged, when its step is reached. `close()` ends the threads and waits for them.
+    the step last taken. What it raises is raised here, unchanged, when its step is reached. `close()` ends the threads and waits
+    for them.
 
     Args:
       batch_at: makes the batch of a step.

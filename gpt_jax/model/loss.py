@@ -22,6 +22,10 @@ from gpt_jax.sharding import all_max, all_sum, constrain, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
 
+CACHED_ROWS = 256
+"""Tokens whose logits a CPU works on at once: few enough for its cache, and enough for the table's gradient, all of which is read
+and written for every chunk (docs/benchmarks.md has what that gains)."""
+
 
 def normalize(batch: Batch) -> Batch:
     """Divides the loss weights by their sum over the global batch, so that losses of micro-batches simply add up."""
@@ -49,7 +53,7 @@ def token_log_probabilities(
     table = constrain(params["embedding"]["tokens"], "vocab", None).astype(hidden.dtype)
     entries = jnp.arange(table.shape[0])
     batch, time = tokens.shape
-    starts, chunk = _chunks(time, config.loss_chunk)
+    starts, chunk = _chunks(time, config.loss_chunk, tokens.shape[0])
     hidden, targets = _fill(hidden, len(starts) * chunk), _fill(targets, len(starts) * chunk)
 
     def one_chunk(start: jax.Array) -> jax.Array:
@@ -64,8 +68,12 @@ def token_log_probabilities(
     return constrain(jnp.moveaxis(pieces, 0, 1).reshape(batch, -1)[:, :time], "batch", None)
 
 
-def _chunks(time: int, most: int) -> tuple[Int[Array, "chunks"], int]:
-    """Starts and common length of the fewest chunks of at most `most` steps that cover `time`; the last may reach beyond it."""
+def _chunks(time: int, most: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
+    """Starts and common length of the fewest chunks of at most `most` steps that cover `time`; the last may reach beyond it.
+
+    If `most` is 0, a chunk has about `CACHED_ROWS` tokens of a batch of this size.
+    """
+    most = most or max(CACHED_ROWS // batch, 1)
     number = -(-time // most)
     length = -(-time // number)
     return jnp.arange(number) * length, length
@@ -89,7 +97,7 @@ def cross_entropy(
     """sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
 
     Differentiable in `hidden` and `table` (weights and targets are data). The product is computed in the type of `hidden`
-    with float32 results, at most `chunk` time steps of it at once.
+    with float32 results, at most `chunk` time steps of it at once (0: `CACHED_ROWS` tokens).
     """
     return _over_shards(hidden, table, targets, weights, vocab_size, chunk, False)
 
@@ -125,7 +133,7 @@ def _local(
     entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
     time = hidden.shape[1]
-    starts, chunk = _chunks(time, chunk)
+    starts, chunk = _chunks(time, chunk, hidden.shape[0])
     hidden, targets, weights = (_fill(array, len(starts) * chunk) for array in (hidden, targets, weights))
 
     def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

@@ -35,9 +35,9 @@ class Dataset(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """A hexadecimal SHA-256 of all that is trained and scored on."""
+        """A hexadecimal SHA-256 of all that the training depends on, validation included."""
         sum_ = hashlib.sha256()
-        for name, split in sorted(self.encoded.items()):
+        for name, split in ((name, self.encoded[name]) for name in ("train", "validation")):
             sum_.update(name.encode())
             for array in (split.tokens, split.begins, split.lengths, split.labels):
                 sum_.update(str(array.shape).encode() + np.ascontiguousarray(array).tobytes())
@@ -91,12 +91,12 @@ def load_dataset(
     counts: dict[str, dict[str, int]] = {}
     for name in splits:
         split = read(task, config, name)
-        if split is None and name == "test":
+        if split is None and name == "test" and len(splits) > 1:
             continue
         if split is None or not split.rows:
             raise UserError(f"--task.{'path' if config.name else name}: {task.title} has no {name} rows, and they are needed")
         used = _chosen(split, config.max_train) if name == "train" else split.rows
-        if name != "test":
+        if name != "test" or any(row.label is not None for row in used):
             require_scorable(task, used)
         rows[name] = used
         encoded[name] = encode(

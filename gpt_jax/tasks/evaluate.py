@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,10 +16,11 @@ from gpt_jax.config import DataConfig, FinetuneConfig, FinetuneRunConfig, TaskCo
 from gpt_jax.data.corpus import open_source
 from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.errors import UserError, nearest
+from gpt_jax.rundir import read_json
 from gpt_jax.tasks.dataset import load_dataset, task_of
 from gpt_jax.tasks.finetune import Scorer, head_of
 from gpt_jax.tasks.readers import read
-from gpt_jax.tasks.registry import named
+from gpt_jax.tasks.registry import Task, named
 from gpt_jax.tasks.zero_shot import PROBES, probe, read_winograd
 from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import total_loss
@@ -101,31 +101,59 @@ def evaluate_task(
         if word.startswith("--") and not word.startswith("--task."):
             raise UserError(f"{word}: is not an argument of gpt-jax evaluate; of the config, it takes --task.* fields")
     task = config_io.override(FinetuneConfig(task=config.task), overrides, "gpt-jax evaluate CHECKPOINT").task
-    head = head_of(task_of(config.task), config)
-    if head.outputs != len(task_of(task).labels):
+    learnt, wanted = task_of(config.task), task_of(task)
+    if _outputs(learnt) != _outputs(wanted):
         raise UserError(
-            f"--task.name: the checkpoint has {head.outputs} outputs, and {task_of(task).title} has {len(task_of(task).labels)}"
+            f"--task.name: the checkpoint's outputs are those of {learnt.title} ({_outputs(learnt)}), not of {wanted.title} "
+            f"({_outputs(wanted)})"
         )
+    head = head_of(learnt, config)
     trained = load_model(path, head.objective())
     size = config.train.batch_size * sharding.axis_size(trained.mesh, "batch")
     model = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, batch_size=size))
     dataset = load_dataset(task, trained.tokenizer, config.model.context_length, size, log, (split,))
     scorer = Scorer(model, trained.mesh, head, dataset)
-    if split not in dataset.rows:
-        raise UserError(f"--split: {dataset.task.title} has no {split} rows here")
     if out is not None:
         return scorer.write(trained.params, split, out)
     return scorer.scores(scorer.log_probabilities(trained.params, split), split)
 
 
 def best_checkpoint(path: Path) -> Path:
-    """The checkpoint of a fine-tuning's folder that result.json names as the best; any other path as it is."""
+    """The checkpoint of a fine-tuning's folder that result.json names as the best; any other path as it is.
+
+    Raises:
+      UserError: that checkpoint is gone, or the folder is one of several seeds.
+    """
     result = path / "result.json"
-    if result.is_file() and "best_step" in (found := json.loads(result.read_text())):
-        best = path / "checkpoints" / str(found["best_step"])
-        if best.is_dir():
-            return best
-    return path
+    if not result.is_file():
+        return path
+    found = read_json(result)
+    if "seeds" in found:
+        raise UserError(f"{path} holds runs of several seeds; name one of them, {path}/seed-{found['seeds'][0]}")
+    if "best_step" not in found:
+        return path
+    best = path / "checkpoints" / str(found["best_step"])
+    if not best.is_dir():
+        raise UserError(f"{best}: the best checkpoint is gone; name another one of {best.parent}")
+    return best
+
+
+def _outputs(task: Task) -> str:
+    """What a head's outputs are, in a few words."""
+    kind = "answers" if task.kind == "multiple_choice" else "classes of a score" if task.regression else "classes"
+    return f"{len(task.labels)} {kind}"
+
+
+def sound_checkpoints(run: Path) -> list[Path]:
+    """The folders of all sound checkpoints of a run, by ascending step.
+
+    Raises:
+      UserError: there are none.
+    """
+    found = [info.path for info in checkpoint.inspect(run) if info.state == "sound" and info.step]
+    if not found:
+        raise UserError(f"{run}: no run with sound checkpoints; give a run's folder, not a checkpoint's")
+    return found
 
 
 def zero_shot(path: Path, sources: Mapping[str, str], every_checkpoint: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -135,7 +163,7 @@ def zero_shot(path: Path, sources: Mapping[str, str], every_checkpoint: bool, lo
       path: a run's folder or one checkpoint's.
       sources: for each probe's name (`zero_shot.PROBES`) where its rows are: a task's folder, "" for tensorflow-datasets, or a
         file of Winograd schemas.
-      every_checkpoint: score all sound checkpoints of the run, not only the newest.
+      every_checkpoint: score all sound checkpoints that the run has kept (`--train.keep-latest`), not only the newest.
 
     Returns:
       `probe`'s result for each checkpoint and probe, with its `step`.
@@ -155,9 +183,9 @@ def zero_shot(path: Path, sources: Mapping[str, str], every_checkpoint: bool, lo
             splits[name] = {"test": read_winograd(Path(source))}
         else:
             raise UserError(f"--zero-shot: {name} is read from a file: write {name}=FILE")
-    checkpoints = [path]
+    checkpoints = [checkpoint.resolve(path, log).path]
     if every_checkpoint:
-        checkpoints = [info.path for info in checkpoint.inspect(path) if info.state == "sound"]
+        checkpoints = sound_checkpoints(path)
     results = []
     for folder in checkpoints:
         trained = load_model(folder)

@@ -65,13 +65,18 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
     """
     with session(config, workdir) as begun:
         run, log = begun.run, begun.log
-        task_of(config.task)  # a misspelt task is said before a checkpoint is looked for
+        require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} holds runs of several seeds; name another folder")
+        task = task_of(config.task)  # a misspelt task is said before a checkpoint is looked for
         source = find_source(config.init, log)
-        resolved = resolve(config, source)
+        resolved = resolve(config, task, source)
         run.check(resolved, allow_changes)
         mesh = sharding.make_mesh(resolved.mesh)
         sharding.check(mesh, resolved.model, resolved.train.batch_size, resolved.train.micro_batches)
+        if not distributed.is_primary():  # tensorflow-datasets may have to write the data first
+            distributed.barrier("the task's data", log)
         dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, resolved.train.batch_size, log)
+        if distributed.is_primary():
+            distributed.barrier("the task's data", log)
         head = head_of(dataset.task, resolved)
         scorer = Scorer(resolved, mesh, head, dataset)
         batches = TaskBatches(
@@ -125,6 +130,7 @@ def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_chan
     result.json gives for each split and metric the median, mean, standard deviation, minimum, maximum and all values.
     """
     require(seeds > 0, "seeds", f"must be positive, not {seeds}")
+    require(not (workdir / "checkpoints").exists(), "workdir", f"{workdir} holds a run of one seed; name another folder")
     numbers = [config.train.seed + k for k in range(seeds)]
     results = []
     for seed in numbers:
@@ -182,15 +188,18 @@ def _checkpoint_source(path: Path, log: Callable[[str], None]) -> Source:
     return Source(config_io.from_dict(checkpoint.read_config(info)).model, tokenizers.load(info.path / "tokenizer"), info)
 
 
-def resolve(config: FinetuneConfig, source: Source) -> FinetuneRunConfig:
-    """The config with the source's architecture in place of mere options, and room for the special tokens."""
+def resolve(config: FinetuneConfig, task: Task, source: Source) -> FinetuneRunConfig:
+    """The config with the source's architecture in place of mere options, with room for the special tokens, and with the labels
+    of one's own task, which may have been read from its training rows."""
     options = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(ModelOptions)}
     vocab_size = source.tokenizer.vocab_size + len(Specials._fields)
     model = dataclasses.replace(source.model, **options, vocab_size=vocab_size)
     layers = model.num_layers
     require(config.init.blocks <= layers, "init.blocks", f"the checkpoint has {layers} blocks, not {config.init.blocks}")
+    require(model.kind != "lstm" or config.init.blocks <= 0, "init.blocks", "an LSTM is taken over whole (-1) or not at all (0)")
     sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    return FinetuneRunConfig(**sections | {"model": model})
+    labelled = config.task if config.task.name else dataclasses.replace(config.task, labels=task.labels)
+    return FinetuneRunConfig(**sections | {"model": model, "task": labelled})
 
 
 def head_of(task: Task, config: FinetuneRunConfig) -> Head:
@@ -253,7 +262,7 @@ def _plan_work(
     log: Callable[[str], None],
 ) -> Work:
     size = config.train.batch_size
-    horizon, eval_every, save_every = schedule(config, config.model.context_length, batches.steps_per_epoch * size)
+    horizon, eval_every, save_every = schedule(config, None, batches.steps_per_epoch * size)
     rows = sharding.host_rows(mesh, size)
     metric = dataset.task.metrics[0]
 
@@ -261,7 +270,7 @@ def _plan_work(
         scores = scorer.scores(scorer.log_probabilities(params, "validation"), "validation")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         log(f"step {step}, epoch {step / batches.steps_per_epoch:.3g}: validation {shown}")
-        return scores | {"rank": -scores[metric]}
+        return scores | {checkpoint.RANK: -scores[metric]}
 
     return Work(
         horizon=horizon,
@@ -271,6 +280,7 @@ def _plan_work(
         evaluate=evaluate,
         evidence=lambda step: {"examples": [dataset.rows["train"][i].where for i in batches.examples(step)]},
         objective=head.objective(),
+        save_evaluated=True,
     )
 
 
@@ -291,7 +301,7 @@ def _fresh_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: Sour
 
 def _best(run: RunDir, config: FinetuneRunConfig, mesh: Mesh, head: Head, state: State) -> tuple[int, Params]:
     """The step and the parameters of the best checkpoint, or of the last state where none has a score."""
-    ranked = checkpoint.best(checkpoint.inspect(run.checkpoints, checksums=False), 1) if distributed.is_primary() else []
+    ranked = checkpoint.best(checkpoint.inspect(run.checkpoints), 1) if distributed.is_primary() else []
     step = distributed.agree(ranked[0].step if ranked else -1)
     if step in (-1, int(state["step"])):
         return int(state["step"]), state["params"]

@@ -51,12 +51,16 @@ def make_tasks(
             TaskConfig(kind="multiple_choice", texts=("context", *(f"answer {k}" for k in range(CHOICES)))),
         ),
     }
+    sizes = collections.Counter(package for package, _ in passages)
+    largest = sorted(sizes, key=lambda package: (-sizes[package], package))[:CLASSES]
     tasks = {}
     for name, (make, task) in kinds.items():
         files = {}
         for split, size in (("train", train), ("validation", validation)):
             held_out = split == "validation"
             mine = [passage for k, passage in enumerate(passages) if (k % VALIDATION_EVERY == 0) == held_out]
+            if name == "package":
+                mine = [(package, text) for package, text in mine if package in largest]
             rng = random.Random(f"{seed} {name} {split}")
             rng.shuffle(mine)
             rows = [row for row, _ in zip(make(mine, rng), range(size), strict=False)]
@@ -74,13 +78,12 @@ def _sentences(text: str) -> list[str]:
 
 
 def _package(passages: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Row]:
-    """Rows of each of the packages with the most documentation in turn."""
+    """Rows of each package in turn."""
     by_package = collections.defaultdict(list)
     for package, text in passages:
         by_package[package].append(text)
-    largest = sorted(by_package, key=lambda package: (-len(by_package[package]), package))[:CLASSES]
-    for texts in zip(*(by_package[package] for package in largest), strict=False):
-        for package, text in zip(largest, texts, strict=True):
+    for texts in zip(*by_package.values(), strict=False):
+        for package, text in zip(by_package, texts, strict=True):
             yield {"text": " ".join(text.split())[: SENTENCE_CHARS.stop], "label": package}
 
 

@@ -42,6 +42,8 @@ from gpt_jax.rundir import sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+RANK = "rank"
+"""The metric that says which checkpoints are best, the lowest; where there is none it is "loss"."""
 STEP_FOLDER = re.compile(r"(\d+)(\.replaced)?")
 
 # Orbax tells of every phase of a save, and of every failure that it raises as well.
@@ -116,8 +118,7 @@ class Checkpoints:
         Args:
           step: updates done so far.
           state: nested dictionaries of jax arrays.
-          metrics: scalars measured at this step, "rank" or else "loss" ranking the best, lowest first; those that are not finite
-            are left out.
+          metrics: scalars measured at this step; those that are not finite are left out.
 
         Raises:
           UserError: the previous save, or the beginning of this one, found no space or no access.
@@ -266,10 +267,9 @@ def prune(folder: Path, keep_latest: int, keep_best: int) -> list[Info]:
 
 
 def best(infos: Sequence[Info], count: int) -> list[Info]:
-    """The `count` sound checkpoints with the lowest metrics["rank"], or metrics["loss"] where that is what they have; best first,
-    the newer of two equals first."""
-    ranked = [info for info in infos if info.state == "sound" and info.metrics.keys() & {"rank", "loss"}]
-    return sorted(ranked, key=lambda info: (info.metrics.get("rank", info.metrics.get("loss")), -info.step))[:count]
+    """The `count` best of the sound checkpoints (`RANK`), best first, the newer of two equals first."""
+    ranked = [info for info in infos if info.state == "sound" and info.metrics.keys() & {RANK, "loss"}]
+    return sorted(ranked, key=lambda info: (info.metrics.get(RANK, info.metrics.get("loss")), -info.step))[:count]
 
 
 def _discard(infos: list[Info], keep_latest: int, keep_best: int) -> list[Info]:

@@ -18,6 +18,7 @@ from gpt_jax.distributed import StopRequest
 from gpt_jax.errors import Preempted, TrainingError
 from gpt_jax.rundir import RunDir
 from gpt_jax.sharding import place_batch
+from gpt_jax.train import checkpoint
 from gpt_jax.train.checkpoint import Checkpoints
 from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.progress import Progress
@@ -39,6 +40,8 @@ class Work(NamedTuple):
     evidence: Callable[[int], dict[str, Any]]
     """What to note of the batch of an update that went wrong."""
     objective: Objective = LANGUAGE_MODEL
+    save_evaluated: bool = False
+    """Save at every evaluation too, as the best of them will be chosen."""
 
 
 class NonFinite(Exception):
@@ -97,15 +100,16 @@ def train(
                 step, pending = index + 1, (index + 1, metrics)
                 stopping = stop.at(step)
                 evaluating = step % work.eval_every == 0 or step == total
-                saving = step % work.save_every == 0 or step == total or stopping
+                saving = step % work.save_every == 0 or step == total or stopping or (evaluating and work.save_evaluated)
                 if evaluating or saving:
                     account(*pending)
                     pending = None
                 if evaluating:
                     scores = work.evaluate(step, state["params"])  # before the save, which is ranked by it
-                    if scores:
-                        run.record("eval", step, **scores)
-                    progress.scalars("eval", step, scores)
+                    measured = {name: value for name, value in scores.items() if name != checkpoint.RANK}
+                    if measured:
+                        run.record("eval", step, **measured)
+                    progress.scalars("eval", step, measured)
                 if saving:
                     checkpoints.save(step, state, scores if evaluating else {})
                     saved = step

@@ -16,7 +16,8 @@ class Horizon(NamedTuple):
     """The run's length and its warm-up, in updates."""
 
     total: int
-    warmup: int
+    warmup: float
+    """A share of a short run need not be a whole number of updates."""
 
 
 def learning_rate(config: OptimConfig, horizon: Horizon, step: Int[Array, ""] | int) -> Float[Array, ""]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from gpt_jax import config_io, distributed
 from gpt_jax.config import RunConfig, require, steps_of
 from gpt_jax.data.tokenizers import Tokenizer, load
-from gpt_jax.errors import UserError
+from gpt_jax.errors import Preempted, UserError
 from gpt_jax.model import network
 from gpt_jax.model.attention import resolve
 from gpt_jax.model.transformer import compute_dtype
@@ -62,6 +62,8 @@ def session(config: RunConfig, workdir: Path) -> Iterator[Session]:
     primary = distributed.is_primary()
     with distributed.StopRequest() as stop, contextlib.closing(RunDir(workdir, primary)) as run:
         yield Session(run, stop, say if primary else lambda line: None)
+        if stop.asked:
+            raise Preempted(f"told to stop when {workdir} was finished")
 
 
 def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session, allow_changes: bool = False) -> dict[str, Any]:
@@ -74,24 +76,31 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
     started = time.monotonic()
     (run, stop, log), work = session, training.work
     primary = distributed.is_primary()
-    run.open(config, training.data_digest, allow_changes)
+    run.check_data(training.data_digest, allow_changes)
+    total = work.horizon.total
+    found, step = _newest(run, log)
+    if step > total:
+        raise UserError(f"{run.path}: its checkpoint {step} lies beyond --train.duration ({total} steps)")
+    if step == total and run.result.exists() and (result := read_json(run.result)).get("step") == step:
+        log(f"{run.path}: finished at step {step} already; nothing to do")
+        return result
+    run.open(config, training.data_digest)
     if primary and not (run.tokenizer.exists() and load(run.tokenizer).fingerprint == training.tokenizer.fingerprint):
         training.tokenizer.save(run.tokenizer)
 
-    state, origin = _initial_state(config, mesh, training, run, log)
-    step, total = int(state["step"]), work.horizon.total
+    if step:
+        info = found or checkpoint.resolve(run.checkpoints / str(step), log)
+        require_tokenizer(info, training.tokenizer, "--workdir")
+        state, origin = checkpoint.restore(info, abstract_state(config, mesh, work.objective)), f"resuming at step {step}"
+    else:
+        state, origin = training.fresh()
     run.supersede(step)
-    if step > total:
-        raise UserError(f"{run.path}: its checkpoint {step} lies beyond --train.duration ({total} steps)")
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "single device"
     log(
         f"{network.count(config.model):,} parameters | {training.title} in {total:,} steps | "
         f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes} | attention {resolve(config.model.attention)} | "
         f"{compute_dtype(config.model)} over {config.model.param_dtype}"
     )
-    if step == total and run.result.exists():
-        log(f"{run.path}: finished at step {step} already; nothing to do")
-        return read_json(run.result)
     log(f"{origin}; compiling")
     run.record("event", step, event="start", origin=origin)
 
@@ -114,14 +123,16 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
         tokenizer=run.tokenizer,
     )
     try:
-        with saver, distributed.losing_peers():
-            state, scores = train(config, work, mesh, state, run, saver, progress, stop)
+        with distributed.losing_peers():
+            with saver:
+                state, scores = train(config, work, mesh, state, run, saver, progress, stop)
+            conclusion = training.conclude(state, scores)
     finally:
         progress.close()
-    result: dict[str, Any] = {
+    result = {
         "step": int(state["step"]),
         "parameters": network.count(config.model),
-        **training.conclude(state, scores),
+        **conclusion,
         f"{training.unit}_per_second": round(progress.rate, 1),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -130,11 +141,11 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
     return result
 
 
-def schedule(config: RunConfig, context_length: int, epoch: int) -> tuple[Horizon, int, int]:
+def schedule(config: RunConfig, context_length: int | None, epoch: int) -> tuple[Horizon, int, int]:
     """The run's length and warm-up, and the updates between evaluations and between checkpoints.
 
     Args:
-      context_length: tokens in an example, for durations in tokens.
+      context_length: tokens in an example, for durations in tokens; None where examples differ.
       epoch: examples in an epoch.
 
     Raises:
@@ -142,28 +153,21 @@ def schedule(config: RunConfig, context_length: int, epoch: int) -> tuple[Horizo
     """
     train = config.train
 
-    def steps(duration: str, field: str, total: int | None = None) -> int:
+    def updates(duration: str, field: str, total: int | None = None) -> float:
         return steps_of(duration, field, batch_size=train.batch_size, context_length=context_length, epoch=epoch, total=total)
 
-    total = steps(train.duration, "train.duration")
+    total = int(updates(train.duration, "train.duration"))
     require(total > 0, "train.duration", f"'{train.duration}' is less than one update of {train.batch_size} examples")
-    warmup = steps(config.optim.warmup, "optim.warmup", total)
-    require(warmup < total, "optim.warmup", f"{warmup} steps of warm-up leave nothing of a run of {total} steps")
-    eval_every = max(steps(train.eval_every, "train.eval_every", total), 1)
-    return Horizon(total, warmup), eval_every, max(steps(train.save_every, "train.save_every", total), 1)
+    warmup = updates(config.optim.warmup, "optim.warmup", total)
+    require(warmup < total, "optim.warmup", f"{warmup:g} steps of warm-up leave nothing of a run of {total} steps")
+    eval_every = max(int(updates(train.eval_every, "train.eval_every", total)), 1)
+    return Horizon(total, warmup), eval_every, max(int(updates(train.save_every, "train.save_every", total)), 1)
 
 
-def _initial_state(
-    config: RunConfig, mesh: Mesh, training: Training, run: RunDir, log: Callable[[str], None]
-) -> tuple[State, str]:
-    """The run's newest sound checkpoint or else a fresh state; and a line that says which."""
+def _newest(run: RunDir, log: Callable[[str], None]) -> tuple[checkpoint.Info | None, int]:
+    """The run's newest sound checkpoint, on process 0 alone, and its step on all of them; 0: there is none."""
     found = checkpoint.newest(run.checkpoints, log) if distributed.is_primary() and run.checkpoints.exists() else None
-    step = distributed.agree(-1 if found is None else found.step)
-    if step < 0:
-        return training.fresh()
-    info = found or checkpoint.resolve(run.checkpoints / str(step), log)
-    require_tokenizer(info, training.tokenizer, "--workdir")
-    return checkpoint.restore(info, abstract_state(config, mesh, training.work.objective)), f"resuming at step {step}"
+    return found, distributed.agree(0 if found is None else found.step)
 
 
 def require_tokenizer(info: checkpoint.Info, tokenizer: Tokenizer, field: str) -> None:

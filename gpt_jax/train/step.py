@@ -160,9 +160,11 @@ class ByShape:
 
 
 def _for_devices(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """Settles what "auto" means on the mesh's devices, which need not be those of this machine."""
-    dtype: Any = str(transformer.compute_dtype(config.model, mesh.devices.flat[0].platform))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    """Settles what depends on the mesh's devices, which need not be those of this machine."""
+    platform = mesh.devices.flat[0].platform
+    dtype: Any = str(transformer.compute_dtype(config.model, platform))
+    chunk = config.model.loss_chunk or (0 if platform == "cpu" else 128)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype, loss_chunk=chunk))
 
 
 def _create(config: RunConfig, objective: Objective, seed: jax.Array) -> State:

@@ -3,16 +3,28 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpt_jax.cli import main
-from gpt_jax.config import FinetuneConfig, LoopConfig, ModelOptions, OptimConfig, PipelineConfig, TaskConfig, TransferConfig
+from gpt_jax.config import (
+    FinetuneConfig,
+    FinetuneLoopConfig,
+    ModelOptions,
+    OptimConfig,
+    PipelineConfig,
+    TaskConfig,
+    TransferConfig,
+)
 from gpt_jax.errors import UserError
 from gpt_jax.tasks import evaluate
-from gpt_jax.tasks.finetune import finetune, finetune_seeds
+from gpt_jax.tasks.dataset import task_of
+from gpt_jax.tasks.finetune import find_source, finetune, finetune_seeds, resolve
 from gpt_jax.train import checkpoint
+from gpt_jax.train.optimizer import learning_rate
+from gpt_jax.train.run import schedule
 
 
 def make_config(task, init, **task_fields):
@@ -20,7 +32,7 @@ def make_config(task, init, **task_fields):
         model=ModelOptions(compute_dtype="float32"),
         data=PipelineConfig(pipeline="threads"),
         optim=OptimConfig(peak_lr=0.01, schedule="linear", warmup="10%", clip_norm=1.0),
-        train=LoopConfig(
+        train=FinetuneLoopConfig(
             batch_size=8, duration="4 epochs", eval_every="2 epochs", save_every="4 steps", keep_latest=9, tensorboard=False
         ),
         task=TaskConfig(**task, lengths=2, **task_fields),
@@ -136,6 +148,65 @@ def mistake(function, *arguments):
     return str(caught.value)
 
 
+def test_what_was_taken_over_keeps_its_initialisation(own_task, pretrained):
+    """Blocks that start at random do so as those of the checkpoint did, not as the paper's."""
+    source = find_source(TransferConfig("none", like=str(pretrained)), print)
+    config = make_config(own_task, TransferConfig("none", like=str(pretrained)))
+    different = source._replace(model=dataclasses.replace(source.model, init_stddev=0.3))
+    resolved = resolve(config, task_of(config.task), different)
+    assert resolved.model.init_stddev == 0.3
+    assert resolved.model.vocab_size == 257 + 3
+    assert resolved.task.labels == ("no", "yes")
+
+
+@pytest.mark.parametrize(("examples", "rates"), [(2490, [0.0, 1.0]), (8551, [0.0, 1 / 1.602])])
+def test_the_warm_up_of_a_short_run_is_a_fraction_of_an_update(examples, rates):
+    """0.2 % of RTE's 231 updates and of CoLA's 801: the first update has rate 0 in both."""
+    epoch = examples // 32 * 32
+    horizon, _, _ = schedule(FinetuneConfig(), None, epoch)
+    assert horizon.warmup == pytest.approx(0.002 * horizon.total)
+    for step, rate in enumerate(rates):
+        expected = 6.25e-5 * rate * (1 - step / horizon.total)
+        assert float(learning_rate(FinetuneConfig().optim, horizon, step)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_outputs_of_another_kind_are_refused(finished, own_task, tmp_path):
+    run, _ = finished
+    rows = tmp_path / "choices.tsv"
+    rows.write_text("context\ta\tb\tlabel\nx\ty\tz\t0\nx\ty\tz\t1\n")
+    overrides = ["--task.kind", "multiple_choice", "--task.texts", "context", "a", "b", "--task.labels", "0", "1"]
+    overrides += ["--task.validation", str(rows)]
+    message = mistake(evaluate.evaluate_task, run, overrides, "validation", None, print)
+    assert "2 classes" in message
+    assert "2 answers" in message
+    assert "has no test rows" in mistake(evaluate.evaluate_task, run, ["--task.test", ""], "test", None, print)
+
+
+def test_one_seed_and_several_do_not_share_a_folder(finished, config, tmp_path):
+    run, _ = finished
+    assert "holds a run of one seed" in mistake(finetune_seeds, config, run, 2)
+    (tmp_path / "many" / "seed-0").mkdir(parents=True)
+    assert "holds runs of several seeds" in mistake(finetune, config, tmp_path / "many")
+
+
+def test_other_data_are_refused(finished, config, own_task, tmp_path):
+    run, _ = finished
+    rows = tmp_path / "train.tsv"
+    rows.write_text(Path(own_task["train"]).read_text() + "aaaa\tyes\n")
+    changed = dataclasses.replace(config, task=dataclasses.replace(config.task, train=str(rows)))
+    before = (run / "config.json").read_bytes()
+    assert "was trained on other data" in mistake(finetune, changed, run)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_finished_run_is_left_as_it_is(finished, config):
+    run, result = finished
+    before = {path: path.read_bytes() for path in (run / "config.json", run / "metrics.jsonl", run / "result.json")}
+    again = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_latest=8))
+    assert finetune(again, run) == result
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize(
     ("init", "message"),
     [
@@ -174,10 +245,10 @@ def test_bad_tasks_are_refused_before_anything_is_trained(own_task, pretrained, 
 def test_the_command_line_fine_tunes_evaluates_and_reports(pretrained, own_task, tmp_path, capsys):
     config = tmp_path / "own.py"
     config.write_text(
-        "from gpt_jax.config import FinetuneConfig, LoopConfig, TaskConfig\n"
+        "from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, TaskConfig\n"
         "def config():\n"
         f"    return FinetuneConfig(task=TaskConfig(train={own_task['train']!r}, validation={own_task['validation']!r}),\n"
-        "        train=LoopConfig(batch_size=8, duration='2 steps', tensorboard=False))\n"
+        "        train=FinetuneLoopConfig(batch_size=8, duration='2 steps', tensorboard=False))\n"
     )
     run = str(tmp_path / "run")
     assert main(["finetune", str(config), "--init.from", str(pretrained), "--workdir", run]) == 0

@@ -105,7 +105,7 @@ def test_a_run_keeps_to_its_tokens(finished, tiny, text, tmp_path):
     content = text.read_text()
     text.write_text("".join(content.splitlines(keepends=True)[1:]))
     try:
-        with pytest.raises(UserError, match=r"was trained on another token store \(digest"):
+        with pytest.raises(UserError, match=r"was trained on other data \(digest"):
             pretrain(tiny("--data.store", str(tmp_path / "store")), run)
     finally:
         text.write_text(content)
