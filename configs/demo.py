@@ -35,10 +35,10 @@ def config() -> PretrainConfig:
         optim=OptimConfig(peak_lr=2e-3, warmup="5%", b2=0.98, clip_norm=1.0),
         train=TrainConfig(
             batch_size=16,
-            duration="560 steps",
-            eval_every="140 steps",
+            duration="800 steps",
+            eval_every="200 steps",
             eval_windows=256,
-            save_every="140 steps",
+            save_every="200 steps",
             prompts=("The function returns", "If the file", "This class"),
         ),
     )
