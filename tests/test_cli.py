@@ -189,7 +189,7 @@ def test_a_correct_source_after_a_mistaken_one_just_works(mistake, config_file, 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("--train.duration", "0.001 epochs", "'0.001 epochs' is less than one update of 8 windows"),
+        ("--train.duration", "0.001 epochs", "'0.001 epochs' is less than one update of 8 examples"),
         ("--optim.warmup", "8 steps", "8 steps of warm-up leave nothing of a run of 8 steps"),
     ],
 )
