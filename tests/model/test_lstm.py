@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
@@ -284,21 +285,22 @@ def test_description_fits_the_parameters():
 
 
 def test_it_learns(batch):
-    """Plain gradient descent with momentum from the initial values, on eight sentences: the signal does not vanish."""
+    """Adam from the initial values, on eight sentences: the signal does not vanish."""
     config = dataclasses.replace(TINY, embed_dropout=0.0, residual_dropout=0.0)
     batch = jax.tree.map(jnp.asarray, batch)
     params = jax.jit(functools.partial(network.init, config))(jax.random.key(0))
-    velocity = jax.tree.map(jnp.zeros_like, params)
+    optimizer = optax.adam(1e-2)
+    moments = optimizer.init(params)
 
     @jax.jit
-    def update(params, velocity):
+    def update(params, moments):
         value, gradients = jax.value_and_grad(functools.partial(loss, config))(params, batch)
-        velocity = jax.tree.map(lambda v, g: 0.95 * v + g, velocity, gradients)
-        return value, jax.tree.map(lambda p, v: p - 0.5 * v, params, velocity), velocity
+        updates, moments = optimizer.update(gradients, moments)
+        return value, optax.apply_updates(params, updates), moments
 
     losses = []
-    for _ in range(300):
-        value, params, velocity = update(params, velocity)
+    for _ in range(150):
+        value, params, moments = update(params, moments)
         losses.append(float(value))
     assert losses[0] == pytest.approx(np.log(50), abs=0.01)
-    assert losses[-1] < 2.5
+    assert losses[-1] < 1.0
