@@ -3,7 +3,7 @@
     gpt-jax demo                                      (prepares, trains, samples, compares; see gpt_jax/stories.py)
     gpt-jax pretrain demo --workdir RUN               (the training alone)
 
-Time: about four minutes on two CPU cores. Expect: a validation loss some two nats under that of a unigram model.
+Time: about five minutes on two CPU cores. Expect: a validation loss some two nats under that of a unigram model.
 """
 
 from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
