@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gpt_jax import __version__
-from gpt_jax.errors import Preempted, TrainingError, UserError
+from gpt_jax.errors import Preempted, TrainingError, UserError, VerificationError
 
 DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, and look at what was trained. `gpt-jax VERB --help` tells more."
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if overrides and not options.takes_overrides:
             raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax {options.verb} (see gpt-jax {options.verb} --help)")
         return options.run(options, overrides) or 0
-    except (UserError, TrainingError, Preempted) as error:
+    except (UserError, TrainingError, VerificationError, Preempted) as error:
         if show_traceback:
             raise
         print(f"gpt-jax: {error}", file=sys.stderr)
@@ -118,6 +118,22 @@ def _parser() -> argparse.ArgumentParser:
         "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this total probability (default: 1)"
     )
     sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+
+    sub = verb("export", _export, "a checkpoint in another framework's format, verified before it is there")
+    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
+    sub.add_argument(
+        "--format", required=True, metavar="FORMAT", help="huggingface, npz, openai (as released), stablehlo, onnx or savedmodel"
+    )
+    sub.add_argument("--out", required=True, type=Path, help="the folder to be made")
+    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of stored numbers (float32)")
+    sub.add_argument("--shard-bytes", type=float, default=5e9, help="huggingface: cut larger files into several (default: 5e9)")
+
+    sub = verb("import", _import, "a model of another format -> a run to fine-tune, evaluate or generate from")
+    sub.add_argument("source", type=Path, metavar="SOURCE", help="folder of a Hugging Face openai-gpt, of the released files, or npz")
+    sub.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    sub.add_argument("--config", help="what the model must be: a pre-training config (default: what SOURCE says, or the paper's)")
+    sub.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, where SOURCE has none")
+    sub.add_argument("--trust-pickle", action="store_true", help="read a pytorch_model.bin, which is a pickle")
 
     sub = verb("checkpoint", _checkpoint, "what a run has saved")
     sub.add_argument(
@@ -255,6 +271,32 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
         seed=options.seed,
     ):
         print(prompt + text)
+
+
+def _export(options: argparse.Namespace, _: list[str]) -> None:
+    from gpt_jax.interop.exports import export
+    from gpt_jax.train.progress import say
+
+    export(options.checkpoint, options.format, options.out, say, dtype=options.dtype, shard_bytes=int(options.shard_bytes))
+
+
+def _import(options: argparse.Namespace, _: list[str]) -> None:
+    from gpt_jax import config_io
+    from gpt_jax.config import PretrainConfig
+    from gpt_jax.interop.imports import import_
+    from gpt_jax.train.progress import say
+
+    config = config_io.load(options.config) if options.config else None
+    if config is not None and not isinstance(config, PretrainConfig):
+        raise UserError(f"--config: {options.config} is a fine-tuning config, which has no architecture")
+    import_(
+        options.source,
+        options.workdir,
+        say,
+        config=config,
+        tokenizer=options.tokenizer,
+        trust_pickle=options.trust_pickle,
+    )
 
 
 def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:

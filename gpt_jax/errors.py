@@ -22,6 +22,12 @@ class TrainingError(Exception):
     exit_code = 1
 
 
+class VerificationError(Exception):
+    """What was exported does not compute what the checkpoint computes; it was removed. Exit code 1."""
+
+    exit_code = 1
+
+
 class Preempted(Exception):
     """The process was told to stop (SIGTERM) and has saved its state; exit code 42, which launchers read as "restart me"."""
 

@@ -97,6 +97,16 @@ class RunDir:
                 "Name another --workdir, or say --allow-changes if it is meant"
             )
 
+    def require_own(self) -> None:
+        """Refuses a folder whose model was imported: its checkpoint has no optimiser's state to go on with.
+
+        Raises:
+          UserError: it was.
+        """
+        file = self.path / "config.json"
+        if file.exists() and (source := read_json(file).get("imported_from")):
+            raise UserError(f"{self.path} holds a model imported from {source}; name another --workdir and --init.from {self.path}")
+
     def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
         """Refuses data that are not those the run has been trained on.
 
@@ -112,12 +122,12 @@ class RunDir:
                 "its own, or name another --workdir"
             )
 
-    def open(self, config: Any, data_digest: str) -> None:
-        """Starts an attempt: writes config.json and opens the record."""
+    def open(self, config: Any, data_digest: str, **facts: Any) -> None:
+        """Starts an attempt: writes config.json, with `facts` beside the config, and opens the record."""
         if not self._primary:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        facts = {
+        facts |= {
             "digest": config_io.digest(config),
             "data_digest": data_digest,
             **environment(),

@@ -17,7 +17,9 @@ from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, Opt
 from gpt_jax.data.corpus import InstalledDocs
 from gpt_jax.data.store import Store
 from gpt_jax.data.windows import EvaluationWindows
+from gpt_jax.interop.exports import export
 from gpt_jax.model.decode import generate
+from gpt_jax.rundir import read_json
 from gpt_jax.tasks.finetune import finetune
 from gpt_jax.tasks.made import make_tasks
 from gpt_jax.train.pretrain import pretrain
@@ -51,6 +53,10 @@ def demo(workdir: Path) -> int:
     say("\nFour tasks made from the same documentation, each fine-tuned from the model and from nothing:")
     scores = fine_tune_made_tasks(config, workdir)
 
+    say("\nFor other frameworks:")
+    exported = workdir / "huggingface"
+    parity = read_json(exported / "parity.json") if exported.exists() else export(workdir, "huggingface", exported, say)
+
     rows = [("model", result["loss"]), ("interpolated bigram", bigram), ("unigram", unigram)]
     print(f"\n{'validation loss':<24}{'nats/token':>12}{'bits/byte':>12}")
     for name, loss in rows:
@@ -63,6 +69,8 @@ def demo(workdir: Path) -> int:
         f"tokens seen  {result['tokens']:,} (the corpus has {store.split('train').num_tokens:,})\n"
         f"speed        {result['tokens_per_second']:,.0f} tokens/s on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
         f"run          {workdir} (metrics.jsonl, checkpoints/, tensorboard/, result.json, tasks/)\n"
+        f"exported     {exported}: logits within {parity['logits']['max_abs_difference']:.1e} at {parity['logits']['positions']:,} "
+        f"positions ({parity['verified_with']})\n"
         f"time         {duration(time.monotonic() - started)}\n\n"
         f'next         gpt-jax generate {workdir} --prompt "The function"'
     )

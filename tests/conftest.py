@@ -66,7 +66,7 @@ from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig,
 
 def config():
     return PretrainConfig(
-        model=ModelConfig(vocab_size=257, context_length=32, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32),
+        model=ModelConfig(vocab_size=257, context_length=32, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=64),
         data=DataConfig(source="{source}", validation_share=0.1, processes=1, tokenizer=TokenizerConfig(kind="bytes")),
         optim=OptimConfig(peak_lr=0.01, warmup="1 steps"),
         train=TrainConfig(

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from gpt_jax.data.windows import PERMUTATION_VERSION
@@ -44,6 +45,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 RANK = "rank"
 """The metric that says which checkpoints are best, the lowest; where there is none it is "loss"."""
+CHUNK_BYTES = 1 << 23
+"""Of a large parameter in one piece on disk."""
 STEP_FOLDER = re.compile(r"(\d+)(\.replaced)?")
 
 # Orbax tells of every phase of a save, and of every failure that it raises as well.
@@ -105,6 +108,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
         self._orbax = ocp.Context()
         self._orbax.array.saving.use_compression = False  # Weights shrink by 7 % in three times the time.
+        self._orbax.array.saving.scoped_storage_options_creator = _storage
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._clear_cut_short()
@@ -201,6 +205,16 @@ class Checkpoints:
     def _clear_cut_short(self) -> None:
         for leftover in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _storage(path: tuple[Any, ...], leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    """Large parameters are stored in pieces of at most `CHUNK_BYTES`, and stacked ones layer by layer, so that whoever reads one
+    tensor (`open_arrays`) needs no more memory than that takes."""
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+    part, *inside = (getattr(key, "key", None) for key in path[:2])
+    if part != "params" or leaf.nbytes <= CHUNK_BYTES:
+        return options()
+    return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if inside == ["blocks"] else None)
 
 
 def _set_aside(path: Path) -> None:
@@ -446,6 +460,38 @@ def restore_part(info: Info, abstract_subtree: dict[str, Any], key: str = "param
     """Reads entries of one part of a state, by default of the parameters; entries that are not asked for are left alone, and all
     else is as in `restore`."""
     return _load(info, {key: abstract_subtree}, partial=True)[key]
+
+
+def open_arrays(info: Info, key: str = "params") -> dict[str, Any]:
+    """Opens one part of a state without reading it, for whoever wants it piece by piece in little memory; on one process.
+
+    Returns:
+      The part's nested dictionaries with a `tensorstore.TensorStore` for each array: it has shape and dtype, can be sliced like an
+      array, and `read_array` reads it.
+    """
+    import tensorstore
+
+    _demand_sound(info)
+    kvstore = {"driver": "ocdbt", "base": f"file://{info.path}/state/"}
+
+    def opened(path: tuple[Any, ...], _: Any) -> Any:
+        name = ".".join([key, *(part.key for part in path)])
+        return tensorstore.open({"driver": "zarr3", "kvstore": kvstore | {"path": f"{name}/"}}, open=True, read=True).result()
+
+    return jax.tree_util.tree_map_with_path(opened, ocp.metadata(info.path).metadata[key])
+
+
+def read_array(array: Any) -> np.ndarray:
+    """Reads what `open_arrays` has opened, or a slice of it, one stored piece after the other: at once, all pieces would be held
+    beside the result."""
+    if not array.ndim:
+        return np.asarray(array.read().result())
+    result = np.empty(array.shape, array.dtype.numpy_dtype)
+    rows = array.chunk_layout.read_chunk.shape[0] or 1
+    for begin in range(0, len(result), rows):
+        end = min(begin + rows, len(result))
+        result[begin:end] = array[begin:end].read().result()
+    return result
 
 
 def _load(info: Info, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
