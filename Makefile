@@ -6,11 +6,11 @@ ARGS ?=
 
 bin := $(VENV)/bin
 workers := logical --maxprocesses 4
-locks := constraints/py311.txt constraints/py312.txt
+locks := $(wildcard constraints/*.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format lock clean
+.PHONY: help demo test test-slow interop test-interop lint format lock clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -26,6 +26,12 @@ test: $(VENV)/.installed-test ## Run the quick tests; ARGS="tests/test_config.py
 test-slow: $(VENV)/.installed-test ## Run the slow tests, compiled with all optimisations.
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n $(workers) --dist worksteal -m slow $(ARGS)
 
+interop: ## Run all tests of exports and imports beside torch, transformers and ONNX Runtime, in .venv-interop.
+	@$(MAKE) --no-print-directory VENV=.venv-interop test-interop
+
+test-interop: $(VENV)/.installed-interop
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n 2 --dist worksteal tests/interop $(ARGS)
+
 lint: $(VENV)/.installed-lint ## Check style, format and types.
 	@$(bin)/ruff check .
 	@$(bin)/ruff format --check .
@@ -35,18 +41,21 @@ format: $(VENV)/.installed-lint ## Put the code into the form that `make lint` a
 	@$(bin)/ruff check --fix .
 	@$(bin)/ruff format .
 
-# tensorflow is resolved besides tensorflow-cpu, so that one lock holds on machines that need either of the two.
-lock: $(VENV)/.created ## Renew both constraints files with the newest versions that go together.
+# tensorflow is resolved besides tensorflow-cpu, so that one lock holds on machines that need either of the two. What only `make
+# interop` needs has locks of its own, which agree with the others; torch is the same on both Pythons, and renewed by hand.
+lock: $(VENV)/.created ## Renew the constraints files with the newest versions that go together.
 	@$(bin)/python -m pip install --quiet uv
 	@for version in 3.11 3.12; do \
-	  file=constraints/py$$(echo $$version | tr -d .).txt; echo "resolving $$file"; \
-	  echo tensorflow | $(bin)/uv pip compile --quiet --upgrade setup.cfg - --extra test --extra lint \
-	    --python-version $$version --python-platform x86_64-unknown-linux-gnu \
-	    --no-emit-index-url --no-annotate --no-header --output-file $$file || exit; \
+	  file=py$$(echo $$version | tr -d .).txt; echo "resolving constraints/$$file"; \
+	  compile="$(bin)/uv pip compile --quiet --upgrade setup.cfg - --python-version $$version \
+	    --python-platform x86_64-unknown-linux-gnu --no-emit-index-url --no-annotate --no-header"; \
+	  echo tensorflow | $$compile --extra test --extra lint --output-file constraints/$$file \
+	    && printf 'tensorflow\ntorch==2.13.0\n' | $$compile --extra interop --constraint constraints/$$file \
+	      --output-file constraints/interop-$$file || exit; \
 	done
 
 clean: ## Remove what these commands made: the environment, builds and caches. Runs stay.
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-interop build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- the environment --------------------------------------------------------------------------------------------------------
@@ -60,9 +69,12 @@ $(VENV)/.created:
 	@touch $@
 
 # One stamp per set of extras, so that the demo does not wait for the tests' packages.
+size := 2.7 GB
+$(VENV)/.installed-interop: lock_prefix := interop-
+$(VENV)/.installed-interop: size := 4 GB, more where torch brings CUDA
 $(VENV)/.installed-%: $(VENV)/.created setup.cfg pyproject.toml $(locks)
-	@echo "installing the $* packages into $(VENV): a minute or two the first time (2.7 GB), less than half a minute later"
-	@lock=constraints/py$$($(bin)/python -c 'import sys; print(311 if sys.version_info < (3, 12) else 312)').txt; \
+	@echo "installing the $* packages into $(VENV): a minute or two the first time ($(size)), less than half a minute later"
+	@lock=constraints/$(lock_prefix)py$$($(bin)/python -c 'import sys; print(311 if sys.version_info < (3, 12) else 312)').txt; \
 	  $(bin)/python -m pip install --quiet --constraint $$lock setuptools \
 	  && $(bin)/python -m pip install --quiet --constraint $$lock --no-build-isolation --editable '.$(patsubst [core],,[$*])'
 	@touch $@

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 # Top to bottom; a module imports from its own line and from lower ones only.
 LAYERS = (
     {"__main__", "cli"},
+    {"launch"},
     {"stories", "studies", "present", "paper_table", "plots"},
     {"plan"},
     {"interop"},
@@ -39,9 +40,14 @@ LAYERS = (
 )
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Imports that cost seconds, or that a machine which only trains may lack.
-HEAVY = {"ftfy", "sentencepiece", "spacy", "tensorflow", "tensorflow_datasets", "tokenizers"}
+HEAVY = {
+    *("ftfy", "onnx", "onnxruntime", "safetensors", "sentencepiece", "spacy", "tensorflow", "tensorflow_datasets", "tokenizers"),
+    *("torch", "transformers"),
+}
+# To make batches, and to write a SavedModel.
+TENSORFLOW = {"gpt_jax/data/pipeline.py", "gpt_jax/interop/graphs.py"}
 
-FILES = sorted((ROOT / "gpt_jax").rglob("*.py"))
+FILES = sorted([*(ROOT / "gpt_jax").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.stem != "__init__")
 
 
@@ -95,6 +101,8 @@ def part_of(module: str) -> str | None:
     if top != "gpt_jax":
         return None
     part = rest.partition(".")[0]
+    if part == "launch":  # mapped into the package
+        return part
     return part if (ROOT / "gpt_jax" / part).is_dir() or (ROOT / "gpt_jax" / f"{part}.py").is_file() else "__init__"
 
 
@@ -129,7 +137,8 @@ except ImportError:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_imports_from_a_higher_layer(path: Path) -> None:
-    own = layer_of(path.relative_to(ROOT / "gpt_jax").parts[0].removesuffix(".py"))
+    parts = path.relative_to(ROOT).parts
+    own = layer_of("launch" if parts[0] == "launch" else parts[1].removesuffix(".py"))
     for each in imports_of(path):
         part = part_of(each.module)
         if part is not None:
@@ -142,7 +151,7 @@ def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
         library = each.module.partition(".")[0]
         where = f"{name_of(path)}:{each.line} imports {each.module}"
         assert library not in HEAVY or not each.eager, f"{where} outside of a function"
-        assert library != "tensorflow" or name_of(path) == "gpt_jax/data/pipeline.py", f"{where}; only data/pipeline.py may"
+        assert library != "tensorflow" or name_of(path) in TENSORFLOW, f"{where}; only {' and '.join(sorted(TENSORFLOW))} may"
         assert library not in ACCELERATED or not name_of(path).startswith("gpt_jax/data/"), f"{where}; arrays in data are NumPy's"
 
 
@@ -229,7 +238,8 @@ def test_every_package_is_installed() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     parts = [path.parent.relative_to(ROOT).parts for path in (ROOT / "gpt_jax").rglob("__init__.py")]
-    parts += [("gpt_jax", *path.parent.relative_to(ROOT).parts) for path in (ROOT / "configs").rglob("*.py")]
+    mapped = [path for folder in ("configs", "launch") for path in (ROOT / folder).rglob("*.py")]
+    parts += [("gpt_jax", *path.parent.relative_to(ROOT).parts) for path in mapped]
     assert set(setup["options"]["packages"].split()) == {".".join(each) for each in parts}
 
 
@@ -242,10 +252,22 @@ def test_constraints_hold_pins_only_and_never_torch(version: str) -> None:
     assert not {"torch", "gpt-jax"} & pins.keys()
 
 
+@pytest.mark.parametrize("version", ["311", "312"])
+def test_the_environment_of_the_exports_agrees_with_the_main_one(version: str) -> None:
+    main, interop = (
+        dict(line.split("==") for line in (ROOT / "constraints" / f"{prefix}py{version}.txt").read_text().splitlines())
+        for prefix in ("", "interop-")
+    )
+    assert {"torch", "transformers", "onnx", "onnxruntime", "safetensors", "tokenizers"} <= interop.keys()
+    assert {name: interop[name] for name in main.keys() & interop.keys()} == {
+        name: main[name] for name in main.keys() & interop.keys()
+    }
+
+
 @pytest.mark.slow
 def test_a_plain_install_brings_the_configs(tmp_path: Path) -> None:
     copy = tmp_path / "source"
-    for name in ("gpt_jax", "configs"):
+    for name in ("gpt_jax", "configs", "launch"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

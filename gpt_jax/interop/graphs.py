@@ -1,11 +1,11 @@
 """The computation itself for other programs: as StableHLO, as a TensorFlow SavedModel, as ONNX; float32 whatever the config says.
 
-    tokens int32 [batch, time] -> logits float32 [batch, time, vocabulary]
-    with a head: tokens int32 [batch, sequences, time], extract int32 [batch, sequences] -> log_probabilities float32 [batch, outputs]
+    tokens int32 [batch, time] -> logits float32 [batch, time, vocabulary]; of a fine-tuned model
+    tokens int32 [batch, sequences, time], extract int32 [batch, sequences] -> log_probabilities float32 [batch, outputs]
 
 Batch and time are free, time up to a Transformer's context length. StableHLO and the SavedModel are traced from the model's own
 functions. ONNX is written operator by operator: jax2onnx can trace our models at fixed sizes only, and tf2onnx does not know
-the operator that JAX puts into a SavedModel.
+the one operator that such a SavedModel consists of.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from jax.extend.mlir.dialects import stablehlo
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
@@ -35,6 +36,10 @@ from gpt_jax.model.transformer import Params
 from gpt_jax.tasks.head import Head
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+
+STABLEHLO_VERSION = "1.1.0"
+"""Of the SavedModel's graph: the oldest that holds the model, so that any TensorFlow reads it. What JAX 0.12, and with it jax2tf,
+writes by itself is too new for TensorFlow 2.21."""
 
 OPSET, IR_VERSION = 20, 9
 """Of ONNX 1.15 (2023), the first in which GELU is an operator."""
@@ -61,12 +66,12 @@ def _computation(model: ModelConfig, head: Head | None) -> Callable[..., jax.Arr
     """A function of parameters as `named` gives them and of the inputs."""
     model = dataclasses.replace(model, compute_dtype="float32", matmul_precision="highest", attention="plain", remat="off")
 
-    def compute(parameters: dict[str, Any], tokens: jax.Array, extract: jax.Array | None = None) -> jax.Array:
+    def compute(parameters: dict[str, Any], tokens: jax.Array, *extract: jax.Array) -> jax.Array:
         params = traverse_util.unflatten_dict(parameters, sep="/")["params"]
         if head is None:
             return network.logits(model, params, network.apply(model, params, tokens))
         labels = jnp.zeros((tokens.shape[0], head.outputs), jnp.float32)  # read for their shape alone
-        return head.log_probabilities(model, params, {"tokens": tokens, "extract": extract, "labels": labels})
+        return head.log_probabilities(model, params, {"tokens": tokens, "extract": extract[0], "labels": labels})
 
     return compute
 
@@ -88,32 +93,32 @@ def _limits(model: ModelConfig) -> list[str]:
     return [f"time <= {model.context_length}"] if model.kind == "transformer" else []
 
 
-def _polymorphic(shape: Shape) -> str:
-    """A shape as JAX reads it."""
-    return ", ".join(map(str, shape))
-
-
 # -- StableHLO --------------------------------------------------------------------------------------------------------------
+
+
+def _exported(model: ModelConfig, parameters: dict[str, np.ndarray], head: Head | None, sequences: int) -> jax.export.Exported:
+    """The computation traced for `PLATFORMS`. The parameters are its first inputs, in the order of their names."""
+    scope = jax.export.SymbolicScope(_limits(model))
+    inputs = [
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(", ".join(map(str, shape)), scope=scope), jnp.int32)
+        for shape in _inputs(head, sequences).values()
+    ]
+    specs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in parameters.items()}
+    return jax.export.export(jax.jit(_computation(model, head)), platforms=PLATFORMS)(specs, *inputs)
 
 
 def write_stablehlo(folder: Path, model: ModelConfig, params: Params, head: Head | None, sequences: int = 1) -> None:
     """Writes model.stablehlo, model.safetensors and signature.json into `folder`.
 
-    The first is a serialized `jax.export.Exported` for `PLATFORMS`. Parameters are its first inputs and not constants in it:
-    called from JAX, a dictionary by their names in the second; called without, arrays in the order that the third tells.
+    The first is a serialized `jax.export.Exported`. Parameters are inputs and not constants of it: called from JAX, a
+    dictionary of what is in the second; called without JAX, arrays in the order that the third tells.
 
     Args:
       params: float32, with the vocabulary's padding rows.
       sequences: of an example, with a head.
     """
     parameters = named(model, params)
-    inputs = _inputs(head, sequences)
-    scope = jax.export.SymbolicScope(_limits(model))
-    specs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in parameters.items()}
-    data = [
-        jax.ShapeDtypeStruct(jax.export.symbolic_shape(_polymorphic(shape), scope=scope), jnp.int32) for shape in inputs.values()
-    ]
-    exported = jax.export.export(jax.jit(_computation(model, head)), platforms=PLATFORMS)(specs, *data)
+    exported = _exported(model, parameters, head, sequences)
     (folder / "model.stablehlo").write_bytes(exported.serialize())
 
     known = {name: files.Tensor(array.shape, array.dtype) for name, array in parameters.items()}
@@ -125,7 +130,7 @@ def write_stablehlo(folder: Path, model: ModelConfig, params: Params, head: Head
         return [{"name": name, "dtype": str(array.dtype), "shape": shape} for name, array, shape in rows]
 
     signature = {
-        "inputs": described([*parameters, *inputs], exported.in_avals),
+        "inputs": described([*parameters, *_inputs(head, sequences)], exported.in_avals),
         "outputs": described([_output(model, head)[0]], exported.out_avals),
         "limits": _limits(model),
         "platforms": exported.platforms,
@@ -155,27 +160,30 @@ def write_savedmodel(folder: Path, model: ModelConfig, params: Params, head: Hea
       sequences: of an example, with a head.
     """
     tf = _tensorflow()
-    from jax.experimental import jax2tf
+    from tensorflow.compiler.tf2xla.python import xla
 
-    inputs = _inputs(head, sequences)
-    compute = jax2tf.convert(
-        _computation(model, head),
-        polymorphic_shapes=[None, *(f"({_polymorphic(shape)})" for shape in inputs.values())],
-        polymorphic_constraints=_limits(model),
-        native_serialization_platforms=PLATFORMS,
-        with_gradient=False,
-    )
-    parameters = {name: tf.Variable(array, name=name, trainable=False) for name, array in named(model, params).items()}
+    parameters = named(model, params)
+    exported = _exported(model, parameters, head, sequences)
+    graph = stablehlo.serialize_portable_artifact_str(exported.mlir_module(), STABLEHLO_VERSION)
+    name, shape = _output(model, head)
     module = tf.Module()
-    module.parameters = list(parameters.values())  # A SavedModel keeps the variables that it finds in attributes.
+    # A SavedModel keeps the variables that it finds in attributes.
+    module.parameters = [tf.Variable(array, name=path, trainable=False) for path, array in parameters.items()]
 
     def serve(*data: Any) -> dict[str, Any]:
-        return {_output(model, head)[0]: compute(parameters, *data)}
+        arguments = [*(variable.read_value() for variable in module.parameters), *data]
+        (output,) = xla.call_module(
+            [arguments[index] for index in exported.module_kept_var_idx],
+            version=exported.calling_convention_version,
+            module=graph,
+            Sout=[_tensorflow_shape(shape)],
+            Tout=[tf.float32],
+            platforms=[platform.upper() for platform in PLATFORMS],
+        )
+        return {name: output}
 
-    specs = [
-        tf.TensorSpec([size if isinstance(size, int) else None for size in shape], tf.int32, name=name)
-        for name, shape in inputs.items()
-    ]
+    inputs = _inputs(head, sequences).items()
+    specs = [tf.TensorSpec(_tensorflow_shape(shape), tf.int32, name=name) for name, shape in inputs]
     module.serve = tf.function(serve, input_signature=specs, autograph=False)
     tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
 
@@ -192,6 +200,10 @@ def load_savedmodel(folder: Path) -> Computation:
         return output.numpy()
 
     return compute
+
+
+def _tensorflow_shape(shape: Shape) -> list[int | None]:
+    return [size if isinstance(size, int) else None for size in shape]
 
 
 def _tensorflow() -> Any:

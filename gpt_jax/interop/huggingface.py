@@ -159,7 +159,7 @@ def card(config: RunConfig, tokenizer: Tokenizer, facts: Mapping[str, Any], task
     scores = facts["scores"]
     lines += [f"- {name}: {value:.4f}" for name, value in scores.items()] or ["None was measured."]
     lines += ["", "## Where it comes from", ""]
-    lines += [f"- {name}: {facts[name]}" for name in ("step", "config_digest", "data_digest")]
+    lines += [f"- {name}: {facts[name]}" for name in ("step", "config_digest", "data_digest") if facts[name] != ""]
     lines += ["", "parity.json says how closely this folder was checked against the original.", ""]
     lines += ["## Tokenizer", ""]
     lines += [f"- {line}" for line in tokenizer_json.differences(tokenizer)] or [
