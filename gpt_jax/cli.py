@@ -129,7 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--shard-bytes", type=float, default=5e9, help="huggingface: cut larger files into several (default: 5e9)")
 
     sub = verb("import", _import, "a model of another format -> a run to fine-tune, evaluate or generate from")
-    sub.add_argument("source", type=Path, metavar="SOURCE", help="folder of a Hugging Face openai-gpt, of the released files, or npz")
+    sub.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder of a Hugging Face openai-gpt, of the released files, or npz"
+    )
     sub.add_argument("--workdir", required=True, type=Path, help="the run's folder")
     sub.add_argument("--config", help="what the model must be: a pre-training config (default: what SOURCE says, or the paper's)")
     sub.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, where SOURCE has none")

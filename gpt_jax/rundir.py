@@ -105,7 +105,9 @@ class RunDir:
         """
         file = self.path / "config.json"
         if file.exists() and (source := read_json(file).get("imported_from")):
-            raise UserError(f"{self.path} holds a model imported from {source}; name another --workdir and --init.from {self.path}")
+            raise UserError(
+                f"{self.path} holds a model imported from {source}; name another --workdir and --init.from {self.path}"
+            )
 
     def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
         """Refuses data that are not those the run has been trained on.

@@ -69,8 +69,8 @@ def demo(workdir: Path) -> int:
         f"tokens seen  {result['tokens']:,} (the corpus has {store.split('train').num_tokens:,})\n"
         f"speed        {result['tokens_per_second']:,.0f} tokens/s on {jax.device_count()} x {jax.devices()[0].device_kind}\n"
         f"run          {workdir} (metrics.jsonl, checkpoints/, tensorboard/, result.json, tasks/)\n"
-        f"exported     {exported}: logits within {parity['logits']['max_abs_difference']:.1e} at {parity['logits']['positions']:,} "
-        f"positions ({parity['verified_with']})\n"
+        f"exported     {exported}: logits within {parity['logits']['max_abs_difference']:.1e} at "
+        f"{parity['logits']['positions']:,} positions ({parity['verified_with']})\n"
         f"time         {duration(time.monotonic() - started)}\n\n"
         f'next         gpt-jax generate {workdir} --prompt "The function"'
     )

@@ -1,4 +1,4 @@
-"""Makes batches ahead of the step that needs them, with tf.data or with plain threads. The only importer of tensorflow.
+"""Makes batches ahead of the step that needs them, with tf.data or with plain threads. Training needs tensorflow here alone.
 
 A batch is a pure function of its step, so neither has any state worth saving: to resume is to start at another step.
 """

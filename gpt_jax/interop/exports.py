@@ -172,7 +172,7 @@ def _score_weight(subject: Subject) -> np.ndarray:
 
 def _write_huggingface(subject: Subject, folder: Path, dtype: Dtype) -> None:
     config, tokenizer, task, head = subject.config, subject.tokenizer, subject.task, subject.head
-    names = huggingface.SPECIALS if task is not None else ()
+    names = _special_names(subject)
     manifest = checkpoint.read_manifest(subject.info)
     facts = {
         **{name: manifest[name] for name in ("step", "config_digest", "data_digest")},
@@ -187,6 +187,10 @@ def _write_huggingface(subject: Subject, folder: Path, dtype: Dtype) -> None:
     ):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(huggingface.card(config, tokenizer, facts, task, head), encoding="utf-8")
+
+
+def _special_names(subject: Subject) -> tuple[str, ...]:
+    return huggingface.SPECIALS if subject.task is not None else ()
 
 
 def _write_side(subject: Subject, folder: Path) -> None:
@@ -245,7 +249,7 @@ def _verified(subject: Subject, format_: str, folder: Path, dtype: Dtype, log: C
         pair = (reference.log_probabilities(subject.head, *inputs), candidate.outputs(*inputs))
         found["outputs"] = _judged(parity.compare(iter([pair])), candidate.tolerance, "examples", log)
     if format_ == "huggingface":
-        found["tokenizer"] = _tokenizer_parity(subject.tokenizer, folder, log)
+        found["tokenizer"] = _tokenizer_parity(subject, folder, log)
     return found
 
 
@@ -287,26 +291,32 @@ def _judged(difference: parity.Difference, tolerance: float, unit: str, log: Cal
     )
     if not difference.largest <= tolerance:
         raise VerificationError(
-            f"what was written differs from the checkpoint by {difference.largest:.2e} at {unit} of real text, and {tolerance:g} is "
-            "allowed; it is removed"
+            f"what was written differs from the checkpoint by {difference.largest:.2e} at {unit} of real text, and {tolerance:g} "
+            "is allowed; it is removed"
         )
     return parity.summary(difference, tolerance, unit)
 
 
-def _tokenizer_parity(tokenizer: Tokenizer, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def _tokenizer_parity(subject: Subject, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Compares tokenizer.json with the tokenizer on real text, if the `tokenizers` library is installed."""
     try:
         import tokenizers as theirs
     except ModuleNotFoundError:
         return {"verified_with": "nothing (tokenizers is not installed)"}
+    tokenizer, names = subject.tokenizer, _special_names(subject)
     exported = theirs.Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [paragraph for document in parity.documents()[:100] for paragraph in document.split("\n\n")]
-    claimed = [text for text in texts if tokenizer_json.claims_equality(tokenizer, text)]
+    claimed = [text for text in texts if tokenizer_json.claims_equality(tokenizer, text, names)]
     equal = [text for text in texts if exported.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)]
     wrong = [text for text in claimed if text not in set(equal)]
-    log(f"parity: tokenizer.json gives the same ids for {len(equal):,} of {len(texts):,} texts, and promises it for {len(claimed):,}")
+    log(
+        f"parity: tokenizer.json gives the same ids for {len(equal):,} of {len(texts):,} texts, and promises it for "
+        f"{len(claimed):,}"
+    )
     if wrong:
-        raise VerificationError(f"tokenizer.json promises the same ids as the tokenizer and breaks it for {wrong[0][:80]!r}; removed")
+        raise VerificationError(
+            f"tokenizer.json promises the same ids as the tokenizer and breaks it for {wrong[0][:80]!r}; removed"
+        )
     return {
         "verified_with": f"tokenizers {theirs.__version__}",
         "texts": len(texts),

@@ -211,7 +211,9 @@ def read_openai(folder: Path, names: list[str]) -> Tensors:
     if begins[-1] != ends[-1]:
         raise UserError(f"{folder}: params_*.npy hold {begins[-1]:,} numbers, and params_shapes.json describes {ends[-1]:,}")
     known = {name: Tensor(shape, np.dtype(np.float32)) for name, shape in zip(names, shapes, strict=False)}
-    known |= {f"array {number}": Tensor(shape, np.dtype(np.float32)) for number, shape in enumerate(shapes) if number >= len(names)}
+    known |= {
+        f"array {number}": Tensor(shape, np.dtype(np.float32)) for number, shape in enumerate(shapes) if number >= len(names)
+    }
     places = dict(zip(known, zip(ends - [math.prod(shape) for shape in shapes], ends, strict=True), strict=True))
 
     def read(name: str) -> np.ndarray:

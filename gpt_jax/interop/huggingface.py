@@ -181,15 +181,17 @@ def _inputs(task: Task | None, head: Head) -> str:
     kind = task.kind if task else "classification"
     if kind == "similarity":
         return (
-            "A pair is scored in both orders: tokenize (a, b) and (b, a), and add the two outputs' scores before the softmax; each "
-            "holds half of the classifier's bias. tokenizer.json puts the special tokens where they belong."
+            "A pair is scored in both orders: tokenize (a, b) and (b, a), and add the two outputs' scores before the softmax; "
+            "each holds half of the classifier's bias. tokenizer.json puts the special tokens where they belong."
         )
     if head.choices:
         return (
-            "Tokenize (context, answer) for each answer and give `mc_token_ids` the position of each <extract>; `mc_logits` are the "
-            "choices' scores. tokenizer.json puts the special tokens where they belong."
+            "Tokenize (context, answer) for each answer and give `mc_token_ids` the position of each <extract>; `mc_logits` are "
+            "the choices' scores. tokenizer.json puts the special tokens where they belong."
         )
-    return "tokenizer.json puts the special tokens where they belong, around one text or between two; scores are read at <extract>."
+    return (
+        "tokenizer.json puts the special tokens where they belong, around one text or between two; scores are read at <extract>."
+    )
 
 
 # -- their model ------------------------------------------------------------------------------------------------------------

@@ -138,9 +138,7 @@ def load(folder: Path, source: Source, mesh: Mesh, trust_pickle: bool = False) -
             pieces += [piece for piece in layouts.pieces("npz", source.model, source.head) if piece.path[0] == "head"]
             known = {name: tensor for name, tensor in tensors.known.items() if name != huggingface.SCORE}
             main = tensors.read
-            tensors = Tensors(
-                folder, known | side.known, lambda name: side.read(name) if name in side.known else main(name)
-            )
+            tensors = Tensors(folder, known | side.known, lambda name: side.read(name) if name in side.known else main(name))
     return weights.assemble(tensors, pieces, source.config, mesh, source.head)
 
 
@@ -164,7 +162,9 @@ def _layout(folder: Path) -> layouts.Layout:
         return "npz"
     graphs = [name for name in ("model.stablehlo", "model.onnx", "saved_model.pb") if (folder / name).exists()]
     if graphs:
-        raise UserError(f"{folder}: {graphs[0]} is a graph, from which no checkpoint is made; export {' or '.join(FILES)} instead")
+        raise UserError(
+            f"{folder}: {graphs[0]} is a graph, from which no checkpoint is made; export {' or '.join(FILES)} instead"
+        )
     raise UserError(f"{folder}: no known format; looked for {', '.join(FILES.values())}")
 
 
@@ -185,7 +185,7 @@ def _check_manifest(folder: Path) -> None:
 
 def _tokenizer(folder: Path, given: Path | None) -> Tokenizer:
     for place in [given] if given else [folder / SIDE / "tokenizer", folder]:
-        if (place / "sentencepiece.model").is_file() or place.name == "tokenizer" and (place / tokenizers.MANIFEST).is_file():
+        if (place / "sentencepiece.model").is_file() or (place.name == "tokenizer" and (place / tokenizers.MANIFEST).is_file()):
             return tokenizers.load(place)
         for vocabulary, merges in VOCABULARIES:
             if (place / vocabulary).is_file() and (place / merges).is_file():
@@ -200,8 +200,8 @@ def _require_size(folder: Path, model: ModelConfig, tokenizer: Tokenizer, specia
     if tokenizer.vocab_size + specials != model.vocab_size:
         added = f" and {specials} special tokens" if specials else ""
         raise UserError(
-            f"{folder}: the model has {model.vocab_size} entries, and its tokenizer {tokenizer.vocab_size}{added}; name the folder of "
-            "the right one with --tokenizer"
+            f"{folder}: the model has {model.vocab_size} entries, and its tokenizer {tokenizer.vocab_size}{added}; name the folder "
+            "of the right one with --tokenizer"
         )
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gpt_jax.config import RunConfig
 from gpt_jax.errors import UserError
 from gpt_jax.interop.files import Tensor, Tensors, narrow
-from gpt_jax.interop.layouts import Piece, part_shape, parameter_shapes, paths
+from gpt_jax.interop.layouts import Piece, parameter_shapes, part_shape, paths
 from gpt_jax.model.transformer import Params
 from gpt_jax.tasks.head import Head
 from gpt_jax.train import checkpoint
@@ -50,7 +50,9 @@ def check(tensors: Tensors, pieces: Sequence[Piece]) -> None:
         elif shape != wanted[name]:
             problems.append(f"{name} is {list(shape)}, not {list(wanted[name])}")
         elif dtype.name not in ("float32", "bfloat16", "float16"):
-            problems.append(f"{name} is {dtype.name if dtype != np.void else 'of another type'}, not float32, bfloat16 or float16")
+            problems.append(
+                f"{name} is {dtype.name if dtype != np.void else 'of another type'}, not float32, bfloat16 or float16"
+            )
     if problems:
         raise UserError(f"{tensors.where}: does not fit the model: {'; '.join(problems)}")
 
@@ -78,7 +80,8 @@ def assemble(tensors: Tensors, pieces: Sequence[Piece], config: RunConfig, mesh:
     def leaf(path: tuple[str, ...]) -> jax.Array:
         whole, found = shapes[path], by_path[path]
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             if found[0].layer is not None:
                 layers = [read(piece, part_shape(piece, whole.shape))[index[1:]] for piece in found[index[0]]]
                 return np.stack(layers).astype(whole.dtype)

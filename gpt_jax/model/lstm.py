@@ -151,7 +151,7 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
     return {name: jnp.repeat(array[:, None], positions, axis=1) for name, array in (("hidden", hidden), ("cell", cell))}
 
 
-def _zero_state(config: ModelConfig, batch: Any) -> State:
+def _zero_state(config: ModelConfig, batch: Any) -> State:  # a symbol instead of an int where a graph is exported
     """The state before the first token. The cell, a sum over time, is float32 whatever the compute dtype."""
     shape = (batch, config.lstm_units)
     return jnp.zeros(shape, compute_dtype(config)), jnp.zeros(shape, jnp.float32)

@@ -466,8 +466,8 @@ def open_arrays(info: Info, key: str = "params") -> dict[str, Any]:
     """Opens one part of a state without reading it, for whoever wants it piece by piece in little memory; on one process.
 
     Returns:
-      The part's nested dictionaries with a `tensorstore.TensorStore` for each array: it has shape and dtype, can be sliced like an
-      array, and `read_array` reads it.
+      The part's nested dictionaries with a `tensorstore.TensorStore` for each array: it has shape and dtype, can be sliced like
+      an array, and `read_array` reads it.
     """
     import tensorstore
 

@@ -29,7 +29,9 @@ def fine_tuned(pretrained, tmp_path_factory):
         labels = ("0", "1", "2") if kind == "multiple_choice" else ("no", "yes", "maybe")
         for split in ("train", "validation"):
             rows = ["\t".join([*texts, "label"])]
-            rows += ["\t".join(["".join(rng.choices("abcd ", k=5)) + "." for _ in texts] + [rng.choice(labels)]) for _ in range(24)]
+            rows += [
+                "\t".join(["".join(rng.choices("abcd ", k=5)) + "." for _ in texts] + [rng.choice(labels)]) for _ in range(24)
+            ]
             rows += ["\t".join(["word."] * len(texts) + [label]) for label in labels]
             (folder / f"{kind}-{split}.tsv").write_text("\n".join(rows) + "\n")
         config = FinetuneConfig(

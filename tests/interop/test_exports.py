@@ -13,8 +13,8 @@ from gpt_jax.cli import main
 from gpt_jax.config import FinetuneRunConfig
 from gpt_jax.errors import UserError
 from gpt_jax.interop import exports, files, graphs, huggingface, imports, layouts
-from gpt_jax.tasks.finetune import head_of
 from gpt_jax.tasks.dataset import task_of
+from gpt_jax.tasks.finetune import head_of
 from gpt_jax.train import checkpoint
 from gpt_jax.train.step import LANGUAGE_MODEL
 from gpt_jax.train.trained import load_model
@@ -233,7 +233,10 @@ def test_training_does_not_go_on_in_an_imported_folder(exported, pretrained, tmp
     said = refused(capsys, "pretrain", config, "--workdir", tmp_path / "run", *store)
     assert "imported" in said
     assert f"--init.from {tmp_path / 'run'}" in said
-    assert main([str(word) for word in ["pretrain", config, "--workdir", tmp_path / "on", *store, "--init.from", tmp_path / "run"]]) == 0
+    assert (
+        main([str(word) for word in ["pretrain", config, "--workdir", tmp_path / "on", *store, "--init.from", tmp_path / "run"]])
+        == 0
+    )
 
 
 def test_a_models_feed_forward_width_must_be_theirs(tmp_path):

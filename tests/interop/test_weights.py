@@ -1,4 +1,4 @@
-"""Named tensors of other formats: against the released shapes, slices taken by hand, the libraries that own the files, and back."""
+"""Named tensors of other formats: against the released shapes, slices taken by hand, the libraries of the files, and back."""
 
 import dataclasses
 import json
@@ -39,7 +39,9 @@ def saved(config, tmp_path_factory):
     params = init_state(config, mesh)["params"]
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(0)
-    params = jax.tree.unflatten(tree, [x + jax.device_put(rng.normal(size=x.shape).astype(np.float32), x.sharding) for x in leaves])
+    params = jax.tree.unflatten(
+        tree, [x + jax.device_put(rng.normal(size=x.shape).astype(np.float32), x.sharding) for x in leaves]
+    )
     padding = jax.numpy.arange(MODEL.padded_vocab_size)[:, None] < MODEL.vocab_size
     params["embedding"]["tokens"] = params["embedding"]["tokens"] * padding
     folder = tmp_path_factory.mktemp("saved") / "checkpoints"
@@ -304,7 +306,10 @@ def test_a_flipped_bit_in_npz_is_noticed(saved, config, tmp_path):
 def test_numbers_that_are_not_finite_are_refused(saved, config, tmp_path):
     info, _ = saved
     pieces = layouts.pieces("npz", MODEL)
-    tensors = ((name, np.full_like(array, np.nan) if name == "h1/ln_2/g" else array) for name, array in weights.stream(info, pieces, "float32"))
+    tensors = (
+        (name, np.full_like(array, np.nan) if name == "h1/ln_2/g" else array)
+        for name, array in weights.stream(info, pieces, "float32")
+    )
     files.write_npz(tmp_path / "params.npz", tensors)
     with pytest.raises(UserError, match="h1/ln_2/g holds numbers that are not finite"):
         weights.assemble(read("npz", tmp_path), pieces, config, sharding.make_mesh(MeshConfig(data=8)))
