@@ -1,15 +1,17 @@
-"""Several processes of one run: starting them, waiting for each other with a word, stopping together."""
+"""Several processes of one run: starting, agreeing on what they run, waiting for each other with a word, stopping together."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,32 @@ def barrier(name: str, log: Log) -> None:
 def agree(value: int) -> int:
     """Process 0's value, on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
+
+
+def require_agreement(facts: Mapping[str, str], log: Log) -> None:
+    """Compares what every process says of itself with what process 0 says; all of them must call it.
+
+    Args:
+      facts: by their names, such as "commit"; a few kilobytes.
+
+    Raises:
+      UserError: some differ; the message, the same on all processes, says which process of which host differs in what.
+    """
+    if jax.process_count() == 1:
+        return
+    text = np.frombuffer(json.dumps({"host": socket.gethostname(), **facts}).encode(), np.uint8)
+    with waiting(f"all {jax.process_count()} processes to say what they run", log):
+        sizes = multihost_utils.process_allgather(np.int32(text.size))
+        texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - text.size)))
+    told = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
+    differences = [
+        f"process {number} ({one['host']}) has {name} {one.get(name, 'none')}, process 0 ({told[0]['host']}) {told[0][name]}"
+        for number, one in enumerate(told)
+        for name in facts
+        if one.get(name) != told[0].get(name)
+    ]
+    if differences:
+        raise UserError(f"the processes of this run do not agree: {'; '.join(differences)}; start the same on all hosts")
 
 
 class StopRequest:

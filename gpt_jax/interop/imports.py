@@ -200,8 +200,8 @@ def _require_size(folder: Path, model: ModelConfig, tokenizer: Tokenizer, specia
     if tokenizer.vocab_size + specials != model.vocab_size:
         added = f" and {specials} special tokens" if specials else ""
         raise UserError(
-            f"{folder}: the model has {model.vocab_size} entries, and its tokenizer {tokenizer.vocab_size}{added}; name the folder "
-            "of the right one with --tokenizer"
+            f"{folder}: the model has {model.vocab_size} entries, and its tokenizer {tokenizer.vocab_size}{added}; name the "
+            "folder of the right one with --tokenizer"
         )
 
 

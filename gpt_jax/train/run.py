@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from gpt_jax import config_io, distributed
@@ -18,7 +19,7 @@ from gpt_jax.errors import Preempted, UserError
 from gpt_jax.model import network
 from gpt_jax.model.attention import resolve
 from gpt_jax.model.transformer import compute_dtype
-from gpt_jax.rundir import RunDir, read_json
+from gpt_jax.rundir import RunDir, environment, read_json
 from gpt_jax.train import checkpoint
 from gpt_jax.train.loop import Work, train
 from gpt_jax.train.optimizer import Horizon
@@ -59,11 +60,31 @@ class Training(NamedTuple):
 def session(config: RunConfig, workdir: Path) -> Iterator[Session]:
     """Joins the other processes and watches for signals, from the first moment to the last, so that no save is cut short."""
     distributed.start(config.distributed, say)
+    distributed.require_agreement(_facts(config, workdir), say)
     primary = distributed.is_primary()
     with distributed.StopRequest() as stop, contextlib.closing(RunDir(workdir, primary)) as run:
         yield Session(run, stop, say if primary else lambda line: None)
         if stop.asked:
             raise Preempted(f"told to stop when {workdir} was finished")
+
+
+def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
+    """What all processes of a run must have in common, by the names that a person knows it by."""
+    found = environment()
+    fields = config_io.flatten(config)
+    return {
+        "commit": found["commit"] or "unknown",
+        **{f"{package}": version for package, version in found["versions"].items()},
+        "XLA_FLAGS": found["xla_flags"],
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "--workdir": str(workdir.absolute()),
+        # Those that differ by design, and those that change nothing but what is shown.
+        **{
+            f"--{name}": str(value)
+            for name, (value, effect) in fields.items()
+            if effect != "display" and not name.startswith("distributed.")
+        },
+    }
 
 
 def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session, allow_changes: bool = False) -> dict[str, Any]:

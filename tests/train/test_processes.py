@@ -20,7 +20,8 @@ MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 class Pair:
     """The command in two processes that join over this machine's loopback."""
 
-    def __init__(self, config_file, run, *options):
+    def __init__(self, config_file, run, *options, second=()):
+        """`second`: options of the second process alone."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -30,7 +31,7 @@ class Pair:
         for number, log in enumerate(self.logs):
             command = [sys.executable, "-m", "gpt_jax", "pretrain", str(config_file), "--workdir", str(run), *options]
             command += ["--distributed.coordinator", f"127.0.0.1:{port}", "--distributed.num-processes", "2"]
-            command += ["--distributed.process-id", str(number)]
+            command += ["--distributed.process-id", str(number), *(second if number else ())]
             with open(log, "wb") as file:
                 environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
                 self.processes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
@@ -139,3 +140,16 @@ def test_a_process_that_nobody_joins_ends_with_1(config_file, tmp_path):
         assert pair.processes[1].wait(120) == 1, pair.said()
     assert "process 1 of 2 could not join the others at 127.0.0.1:" in pair.said()
     assert "Traceback" not in pair.said()
+
+
+@pytest.mark.slow
+def test_processes_that_were_started_differently_say_in_what(config_file, tmp_path):
+    with Pair(config_file, tmp_path / "run", *MESH, second=("--train.seed", "7", "--optim.peak-lr", "0.5")) as pair:
+        pair.finish(2)
+    for log in pair.logs:
+        (line,) = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("gpt-jax: ")]
+        assert "process 1 (" in line
+        assert "has --train.seed 7, process 0 (" in line
+        assert "has --optim.peak-lr 0.5" in line
+        assert "commit" not in line
+    assert not (tmp_path / "run").exists()
