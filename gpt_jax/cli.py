@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from gpt_jax import __version__
 from gpt_jax.errors import Preempted, TrainingError, UserError, VerificationError
+from gpt_jax.launch import command
 
 DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, and look at what was trained. `gpt-jax VERB --help` tells more."
 
@@ -136,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--config", help="what the model must be: a pre-training config (default: what SOURCE says, or the paper's)")
     sub.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, where SOURCE has none")
     sub.add_argument("--trust-pickle", action="store_true", help="read a pytorch_model.bin, which is a pickle")
+
+    sub = verb("launch", command.launch, "run a training somewhere else: TPU VMs, GKE, SLURM, SkyPilot, or processes here")
+    sub.set_defaults(takes_overrides=True)
+    command.add_launch(sub)
+
+    sub = verb("supervise", command.supervise, "start a local training again after failures, until it is done")
+    command.add_supervise(sub)
 
     sub = verb("checkpoint", _checkpoint, "what a run has saved")
     sub.add_argument(

@@ -389,7 +389,15 @@ def test_a_pretrained_folder_is_a_language_model_of_theirs(pretrained, tmp_path)
     assert [text[len(ids) :]] == decode.generate(ours.config.model, ours.params, [ids], 8, temperature=0.0)
 
 
-@pytest.mark.parametrize("kind", ["classification", "entailment", "similarity", "multiple_choice"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("classification", marks=pytest.mark.slow),
+        pytest.param("entailment", marks=pytest.mark.slow),
+        "similarity",
+        "multiple_choice",
+    ],
+)
 def test_a_fine_tuned_folder_is_a_classifier_of_theirs(kind, fine_tuned, tmp_path):
     """With their tokenizer and their model the texts of the validation split get the probabilities that our evaluation writes."""
     run = fine_tuned(kind)

@@ -1,0 +1,310 @@
+"""One training that is to run somewhere else, and what can be known about it before anything is created there.
+
+The same words mean the same on every target. Nothing here needs an accelerator: what fits is arithmetic on the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from gpt_jax import config_io
+from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, RunConfig, require
+from gpt_jax.errors import Preempted, UserError
+
+from . import accelerators
+from .accelerators import GIB, Accelerator
+
+RESTART_CODE = Preempted.exit_code
+"""Exit code of a run that was told to stop and has saved: start it again."""
+PORT = 1234
+"""Port of process 0, where the other processes find it."""
+MOUNTS = ("/gcs/", "/mnt/")
+"""Where machines of a cloud have shared storage mounted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One training to be run somewhere else: what, on what, where, and how often it may be started again."""
+
+    verb: Literal["pretrain", "finetune"]
+    config: str
+    """Name or path, as on the command line."""
+    overrides: tuple[str, ...]
+    """The words `--section.field value`, as given."""
+    workdir: str
+    """The run's folder: a path that all workers see, or gs://BUCKET/PATH where the target mounts buckets."""
+    name: str
+    """Of the job, made of a-z, 0-9 and "-"; `default_name` makes one from the config."""
+    accelerator: str
+    """A family and a size: "v5e-256", "v5p-8", "h100-8", "cpu-4"; see `accelerators`."""
+    slices: int = 1
+    """TPU slices, or nodes of GPUs or CPUs."""
+    zone: str = ""
+    project: str = ""
+    image: str = ""
+    """Container image; empty: an environment installed from this commit."""
+    spot: bool = False
+    preemptions: int = 100
+    """Restarts after preemptions (exit code 42)."""
+    crashes: int = 3
+    """Restarts after failures."""
+    grace_seconds: int = 120
+    """Between SIGTERM and the end: a save must fit."""
+    queue: str = ""
+    """Kueue's local queue or SLURM's partition; empty: the cluster's default."""
+
+    def command(self) -> list[str]:
+        """The words that each process of the training runs."""
+        return ["gpt-jax", self.verb, self.config, "--workdir", self.workdir, *self.overrides]
+
+    def supervised(self) -> list[str]:
+        """The same under `gpt-jax supervise`, which restarts a process in its place."""
+        budgets = {"preemptions": self.preemptions, "crashes": self.crashes, "grace-seconds": self.grace_seconds}
+        options = [word for name, value in budgets.items() for word in (f"--{name}", str(value))]
+        return ["gpt-jax", "supervise", *options, "--", *self.command()[1:]]
+
+
+class Checked(NamedTuple):
+    """A job's config, with its overrides, and what it runs on."""
+
+    config: RunConfig
+    accelerator: Accelerator
+
+
+def default_name(config: str) -> str:
+    """A job's name from a config's: "finetune/cola" becomes "finetune-cola", "my/Big.py" becomes "big"."""
+    stem = Path(config).stem if config.endswith(".py") else config
+    return re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-") or "run"
+
+
+# -- checks -----------------------------------------------------------------------------------------------------------------
+
+
+def check(job: Job) -> Checked:
+    """Loads the config and checks all that arithmetic can tell. A target checks with `require_reachable` what depends on it.
+
+    Raises:
+      UserError: the name, the accelerator, the config or its overrides are wrong; the mesh does not fit the devices, or the
+        batch and the model do not divide over it; parameters, gradients and optimiser alone exceed the devices' memory.
+    """
+    require(
+        re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", job.name) is not None,
+        "name",
+        f"'{job.name}' must be at most 40 of a-z, 0-9 and '-', begin with a letter and not end with '-'",
+    )
+    for field, least in (("slices", 1), ("preemptions", 0), ("crashes", 0), ("grace_seconds", 1)):
+        require(getattr(job, field) >= least, field, f"must be at least {least}, not {getattr(job, field)}")
+    require(bool(job.workdir), "workdir", "say which folder shall hold the run")
+    accelerator = accelerators.find(job.accelerator)
+    config = _config(job)
+    mesh = mesh_sizes(config.mesh, accelerator, job.slices)
+    _check_division(config, mesh)
+    if not isinstance(config, FinetuneConfig):  # whose architecture is its checkpoint's
+        _check_memory(config.model, mesh, accelerator)
+    return Checked(config, accelerator)
+
+
+def _config(job: Job) -> RunConfig:
+    config = config_io.load(job.config)
+    if isinstance(config, FinetuneConfig) != (job.verb == "finetune"):
+        raise UserError(f"{job.config} is a config for gpt-jax {'pretrain' if job.verb == 'finetune' else 'finetune'}")
+    config = config_io.override(config, list(job.overrides), f"gpt-jax {job.verb} {job.config}")
+    require(not config.distributed.coordinator, "distributed.coordinator", "leave it out: the launcher says it")
+    return config
+
+
+def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[str, int]:
+    """The size of each mesh axis on so many slices, "all that are left" resolved.
+
+    Raises:
+      UserError: they do not multiply to the number of devices, or the slice axis is not that of the slices or nodes.
+    """
+    sizes = dataclasses.asdict(mesh)
+    devices = accelerator.devices * slices
+    there = f"there are {devices} devices on " + (f"{slices} x " if slices > 1 else "") + accelerator.name
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    for axis, size in sizes.items():
+        if size == -1:
+            require(devices % fixed == 0, "mesh", f"the other axes multiply to {fixed}, and {there}")
+            sizes[axis] = devices // fixed
+    shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    require(
+        math.prod(sizes.values()) == devices,
+        "mesh",
+        f"{shape} asks for {fixed} devices, and {there}; set one axis to -1 to take all that are left",
+    )
+    # So the other axes stay on the fast interconnect of a slice or node. Of CPUs nobody expects speed.
+    if accelerator.kind != "cpu" and slices > 1:
+        what = "TPU slices" if accelerator.kind == "tpu" else "nodes"
+        require(sizes["slice"] == slices, "mesh.slice", f"there are {slices} {what}, so say --mesh.slice {slices}")
+    return sizes
+
+
+def _check_division(config: RunConfig, sizes: dict[str, int]) -> None:
+    if not isinstance(config, FinetuneConfig):
+        from jax.sharding import AbstractMesh  # JAX takes a second to import
+
+        from gpt_jax import sharding
+
+        mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+        sharding.check(mesh, config.model, config.train.batch_size, config.train.micro_batches)
+        return
+    shards = sizes["slice"] * sizes["data"] * sizes["fsdp"] * config.train.micro_batches
+    require(
+        config.train.batch_size % shards == 0,
+        "train.batch_size",
+        f"{config.train.batch_size} does not divide over slice x data x fsdp x micro-batches = {shards}",
+    )
+
+
+def _check_memory(model: ModelConfig, sizes: dict[str, int], accelerator: Accelerator) -> None:
+    if not accelerator.memory:  # a CPU's is not known here
+        return
+    total = parameters(model) * bytes_per_parameter(model)
+    shards = sizes["fsdp"] * sizes["tensor"]
+    if total / shards <= accelerator.memory:
+        return
+    room = sizes["data"] * sizes["fsdp"]  # devices that these two axes have between them
+    fitting = [
+        size
+        for size in range(1, room + 1)
+        if room % size == 0 and model.embed_dim % size == 0 and total / (size * sizes["tensor"]) <= accelerator.memory
+    ]
+    advice = f"--mesh.data -1 --mesh.fsdp {fitting[0]} would share them out" if fitting else "no --mesh.fsdp is enough: take more"
+    raise UserError(
+        f"--mesh.fsdp: {parameters(model):,} parameters, their gradients and two moments need {total / shards / GIB:.1f} GiB on "
+        f"each device, before any activation, and {accelerator.name} has {accelerator.memory / GIB:.0f} GiB; {advice}"
+    )
+
+
+def bytes_per_parameter(model: ModelConfig) -> int:
+    """Of the parameter, its gradient in the same type, and Adam's two moments in float32."""
+    return 2 * {"float32": 4, "bfloat16": 2}[model.param_dtype] + 2 * 4
+
+
+def parameters(model: ModelConfig) -> int:
+    """Number of parameters, as `gpt_jax.model.network.count` finds it by tracing the model."""
+    width, embeddings = model.embed_dim, model.vocab_size * model.embed_dim
+    if model.kind == "lstm":
+        units = model.lstm_units
+        gates = 4 * units * (width + units + 1)
+        return embeddings + gates + (units + 1) * width
+    attention = (width + 1) * 3 * width + (width + 1) * width
+    feed_forward = (width + 1) * model.mlp_dim + (model.mlp_dim + 1) * width
+    norms = 2 * 2 * width
+    return embeddings + model.context_length * width + model.num_layers * (attention + feed_forward + norms)
+
+
+# -- where files are --------------------------------------------------------------------------------------------------------
+
+
+def require_reachable(job: Job, target: str) -> None:
+    """Checks that workers which are other machines can see the run's folder and the config.
+
+    Raises:
+      UserError: one of them is on this machine.
+    """
+    require(
+        job.workdir.startswith(("gs://", *MOUNTS)),
+        "workdir",
+        f"'{job.workdir}' is a folder of this machine, which the workers of {target} do not see; give gs://BUCKET/PATH, or a "
+        f"path under {' or '.join(MOUNTS)}, where they have storage mounted",
+    )
+    require(
+        not job.config.endswith(".py") or job.config.startswith(MOUNTS),
+        "config",
+        f"'{job.config}' is a file of this machine, which the workers of {target} do not see; put it under configs/",
+    )
+
+
+def mounted(words: Iterable[str]) -> list[str]:
+    """The words with gs://BUCKET/PATH turned into /gcs/BUCKET/PATH, where the workers have the bucket mounted."""
+    return [re.sub(r"^((?:--[^=]*=)?)gs://", r"\1/gcs/", word) for word in words]
+
+
+def buckets(words: Iterable[str]) -> list[str]:
+    """The buckets that the words name, each once."""
+    return _names_below("/gcs/", words)
+
+
+def volumes(words: Iterable[str]) -> list[str]:
+    """The volumes that the words name, as the first part of a path below /mnt/, each once."""
+    return _names_below("/mnt/", words)
+
+
+def _names_below(mount: str, words: Iterable[str]) -> list[str]:
+    found = (re.match(f"(?:--[^=]*=)?{mount}([^/]+)", word) for word in mounted(words))
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+# -- what is run ------------------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    """The checkout that this package runs from."""
+
+    folder: Path
+    commit: str
+    """Empty: the package was installed without one."""
+    url: str
+    """Of the remote that the commit can be fetched from; empty: none."""
+    diff: str
+    """What differs from the commit, as `git diff HEAD --binary` writes it; to be recorded in the run's folder."""
+    untracked: tuple[str, ...]
+    """Files that git neither tracks nor ignores."""
+
+
+def source() -> Source:
+    """The commit this package runs from, and what differs from it."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, errors="replace", timeout=60)
+        return done.stdout if done.returncode == 0 else ""
+
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return Source(folder, "", "", "", ())
+    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
+    return Source(
+        folder=folder,
+        commit=git("rev-parse", "HEAD").strip(),
+        url=git("remote", "get-url", "origin").strip(),
+        diff=git("diff", "HEAD", "--binary"),
+        untracked=tuple(untracked),
+    )
+
+
+# -- what targets share -----------------------------------------------------------------------------------------------------
+
+
+def require_tool(name: str, install: str) -> None:
+    """Checks that a command of another product is on this machine.
+
+    Raises:
+      UserError: it is not; `install` says how to get it.
+    """
+    if shutil.which(name) is None:
+        raise UserError(f"{name} is not on this machine: {install}; --dry-run prints the job without it")
+
+
+def to_yaml(value: Any) -> str:
+    """Nested lists and dictionaries as YAML for people: in their order, without references, texts of several lines as such."""
+
+    class Plain(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, data: str) -> yaml.Node:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", data, style="|" if "\n" in data else None)
+
+    Plain.add_representer(str, text)
+    return yaml.dump(value, Dumper=Plain, sort_keys=False, width=120)

@@ -1,0 +1,56 @@
+"""A validator for the schemas beside this file: as much of JSON Schema as they use; an object refuses what it does not list."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TYPES = {"object": dict, "array": list, "string": str, "boolean": bool}
+
+
+def problems(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str = "$") -> Iterator[str]:
+    """A line for each place where the value is not what the schema says."""
+    if "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
+    if "anyOf" in schema and all(list(problems(value, option, root)) for option in schema["anyOf"]):
+        yield f"{where}: {value!r} is nothing that is allowed here"
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{where}: {value!r} is not one of {schema['enum']}"
+    kind = schema.get("type")
+    fits = (
+        isinstance(value, int) and not isinstance(value, bool)
+        if kind == "integer"
+        else isinstance(value, TYPES.get(kind, object))
+    )
+    if not fits:
+        yield f"{where}: {value!r} is not of type {kind}"
+        return
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
+        yield f"{where}: {value!r} does not match {schema['pattern']}"
+    if "minimum" in schema and value < schema["minimum"]:
+        yield f"{where}: {value} is less than {schema['minimum']}"
+    if kind == "array":
+        for index, item in enumerate(value):
+            yield from problems(item, schema["items"], root, f"{where}[{index}]")
+    if kind == "object":
+        yield from (f"{where}: {name} is missing" for name in schema.get("required", ()) if name not in value)
+        for name, item in value.items():
+            inner = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
+            if inner is None:
+                yield f"{where}: has no field {name}"
+            else:
+                yield from problems(item, inner, root, f"{where}.{name}")
+
+
+@pytest.fixture
+def invalid() -> Callable[[Any, str], list[str]]:
+    """A function of a value and a schema's name, to a line for each mistake."""
+
+    def check(value: Any, name: str) -> list[str]:
+        schema = json.loads((Path(__file__).parent / "schemas" / f"{name}.json").read_text())
+        return list(problems(value, schema, schema))
+
+    return check

@@ -1,0 +1,157 @@
+"""The SkyPilot task is valid, and every node knows its place."""
+
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from gpt_jax.launch import job as jobs
+from gpt_jax.launch import sky
+from gpt_jax.launch.job import Job, check
+
+from gpt_jax.errors import UserError
+
+checked = functools.cache(check)  # which takes a good part of a second
+ROOT = Path(__file__).parents[2]
+GPUS = {"config": "gpt1_1b5", "accelerator": "h100-8", "slices": 2, "overrides": ("--mesh.slice", "2", "--mesh.fsdp", "8")}
+KINDS = {"slice": {}, "GPU nodes": GPUS, "CPU": {"accelerator": "cpu-4"}, "image": {"image": "host/image:1"}}
+
+
+def make(**fields):
+    usual = {"verb": "pretrain", "config": "gpt1", "overrides": ("--data.store", "gs://data/store"), "name": "a"}
+    return Job(**usual | {"workdir": "gs://runs/a", "accelerator": "v5e-16"} | fields)
+
+
+@pytest.fixture(autouse=True)
+def origin(monkeypatch):
+    """The checkout as a commit of which nothing differs."""
+    source = jobs.Source(ROOT, "c" * 40, "", "", ())
+    monkeypatch.setattr(sky, "source", lambda: source)
+    return source
+
+
+def task(**fields):
+    job = make(**fields)
+    return yaml.safe_load(sky.render(job, checked(job)))
+
+
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+def test_the_task_is_valid(fields, invalid):
+    document = task(**fields)
+    assert invalid(document, "sky") == []
+    assert len(invalid(document | {"nodes": 2}, "sky")) == 1
+    script = document["run"] + document.get("setup", "")
+    assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"use_spot": False, "cloud": "gcp", "accelerators": "tpu-v5litepod-16"}),
+        ({"spot": True, "zone": "us-east5-a"}, {"use_spot": True, "zone": "us-east5-a"}),
+        (GPUS, {"accelerators": "H100:8"}),
+        ({"accelerator": "cpu-4"}, {"cpus": "4+"}),
+        ({"image": "host/image:1"}, {"image_id": "docker:host/image:1"}),
+    ],
+)
+def test_machines_are_those_that_were_asked_for(fields, expected):
+    resources = task(**fields)["resources"]
+    assert {name: resources.get(name) for name in expected} == expected
+
+
+def test_failures_are_counted_and_preemptions_are_not():
+    recovery = {"max_restarts_on_errors": 2, "recover_on_exit_codes": [42]}
+    assert task(crashes=2)["resources"]["job_recovery"] == recovery
+
+
+def test_the_checkout_is_installed_with_its_locked_versions():
+    document = task()
+    assert document["workdir"] == str(ROOT)
+    assert "--constraint constraints/py312.txt '.[tpu,gpt1]'" in document["setup"]
+    assert "'.[cuda,gpt1]'" in task(**GPUS)["setup"]
+    assert "'.[gpt1]'" in task(accelerator="cpu-4")["setup"]
+    assert (ROOT / "constraints" / "py312.txt").is_file()
+    assert not {"workdir", "setup"} & task(image="host/image:1").keys()
+
+
+def run_on(node, document, tmp_path):
+    """What `gpt-jax` is told on one node, and how it finds itself there."""
+    program = tmp_path / ".venv" / "bin" / "gpt-jax"
+    program.parent.mkdir(parents=True, exist_ok=True)
+    program.write_text('#!/bin/sh\necho "$JAX_PLATFORMS|$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS|$*"\n')
+    program.chmod(0o755)
+    (program.parent / "activate").write_text(f"PATH={program.parent}:$PATH\n")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.9"}
+    environment |= {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(node)}
+    script = document["run"].replace("/gcs/", f"{tmp_path}/gcs/")
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip().replace(f"{tmp_path}/gcs/", "/gcs/")
+
+
+def test_nodes_find_the_first_one(tmp_path):
+    words = "pretrain gpt1_1b5 --workdir /gcs/runs/a --mesh.slice 2 --mesh.fsdp 8"
+    for node in (0, 1):
+        assert run_on(node, task(**GPUS), tmp_path) == f"cuda,cpu|{node} of 2 at 10.0.0.7:1234|{words}"
+
+
+def test_hosts_of_a_slice_find_each_other_without_help(tmp_path):
+    words = "pretrain gpt1 --workdir /gcs/runs/a --data.store /gcs/data/store"
+    assert run_on(0, task(), tmp_path) == f"tpu,cpu| of  at |{words}"
+    assert task()["file_mounts"] == {
+        "/gcs/runs": {"source": "gs://runs", "mode": "MOUNT"},
+        "/gcs/data": {"source": "gs://data", "mode": "MOUNT"},
+    }
+
+
+def test_what_differs_from_the_commit_is_recorded_by_the_first_node(tmp_path, monkeypatch, origin):
+    monkeypatch.setattr(sky, "source", lambda: origin._replace(diff="a diff\n"))
+    document = task()
+    assert document["file_mounts"]["~/uncommitted.diff"] == str(sky._diff_file(make()))
+    (tmp_path / "uncommitted.diff").write_text("a diff\n")
+    recorded = tmp_path / "gcs" / "runs" / "a" / "uncommitted.diff"
+    run_on(1, document, tmp_path)
+    assert not recorded.exists()
+    run_on(0, document, tmp_path)
+    assert recorded.read_text() == "a diff\n"
+    assert "~/uncommitted.diff" not in task(image="host/image:1")["file_mounts"]
+
+
+def test_what_is_printed_is_what_sky_gets(tmp_path, monkeypatch, origin):
+    program = tmp_path / "sky"
+    program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/words\nfor file; do :; done\ncat "$file" > {tmp_path}/given\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sky.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sky, "source", lambda: origin._replace(diff="a diff\n"))
+    job = make()
+    assert sky.submit(job, checked(job)) == 0
+    assert (tmp_path / "words").read_text().startswith("jobs launch --yes --detach-run --name a /")
+    assert (tmp_path / "given").read_text() == sky.render(job, checked(job))
+    assert sky._diff_file(job).read_text() == "a diff\n"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"workdir": "runs/a"}, "--workdir: 'runs/a' is a folder of this machine"),
+        ({"project": "mine"}, "--project: leave it out"),
+        ({"queue": "team"}, "--queue: leave it out"),
+        ({"slices": 2, "overrides": ("--mesh.slice", "2")}, "--slices: several TPU slices"),
+        ({"accelerator": "7x-8"}, "--accelerator: 7x is to be had with gke only"),
+    ],
+)
+def test_what_skypilot_does_not_have_is_refused(fields, said):
+    with pytest.raises(UserError) as raised:
+        task(**fields)
+    assert said in str(raised.value)
+
+
+def test_without_skypilot_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(sky.tempfile, "tempdir", str(tmp_path))
+    job = make()
+    with pytest.raises(UserError, match="sky is not on this machine: pip install"):
+        sky.submit(job, checked(job))
+    assert list(tmp_path.iterdir()) == []

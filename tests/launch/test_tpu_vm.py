@@ -1,0 +1,594 @@
+"""The watch over TPU VMs, against a gcloud that keeps state as the real one does; its workers are processes of this machine."""
+
+import dataclasses
+import json
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from gpt_jax.launch import job as jobs
+from gpt_jax.launch import supervise, tpu_vm
+from gpt_jax.launch.job import Checked, Job, Source
+from gpt_jax.launch.supervise import Fate
+from gpt_jax.launch.tpu_vm import Do, Seen, Timing, decide, together
+
+from gpt_jax.errors import UserError
+
+fake_gcloud, tiny = (
+    SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(name)))) for name in ("fake_gcloud.py", "tiny.py")
+)
+
+QUICK = Timing(poll=0.1, settle=0.1, patience=1.0, answer=20.0, install=20.0, change=20.0)
+QUOTA = (
+    "RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-west4-a."
+)
+
+# In place of the package: makes steps up to the one that the plan has for this attempt, then ends as the plan says; `wait`: with
+# 42, when it is told to stop.
+STAND_IN = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+worker = os.environ["HOSTNAME"].rpartition("-w-")[2]
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+signal.alarm(60)
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / f"attempts-{worker}", "a+") as file:
+    file.write(".")
+    file.seek(0)
+    attempt = len(file.read())
+plan = json.loads((folder.parent / "plan.json").read_text())
+words = plan.get(worker, plan["0"])
+step, _, end = words[min(attempt, len(words)) - 1].partition(":")
+metrics = folder / "metrics.jsonl"
+made = metrics.read_text().count("\\n") if metrics.exists() else 0
+for number in range(made + 1, int(step) + 1) if worker == "0" else ():
+    with open(metrics, "a") as file:
+        file.write(json.dumps({"kind": "train", "step": number, "attempt": attempt}) + "\\n")
+    print(f"step {number}", flush=True)
+while end == "wait" and not told:
+    time.sleep(0.01)
+print(f"gpt-jax: attempt {attempt} ends")
+sys.exit(42 if end == "wait" else int(end))
+"""
+
+
+class Cloud:
+    """A fake gcloud on PATH, a repository to install, a job to run, and what came of it."""
+
+    def __init__(self, folder, repository, capfd):
+        self.folder, self.capfd = folder, capfd
+        self.run = folder / "runs" / "run"
+        self.run.parent.mkdir()
+        self.install_from(repository)
+        overrides = ("--train.duration", "7 steps")
+        self.job = Job("pretrain", "smoke", overrides, str(self.run), "tiny", "v5e-8", zone="us-west4-a")
+        self.diff = ""
+
+    def install_from(self, repository):
+        self.repository = repository
+        self.commit = git(repository, "rev-parse", "HEAD")
+
+    def script(self, *lives, hosts=1, plan=("7:0",), others=None, **more):
+        """What gcloud and the training do; `others`: what the training does on worker 1, if it differs."""
+        script = {"hosts": hosts, "lives": lives or [{}], "metrics": str(self.run / "metrics.jsonl"), **more}
+        # A v5e-8 has one host, in truth.
+        self.checked = Checked(None, dataclasses.replace(jobs.accelerators.find("v5e-8"), hosts=hosts))
+        self.path = fake_gcloud.install(self.folder / "cloud", script)
+        plan = {"0": plan} | ({"1": others} if others else {})
+        (self.run.parent / "plan.json").write_text(json.dumps(plan))
+        return self
+
+    def submit(self, timing=QUICK, **options):
+        try:
+            return tpu_vm.submit(self.job, self.checked, timing=timing, **options)
+        finally:
+            said = self.capfd.readouterr().err
+            self.said = said
+            self.lines = [line.removeprefix("tpu-vm: ") for line in said.splitlines() if line.startswith("tpu-vm: ")]
+            print(said)
+
+    def commands(self):
+        lines = (self.folder / "cloud" / "said.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    def count(self, verb):
+        return sum(command[4] == verb for command in self.commands())
+
+    def resource(self):
+        return json.loads((self.folder / "cloud" / "state.json").read_text())["resource"]
+
+    def steps(self):
+        records = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
+        return [(each["attempt"], each["step"]) for each in records]
+
+    def attempts(self, worker=0):
+        return len((self.run / f"attempts-{worker}").read_text())
+
+    def when(self, condition, act):
+        def wait():
+            limit = time.monotonic() + 60
+            while not condition() and time.monotonic() < limit:
+                time.sleep(0.01)
+            act()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def interrupt_at(self, step, number=signal.SIGINT):
+        file = self.run / "metrics.jsonl"
+        self.when(lambda: file.exists() and f'"step": {step},' in file.read_text(), lambda: os.kill(os.getpid(), number))
+
+    def clean(self):
+        if hasattr(self, "path") and (self.folder / "cloud" / "state.json").exists() and self.resource():
+            fake_gcloud.lose_machines(self.folder / "cloud", self.resource())
+
+
+def git(folder, *words):
+    command = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@example.com", *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory):
+    """What is installed on the workers: a repository whose package stands in for ours."""
+    return repository_of(tmp_path_factory.mktemp("repository"), {"gpt_jax/__init__.py": "", "gpt_jax/__main__.py": STAND_IN})
+
+
+def repository_of(folder, files=()):
+    """A repository of one commit, with these files and those that an installation reads."""
+    for name, text in {"setup.cfg": "", "pyproject.toml": "", "constraints/py312.txt": "", **dict(files)}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    git(folder, "init", "--quiet")
+    git(folder, "add", ".")
+    git(folder, "commit", "--quiet", "--message", "a commit")
+    return folder
+
+
+@pytest.fixture
+def cloud(tmp_path, repository, monkeypatch, capfd):
+    made = Cloud(tmp_path, repository, capfd)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'cloud' / 'gcloud'}:{os.environ['PATH']}")
+    monkeypatch.setattr(jobs, "MOUNTS", (str(tmp_path),))
+    monkeypatch.setattr(supervise, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(tpu_vm, "source", lambda: Source(made.repository, made.commit, "", made.diff, ()))
+    before = signal.getsignal(signal.SIGTERM)
+    yield made
+    signal.signal(signal.SIGTERM, before)
+    made.clean()
+
+
+DELETE = "gcloud compute tpus queued-resources delete tiny --force --quiet --zone us-west4-a"
+STAYS = [f"tiny stays, and costs, until it is deleted: {DELETE}", "the same command attaches to it again"]
+ASKED = (
+    "asking for tiny: gcloud compute tpus queued-resources create tiny --node-id tiny --accelerator-type v5litepod-8 "
+    "--runtime-version v2-alpha-tpuv5-lite --quiet --zone us-west4-a"
+)
+INSTALLS = "installing on 1 workers; the first time this takes minutes"
+
+
+# -- the judgement ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seen", "do", "fate"),
+    [
+        (Seen("", first=True), Do.CREATE, None),
+        (Seen(""), Do.END, Fate.CRASHED),
+        (Seen("CREATING"), Do.WAIT, None),
+        (Seen("ACCEPTED"), Do.WAIT, None),
+        (Seen("WAITING_FOR_RESOURCES"), Do.WAIT, None),
+        (Seen("PROVISIONING"), Do.WAIT, None),
+        (Seen("SUSPENDING"), Do.WAIT, None),
+        (Seen("DELETING"), Do.WAIT, None),
+        (Seen("UNKNOWN", why="UNAVAILABLE"), Do.WAIT, None),
+        (Seen("SUSPENDED"), Do.REPLACE, Fate.PREEMPTED),
+        (Seen("SUSPENDED", first=True), Do.REPLACE, None),
+        (Seen("FAILED", why="Quota exceeded"), Do.END, Fate.MISTAKE),
+        (Seen("FAILED", why="there is no more capacity in the zone"), Do.REPLACE, Fate.PREEMPTED),
+        (Seen("FAILED", why="internal"), Do.REPLACE, Fate.CRASHED),
+        (Seen("ACTIVE", "idle"), Do.START, None),
+        (Seen("ACTIVE", "running", seconds=1e9), Do.WAIT, None),
+        (Seen("ACTIVE", "gone"), Do.REPLACE, Fate.PREEMPTED),
+        (Seen("ACTIVE", "silent", seconds=299), Do.WAIT, None),
+        (Seen("ACTIVE", "silent", seconds=300), Do.REPLACE, Fate.CRASHED),
+        (Seen("ACTIVE", "other"), Do.END, Fate.MISTAKE),
+        (Seen("ACTIVE", "failed", seconds=59), Do.WAIT, None),
+        (Seen("ACTIVE", "failed", seconds=60), Do.RESTART, Fate.CRASHED),
+        (Seen("ACTIVE", "ended", (0, 0)), Do.END, Fate.DONE),
+        (Seen("ACTIVE", "ended", (2, 1)), Do.END, Fate.MISTAKE),
+        (Seen("ACTIVE", "ended", (1, 1), seconds=59), Do.WAIT, None),
+        (Seen("ACTIVE", "ended", (1, 1), seconds=60), Do.RESTART, Fate.CRASHED),
+        (Seen("ACTIVE", "ended", (42, 1), seconds=60), Do.RESTART, Fate.PREEMPTED),
+        (Seen("ACTIVE", "ended", (2, 1), first=True), Do.RESTART, None),
+        (Seen("ACTIVE", "ended", (0, 0), first=True), Do.END, Fate.DONE),
+    ],
+)
+def test_what_is_seen_decides(seen, do, fate):
+    assert decide(seen, Timing())[:2] == (do, fate)
+
+
+IDLE, RUNS = {"state": "idle", "job": ""}, {"state": "running", "job": "a"}
+
+
+def over(code, job="a"):
+    return {"state": "ended", "code": code, "job": job, "said": f"code {code}"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (RUNS, RUNS, ("running", (), "")),
+        (IDLE, RUNS, ("idle", (), "")),
+        (RUNS, None, ("silent", (), "t worker 1 did not answer")),
+        (over(0), RUNS, ("running", (), "")),
+        (over(0), over(0), ("ended", (0, 0), "")),
+        (
+            over(1),
+            over(137),
+            ("ended", (1, 137), "t worker 1 ended (killed by SIGKILL, as when memory runs out), saying: code 137"),
+        ),
+        (RUNS, over(3), ("ended", (3,), "t worker 1 ended (exit 3), saying: code 3")),
+        (over(1, "b"), IDLE, ("idle", (), "")),
+        (over(0, "b"), RUNS, ("idle", (), "")),
+        (
+            RUNS,
+            {"state": "running", "job": "b"},
+            ("other", (), "t worker 1 runs another command; give this one another --name, or delete the resource"),
+        ),
+    ],
+)
+def test_workers_are_judged_together(first, second, expected):
+    answers = {"t worker 0": first, "t worker 1": second}
+    answers = {worker: answer for worker, answer in answers.items() if answer}
+    assert together(answers, ["t worker 0", "t worker 1"], "a") == expected
+
+
+# -- the watch --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_resource_is_waited_for_and_the_training_watched(cloud):
+    cloud.script({"states": ["WAITING_FOR_RESOURCES"] * 3 + ["PROVISIONING"]}, hosts=2)
+    assert cloud.submit() == 0
+    assert cloud.lines == [
+        ASKED,
+        "tiny is WAITING_FOR_RESOURCES",
+        "tiny is PROVISIONING",
+        "tiny is ACTIVE",
+        "installing on 2 workers; the first time this takes minutes",
+        *[line for line in cloud.lines if line == "the training runs on 2 workers"],  # if it was not too fast to be seen
+        "done, after 0 preemptions and 0 crashes",
+        *STAYS,
+    ]
+    assert cloud.steps() == [(1, step) for step in range(1, 8)]
+    assert "\nstep 1\nstep 2\n" in cloud.said
+    assert cloud.resource() is not None
+
+
+def test_quota_is_a_mistake(cloud):
+    cloud.script(create_errors=[QUOTA] * 9)
+    with pytest.raises(UserError) as error:
+        cloud.submit()
+    assert str(error.value) == f"there is no quota for this: ERROR: (gcloud.compute.tpus.queued-resources.create) {QUOTA}"
+    assert cloud.lines == [ASKED]
+    assert cloud.count("create") == 1
+
+
+def test_a_request_that_fails_for_quota_is_a_mistake_and_its_name_is_freed(cloud):
+    cloud.script({"states": ["WAITING_FOR_RESOURCES"], "then": "FAILED", "message": QUOTA})
+    with pytest.raises(UserError, match=r"^there is no quota for this: RESOURCE_EXHAUSTED: Quota limit"):
+        cloud.submit()
+    assert cloud.lines[-2:] == [f"tiny is FAILED: {QUOTA}", "deleting tiny"]
+    assert cloud.resource() is None
+
+
+@pytest.mark.slow
+def test_gclouds_bad_moments_pass(cloud):
+    cloud.script(create_errors=["UNAVAILABLE: try again"], describe_errors={"2": "UNAVAILABLE: try again"})
+    assert cloud.submit() == 0
+    assert "ERROR: (gcloud.compute.tpus.queued-resources.create) UNAVAILABLE: try again; trying again" in cloud.lines
+    assert "tiny is UNKNOWN: ERROR: (gcloud.compute.tpus.queued-resources.describe) UNAVAILABLE: try again" in cloud.lines
+
+
+def test_what_gcloud_refuses_at_first_is_a_mistake(cloud):
+    cloud.script(describe_errors={"1": "PERMISSION_DENIED: on project p"})
+    with pytest.raises(UserError, match=r"PERMISSION_DENIED: on project p$"):
+        cloud.submit()
+    assert cloud.count("create") == 0
+
+
+def test_preempted_while_it_is_provisioned(cloud):
+    cloud.script({"states": ["PROVISIONING", "SUSPENDING"], "then": "SUSPENDED"}, {})
+    assert cloud.submit() == 0
+    assert cloud.lines[1:7] == [
+        "tiny is PROVISIONING",
+        "tiny is SUSPENDING",
+        "tiny is SUSPENDED",
+        "preempted (SUSPENDED): preemption restart 1 of 100 in 0 s",
+        "deleting tiny",
+        ASKED,
+    ]
+    assert "done, after 1 preemptions and 0 crashes" in cloud.lines
+
+
+def test_preempted_twice_while_it_trains(cloud):
+    cloud.script({"preempt": 3}, {"preempt": 5}, {}, plan=["3:wait", "5:wait", "7:0"])
+    assert cloud.submit() == 0
+    assert [line for line in cloud.lines if line.startswith(("preempted", "done", "tiny is S"))] == [
+        "tiny is SUSPENDING",
+        "tiny is SUSPENDED",
+        "preempted (SUSPENDED) at step 3: preemption restart 1 of 100 in 0 s",
+        "tiny is SUSPENDING",
+        "tiny is SUSPENDED",
+        "preempted (SUSPENDED) at step 5: preemption restart 2 of 100 in 0 s",
+        "done, after 2 preemptions and 0 crashes",
+    ]
+    assert cloud.count("create") == 3
+    assert cloud.steps() == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 6), (3, 7)]
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_gone_is_a_preemption_whatever_the_resource_says(cloud):
+    cloud.script({"lose": 1}, {})
+    assert cloud.submit() == 0
+    assert "preempted (node tiny is gone): preemption restart 1 of 100 in 0 s" in cloud.lines
+
+
+@pytest.mark.slow
+def test_told_to_stop_on_machines_that_stay_it_starts_there_again(cloud):
+    cloud.script(hosts=2, plan=["2:42", "7:0"])
+    assert cloud.submit() == 0
+    assert "preempted (exit 42) at step 2: preemption restart 1 of 100 in 0 s" in cloud.lines
+    assert cloud.count("create") == 1
+    assert (cloud.attempts(0), cloud.attempts(1)) == (2, 2)
+
+
+def test_a_crash_that_repeats_at_one_step_is_given_up(cloud):
+    cloud.script(hosts=2, plan=["3:0"], others=["0:7"])
+    assert cloud.submit() == 1
+    said = [line for line in cloud.lines if "worker 1" in line or "crash" in line or "given up" in line]
+    assert said == [
+        "tiny worker 1 ended (exit 7), saying: gpt-jax: attempt 1 ends",
+        "crashed (exit 7) at step 3: crash restart 1 of 3 in 0 s",
+        "tiny worker 1 ended (exit 7), saying: gpt-jax: attempt 2 ends",
+        "crashed (exit 7) at step 3, as before and no step further: giving up",
+        "tiny is given up",
+    ]
+    assert cloud.lines[-2:] == STAYS
+    assert cloud.count("create") == 1
+
+
+@pytest.mark.slow
+def test_crashes_have_a_budget_of_their_own(cloud):
+    cloud.job = dataclasses.replace(cloud.job, crashes=1)
+    cloud.script(plan=["1:1", "2:42", "3:1", "7:0"])
+    assert cloud.submit(delete_on_exit=True) == 1
+    assert "crashed (exit 1) at step 3: giving up, the budget of 1 crash restarts is spent" in cloud.lines
+    assert cloud.lines[-1] == "deleting tiny"
+    assert cloud.resource() is None
+
+
+def test_a_mistake_of_the_trainings_is_not_tried_again(cloud):
+    cloud.script(plan=["0:2"])
+    with pytest.raises(UserError) as error:
+        cloud.submit()
+    assert str(error.value) == (
+        "tiny worker 0 ended (exit 2), saying: gpt-jax: attempt 1 ends; a restart does not mend a mistake"
+    )
+    assert cloud.lines[-2:] == STAYS
+
+
+def test_a_worker_whose_ssh_hangs_is_replaced(cloud):
+    cloud.script({"hang": 1}, {}, hosts=2)
+    assert cloud.submit(QUICK._replace(answer=1.0)) == 0
+    assert [line for line in cloud.lines if "worker 1" in line] == [
+        "tiny worker 1 did not answer",
+        "crashed (tiny worker 1 did not answer for 1 s, though the resource is ACTIVE): crash restart 1 of 3 in 0 s",
+    ]
+    assert cloud.count("create") == 2
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_silent_for_a_moment_is_forgiven(cloud):
+    cloud.script({"hang": 1, "hangs": 1}, hosts=2)
+    assert cloud.submit(QUICK._replace(answer=1.0, patience=20.0)) == 0
+    assert "tiny worker 1 did not answer" in cloud.lines
+    assert "done, after 0 preemptions and 0 crashes" in cloud.lines
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_interrupted_it_leaves_the_training_and_attaches_to_it_again(cloud, number):
+    cloud.script(plan=["3:wait"])
+    cloud.interrupt_at(3, number)
+    assert cloud.submit() == 42
+    assert cloud.lines[-3:] == ["interrupted; a training that runs goes on", *STAYS]
+    # Told to stop, the training that was there all the time ends with 42 and has no budget for more.
+    cloud.job = dataclasses.replace(cloud.job, preemptions=0)
+    pid = int((cloud.folder / "cloud" / "workers" / "tiny" / "0" / "gpt-jax" / "tiny" / "pid").read_text().split()[0])
+    looked = cloud.count("ssh")
+    cloud.when(lambda: cloud.count("ssh") > looked + 1, lambda: os.kill(pid, signal.SIGTERM))
+    assert cloud.submit() == 1
+    assert cloud.lines[:2] == ["tiny is ACTIVE", "the training runs on 1 workers"]
+    assert "preempted (exit 42) at step 3: giving up, the budget of 0 preemption restarts is spent" in cloud.lines
+    assert cloud.count("create") == 1
+    assert cloud.attempts() == 1
+
+
+def test_interrupted_it_stops_the_training_and_deletes_if_asked_to(cloud):
+    cloud.script(plan=["3:wait"])
+    cloud.interrupt_at(3)
+    assert cloud.submit(delete_on_exit=True) == 42
+    assert cloud.lines[-3:] == ["interrupted", "stopping the training, which has 120 s to save", "deleting tiny"]
+    assert cloud.resource() is None
+
+
+@pytest.mark.slow
+def test_what_an_earlier_call_left_is_not_counted(cloud):
+    cloud.job = dataclasses.replace(cloud.job, crashes=0)
+    cloud.script(plan=["3:1", "7:0"])
+    assert cloud.submit() == 1
+    assert cloud.submit() == 0
+    assert cloud.lines[1:3] == ["tiny: an earlier attempt ended (exit 1)", INSTALLS]
+    assert cloud.lines[-3] == "done, after 0 preemptions and 0 crashes"
+    assert cloud.submit() == 0  # and once more there is nothing to do
+    assert cloud.attempts() == 2
+
+
+@pytest.mark.slow
+def test_another_commands_training_is_left_alone(cloud):
+    cloud.script(plan=["3:wait"])
+    cloud.interrupt_at(3)
+    assert cloud.submit() == 42
+    cloud.job = dataclasses.replace(cloud.job, overrides=())
+    with pytest.raises(UserError, match="tiny worker 0 runs another command; give this one another --name"):
+        cloud.submit(delete_on_exit=True)
+    assert cloud.resource() is not None
+
+
+@pytest.mark.slow
+def test_a_resource_that_somebody_deletes_is_not_made_again(cloud):
+    cloud.script(plan=["3:wait"])
+    gcloud = str(cloud.path / "gcloud")
+    file = cloud.run / "metrics.jsonl"
+    cloud.when(lambda: file.exists() and '"step": 3,' in file.read_text(), lambda: subprocess.run([gcloud, *DELETE.split()[1:]]))
+    assert cloud.submit() == 1
+    assert cloud.lines[-2:] == ["tiny is not there", "somebody else has deleted it"]
+
+
+@pytest.mark.slow
+def test_an_installation_that_fails_is_a_crash(cloud):
+    cloud.script()
+    (cloud.folder / "cloud" / "no-index").touch()
+    assert cloud.submit() == 1
+    failure = "install on tiny worker 0: "
+    assert sum(line.startswith(failure) and line.endswith("error: no index to install from") for line in cloud.lines) == 2
+    assert cloud.lines[-4].endswith("no index to install from) at step 0, as before and no step further: giving up")
+
+
+def test_the_workers_get_the_commit_and_what_differs_from_it(cloud):
+    file = cloud.repository / "setup.cfg"
+    file.write_text("[changed]\n")
+    cloud.diff = git(cloud.repository, "diff", "HEAD", "--binary") + "\n"
+    git(cloud.repository, "checkout", "--quiet", ".")
+    cloud.script()
+    assert cloud.submit() == 0
+    installed = cloud.folder / "cloud" / "workers" / "tiny" / "0" / "gpt-jax" / "tiny" / "source"
+    assert git(installed, "rev-parse", "HEAD") == cloud.commit
+    assert (installed / "setup.cfg").read_text() == "[changed]\n"
+    assert (cloud.run / "uncommitted.diff").read_text() == cloud.diff
+    (packages,) = [line for line in (cloud.folder / "cloud" / "uv.log").read_text().splitlines() if line.startswith("pip")]
+    assert packages.endswith(f"--constraint {installed}/constraints/py312.txt --editable {installed}[tpu,gpt1]")
+
+
+@pytest.mark.slow
+def test_the_installation_is_kept(cloud):
+    cloud.script(plan=["2:1", "4:42", "7:0"])
+    assert cloud.submit() == 0
+    assert (cloud.folder / "cloud" / "uv.log").read_text().count("pip install") == 1
+
+
+@pytest.mark.slow
+def test_several_slices_are_several_nodes(cloud):
+    cloud.job = dataclasses.replace(cloud.job, slices=2, spot=True, project="p")
+    cloud.script(hosts=2)
+    assert cloud.submit() == 0
+    assert "installing on 4 workers; the first time this takes minutes" in cloud.lines
+    (create,) = [command for command in cloud.commands() if command[4] == "create"]
+    assert shlex.join(create[6:]) == (
+        "--node-count 2 --node-prefix tiny --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --spot "
+        "--quiet --zone us-west4-a --project p"
+    )
+    assert sorted(path.name for path in (cloud.folder / "cloud" / "workers").iterdir()) == ["tiny-0", "tiny-1"]
+
+
+def test_a_dry_run_prints_what_is_run(cloud):
+    cloud.script(plan=["2:42", "7:0"])
+    printed = tpu_vm.render(cloud.job, cloud.checked)
+    assert not (cloud.folder / ".cache").exists()
+    commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("gcloud")]
+    assert cloud.submit(delete_on_exit=True) == 0
+
+    def shape(command):
+        return [word if " status " not in word else "status" for word in command]
+
+    done = [shape(command) for command in cloud.commands()]
+    for command in commands:
+        assert shape(command) in done
+    for command in done:
+        assert command in [shape(each) for each in commands]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"workdir": "runs/here"}, "--workdir: 'runs/here' is a folder of this machine"),
+        ({"zone": ""}, "--zone: say in which"),
+        ({"image": "x"}, "--image: tpu-vm installs this commit"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_created(cloud, change, message):
+    cloud.script()
+    cloud.job = dataclasses.replace(cloud.job, **change)
+    with pytest.raises(UserError, match=message):
+        cloud.submit()
+    with pytest.raises(UserError, match=message):
+        tpu_vm.render(cloud.job, cloud.checked)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("h100-8", "h100-8 is no TPU; tpu-vm takes v4, v5e, v5p, v6e"), ("7x-8", "7x-8 is not offered as a TPU VM; gke has it")],
+)
+def test_other_accelerators_are_refused(cloud, name, message):
+    cloud.script()
+    with pytest.raises(UserError, match=message):
+        tpu_vm.render(cloud.job, Checked(None, jobs.accelerators.find(name)))
+
+
+def test_without_gcloud_it_says_what_to_install(cloud, monkeypatch):
+    cloud.script()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match="install the Google Cloud CLI"):
+        cloud.submit()
+
+
+# -- for real ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_workers_preempted_twice_train_as_if_nothing_had_been(cloud, tmp_path, monkeypatch):
+    """Bit for bit: the same two processes, the same two devices each."""
+    environment = {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "{workers}",
+        "JAX_PROCESS_ID": "{worker}",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_PLATFORMS": "cpu",
+    }
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
+    cloud.install_from(repository_of(tmp_path / "empty"))  # so that this environment's package runs
+    cloud.job = dataclasses.replace(cloud.job, overrides=tiny.overrides(tmp_path, steps=100))
+    real = {"hosts": 2, "flags": "", "environment": environment}
+    patient = QUICK._replace(poll=0.2, answer=60.0, install=60.0)
+    cloud.script({"preempt": 23, "at_once": True}, {"preempt": 57, "at_once": True}, {}, **real)
+    assert cloud.submit(patient) == 0
+    assert cloud.lines[-3] == "done, after 2 preemptions and 0 crashes"
+    assert cloud.said.count("resuming at step ") == 2
+    cloud.clean()
+    shutil.rmtree(cloud.folder / "cloud")
+    whole = cloud.run.with_name("whole")
+    cloud.job = dataclasses.replace(cloud.job, workdir=str(whole))
+    cloud.script(**real)
+    assert cloud.submit(patient) == 0
+    assert "resuming" not in cloud.said
+    assert len(tiny.trajectory(whole)) == 100 + 20
+    assert tiny.trajectory(cloud.run) == tiny.trajectory(whole)
