@@ -102,6 +102,9 @@ class Budget:
             return Next(False, 0.0, f"crashed ({why}) at step {step}, as before and no step further: giving up")
         return self._next(f"crashed ({why})", step, "crash", self.crashed, self.crashes)
 
+    def __str__(self) -> str:
+        return f"preemptions: {self.preempted}, crashes: {self.crashed}"
+
     def _next(self, what: str, step: int | None, kind: str, count: int, limit: int) -> Next:
         gained = step is not None and (self._step is None or step > self._step)
         self._barren, self._step = (0 if gained else self._barren + 1), step
@@ -180,7 +183,7 @@ class Supervisor:
             while True:
                 fate, code = judge(self._attempt(stop))
                 if fate is Fate.DONE:
-                    self.say(f"done, after {self.budget.preempted} preemptions and {self.budget.crashed} crashes")
+                    self.say(f"done ({self.budget})")
                     return 0
                 if fate is Fate.MISTAKE:
                     self.say(f"giving up: {describe(code)} is a mistake in what was asked for, which a restart does not mend")

@@ -280,6 +280,8 @@ class Babysitter:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
+        self.workers = [f"{node} worker {number}" for node in self.gcloud.nodes for number in range(self.hosts)]
+        self._all = f"{len(self.workers)} worker{'s' if len(self.workers) > 1 else ''}"
         self._exists = False
         self._offset = -1  # in worker 0's log
         self._step: int | None = None
@@ -287,10 +289,6 @@ class Babysitter:
         self._before: tuple[Any, ...] = ()  # what the last look showed of the workers, and since when
         self._since = 0.0
         self._state = self._reason = ""  # what was said last
-
-    @property
-    def workers(self) -> list[str]:
-        return [f"{node} worker {number}" for node in self.gcloud.nodes for number in range(self.hosts)]
 
     def run(self) -> int:
         """Returns 0 when the training is done, 1 when it gave up, 42 after Ctrl-C.
@@ -336,8 +334,7 @@ class Babysitter:
                         self._delete()
                         self._create()
                 case Do.END if action.fate is Fate.DONE:
-                    counts = f"{self.budget.preempted} preemptions and {self.budget.crashed} crashes"
-                    return action._replace(why=f"done, after {counts}")
+                    return action._replace(why=f"done ({self.budget})")
                 case Do.END:
                     self.delete_on_exit &= seen.workers != "other"  # it is not ours
                     return action
@@ -362,7 +359,7 @@ class Babysitter:
         if (workers, codes, reason) != self._before:
             self._before, self._since = (workers, codes, reason), self.clock()
             if workers == "running":
-                say(f"the training runs on {len(self.workers)} workers")
+                say(f"the training runs on {self._all}")
             elif reason and reason != self._reason and not (first and workers == "ended"):
                 say(reason)
             self._reason = reason
@@ -449,7 +446,7 @@ class Babysitter:
 
     def _start(self) -> None:
         """Installs the commit on every worker and starts the training; a failure shows at the next look."""
-        say(f"installing on {len(self.workers)} workers; the first time this takes minutes")
+        say(f"installing on {self._all}; the first time this takes minutes")
         commands = [self.gcloud.copy(node, self.files) for node in self.gcloud.nodes]
         for done in run_all(commands, self.timing.install):
             if done.code != 0:

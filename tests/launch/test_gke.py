@@ -173,8 +173,10 @@ def fate(document, code, disrupted=False):
             hit = listed if rule["onExitCodes"]["operator"] == "In" else not listed
         else:
             hit = disrupted and {"type": "DisruptionTarget", "status": "True"} in rule["onPodConditions"]
+        if hit and rule["action"] == "Ignore":
+            return "this pod alone is made anew"
         if hit:
-            reason = {"FailJob": "PodFailurePolicy", "Count": reason, "Ignore": None}[rule["action"]]
+            reason = {"FailJob": "PodFailurePolicy", "Count": reason}[rule["action"]]
             break
     policy = document["spec"]["failurePolicy"]
     for rule in policy["rules"]:

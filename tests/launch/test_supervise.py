@@ -114,7 +114,7 @@ def test_waits_double_until_a_step_is_gained():
 def test_a_run_that_is_done_ends_it(tmp_path):
     stage = Stage(tmp_path, "0", "0")
     assert stage.supervisor.run() == 0
-    assert stage.lines == ["done, after 0 preemptions and 0 crashes"]
+    assert stage.lines == ["done (preemptions: 0, crashes: 0)"]
 
 
 def test_preemptions_and_crashes_are_counted_apart(tmp_path):
@@ -126,7 +126,7 @@ def test_preemptions_and_crashes_are_counted_apart(tmp_path):
         "preempted (exit 42) at step 5: preemption restart 2 of 9 in 2 s",
         "crashed (killed by SIGKILL, as when memory runs out) at step 6: crash restart 2 of 2 in 1 s",
         "preempted (exit 42) at step 8: preemption restart 3 of 9 in 1 s",
-        "done, after 3 preemptions and 2 crashes",
+        "done (preemptions: 3, crashes: 2)",
     ]
 
 
@@ -217,7 +217,7 @@ def test_when_one_dies_all_start_again(tmp_path):
     assert stage.lines == [
         f"process 1 has ended ({killed}); waiting up to 5 s for 1 to save and end",
         f"crashed ({killed}) at step 4: crash restart 1 of 2 in 1 s",  # and not preempted, as process 0's exit code says
-        "done, after 0 preemptions and 1 crashes",
+        "done (preemptions: 0, crashes: 1)",
     ]
     assert (stage.attempts(0), stage.attempts(1)) == (2, 2)
 

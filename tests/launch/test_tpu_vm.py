@@ -173,7 +173,7 @@ ASKED = (
     "asking for tiny: gcloud compute tpus queued-resources create tiny --node-id tiny --accelerator-type v5litepod-8 "
     "--runtime-version v2-alpha-tpuv5-lite --quiet --zone us-west4-a"
 )
-INSTALLS = "installing on 1 workers; the first time this takes minutes"
+INSTALLS = "installing on 1 worker; the first time this takes minutes"
 
 
 # -- the judgement ----------------------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_a_resource_is_waited_for_and_the_training_watched(cloud):
         "tiny is ACTIVE",
         "installing on 2 workers; the first time this takes minutes",
         *[line for line in cloud.lines if line == "the training runs on 2 workers"],  # if it was not too fast to be seen
-        "done, after 0 preemptions and 0 crashes",
+        "done (preemptions: 0, crashes: 0)",
         *STAYS,
     ]
     assert cloud.steps() == [(1, step) for step in range(1, 8)]
@@ -317,7 +317,7 @@ def test_preempted_while_it_is_provisioned(cloud):
         "deleting tiny",
         ASKED,
     ]
-    assert "done, after 1 preemptions and 0 crashes" in cloud.lines
+    assert "done (preemptions: 1, crashes: 0)" in cloud.lines
 
 
 def test_preempted_twice_while_it_trains(cloud):
@@ -330,7 +330,7 @@ def test_preempted_twice_while_it_trains(cloud):
         "tiny is SUSPENDING",
         "tiny is SUSPENDED",
         "preempted (SUSPENDED) at step 5: preemption restart 2 of 100 in 0 s",
-        "done, after 2 preemptions and 0 crashes",
+        "done (preemptions: 2, crashes: 0)",
     ]
     assert cloud.count("create") == 3
     assert cloud.steps() == [(1, 1), (1, 2), (1, 3), (2, 4), (2, 5), (3, 6), (3, 7)]
@@ -402,7 +402,7 @@ def test_a_worker_that_is_silent_for_a_moment_is_forgiven(cloud):
     cloud.script({"hang": 1, "hangs": 1}, hosts=2)
     assert cloud.submit(QUICK._replace(answer=1.0, patience=20.0)) == 0
     assert "tiny worker 1 did not answer" in cloud.lines
-    assert "done, after 0 preemptions and 0 crashes" in cloud.lines
+    assert "done (preemptions: 0, crashes: 0)" in cloud.lines
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
@@ -417,7 +417,7 @@ def test_interrupted_it_leaves_the_training_and_attaches_to_it_again(cloud, numb
     looked = cloud.count("ssh")
     cloud.when(lambda: cloud.count("ssh") > looked + 1, lambda: os.kill(pid, signal.SIGTERM))
     assert cloud.submit() == 1
-    assert cloud.lines[:2] == ["tiny is ACTIVE", "the training runs on 1 workers"]
+    assert cloud.lines[:2] == ["tiny is ACTIVE", "the training runs on 1 worker"]
     assert "preempted (exit 42) at step 3: giving up, the budget of 0 preemption restarts is spent" in cloud.lines
     assert cloud.count("create") == 1
     assert cloud.attempts() == 1
@@ -438,7 +438,7 @@ def test_what_an_earlier_call_left_is_not_counted(cloud):
     assert cloud.submit() == 1
     assert cloud.submit() == 0
     assert cloud.lines[1:3] == ["tiny: an earlier attempt ended (exit 1)", INSTALLS]
-    assert cloud.lines[-3] == "done, after 0 preemptions and 0 crashes"
+    assert cloud.lines[-3] == "done (preemptions: 0, crashes: 0)"
     assert cloud.submit() == 0  # and once more there is nothing to do
     assert cloud.attempts() == 2
 
@@ -576,12 +576,12 @@ def test_two_workers_preempted_twice_train_as_if_nothing_had_been(cloud, tmp_pat
     }
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     cloud.install_from(repository_of(tmp_path / "empty"))  # so that this environment's package runs
-    cloud.job = dataclasses.replace(cloud.job, overrides=tiny.overrides(tmp_path, steps=100))
+    cloud.job = dataclasses.replace(cloud.job, overrides=tiny.overrides(tmp_path, steps=60))
     real = {"hosts": 2, "flags": "", "environment": environment}
     patient = QUICK._replace(poll=0.2, answer=60.0, install=60.0)
-    cloud.script({"preempt": 23, "at_once": True}, {"preempt": 57, "at_once": True}, {}, **real)
+    cloud.script({"preempt": 17, "at_once": True}, {"preempt": 37, "at_once": True}, {}, **real)
     assert cloud.submit(patient) == 0
-    assert cloud.lines[-3] == "done, after 2 preemptions and 0 crashes"
+    assert cloud.lines[-3] == "done (preemptions: 2, crashes: 0)"
     assert cloud.said.count("resuming at step ") == 2
     cloud.clean()
     shutil.rmtree(cloud.folder / "cloud")
@@ -590,5 +590,5 @@ def test_two_workers_preempted_twice_train_as_if_nothing_had_been(cloud, tmp_pat
     cloud.script(**real)
     assert cloud.submit(patient) == 0
     assert "resuming" not in cloud.said
-    assert len(tiny.trajectory(whole)) == 100 + 20
+    assert len(tiny.trajectory(whole)) == 60 + 12
     assert tiny.trajectory(cloud.run) == tiny.trajectory(whole)

@@ -1,0 +1,139 @@
+"""Several processes of a run on this machine: what each is told, where its words go, and that a killed one costs nothing."""
+
+import dataclasses
+import json
+import os
+import runpy
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gpt_jax.errors import UserError
+from gpt_jax.launch import accelerators, local
+from gpt_jax.launch.job import Checked, Job, Source, check
+
+tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
+
+STAND_IN = """
+import os, sys
+print("process", os.environ["JAX_PROCESS_ID"], "of", os.environ["JAX_NUM_PROCESSES"], "at", os.environ["JAX_COORDINATOR_ADDRESS"], flush=True)
+print("devices", os.environ["JAX_NUM_CPU_DEVICES"], "words", *sys.argv[1:], file=sys.stderr)
+"""
+
+
+def on(name):
+    return Checked(None, accelerators.find(name))
+
+
+@pytest.fixture
+def job(tmp_path):
+    return Job("pretrain", "smoke", ("--train.duration", "7 steps"), str(tmp_path / "run"), "tiny", "cpu-4")
+
+
+def variables(line):
+    words = shlex.split(line)
+    return dict(word.split("=", 1) for word in words[: words.index("gpt-jax")])
+
+
+def test_processes_share_a_cpu_s_devices(job):
+    first, second, end = local.render(job, on("cpu-4"), 2).splitlines()
+    assert variables(second) == {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "2",
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:PORT",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+    }
+    assert first.endswith(
+        f"gpt-jax pretrain smoke --workdir {job.workdir} --train.duration '7 steps' >> {job.workdir}/logs/process-0.log 2>&1 &"
+    )
+    assert end == "wait  # supervised: 100 restarts after preemptions, 3 after crashes"
+
+
+def test_one_process_has_no_others_to_join(job):
+    line, _ = local.render(job, on("cpu-4"), 1).splitlines()
+    assert variables(line) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+
+
+@pytest.mark.parametrize(("processes", "expected"), [(4, ["0", "1", "2", "3"]), (2, ["0,1", "2,3"]), (1, ["0,1,2,3"])])
+def test_processes_share_gpus(job, processes, expected):
+    lines = local.render(job, on("h100-4"), processes).splitlines()[:-1]
+    assert [variables(line)["CUDA_VISIBLE_DEVICES"] for line in lines] == expected
+    assert "JAX_NUM_CPU_DEVICES" not in variables(lines[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "accelerator", "processes", "message"),
+    [
+        ({}, "v5e-8", 1, "--accelerator: local runs on CPUs and GPUs"),
+        ({"slices": 2}, "cpu-4", 1, "--slices: 2 of them are several machines; local has --processes"),
+        ({"workdir": "gs://b/run"}, "cpu-4", 1, "--workdir: 'gs://b/run' is not a folder of this machine"),
+        ({}, "cpu-4", 3, "--processes: 3 cannot share the 4 devices of cpu-4 evenly; give a divisor of 4"),
+        ({}, "cpu-4", 0, "--processes: 0 cannot share"),
+    ],
+)
+def test_what_this_machine_is_not(job, change, accelerator, processes, message):
+    for call in (local.render, local.submit):
+        with pytest.raises(UserError, match=message):
+            call(dataclasses.replace(job, **change), on(accelerator), processes)
+
+
+def test_each_process_has_its_log_and_the_first_is_shown(job, monkeypatch, capsys):
+    spawn = local.spawn
+    monkeypatch.setattr(local, "spawn", lambda command, **options: spawn([sys.executable, "-SEc", STAND_IN, *command], **options))
+    monkeypatch.setattr(local, "source", lambda: Source(Path("."), "c0ffee", "", "a difference\n", ()))
+    assert local.submit(job, on("cpu-4"), 2) == 0
+    assert local.submit(job, on("cpu-4"), 2) == 0
+    logs = [(Path(job.workdir) / "logs" / f"process-{number}.log").read_text().splitlines() for number in (0, 1)]
+    assert [len(log) for log in logs] == [4, 4]
+    first, again = logs[0][0:4:2]
+    port = first.rpartition(":")[2]
+    assert first == f"process 0 of 2 at 127.0.0.1:{port}"
+    assert logs[1][0] == f"process 1 of 2 at 127.0.0.1:{port}"
+    assert first != again  # another port
+    assert logs[1][1].startswith("devices 2 words ")
+    assert logs[1][1].endswith(f"-m gpt_jax pretrain smoke --workdir {job.workdir} --train.duration 7 steps")
+    shown = capsys.readouterr().err
+    assert shown.count("process 0 of 2 at") == 2  # and not once more what the log held before
+    assert "process 1 of 2" not in shown
+    assert (Path(job.workdir) / "uncommitted.diff").read_text() == "a difference\n"
+    monkeypatch.setattr(local, "source", lambda: Source(Path("."), "c0ffee", "", "", ()))
+    assert local.submit(job, on("cpu-4"), 2) == 0
+    assert not (Path(job.workdir) / "uncommitted.diff").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_is_killed_changes_nothing(tmp_path, monkeypatch, capfd, killed):
+    """Bit for bit: two processes of two devices each."""
+    started = []
+    spawn = local.spawn
+    monkeypatch.setattr(local, "spawn", lambda *words, **options: started.append(spawn(*words, **options)) or started[-1])
+    overrides = tiny.overrides(tmp_path, steps=60)
+    whole, run = (Job("pretrain", "smoke", overrides, str(tmp_path / name), name, "cpu-4") for name in ("whole", "run"))
+    checked = check(whole)
+    assert local.submit(whole, checked, 2) == 0
+    metrics = Path(run.workdir) / "metrics.jsonl"
+
+    def kill():
+        limit = time.monotonic() + 300
+        while not (metrics.exists() and '"step": 23,' in metrics.read_text()) and time.monotonic() < limit:
+            time.sleep(0.01)
+        os.kill(started[2 + killed].pid, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    assert local.submit(run, checked, 2) == 0
+    said = capfd.readouterr().err
+    print(said)
+    assert "crash restart 1 of 3 in 1 s" in said
+    assert "resuming at step " in said
+    assert "done (preemptions: 0, crashes: 1)" in said
+    assert tiny.trajectory(Path(run.workdir)) == tiny.trajectory(Path(whole.workdir))
+    attempts = {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()}
+    assert attempts == {1, 2}
