@@ -10,7 +10,7 @@ locks := $(wildcard constraints/*.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow interop test-interop lint format lock clean
+.PHONY: help demo test test-slow interop test-interop slurm lint format lock clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,9 @@ interop: ## Run all tests of exports and imports beside torch, transformers and 
 
 test-interop: $(VENV)/.installed-interop
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n 2 --dist worksteal tests/interop $(ARGS)
+
+slurm: $(VENV)/.installed-test ## Run launch's batch file on a small SLURM of this machine (Debian's slurm-wlm and munge, as root).
+	@GPT_JAX_SLURM=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -m slow tests/launch/test_slurm_real.py $(ARGS)
 
 lint: $(VENV)/.installed-lint ## Check style, format and types.
 	@$(bin)/ruff check .

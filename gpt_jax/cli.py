@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"gpt-jax: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        if show_traceback:
+            raise
+        print("gpt-jax: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -287,7 +292,7 @@ def _export(options: argparse.Namespace, _: list[str]) -> None:
     from gpt_jax.interop.exports import export
     from gpt_jax.train.progress import say
 
-    export(options.checkpoint, options.format, options.out, say, dtype=options.dtype, shard_bytes=int(options.shard_bytes))
+    export(options.checkpoint, options.format, options.out, say, dtype=options.dtype, shard_bytes=options.shard_bytes)
 
 
 def _import(options: argparse.Namespace, _: list[str]) -> None:

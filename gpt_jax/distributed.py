@@ -173,6 +173,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._updates = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -189,8 +190,10 @@ class StopRequest:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
 
-    def at(self, step: int) -> bool:
-        """Whether to stop after update `step`; the same answer on every process."""
+    def now(self) -> bool:
+        """Whether to stop after the update that has just been dispatched; the same answer on every process."""
+        self._updates += 1
         if jax.process_count() == 1:
             return self.asked
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        # The service has all stop at the count after the largest that it has heard of: so it counts from 1, in a resumed run too.
+        return bool(multihost_utils.reached_preemption_sync_point(self._updates))

@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -41,6 +42,34 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(out: Path, field: str) -> Iterator[Path]:
+    """A hidden folder that takes the name `out` at the end of the body, or is gone.
+
+    Raises:
+      UserError: `out` holds something already, or cannot be made; `field` is the option that named it. No space left.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--{field}: {out} holds something already; name a folder that is empty or not there")
+    if out == Path.cwd():
+        raise UserError(f"--{field}: {out} is the folder that you are in; name one below it")
+    staging = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--{field}: {out} cannot be made ({error.strerror})") from None
+        with explain_full_disk(out):
+            yield staging
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -190,10 +219,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: the file is not there or not JSON.
+      UserError: the file is not there, or not a JSON object.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except ValueError as error:

@@ -70,6 +70,8 @@ def _require_possible(job: Job, checked: Checked, processes: int) -> None:
     accelerator, devices = checked.accelerator, checked.accelerator.devices
     require(accelerator.kind != "tpu", "accelerator", "local runs on CPUs and GPUs; on a TPU VM use gpt-jax supervise")
     require(job.slices == 1, "slices", f"{job.slices} of them are several machines; local has --processes")
+    for name in ("zone", "project", "queue", "image", "spot"):
+        require(not getattr(job, name), name, "local runs in this environment on this machine; leave it out")
     require("://" not in job.workdir, "workdir", f"'{job.workdir}' is not a folder of this machine, where local runs")
     require(
         processes > 0 and devices % processes == 0,

@@ -553,6 +553,7 @@ def _require_possible(job: Job, checked: Checked, origin: Source) -> None:
     require(accelerator.kind == "tpu", "accelerator", f"{accelerator.name} is no TPU; tpu-vm takes {', '.join(RUNTIMES)}")
     require(accelerator.family in RUNTIMES, "accelerator", f"{accelerator.name} is not offered as a TPU VM; gke has it")
     require(bool(job.zone), "zone", "say in which, as in --zone us-west4-a")
+    require(not job.queue, "queue", "tpu-vm has one queue; leave it out")
     require(not job.image, "image", "tpu-vm installs this commit on the workers and takes no image; leave it out")
     if not origin.commit:
         raise UserError("tpu-vm installs a commit on the workers, and this package is not in a git checkout: run it from a clone")

@@ -136,19 +136,19 @@ def test_a_short_wait_says_nothing():
 def test_a_signal_is_a_request_to_stop_after_the_update(number):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with StopRequest() as stop:
-        assert not stop.at(1)
+        assert not stop.now()
         os.kill(os.getpid(), number)
-        assert stop.at(2)
-        assert stop.at(3)
+        assert stop.now()
+        assert stop.now()
     assert {number: signal.getsignal(number) for number in before} == before
     with StopRequest() as stop:
-        assert not stop.at(1)
+        assert not stop.now()
 
 
 def test_a_second_interrupt_stops_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.at(1)
+        assert stop.now()
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the signal is noticed between two statements
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
@@ -161,9 +161,21 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
     def body():
         with StopRequest() as stop:
-            seen.append((stop.at(1), signal.getsignal(signal.SIGTERM)))
+            seen.append((stop.now(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=body)
     thread.start()
     thread.join()
     assert seen == [(False, before)]
+
+
+def test_several_processes_count_their_updates_from_1_whatever_step_they_resume_at(monkeypatch):
+    """JAX's service has all processes stop at the count after the largest it has heard of, which is 0 at first."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        distributed.multihost_utils, "reached_preemption_sync_point", lambda count: asked.append(count) or count == 3
+    )
+    with StopRequest() as stop:
+        assert [stop.now(), stop.now(), stop.now()] == [False, False, True]
+    assert asked == [1, 2, 3]

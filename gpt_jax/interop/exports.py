@@ -5,14 +5,14 @@ renamed. A failure on the way leaves nothing. Besides the format's own files eac
 
     parity.json     what was compared, and how close it was
     gpt_jax/        config.json, tokenizer/, and head.npz where the format keeps the head in another form: what `gpt-jax import`
-                    makes the same checkpoint from again; and manifest.json with the SHA-256 of every exported file
+                    makes the same checkpoint from again; and manifest.json with the SHA-256 of every file that it reads
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError, VerificationError, nearest
 from gpt_jax.interop import files, graphs, huggingface, imports, layouts, parity, tokenizer_json, weights
 from gpt_jax.interop.imports import SIDE
-from gpt_jax.rundir import explain_full_disk, sha256
+from gpt_jax.rundir import sha256, staged
 from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.evaluate import best_checkpoint
 from gpt_jax.tasks.finetune import head_of
@@ -46,7 +46,7 @@ TENSOR_FORMATS: dict[str, tuple[Dtype, ...]] = {
 }
 FORMATS = (*TENSOR_FORMATS, *graphs.FORMATS)
 HUGGINGFACE_TOLERANCE = 1e-4
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5e9
 
 
 class Subject(NamedTuple):
@@ -61,7 +61,7 @@ class Subject(NamedTuple):
 
 
 def export(
-    path: Path, format_: str, out: Path, log: Callable[[str], None], *, dtype: Dtype = "float32", shard_bytes: int = SHARD_BYTES
+    path: Path, format_: str, out: Path, log: Callable[[str], None], *, dtype: Dtype = "float32", shard_bytes: float = SHARD_BYTES
 ) -> dict[str, Any]:
     """Writes a checkpoint in another format and returns what parity.json says.
 
@@ -84,19 +84,21 @@ def export(
     allowed = TENSOR_FORMATS.get(format_, ("float32",))
     if dtype not in allowed:
         raise UserError(f"--dtype: {format_} is written in {' or '.join(allowed)}, not {dtype}")
-    if shard_bytes <= 0:
-        raise UserError(f"--shard-bytes: must be positive, not {shard_bytes}")
+    if not 1 <= shard_bytes < math.inf:
+        raise UserError(f"--shard-bytes: must be a number of bytes, 1 or more, not {shard_bytes:g}")
     subject = find(path, log)
     if format_ in TENSOR_FORMATS:
         layouts.pieces(format_, subject.model, subject.head)  # type: ignore[arg-type]  # says at once what has no place there
-    with _staged(out) as folder:
+    with staged(out, "out") as folder:
         log(f"writing {format_} ({dtype}) from {subject.info.path}")
         if format_ in TENSOR_FORMATS:
             _write_tensors(subject, format_, folder, dtype, shard_bytes)
         _write_side(subject, folder)
         found = _verified(subject, format_, folder, dtype, log)
         (folder / "parity.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        listed = {str(file.relative_to(folder)): sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+        # Of what an import reads: the rest, the card for one, is the user's to change.
+        read = [file for pattern in imports.READ for file in sorted(folder.glob(pattern)) if file.is_file()]
+        listed = {str(file.relative_to(folder)): sha256(file) for file in read}
         (folder / SIDE / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     log(f"done: {out}")
     return found
@@ -113,28 +115,10 @@ def find(path: Path, log: Callable[[str], None]) -> Subject:
     return Subject(info, config, config.model, tokenizers.load(info.path / "tokenizer"), task, head)
 
 
-@contextlib.contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A folder that takes the name `out` at the end, or is gone."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out: {out} holds something already; name a folder that is empty or not there")
-    staging = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        with explain_full_disk(out):
-            yield staging
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 # -- writing ----------------------------------------------------------------------------------------------------------------
 
 
-def _write_tensors(subject: Subject, format_: str, folder: Path, dtype: Dtype, shard_bytes: int) -> None:
+def _write_tensors(subject: Subject, format_: str, folder: Path, dtype: Dtype, shard_bytes: float) -> None:
     """One tensor at a time: little more memory than the largest one takes."""
     pieces = layouts.pieces(format_, subject.model, subject.head)  # type: ignore[arg-type]
     known = weights.described(pieces, dtype)
@@ -268,7 +252,7 @@ def _read_back(subject: Subject, format_: Any, folder: Path, trained: Trained) -
     params = imports.load(folder, source, trained.mesh)
     framework, tolerance = "the files, read back", 0.0
     if format_ == "huggingface":
-        framework, tolerance = f"{framework} (transformers and torch are not installed)", HUGGINGFACE_TOLERANCE
+        framework, tolerance = f"{framework} in our own model (transformers and torch are not installed)", HUGGINGFACE_TOLERANCE
         if huggingface.architecture(subject.head) == huggingface.CLASSIFIER:
             score = files.read_safetensors(folder).read(huggingface.SCORE)
             params |= {"head": {"kernel": score.T, "bias": np.zeros(len(score), np.float32)}}

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ class Tensors(NamedTuple):
 
 
 def write_safetensors(
-    folder: Path, known: Mapping[str, Tensor], tensors: Iterable[tuple[str, np.ndarray]], most_bytes: int, stem: str = "model"
+    folder: Path, known: Mapping[str, Tensor], tensors: Iterable[tuple[str, np.ndarray]], most_bytes: float, stem: str = "model"
 ) -> None:
     """Writes STEM.safetensors, or, of more than `most_bytes`, STEM-00001-of-0000N.safetensors and STEM.safetensors.index.json.
 
@@ -106,7 +107,9 @@ def read_safetensors(folder: Path, stem: str = "model") -> Tensors:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise ValueError("names that are no files of this folder")
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index}: is no index of safetensors files") from None
     known: dict[str, Tensor] = {}
     opened: dict[str, Any] = {}
@@ -196,14 +199,16 @@ def read_openai(folder: Path, names: list[str]) -> Tensors:
     """
     shapes_file = folder / "params_shapes.json"
     try:
-        shapes = [tuple(int(size) for size in shape) for shape in json.loads(shapes_file.read_text(encoding="utf-8"))]
+        shapes = [tuple(shape) for shape in json.loads(shapes_file.read_text(encoding="utf-8"))]
+        if not shapes or not all(type(size) is int and size > 0 for shape in shapes for size in shape):
+            raise ValueError("lists of whole numbers above 0 are needed")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{shapes_file}: cannot be read as a list of shapes ({error})") from None
     parts = []
     for number in range(OPENAI_FILES):
         path = folder / f"params_{number}.npy"
         with _explained(path):
-            parts.append(np.load(path, mmap_mode="r", allow_pickle=False).reshape(-1))
+            parts.append(np.lib.format.open_memmap(path, mode="r").reshape(-1))
             if parts[-1].dtype != np.float32:
                 raise UserError(f"{path}: holds {parts[-1].dtype}, not float32")
     begins = np.cumsum([0, *(part.size for part in parts)])
@@ -235,7 +240,7 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: missing") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
         if "pickle" in str(error) or "Python objects" in str(error):
             raise UserError(f"{path}: holds pickled objects, which could run any code; it is not read") from None
         raise UserError(f"{path}: truncated or altered ({error})") from None

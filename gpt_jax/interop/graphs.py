@@ -11,6 +11,7 @@ the one operator that such a SavedModel consists of.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import importlib.util
 import json
@@ -185,7 +186,10 @@ def write_savedmodel(folder: Path, model: ModelConfig, params: Params, head: Hea
     inputs = _inputs(head, sequences).items()
     specs = [tf.TensorSpec(_tensorflow_shape(shape), tf.int32, name=name) for name, shape in inputs]
     module.serve = tf.function(serve, input_signature=specs, autograph=False)
-    tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+    try:
+        tf.saved_model.save(module, str(folder), signatures={"serving_default": module.serve})
+    except tf.errors.ResourceExhaustedError as error:  # how it tells of a full disk
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def load_savedmodel(folder: Path) -> Computation:

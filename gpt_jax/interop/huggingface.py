@@ -31,8 +31,25 @@ LANGUAGE_MODEL, CLASSIFIER, DOUBLE_HEADS = (
 )
 SPECIALS = tuple(f"<{name}>" for name in Specials._fields)
 SCORE = "score.weight"
+LARGEST_ADDITION = 10.0
+"""What the bias may add to a classifier's weight at most: beyond, rounding would show at 1e-5 and more."""
 PAD = 0
 """Their classifier reads the last token that is not this one, which the extract token never is."""
+
+
+# Ours, theirs, what it must be, and what theirs defaults to.
+FIELDS: dict[str, tuple[str, Any, Any]] = {
+    "vocab_size": ("vocab_size", int, None),
+    "context_length": ("n_positions", int, None),
+    "num_layers": ("n_layer", int, None),
+    "embed_dim": ("n_embd", int, None),
+    "num_heads": ("n_head", int, None),
+    "embed_dropout": ("embd_pdrop", (int, float), 0.1),
+    "attention_dropout": ("attn_pdrop", (int, float), 0.1),
+    "residual_dropout": ("resid_pdrop", (int, float), 0.1),
+    "layer_norm_epsilon": ("layer_norm_epsilon", (int, float), 1e-5),
+    "init_stddev": ("initializer_range", (int, float), 0.02),
+}
 
 
 def architecture(head: Head | None) -> str:
@@ -92,22 +109,16 @@ def model_of(values: Mapping[str, Any], where: str) -> ModelConfig:
         raise UserError(f"{where}: describes a model of the type '{kind}', and only {MODEL_TYPE} is GPT-1; no other is imported")
     if values.get("afn", "gelu") not in ("gelu", "gelu_new"):
         raise UserError(f"{where}: has the activation '{values['afn']}', and GPT-1 has gelu")
-    try:
-        return ModelConfig(
-            vocab_size=values["vocab_size"],
-            context_length=values["n_positions"],
-            num_layers=values["n_layer"],
-            embed_dim=values["n_embd"],
-            num_heads=values["n_head"],
-            mlp_dim=4 * values["n_embd"],
-            embed_dropout=values.get("embd_pdrop", 0.1),
-            attention_dropout=values.get("attn_pdrop", 0.1),
-            residual_dropout=values.get("resid_pdrop", 0.1),
-            layer_norm_epsilon=values.get("layer_norm_epsilon", 1e-5),
-            init_stddev=values.get("initializer_range", 0.02),
-        )
-    except KeyError as error:
-        raise UserError(f"{where}: lacks {error}") from None
+    if values.get("tie_word_embeddings") is False:
+        raise UserError(f"{where}: has an output layer of its own (tie_word_embeddings false), and GPT-1's is its embeddings")
+    found: dict[str, Any] = {}
+    for ours, (theirs, kind, default) in FIELDS.items():
+        value = values.get(theirs, default)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            what = "a whole number" if kind is int else "a number"
+            raise UserError(f"{where}: {theirs} must be {what}, " + ("and is missing" if value is None else f"not {value!r}"))
+        found[ours] = value
+    return ModelConfig(**found, mlp_dim=4 * found["embed_dim"])
 
 
 def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -119,11 +130,19 @@ def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: 
     Args:
       kernel, bias: our head, [embed, outputs] and [outputs].
       gain, shift: of the last layer norm, [embed].
+
+    Raises:
+      UserError: that sum is so small that float32 could not hold what is added to the weights, or a gain is 0.
     """
     kernel, bias, gain, shift = (array.astype(np.float64) for array in (kernel, bias, gain, shift))
     if not bias.any():
         return kernel.T.astype(np.float32)
-    constant = (shift / gain).sum()
+    constant = (shift / gain).sum() if gain.all() else 0.0
+    if abs(constant) * LARGEST_ADDITION < np.abs(bias).max() * np.abs(1 / np.where(gain, gain, 1)).max():
+        raise UserError(
+            "--format: their classifier has no bias, and this model's cannot be put into its weights, as its last layer norm "
+            "shifts too little; npz and the graphs take it"
+        )
     return (kernel + np.outer(1 / gain, bias) / constant).T.astype(np.float32)
 
 

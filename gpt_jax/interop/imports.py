@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,7 +23,7 @@ from gpt_jax.interop import files, huggingface, layouts, weights
 from gpt_jax.interop.files import Tensor, Tensors
 from gpt_jax.model import network
 from gpt_jax.model.transformer import Params
-from gpt_jax.rundir import RunDir, read_json, sha256
+from gpt_jax.rundir import RunDir, read_json, sha256, staged
 from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.finetune import head_of
 from gpt_jax.tasks.head import Head
@@ -37,6 +39,13 @@ FILES = {
 }
 VOCABULARIES = (GPT1.files, ("vocab.json", "merges.txt"))
 """The released vocabulary, under its own names and those that Hugging Face gives it."""
+
+
+READ = (
+    *("config.json", "*.safetensors", "*.safetensors.index.json", "params.npz", "params_*", "encoder_bpe_40000.json"),
+    *("vocab_40000.bpe", f"{SIDE}/config.json", f"{SIDE}/head.npz", f"{SIDE}/tokenizer/*"),
+)
+"""What an import reads of an export, as patterns of names."""
 
 
 class Source(NamedTuple):
@@ -69,27 +78,26 @@ def import_(
       UserError: no known format; a damaged file; names, shapes or types that do not fit, all of them listed; another
         architecture; a tokenizer that is missing or does not fit; a workdir that is in use.
     """
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise UserError(f"--workdir: {workdir} holds something already; name a folder that is empty or not there")
-    source = understand(folder, config, tokenizer)
-    log(f"{folder}: {source.layout}, {network.count(source.model):,} parameters, {source.tokenizer.kind} tokenizer")
-    spread = math.gcd(source.model.embed_dim, jax.device_count())
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
-    params = load(folder, source, mesh, trust_pickle)
-    run = RunDir(workdir)
-    run.open(source.config, "", imported_from=str(folder))
-    source.tokenizer.save(run.tokenizer)
-    with checkpoint.Checkpoints(
-        run.checkpoints,
-        keep_latest=1,
-        keep_best=0,
-        config_json=json.dumps(config_io.to_dict(source.config), indent=1),
-        config_digest=config_io.digest(source.config),
-        data_digest="",
-        tokenizer=run.tokenizer,
-    ) as saver:
-        saver.save(0, {"params": params}, {})
-    run.close()
+    with staged(workdir, "workdir") as staging:
+        source = understand(folder, config, tokenizer)
+        log(f"{folder}: {source.layout}, {network.count(source.model):,} parameters, {source.tokenizer.kind} tokenizer")
+        spread = math.gcd(source.model.embed_dim, jax.device_count())
+        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
+        params = load(folder, source, mesh, trust_pickle)
+        run = RunDir(staging)
+        with contextlib.closing(run):
+            run.open(source.config, "", imported_from=str(folder))
+        source.tokenizer.save(run.tokenizer)
+        with checkpoint.Checkpoints(
+            run.checkpoints,
+            keep_latest=1,
+            keep_best=0,
+            config_json=json.dumps(config_io.to_dict(source.config), indent=1),
+            config_digest=config_io.digest(source.config),
+            data_digest="",
+            tokenizer=run.tokenizer,
+        ) as saver:
+            saver.save(0, {"params": params}, {})
     log(f"done: {workdir} holds checkpoint 0; train on from it with --init.from {workdir}")
 
 
@@ -103,7 +111,13 @@ def understand(folder: Path, config: PretrainConfig | None = None, tokenizer: Pa
     if config is not None:
         found = config
     elif side.is_file():
-        found = config_io.from_dict(read_json(side))
+        values = read_json(side)
+        try:
+            found = config_io.from_dict(values)
+        except TypeError as error:
+            raise UserError(f"{side}: is not the config of a run ({error})") from None
+        if "model" not in values:
+            raise UserError(f"{side}: is not the config of a run (it has no model)")
     else:
         model = ModelConfig()
         if layout == "huggingface":
@@ -151,7 +165,7 @@ def _safetensors(folder: Path) -> bool:
 
 def _layout(folder: Path) -> layouts.Layout:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a model")
+        raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; give the folder of a model")
     if (folder / "config.json").is_file():
         if _safetensors(folder) or (folder / "pytorch_model.bin").is_file():
             return "huggingface"
@@ -180,7 +194,10 @@ def _check_manifest(folder: Path) -> None:
         elif sha256(folder / name) != checksum:
             altered.append(f"{name} was truncated or altered")
     if altered:
-        raise UserError(f"{folder}: differs from what was exported: {', '.join(altered)}; export it again")
+        raise UserError(
+            f"{folder}: differs from what was exported: {', '.join(altered)}; export it again, or delete {manifest} if "
+            "that is meant"
+        )
 
 
 def _tokenizer(folder: Path, given: Path | None) -> Tokenizer:
@@ -189,7 +206,13 @@ def _tokenizer(folder: Path, given: Path | None) -> Tokenizer:
             return tokenizers.load(place)
         for vocabulary, merges in VOCABULARIES:
             if (place / vocabulary).is_file() and (place / merges).is_file():
-                return GPT1((place / vocabulary).read_bytes(), (place / merges).read_bytes())
+                try:
+                    return GPT1((place / vocabulary).read_bytes(), (place / merges).read_bytes())
+                except UserError:
+                    raise UserError(
+                        f"{place}: {vocabulary} and {merges} are not the vocabulary and the merges of a byte-pair "
+                        "encoding like the released one"
+                    ) from None
         if given and (place / tokenizers.MANIFEST).is_file():
             return tokenizers.load(place)
     where = f"{given}: no tokenizer there" if given else f"{folder}: has no tokenizer"
@@ -212,12 +235,19 @@ def _their_names(tensors: Tensors) -> Tensors:
     """Names as their language model has them. Without "transformer." they are those of the bare model; old files hold the causal
     mask of each block as well, and the output layer, which is the embeddings again."""
     names: dict[str, str] = {}
-    for name in tensors.known:
+    for name, (shape, _) in tensors.known.items():
         parts = name.split(".")
-        if name == "lm_head.weight" or parts[-2:] == ["attn", "bias"]:
+        if name == "lm_head.weight" or (parts[-2:] == ["attn", "bias"] and len(shape) == 4):
             continue
-        bare = parts[0] in ("tokens_embed", "positions_embed", "h")
-        names[f"transformer.{name}" if bare else name] = name
+        ours = f"transformer.{name}" if parts[0] in ("tokens_embed", "positions_embed", "h") else name
+        if ours in names:
+            raise UserError(f"{tensors.where}: holds {ours} twice, with and without 'transformer.'")
+        names[ours] = name
+    tokens = names.get("transformer.tokens_embed.weight")
+    if "lm_head.weight" in tensors.known and tokens and not np.array_equal(tensors.read("lm_head.weight"), tensors.read(tokens)):
+        raise UserError(
+            f"{tensors.where}: lm_head.weight differs from the embeddings, and GPT-1's output layer is its embeddings"
+        )
     known = {ours: tensors.known[theirs] for ours, theirs in names.items()}
     return Tensors(tensors.where, known, lambda name: tensors.read(names[name]))
 
@@ -237,5 +267,11 @@ def _read_pickle(folder: Path, trusted: bool) -> Tensors:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # whatever its unpickler meets in a damaged or hostile file
         raise UserError(f"{path}: truncated, altered, or more than tensors ({type(error).__name__})") from None
-    known = {name: Tensor(tuple(x.shape), np.dtype(str(x.dtype).removeprefix("torch."))) for name, x in state.items()}
-    return Tensors(path, known, lambda name: state[name].numpy())
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise UserError(f"{path}: holds something other than tensors by their names")
+
+    def read(name: str) -> np.ndarray:
+        x = state[name]  # NumPy knows bfloat16 only as two bytes
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+
+    return Tensors(path, {name: Tensor(tuple(x.shape), read(name).dtype) for name, x in state.items()}, read)

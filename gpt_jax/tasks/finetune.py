@@ -69,6 +69,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         task = task_of(config.task)  # a misspelt task is said before a checkpoint is looked for
         source = find_source(config.init, log)
         resolved = resolve(config, task, source)
+        run.require_own()
         run.check(resolved, allow_changes)
         mesh = sharding.make_mesh(resolved.mesh)
         sharding.check(mesh, resolved.model, resolved.train.batch_size, resolved.train.micro_batches)

@@ -98,7 +98,7 @@ def train(
                 if pending is not None:
                     account(*pending)
                 step, pending = index + 1, (index + 1, metrics)
-                stopping = stop.at(step)
+                stopping = stop.now()
                 evaluating = step % work.eval_every == 0 or step == total
                 saving = step % work.save_every == 0 or step == total or stopping or (evaluating and work.save_evaluated)
                 if evaluating or saving:

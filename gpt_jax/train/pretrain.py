@@ -35,6 +35,7 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
       TrainingError, Preempted: as `loop.train`.
     """
     with session(config, workdir) as begun:
+        begun.run.require_own()
         begun.run.check(config, allow_changes)
         mesh = sharding.make_mesh(config.mesh)
         sharding.check(mesh, config.model, config.train.batch_size, config.train.micro_batches)

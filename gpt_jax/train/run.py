@@ -97,7 +97,6 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
     started = time.monotonic()
     (run, stop, log), work = session, training.work
     primary = distributed.is_primary()
-    run.require_own()
     run.check_data(training.data_digest, allow_changes)
     total = work.horizon.total
     found, step = _newest(run, log)

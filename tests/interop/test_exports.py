@@ -10,7 +10,8 @@ import pytest
 
 from gpt_jax import config_io
 from gpt_jax.cli import main
-from gpt_jax.config import FinetuneRunConfig
+from gpt_jax.config import DataConfig, FinetuneRunConfig, ModelConfig, PretrainConfig, TokenizerConfig
+from gpt_jax.data.tokenizers import Bytes
 from gpt_jax.errors import UserError
 from gpt_jax.interop import exports, files, graphs, huggingface, imports, layouts
 from gpt_jax.tasks.dataset import task_of
@@ -159,7 +160,7 @@ def test_a_full_disk_leaves_nothing(pretrained, tmp_path, monkeypatch, capsys):
         (["--format", "npz", "--dtype", "bfloat16"], "--dtype: npz is written in float32 or float16"),
         (["--format", "openai", "--dtype", "float16"], "--dtype: openai is written in float32"),
         (["--format", "stablehlo", "--dtype", "float16"], "--dtype: stablehlo is written in float32"),
-        (["--format", "npz", "--shard-bytes", "0"], "--shard-bytes: must be positive"),
+        (["--format", "npz", "--shard-bytes", "0"], "--shard-bytes: must be a number of bytes"),
     ],
 )
 def test_wrong_words_are_refused(words, said, pretrained, tmp_path, capsys):
@@ -217,6 +218,72 @@ def test_another_architecture_and_other_shapes_are_listed(exported, tmp_path, ca
     assert "transformer.h.2.ln_1.bias [16] is missing" in said
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[]", "it holds no object"),
+        ("{", "is not valid JSON"),
+        ({"n_head": "2"}, "n_head must be a whole number, not '2'"),
+        ({"n_layer": 1.0}, "n_layer must be a whole number, not 1.0"),
+        ({"vocab_size": None}, "vocab_size must be a whole number, and is missing"),
+        ({"embd_pdrop": "x"}, "embd_pdrop must be a number, not 'x'"),
+        ({"n_head": 5}, "5 does not divide"),
+        ({"afn": "relu"}, "has the activation 'relu'"),
+        ({"tie_word_embeddings": False}, "has an output layer of its own"),
+        ({"model_type": "gpt2"}, "'gpt2'"),
+    ],
+)
+def test_a_wrong_config_is_said_in_one_line(content, said, exported, pretrained, tmp_path, capsys):
+    shutil.rmtree(exported / "gpt_jax")
+    file = exported / "config.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(json.loads(file.read_text()) | content))
+    tokenizer = ["--tokenizer", pretrained / "tokenizer"]
+    assert said in refused(capsys, "import", exported, "--workdir", tmp_path / "run", *tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_layer_that_is_not_the_embeddings_is_refused(exported, pretrained, tmp_path, capsys):
+    shutil.rmtree(exported / "gpt_jax")
+    tensors = files.read_safetensors(exported)
+    held = {name: tensors.read(name) for name in tensors.known}
+    held["lm_head.weight"] = held["transformer.tokens_embed.weight"] + 1
+    known = {name: files.Tensor(array.shape, array.dtype) for name, array in held.items()}
+    files.write_safetensors(exported, known, held.items(), 10**9)
+    said = refused(capsys, "import", exported, "--workdir", tmp_path / "run", "--tokenizer", pretrained / "tokenizer")
+    assert "lm_head.weight differs from the embeddings" in said
+
+
+def test_the_card_may_be_changed(exported, tmp_path):
+    (exported / "README.md").write_text("# Mine\n")
+    imports.import_(exported, tmp_path / "run", quiet)
+    assert (tmp_path / "run" / "checkpoints" / "0").is_dir()
+
+
+def test_an_import_that_fails_leaves_nothing_and_can_be_repeated(exported, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", full)
+        assert "no space left" in refused(capsys, "import", exported, "--workdir", tmp_path / "run")
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    imports.import_(exported, tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "0.5", "-1"])
+def test_a_size_must_be_a_number_of_bytes(value, pretrained, tmp_path, capsys):
+    said = refused(capsys, "export", pretrained, "--format", "npz", "--out", tmp_path / "out", "--shard-bytes", value)
+    assert "--shard-bytes: must be a number of bytes" in said
+
+
+def test_a_bias_that_has_no_place_in_the_weights_is_said():
+    kernel, bias = np.ones((4, 2)), np.array([0.5, -0.5])
+    for gain, shift in ((np.ones(4), np.zeros(4)), (np.array([1.0, 0, 1, 1]), np.ones(4)), (np.ones(4), np.full(4, 1e-9))):
+        with pytest.raises(UserError, match="has no bias"):
+            huggingface.score_weight(kernel, bias, gain, shift)
+    assert np.isfinite(huggingface.score_weight(kernel, np.zeros(2), np.ones(4), np.zeros(4))).all()
+
+
 def test_a_pickle_is_read_only_if_it_is_trusted(exported, tmp_path, capsys):
     (exported / "gpt_jax" / "manifest.json").unlink()
     (exported / "model.safetensors").unlink()
@@ -240,20 +307,12 @@ def test_training_does_not_go_on_in_an_imported_folder(exported, pretrained, tmp
 
 
 def test_a_models_feed_forward_width_must_be_theirs(tmp_path):
-    from gpt_jax.config import ModelConfig
-
     with pytest.raises(UserError, match="feed-forward width"):
         layouts.pieces("huggingface", ModelConfig(embed_dim=48, num_heads=4, mlp_dim=100))
 
 
 def test_their_config_describes_our_model():
-    from gpt_jax.config import ModelConfig, PretrainConfig
-    from gpt_jax.data.tokenizers import Bytes
-
     model = ModelConfig(vocab_size=257, num_layers=3, embed_dim=32, num_heads=4, mlp_dim=128, embed_dropout=0.0, init_stddev=0.5)
-    config = PretrainConfig(model=model, data=config_io.load("smoke").data.__class__(tokenizer=TOKENIZER))
+    config = PretrainConfig(model=model, data=DataConfig(tokenizer=TokenizerConfig(kind="bytes")))
     values = json.loads(json.dumps(huggingface.model_config(config, Bytes(), None, None, "float32")))
     assert huggingface.model_of(values, "config.json") == model
-
-
-TOKENIZER = config_io.load("smoke").data.tokenizer.__class__(kind="bytes")

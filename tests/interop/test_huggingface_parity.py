@@ -179,7 +179,7 @@ def test_loss_and_every_gradient_are_theirs(pair):
     expected = their_loss(pair.theirs, tokens)
     print("LOSS", loss, expected.item())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert largest_difference(pair.named(gradients), pair.their_gradients(expected)) < 1e-3
+    assert largest_difference(pair.named(gradients), pair.their_gradients(expected)) < 1e-4
 
 
 def test_ten_updates_with_adamw_are_theirs(pair):
@@ -311,7 +311,7 @@ def test_a_multiple_choice_step_is_theirs(choices):
     ours, theirs = choices.named(gradients), choices.their_gradients(expected)
     for every in (ours, theirs):  # what is added to all choices alike changes nothing: rounding is left of its gradient
         assert abs(every.pop("multiple_choice_head.summary.bias")) < 1e-6
-    assert largest_difference(ours, theirs) < 1e-3
+    assert largest_difference(ours, theirs) < 1e-4
 
 
 def test_the_released_loss_is_larger_by_the_share_that_its_softmax_gives_to_positions(choices):
@@ -361,7 +361,7 @@ def test_a_step_with_classes_is_theirs(classifier):
     print("LOSS", loss, expected.item())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     theirs = pair.their_gradients(expected) | {"kernel": kernel.grad.numpy(), "bias": bias.grad.numpy()}
-    assert largest_difference(pair.named(gradients) | jax.device_get(gradients["head"]), theirs) < 1e-3
+    assert largest_difference(pair.named(gradients) | jax.device_get(gradients["head"]), theirs) < 1e-4
 
 
 # -- exported folders -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+
 from gpt_jax.launch import gke
 
 ROOT = Path(__file__).parents[2]

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from gpt_jax.launch import gke
-from gpt_jax.launch.job import Job, check
 
 from gpt_jax.errors import UserError
+from gpt_jax.launch import gke
+from gpt_jax.launch.job import Job, check
 from gpt_jax.train import checkpoint
 
 BUCKETS = ("--data.store", "gs://data/store")

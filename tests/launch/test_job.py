@@ -5,12 +5,12 @@ import subprocess
 import sys
 
 import pytest
-from gpt_jax.launch import accelerators, job
-from gpt_jax.launch.job import Job
 
 from gpt_jax import config_io
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
+from gpt_jax.launch import accelerators, job
+from gpt_jax.launch.job import Job
 from gpt_jax.model import network
 
 

@@ -22,7 +22,8 @@ tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))
 
 STAND_IN = """
 import os, sys
-print("process", os.environ["JAX_PROCESS_ID"], "of", os.environ["JAX_NUM_PROCESSES"], "at", os.environ["JAX_COORDINATOR_ADDRESS"], flush=True)
+print("process", os.environ["JAX_PROCESS_ID"], "of", os.environ["JAX_NUM_PROCESSES"], "at", os.environ["JAX_COORDINATOR_ADDRESS"])
+sys.stdout.flush()
 print("devices", os.environ["JAX_NUM_CPU_DEVICES"], "words", *sys.argv[1:], file=sys.stderr)
 """
 
@@ -73,6 +74,8 @@ def test_processes_share_gpus(job, processes, expected):
     [
         ({}, "v5e-8", 1, "--accelerator: local runs on CPUs and GPUs"),
         ({"slices": 2}, "cpu-4", 1, "--slices: 2 of them are several machines; local has --processes"),
+        ({"zone": "z"}, "cpu-4", 1, "--zone: local runs in this environment on this machine; leave it out"),
+        ({"spot": True}, "cpu-4", 1, "--spot: local runs"),
         ({"workdir": "gs://b/run"}, "cpu-4", 1, "--workdir: 'gs://b/run' is not a folder of this machine"),
         ({}, "cpu-4", 3, "--processes: 3 cannot share the 4 devices of cpu-4 evenly; give a divisor of 4"),
         ({}, "cpu-4", 0, "--processes: 0 cannot share"),
@@ -108,32 +111,37 @@ def test_each_process_has_its_log_and_the_first_is_shown(job, monkeypatch, capsy
     assert not (Path(job.workdir) / "uncommitted.diff").exists()
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two processes of two devices each that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("local")
+    job = Job("pretrain", "smoke", tiny.overrides(folder, steps=60), str(folder / "whole"), "tiny", "cpu-4")
+    assert local.submit(job, check(job), 2) == 0
+    return job
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_changes_nothing(tmp_path, monkeypatch, capfd, killed):
-    """Bit for bit: two processes of two devices each."""
+def test_a_process_that_is_killed_changes_nothing(whole, tmp_path, monkeypatch, capfd, killed):
+    """Bit for bit."""
+    job = dataclasses.replace(whole, workdir=str(tmp_path / "run"))
+    metrics = tmp_path / "run" / "metrics.jsonl"
     started = []
     spawn = local.spawn
     monkeypatch.setattr(local, "spawn", lambda *words, **options: started.append(spawn(*words, **options)) or started[-1])
-    overrides = tiny.overrides(tmp_path, steps=60)
-    whole, run = (Job("pretrain", "smoke", overrides, str(tmp_path / name), name, "cpu-4") for name in ("whole", "run"))
-    checked = check(whole)
-    assert local.submit(whole, checked, 2) == 0
-    metrics = Path(run.workdir) / "metrics.jsonl"
 
     def kill():
         limit = time.monotonic() + 300
         while not (metrics.exists() and '"step": 23,' in metrics.read_text()) and time.monotonic() < limit:
             time.sleep(0.01)
-        os.kill(started[2 + killed].pid, signal.SIGKILL)
+        os.kill(started[killed].pid, signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    assert local.submit(run, checked, 2) == 0
+    assert local.submit(job, check(job), 2) == 0
     said = capfd.readouterr().err
     print(said)
     assert "crash restart 1 of 3 in 1 s" in said
     assert "resuming at step " in said
     assert "done (preemptions: 0, crashes: 1)" in said
-    assert tiny.trajectory(Path(run.workdir)) == tiny.trajectory(Path(whole.workdir))
-    attempts = {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()}
-    assert attempts == {1, 2}
+    assert tiny.trajectory(tmp_path / "run") == tiny.trajectory(Path(whole.workdir))
+    assert {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()} == {1, 2}

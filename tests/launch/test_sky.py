@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from gpt_jax.errors import UserError
 from gpt_jax.launch import job as jobs
 from gpt_jax.launch import sky
 from gpt_jax.launch.job import Job, check
-
-from gpt_jax.errors import UserError
 
 checked = functools.cache(check)  # which takes a good part of a second
 ROOT = Path(__file__).parents[2]

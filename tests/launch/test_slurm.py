@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+
+from gpt_jax.errors import UserError
 from gpt_jax.launch import job as jobs
 from gpt_jax.launch import slurm
 from gpt_jax.launch.job import Job, check
-
-from gpt_jax.errors import UserError
 
 checked = functools.cache(check)  # which takes a good part of a second
 GPUS = {"accelerator": "h100-8", "slices": 2, "overrides": ("--mesh.slice", "2")}

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from gpt_jax.launch import slurm
 from gpt_jax.launch.job import Job, check
 

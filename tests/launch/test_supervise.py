@@ -8,10 +8,10 @@ import threading
 import time
 
 import pytest
-from gpt_jax.launch import supervise
-from gpt_jax.launch.supervise import Budget, Fate, Supervisor, describe, judge, spawn, steps_in
 
 from gpt_jax.errors import UserError
+from gpt_jax.launch import supervise
+from gpt_jax.launch.supervise import Budget, Fate, Supervisor, describe, judge, spawn, steps_in
 
 # Each attempt takes the next word of PLAN: an exit code, `kill` (itself, by SIGKILL), `save` (until SIGTERM, then 42), `deaf`
 # (to SIGTERM); a word before it, as in `7:1`, is the step that it reaches before.

@@ -8,19 +8,20 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from gpt_jax.errors import UserError
 from gpt_jax.launch import job as jobs
 from gpt_jax.launch import supervise, tpu_vm
 from gpt_jax.launch.job import Checked, Job, Source
 from gpt_jax.launch.supervise import Fate
 from gpt_jax.launch.tpu_vm import Do, Seen, Timing, decide, together
-
-from gpt_jax.errors import UserError
 
 fake_gcloud, tiny = (
     SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(name)))) for name in ("fake_gcloud.py", "tiny.py")
@@ -533,6 +534,7 @@ def test_a_dry_run_prints_what_is_run(cloud):
         ({"workdir": "runs/here"}, "--workdir: 'runs/here' is a folder of this machine"),
         ({"zone": ""}, "--zone: say in which"),
         ({"image": "x"}, "--image: tpu-vm installs this commit"),
+        ({"queue": "x"}, "--queue: tpu-vm has one queue"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_created(cloud, change, message):
@@ -559,6 +561,71 @@ def test_without_gcloud_it_says_what_to_install(cloud, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="install the Google Cloud CLI"):
         cloud.submit()
+
+
+# -- on a worker ------------------------------------------------------------------------------------------------------------
+
+DEAF = """
+import pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.alarm(60)
+with open(pathlib.Path(__file__).parents[2] / "trainings", "a") as file:
+    file.write(".")
+print("deaf", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Runs tpu_worker in a folder whose training hears nothing; returns its answer."""
+    package = tmp_path / "source" / "gpt_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(DEAF)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "uncommitted.diff").touch()
+    task = {"command": ["gpt-jax", "pretrain"], "digest": "d", "workdir": str(tmp_path / "run")}
+    (tmp_path / "job.json").write_text(json.dumps(task))
+    shutil.copy(tpu_vm.tpu_worker.__file__, tmp_path / "tpu_worker.py")
+
+    def begin(*words):
+        command = [sys.executable, "-SE", str(tmp_path / "tpu_worker.py"), *words]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"HOSTNAME": "t1v-n-x-w-0"})
+
+    def ask(*words):
+        (line,) = begin(*words).communicate(timeout=60)[0].splitlines()
+        assert line.startswith("gpt-jax-worker t1v-n-x-w-0 {")
+        return json.loads(line.split(" ", 2)[2])
+
+    yield SimpleNamespace(begin=begin, ask=ask, folder=tmp_path)
+    ask("stop", "0")
+
+
+def test_a_second_start_is_no_second_training(worker):
+    both = [worker.begin("start"), worker.begin("start")]
+    assert ['"state": "running"' in each.communicate(timeout=60)[0] for each in both] == [True, True]
+    assert worker.ask("start")["state"] == "running"
+    while not (log := worker.ask("status", "2")["log"]):
+        time.sleep(0.05)
+    assert log == "af\n"
+    assert (worker.folder / "trainings").read_text() == "."
+
+
+def test_a_training_that_does_not_hear_is_killed_and_forgotten(worker):
+    assert worker.ask("status")["state"] == "idle"
+    assert worker.ask("start")["state"] == "running"
+    assert worker.ask("stop", "0")["state"] == "idle"
+    assert worker.ask("status")["state"] == "idle"
+
+
+def test_a_training_that_went_down_with_its_machine_was_preempted(worker):
+    worker.ask("start")
+    os.killpg(int((worker.folder / "pid").read_text().split()[1]), signal.SIGKILL)
+    while (status := worker.ask("status"))["state"] == "running":
+        time.sleep(0.05)
+    assert (status["state"], status["code"], status["job"]) == ("ended", 42, "d")
 
 
 # -- for real ---------------------------------------------------------------------------------------------------------------
