@@ -12,6 +12,7 @@ FOLDER/script.json says what happens; FOLDER/state.json is where things stand; F
                         resource says so two looks later
         hang            the number of a worker whose ssh never ends; `hangs`: how often (always, if it is not said)
         lose            how many times the machines are gone at the next ssh although the resource stays ACTIVE
+        vanish          the number of the ssh at which somebody else deletes the resource
     create_errors   what `create` complains of, one after the other, before it succeeds
     describe_errors the same of `describe`, by the number of the call
     metrics         the run's metrics.jsonl
@@ -110,6 +111,11 @@ def node(folder, script, state, verb, words):
     if verb == "describe":
         print("READY")
         return 0, []
+    known["asked"] = known.get("asked", 0) + (verb == "ssh")
+    if known["asked"] == plan.get("vanish"):
+        lose_machines(folder, known)
+        state["resource"] = None
+        return complain("tpu-vm.ssh", "could not connect")
     if verb == "ssh" and known.get("lost", 0) < plan.get("lose", 0):
         known["lost"] = known.get("lost", 0) + 1
         lose_machines(folder, known)
@@ -125,6 +131,7 @@ def node(folder, script, state, verb, words):
         if plan.get("hang") == number and known.get("hung", 0) < plan.get("hangs", 1 << 30):
             known["hung"] = known.get("hung", 0) + 1
             jobs.append(subprocess.Popen(["sleep", "120"]))
+            state["hanging"] = [*state.get("hanging", []), jobs[-1].pid]
             continue
         worker = known["nodes"].index(name) * script["hosts"] + number
         places = {"worker": worker, "workers": len(known["nodes"]) * script["hosts"], "port": known["port"]}

@@ -396,6 +396,8 @@ def test_a_worker_whose_ssh_hangs_is_replaced(cloud):
         "crashed (tiny worker 1 did not answer for 1 s, though the resource is ACTIVE): crash restart 1 of 3 in 0 s",
     ]
     assert cloud.count("create") == 2
+    for pid in json.loads((cloud.folder / "cloud" / "state.json").read_text())["hanging"]:  # the ssh that hung is gone
+        assert subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip() in ("", "Z")
 
 
 @pytest.mark.slow
@@ -457,12 +459,20 @@ def test_another_commands_training_is_left_alone(cloud):
 
 @pytest.mark.slow
 def test_a_resource_that_somebody_deletes_is_not_made_again(cloud):
-    cloud.script(plan=["3:wait"])
-    gcloud = str(cloud.path / "gcloud")
-    file = cloud.run / "metrics.jsonl"
-    cloud.when(lambda: file.exists() and '"step": 3,' in file.read_text(), lambda: subprocess.run([gcloud, *DELETE.split()[1:]]))
+    cloud.script({"vanish": 5}, plan=["3:wait"])  # within a look, after the resource was still seen
     assert cloud.submit() == 1
     assert cloud.lines[-2:] == ["tiny is not there", "somebody else has deleted it"]
+    assert cloud.count("create") == 1
+
+
+@pytest.mark.slow
+def test_who_comes_second_takes_what_the_first_has_made(cloud):
+    cloud.script(describe_errors={"1": "NOT_FOUND: it was not there yet"})
+    create = tpu_vm.Gcloud(cloud.job, cloud.checked).create()
+    subprocess.run(create, check=True)
+    assert cloud.submit() == 0
+    assert cloud.count("create") == 2
+    assert cloud.lines[:2] == [ASKED, "tiny is ACTIVE"]
 
 
 @pytest.mark.slow
