@@ -34,8 +34,11 @@ from .job import Checked, Job, Source, buckets, mounted, require_reachable, requ
 from .supervise import Budget, Fate, describe, judge, kill, spawn
 
 RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+"""Software version of a TPU VM, by family."""
 EXTRAS = "tpu,gpt1"
+"""Of the package: the TPU's runtime, and the released tokenizer, which the config gpt1 takes."""
 NODE_LIVES = ("READY", "CREATING", "STARTING", "RESTARTING", "REPAIRING")
+"""States of a node that is there, or will be again."""
 PASSING = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|timed out|did not answer")
 """Complaints of gcloud that are no refusals."""
 

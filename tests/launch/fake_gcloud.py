@@ -93,7 +93,7 @@ def resource(folder, script, state, verb, words):
         return 0, []
     known["state"] = known["states"].pop(0) if known["states"] else known["state"]
     answer = {"name": name, "state": {"state": known["state"]}}
-    if message := life(script, state).get("message"):
+    if known["state"] == "FAILED" and (message := life(script, state).get("message")):
         answer["state"]["failedData"] = {"error": {"code": 8, "message": message}}
     print(json.dumps(answer))
     return 0, []
