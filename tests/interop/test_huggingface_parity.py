@@ -129,7 +129,6 @@ def largest_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray
     norms = {name: np.linalg.norm(theirs[name]) for name in theirs}
     assert min(norms.values()) > 0, norms
     relative = {name: np.linalg.norm(ours[name] - theirs[name]) / norms[name] for name in theirs}
-    print(max((value, name) for name, value in relative.items()))
     return max(relative.values())
 
 
@@ -169,7 +168,6 @@ def test_logits_are_theirs_at_every_position(pair):
         expected = pair.theirs(torch.from_numpy(tokens).long()).logits.numpy()
     assert expected.shape == (1, model.context_length, model.vocab_size)
     assert expected.std() > 0.5
-    print("LOGITS", np.abs(ours(pair.params, tokens) - expected).max())
     np.testing.assert_allclose(ours(pair.params, tokens), expected, rtol=0, atol=2e-4)
 
 
@@ -177,7 +175,6 @@ def test_loss_and_every_gradient_are_theirs(pair):
     tokens = random_tokens(pair.model, 1, pair.model.context_length)
     loss, gradients = pair.loss_and_gradients(next_tokens(tokens))
     expected = their_loss(pair.theirs, tokens)
-    print("LOSS", loss, expected.item())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     assert largest_difference(pair.named(gradients), pair.their_gradients(expected)) < 1e-4
 
@@ -212,7 +209,6 @@ def test_ten_updates_with_adamw_are_theirs(pair):
         state, metrics = update(state, sharding.place_batch(mesh, next_tokens(tokens), 2))
         losses.append(float(metrics["loss"]))
 
-    print("LOSSES", np.abs(np.array(losses) / expected - 1).max(), losses[0], losses[-1])
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
     begin = pair.named(pair.params)
 
@@ -234,7 +230,6 @@ def test_greedy_text_is_theirs_token_for_token(pair):
     theirs.generation_config.eos_token_id = None
     text = theirs.generate(torch.tensor([prompt]), max_new_tokens=200, do_sample=False)[0].tolist()
     assert len(text) == 5 + 200
-    print("DISTINCT", len(set(text[5:])))
     assert len(set(text[5:])) > 10
     assert decode.generate(pair.model, params, [prompt], 200, temperature=0.0) == [text[5:]]
 
@@ -306,7 +301,6 @@ def test_a_multiple_choice_step_is_theirs(choices):
     loss, gradients = choices.loss_and_gradients(data.batch)
     output = choices.theirs(data.tokens, mc_token_ids=data.ends, mc_labels=data.labels)
     expected = output.mc_loss + 0.5 * data.language_model_term(output.logits)
-    print("LOSS", loss, expected.item())
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     ours, theirs = choices.named(gradients), choices.their_gradients(expected)
     for every in (ours, theirs):  # what is added to all choices alike changes nothing: rounding is left of its gradient
@@ -325,7 +319,6 @@ def test_the_released_loss_is_larger_by_the_share_that_its_softmax_gives_to_posi
         expected = output.mc_loss + 0.5 * data.language_model_term(released)
         share = released.softmax(-1)[..., : choices.model.vocab_size].sum(-1)
     difference = 0.5 * data.mean(-share.log()).item()
-    print("RELEASED", loss, expected.item(), difference)
     assert difference > 1e-3
     assert expected.item() == pytest.approx(loss + difference, rel=1e-5)
 
@@ -343,7 +336,6 @@ def test_scores_of_classes_are_theirs(classifier):
     with torch.inference_mode():
         scores = pair.theirs(data.tokens.flatten(0, 1)).logits.reshape(*data.tokens.shape[:2], -1).sum(1)
     ours = jax.jit(functools.partial(CLASSES.log_probabilities, pair.model))(pair.params, data.batch)
-    print("CLASSES", np.abs(ours - scores.log_softmax(-1).numpy()).max())
     np.testing.assert_allclose(ours, scores.log_softmax(-1), atol=1e-5)
 
 
@@ -352,13 +344,12 @@ def test_a_step_with_classes_is_theirs(classifier):
     data, pair = classifier
     loss, gradients = pair.loss_and_gradients(data.batch)
     kernel, bias = (torch.from_numpy(np.array(pair.params["head"][name])).requires_grad_() for name in ("kernel", "bias"))
-    network = pair.theirs.transformer
-    hidden = network(data.tokens.flatten(0, 1)).last_hidden_state.reshape(*data.tokens.shape, -1)
+    transformer = pair.theirs.transformer
+    hidden = transformer(data.tokens.flatten(0, 1)).last_hidden_state.reshape(*data.tokens.shape, -1)
     extracted = hidden.take_along_dim(data.ends[..., None, None], dim=2).sum((1, 2))
     scores = torch.nn.functional.linear(extracted, kernel.T, bias)
     task = torch.nn.functional.cross_entropy(scores, data.labels)
-    expected = task + 0.5 * data.language_model_term(hidden @ network.tokens_embed.weight.T)
-    print("LOSS", loss, expected.item())
+    expected = task + 0.5 * data.language_model_term(hidden @ transformer.tokens_embed.weight.T)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     theirs = pair.their_gradients(expected) | {"kernel": kernel.grad.numpy(), "bias": bias.grad.numpy()}
     assert largest_difference(pair.named(gradients) | jax.device_get(gradients["head"]), theirs) < 1e-4
