@@ -127,11 +127,27 @@ def waiting(what: str, log: Log, every: float = 15.0) -> Iterator[None]:
         thread.join()
 
 
-def barrier(name: str, log: Log) -> None:
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        with waiting(f"all {jax.process_count()} processes to reach '{name}'", log):
-            multihost_utils.sync_global_devices(name)
+@contextlib.contextmanager
+def first_alone(what: str, log: Log) -> Iterator[None]:
+    """Has process 0 run the body before the others do, so that it can make what they find; `what` names it.
+
+    Raises:
+      UserError: the body's of process 0, on every process.
+    """
+    if jax.process_count() == 1:
+        yield
+    elif not is_primary():
+        if mistake := _told("", f"process 0 to finish {what}", log)[0]:
+            raise UserError(mistake)
+        yield
+    else:
+        others = f"the other {jax.process_count() - 1} processes to come for {what}"
+        try:
+            yield
+        except UserError as error:
+            _told(str(error), others, log)
+            raise
+        _told("", others, log)
 
 
 def agree(value: int) -> int:
@@ -150,11 +166,8 @@ def require_agreement(facts: Mapping[str, str], log: Log) -> None:
     """
     if jax.process_count() == 1:
         return
-    text = np.frombuffer(json.dumps({"host": socket.gethostname(), **facts}).encode(), np.uint8)
-    with waiting(f"all {jax.process_count()} processes to say what they run", log):
-        sizes = multihost_utils.process_allgather(np.int32(text.size))
-        texts = multihost_utils.process_allgather(np.pad(text, (0, int(sizes.max()) - text.size)))
-    told = [json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)]
+    own = json.dumps({"host": socket.gethostname(), **facts})
+    told = [json.loads(one) for one in _told(own, f"all {jax.process_count()} processes to say what they run", log)]
     differences = [
         f"process {number} ({one['host']}) has {name} {one.get(name, 'none')}, process 0 ({told[0]['host']}) {told[0][name]}"
         for number, one in enumerate(told)
@@ -163,6 +176,15 @@ def require_agreement(facts: Mapping[str, str], log: Log) -> None:
     ]
     if differences:
         raise UserError(f"the processes of this run do not agree: {'; '.join(differences)}; start the same on all hosts")
+
+
+def _told(own: str, what: str, log: Log) -> list[str]:
+    """What each process tells the others, in their order; all of them must call it."""
+    text = np.frombuffer(own.encode(), np.uint8)
+    with waiting(what, log):
+        sizes = multihost_utils.process_allgather(np.int32(text.size))
+        texts = multihost_utils.process_allgather(np.pad(text, (0, max(int(sizes.max()), 1) - text.size)))
+    return [bytes(row[:size]).decode() for row, size in zip(texts, sizes, strict=True)]
 
 
 class StopRequest:

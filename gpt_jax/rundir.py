@@ -3,6 +3,7 @@
     config.json        resolved config with commit, versions and flags      metrics.jsonl    one JSON object a line
     checkpoints/STEP/  what training can go on from                         result.json      final scores
     tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so that a run is whole
+    uncommitted.diff   what differed from the commit, if anything did
 
 Every record of metrics.jsonl has `step` (updates made), `time` (seconds since the epoch), `attempt` (1 for the first start) and
 `kind`: "train", "eval", "event" or "final". Floats are written so that equal text means equal bits.
@@ -18,14 +19,13 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt_jax import config_io
+from gpt_jax import checkout, config_io
 from gpt_jax.errors import UserError
 
 
@@ -154,7 +154,7 @@ class RunDir:
             )
 
     def open(self, config: Any, data_digest: str, **facts: Any) -> None:
-        """Starts an attempt: writes config.json, with `facts` beside the config, and opens the record."""
+        """Starts an attempt: writes config.json, with `facts` beside the config, and uncommitted.diff; opens the record."""
         if not self._primary:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -165,6 +165,10 @@ class RunDir:
             "config": config_io.to_dict(config),
         }
         write_atomic(self.path / "config.json", json.dumps(facts, indent=1) + "\n")
+        if diff := checkout.find().diff:
+            write_atomic(self.path / "uncommitted.diff", diff)
+        else:
+            (self.path / "uncommitted.diff").unlink(missing_ok=True)
         self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
         self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
@@ -239,25 +243,11 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "commit": _commit(),
+        "commit": checkout.find().version,
         "versions": versions,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "command": sys.argv,
     }
-
-
-def _commit() -> str:
-    """Commit of the checkout this package runs from, with "+" if files differ from it; empty for an installed package."""
-    source = Path(__file__).resolve().parent.parent
-    if not (source / ".git").exists():
-        return ""
-    git = ["git", "-C", str(source)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return head + ("+" if changed.strip() else "")
 
 
 def _parse(line: str) -> dict[str, Any] | None:

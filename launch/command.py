@@ -83,7 +83,7 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
     if options.dry_run:
         print(module.render(job, checked, **own), end="")
         return 0
-    _warn_of_changes(jobs.source())
+    _warn_of_changes(job, target)
     return module.submit(job, checked, **own)
 
 
@@ -120,10 +120,14 @@ def _job(options: argparse.Namespace, overrides: list[str]) -> Any:
     )
 
 
-def _warn_of_changes(source: Any) -> None:
+def _warn_of_changes(job: Any, target: str) -> None:
     """Says that what runs is not the commit alone."""
+    from gpt_jax import checkout
+
+    source = checkout.find()
     if source.diff:
-        print(f"warning: files differ from commit {source.commit[:12]}; uncommitted.diff will say how", file=sys.stderr)
-    if source.untracked:
+        will = "the image holds what it was built from" if job.image else "uncommitted.diff in the run's folder will say how"
+        print(f"warning: files differ from commit {source.commit[:12]}; {will}", file=sys.stderr)
+    if source.untracked and target == "tpu-vm":  # the others see this folder, take a copy of it, or have an image
         names = f"{', '.join(source.untracked[:3])}{', ...' if len(source.untracked) > 3 else ''}"
-        print(f"warning: git does not track {names}: other machines will not have that", file=sys.stderr)
+        print(f"warning: git does not track {names}: the workers will not have that", file=sys.stderr)

@@ -9,7 +9,6 @@ import dataclasses
 import math
 import re
 import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -244,43 +243,6 @@ def volumes(words: Iterable[str]) -> list[str]:
 def _names_below(mount: str, words: Iterable[str]) -> list[str]:
     found = (re.match(f"(?:--[^=]*=)?{mount}([^/]+)", word) for word in mounted(words))
     return list(dict.fromkeys(match[1] for match in found if match))
-
-
-# -- what is run ------------------------------------------------------------------------------------------------------------
-
-
-class Source(NamedTuple):
-    """The checkout that this package runs from."""
-
-    folder: Path
-    commit: str
-    """Empty: the package was installed without one."""
-    url: str
-    """Of the remote that the commit can be fetched from; empty: none."""
-    diff: str
-    """What differs from the commit, as `git diff HEAD --binary` writes it; to be recorded in the run's folder."""
-    untracked: tuple[str, ...]
-    """Files that git neither tracks nor ignores."""
-
-
-def source() -> Source:
-    """The commit this package runs from, and what differs from it."""
-    folder = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, errors="replace", timeout=60)
-        return done.stdout if done.returncode == 0 else ""
-
-    if not (folder / ".git").exists() or shutil.which("git") is None:
-        return Source(folder, "", "", "", ())
-    untracked = git("ls-files", "--others", "--exclude-standard").splitlines()
-    return Source(
-        folder=folder,
-        commit=git("rev-parse", "HEAD").strip(),
-        url=git("remote", "get-url", "origin").strip(),
-        diff=git("diff", "HEAD", "--binary"),
-        untracked=tuple(untracked),
-    )
 
 
 # -- what targets share -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import TextIO
 
 from gpt_jax.config import require
 
-from .job import Checked, Job, source
+from .job import Checked, Job
 from .supervise import Budget, Supervisor, say, spawn, steps_in
 
 
@@ -41,7 +41,6 @@ def submit(job: Job, checked: Checked, processes: int) -> int:
       UserError: this machine is not what the job asks for.
     """
     _require_possible(job, checked, processes)
-    _record_diff(Path(job.workdir) / "uncommitted.diff")
     logs = [_log(job, number) for number in range(processes)]
     logs[0].parent.mkdir(parents=True, exist_ok=True)
 
@@ -78,15 +77,6 @@ def _require_possible(job: Job, checked: Checked, processes: int) -> None:
         "processes",
         f"{processes} cannot share the {devices} devices of {accelerator.name} evenly; give a divisor of {devices}",
     )
-
-
-def _record_diff(file: Path) -> None:
-    """The run's folder says what differed from the commit, if anything did."""
-    if diff := source().diff:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(diff, encoding="utf-8")
-    else:
-        file.unlink(missing_ok=True)
 
 
 def _variables(checked: Checked, processes: int, port: str) -> list[dict[str, str]]:

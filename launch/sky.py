@@ -14,9 +14,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from gpt_jax import checkout
 from gpt_jax.config import require
 
-from .job import PORT, RESTART_CODE, Checked, Job, buckets, mounted, require_reachable, require_tool, source, to_yaml
+from .job import PORT, RESTART_CODE, Checked, Job, buckets, mounted, require_reachable, require_tool, to_yaml
 
 DIFF = "~/uncommitted.diff"
 
@@ -33,7 +34,7 @@ def render(job: Job, checked: Checked) -> str:
     several = checked.accelerator.kind == "tpu" and job.slices > 1
     require(not several, "slices", "several TPU slices become one machine with tpu-vm and gke, not with sky")
     require(checked.accelerator.family != "7x", "accelerator", "7x is to be had with gke only")
-    comments = [f"git diff HEAD > {_diff_file(job)}"] if not job.image and source().diff else []
+    comments = [f"git diff --binary HEAD > {_diff_file(job)}"] if not job.image and checkout.find().diff else []
     comments += [f"sky jobs launch --yes --detach-run --name {job.name} FILE", "sky jobs logs --name " + job.name]
     return "".join(f"# {comment}\n" for comment in comments) + to_yaml(_task(job, checked))
 
@@ -46,8 +47,8 @@ def submit(job: Job, checked: Checked) -> int:
     """
     task = render(job, checked)
     require_tool("sky", "pip install 'skypilot[gcp]' (or another cloud's extra), and `sky check`")
-    if diff := source().diff:
-        _diff_file(job).write_text(diff, encoding="utf-8")
+    if diff := checkout.find().diff:
+        _diff_file(job).write_bytes(diff)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{job.name}.yaml"
         file.write_text(task, encoding="utf-8")
@@ -59,7 +60,7 @@ def _diff_file(job: Job) -> Path:
 
 
 def _task(job: Job, checked: Checked) -> dict[str, Any]:
-    accelerator, origin = checked.accelerator, source()
+    accelerator, origin = checked.accelerator, checkout.find()
     resources: dict[str, Any] = {"use_spot": job.spot}
     if accelerator.kind == "tpu":
         resources |= {"cloud": "gcp", "accelerators": accelerator.sky}
@@ -77,12 +78,13 @@ def _task(job: Job, checked: Checked) -> dict[str, Any]:
     run = []
     if not job.image:
         task["workdir"] = str(origin.folder)
+        if origin.commit:  # the installed package is no checkout
+            task["envs"] = {"GPT_JAX_COMMIT": origin.commit}
+        if origin.diff:
+            task["envs"]["GPT_JAX_DIFF"] = DIFF
+            mounts[DIFF] = str(_diff_file(job))
         task["setup"] = _setup(accelerator.kind)
         run.append(". .venv/bin/activate")
-        if origin.diff:
-            mounts[DIFF] = str(_diff_file(job))
-            folder = shlex.quote(mounted([job.workdir])[0])
-            run.append(f'[ "$SKYPILOT_NODE_RANK" != 0 ] || {{ mkdir -p {folder} && cp {DIFF} {folder}/; }}')
     if accelerator.kind == "cpu":
         run.append(f"export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={accelerator.devices}")
     else:  # Named, so that a broken driver is an error and not a training on the CPU.

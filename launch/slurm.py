@@ -17,7 +17,7 @@ from pathlib import Path
 from gpt_jax.config import require
 from gpt_jax.errors import UserError
 
-from .job import RESTART_CODE, Checked, Job, require_tool, source
+from .job import RESTART_CODE, Checked, Job, require_tool
 
 STRAGGLER_SECONDS = 600
 """A process that outlives another one by so long hangs, and is killed."""
@@ -105,7 +105,7 @@ def render(job: Job, checked: Checked) -> str:
 
 
 def submit(job: Job, checked: Checked) -> int:
-    """Queues the job; returns sbatch's exit code. What differs from the commit is written to WORKDIR/uncommitted.diff.
+    """Queues the job; returns sbatch's exit code.
 
     Raises:
       UserError: as `render`; or there is no sbatch.
@@ -113,8 +113,6 @@ def submit(job: Job, checked: Checked) -> int:
     script = render(job, checked)
     require_tool("sbatch", "run this on a login node of the cluster")
     _logs(job).mkdir(parents=True, exist_ok=True)  # SLURM loses a job's output, and the job, where there is no folder for it
-    if diff := source().diff:
-        (Path(job.workdir) / "uncommitted.diff").write_text(diff, encoding="utf-8")
     return subprocess.run(["sbatch"], input=script, text=True).returncode
 
 

@@ -26,11 +26,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax import checkout
+from gpt_jax.checkout import Checkout
 from gpt_jax.config import require
 from gpt_jax.errors import Preempted, TrainingError, UserError
 
 from . import tpu_worker
-from .job import Checked, Job, Source, buckets, mounted, require_reachable, require_tool, source
+from .job import Checked, Job, buckets, mounted, require_reachable, require_tool
 from .supervise import Budget, Fate, describe, judge, kill, spawn
 
 RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
@@ -496,7 +498,7 @@ def render(job: Job, checked: Checked, delete_on_exit: bool = False) -> str:
     Raises:
       UserError: TPU VMs cannot do what the job asks for.
     """
-    origin = source()
+    origin = checkout.find()
     _require_possible(job, checked, origin)
     gcloud = Gcloud(job, checked)
 
@@ -533,7 +535,7 @@ def submit(job: Job, checked: Checked, delete_on_exit: bool = False, timing: Tim
     Raises:
       UserError: TPU VMs cannot do what the job asks for, or gcloud or the training itself refuses it.
     """
-    origin = source()
+    origin = checkout.find()
     _require_possible(job, checked, origin)
     require_tool("gcloud", "install the Google Cloud CLI, then `gcloud auth login`")
     digest = _prepare(job, origin)
@@ -550,7 +552,7 @@ def submit(job: Job, checked: Checked, delete_on_exit: bool = False, timing: Tim
     ).run()
 
 
-def _require_possible(job: Job, checked: Checked, origin: Source) -> None:
+def _require_possible(job: Job, checked: Checked, origin: Checkout) -> None:
     require_reachable(job, "tpu-vm")
     accelerator = checked.accelerator
     require(accelerator.kind == "tpu", "accelerator", f"{accelerator.name} is no TPU; tpu-vm takes {', '.join(RUNTIMES)}")
@@ -572,7 +574,7 @@ def _files(job: Job) -> list[Path]:
     return [_folder(job) / name for name in ("tpu_worker.py", "job.json", "source.bundle", "uncommitted.diff")]
 
 
-def _bundle(job: Job, origin: Source) -> list[str]:
+def _bundle(job: Job, origin: Checkout) -> list[str]:
     """Packs the commit with its history into a file, so that the workers need no access to a repository."""
     return ["git", "-C", str(origin.folder), "bundle", "create", "--quiet", str(_folder(job) / "source.bundle"), "HEAD"]
 
@@ -582,7 +584,7 @@ def _command(job: Job) -> list[str]:
     return mounted(job.command())
 
 
-def _prepare(job: Job, origin: Source) -> str:
+def _prepare(job: Job, origin: Checkout) -> str:
     """Makes the files; returns the job's digest.
 
     Raises:
@@ -601,7 +603,7 @@ def _prepare(job: Job, origin: Source) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tpu_worker.__file__, folder / "tpu_worker.py")
     (folder / "job.json").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
-    (folder / "uncommitted.diff").write_text(origin.diff, encoding="utf-8")
+    (folder / "uncommitted.diff").write_bytes(origin.diff)
     packed = subprocess.run(_bundle(job, origin), capture_output=True, text=True)
     if packed.returncode:
         raise UserError(f"{origin.folder}: git could not pack the commit: {' '.join(packed.stderr.split())}")

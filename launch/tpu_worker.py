@@ -129,8 +129,6 @@ def run() -> None:
             if file.exists():
                 file.unlink()
         task = job()
-        if _first():
-            _record_diff(Path(task["workdir"]))
         words = [str(PYTHON), "-m", "gpt_jax", *task["command"][1:]]
         variables = {"JAX_PLATFORMS": "tpu,cpu", **os.environ}  # named, so that a broken TPU is no training on the CPU
         training = subprocess.Popen(words, cwd=SOURCE, env=variables, pass_fds=[lock.fileno()])
@@ -157,16 +155,6 @@ def stop(seconds: float = 0) -> dict[str, Any]:
         if file.exists():
             file.unlink()
     return status()
-
-
-def _record_diff(workdir: Path) -> None:
-    """The run's folder says what differed from the commit, if anything did."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    diff, recorded = HOME / "uncommitted.diff", workdir / "uncommitted.diff"
-    if diff.stat().st_size:
-        shutil.copyfile(diff, recorded)
-    elif recorded.exists():
-        recorded.unlink()
 
 
 # -- the environment --------------------------------------------------------------------------------------------------------

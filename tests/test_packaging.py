@@ -35,7 +35,7 @@ LAYERS = (
     {"model"},
     {"data"},
     {"sharding", "distributed"},
-    {"config", "config_io", "rundir", "errors"},
+    {"config", "config_io", "rundir", "checkout", "errors"},
     {"__init__"},
 )
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -73,11 +73,10 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         run.check(resolved, allow_changes)
         mesh = sharding.make_mesh(resolved.mesh)
         sharding.check(mesh, resolved.model, resolved.train.batch_size, resolved.train.micro_batches)
-        if not distributed.is_primary():  # tensorflow-datasets may have to write the data first
-            distributed.barrier("the task's data", log)
-        dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, resolved.train.batch_size, log)
-        if distributed.is_primary():
-            distributed.barrier("the task's data", log)
+        with distributed.first_alone("the task's data", log):  # tensorflow-datasets may have to write them
+            dataset = load_dataset(
+                resolved.task, source.tokenizer, resolved.model.context_length, resolved.train.batch_size, log
+            )
         head = head_of(dataset.task, resolved)
         scorer = Scorer(resolved, mesh, head, dataset)
         batches = TaskBatches(

@@ -68,11 +68,11 @@ def open_store(config: PretrainConfig, workdir: Path, log: Callable[[str], None]
       UserError: what `prepare` raises; or the store was made from another source, or with another tokenizer.
     """
     folder = Path(config.data.store) if config.data.store else workdir / "store"
-    if distributed.is_primary() and not (folder / "index.json").exists():
-        prepare(config, folder, log)
-    distributed.barrier("the token store", log)
-    store = Store.open(folder, config.data.verify)
-    check_recipe(store, config)
+    with distributed.first_alone("the token store", log):
+        if distributed.is_primary() and not (folder / "index.json").exists():
+            prepare(config, folder, log)
+        store = Store.open(folder, config.data.verify)
+        check_recipe(store, config)
     return store
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from gpt_jax import checkout
+from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError
-from gpt_jax.launch import command, local, tpu_vm
-from gpt_jax.launch import job as jobs
+from gpt_jax.launch import command, gke, local, tpu_vm
 from gpt_jax.launch import supervise as supervision
-from gpt_jax.launch.job import Job, Source
+from gpt_jax.launch.job import Job
 
 
 def launch(*words):
@@ -32,9 +33,9 @@ def supervise(*words):
 def submitted(monkeypatch):
     """What reaches the targets, which do nothing; the checkout has no changes."""
     calls = []
-    for module in (local, tpu_vm):
+    for module in (gke, local, tpu_vm):
         monkeypatch.setattr(module, "submit", lambda job, checked, **own: calls.append((job, checked, own)) or 7)
-    monkeypatch.setattr(jobs, "source", lambda: Source(Path("."), "c0ffee", "", "", ()))
+    monkeypatch.setattr(checkout, "find", lambda: Checkout(Path("."), "c0ffee", b"", ()))
     return calls
 
 
@@ -107,14 +108,23 @@ def test_mistakes_are_one_line(submitted, words, message):
     assert submitted == []
 
 
-def test_uncommitted_changes_are_warned_of(submitted, monkeypatch, capsys):
-    source = Source(Path("."), "c0ffee" * 4, "", "a difference\n", ("a.py", "b.py", "c.py", "d.py"))
-    monkeypatch.setattr(jobs, "source", lambda: source)
-    launch("local", "smoke", "--workdir", "RUN")
-    assert capsys.readouterr().err == (
-        "warning: files differ from commit c0ffeec0ffee; uncommitted.diff will say how\n"
-        "warning: git does not track a.py, b.py, c.py, ...: other machines will not have that\n"
-    )
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("local smoke --workdir RUN", "uncommitted.diff in the run's folder will say how\n"),
+        ("gke smoke --workdir gs://b/r --accelerator cpu-4 --image IMAGE", "the image holds what it was built from\n"),
+        (
+            "tpu-vm smoke --workdir gs://b/r --accelerator v5e-1 --zone Z",
+            "uncommitted.diff in the run's folder will say how\n"
+            "warning: git does not track a.py, b.py, c.py, ...: the workers will not have that\n",
+        ),
+    ],
+)
+def test_uncommitted_changes_are_warned_of(submitted, monkeypatch, capsys, words, said):
+    source = Checkout(Path("."), "c0ffee" * 4, b"a difference\n", ("a.py", "b.py", "c.py", "d.py"))
+    monkeypatch.setattr(checkout, "find", lambda: source)
+    launch(*words.split())
+    assert capsys.readouterr().err == f"warning: files differ from commit c0ffeec0ffee; {said}"
 
 
 def test_every_target_takes_the_same(submitted):

@@ -244,32 +244,6 @@ def test_buckets_become_mounts():
 # -- where it comes from ----------------------------------------------------------------------------------------------------
 
 
-def test_the_source_is_the_commit_and_what_differs_from_it(tmp_path, monkeypatch):
-    def git(*words):
-        subprocess.run(
-            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True
-        )
-
-    module = tmp_path / "launch" / "job.py"
-    module.parent.mkdir()
-    module.write_text("one\n")
-    git("init")
-    git("add", ".")
-    git("commit", "-m", "first")
-    git("remote", "add", "origin", "https://host/gpt_jax.git")
-    monkeypatch.setattr(job, "__file__", str(module))
-    clean = job.source()
-    assert (len(clean.commit), clean.url, clean.diff, clean.untracked) == (40, "https://host/gpt_jax.git", "", ())
-    module.write_text("two\n")
-    (tmp_path / "new.py").write_text("")
-    changed = job.source()
-    assert changed.commit == clean.commit
-    assert "-one\n+two\n" in changed.diff
-    assert changed.untracked == ("new.py",)
-    monkeypatch.setattr(job, "__file__", str(tmp_path / "launch" / "site" / "launch" / "job.py"))
-    assert job.source().commit == ""  # installed without a checkout
-
-
 def test_a_machine_that_only_launches_needs_no_jax_to_import_it():
     names = ("job", "accelerators", "gke", "slurm", "sky")
     code = "import sys; " + "; ".join(f"import gpt_jax.launch.{name}" for name in names) + "; print('jax' in sys.modules)"

@@ -16,7 +16,7 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.launch import accelerators, local
-from gpt_jax.launch.job import Checked, Job, Source, check
+from gpt_jax.launch.job import Checked, Job, check
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
 
@@ -90,7 +90,6 @@ def test_what_this_machine_is_not(job, change, accelerator, processes, message):
 def test_each_process_has_its_log_and_the_first_is_shown(job, monkeypatch, capsys):
     spawn = local.spawn
     monkeypatch.setattr(local, "spawn", lambda command, **options: spawn([sys.executable, "-SEc", STAND_IN, *command], **options))
-    monkeypatch.setattr(local, "source", lambda: Source(Path("."), "c0ffee", "", "a difference\n", ()))
     assert local.submit(job, on("cpu-4"), 2) == 0
     assert local.submit(job, on("cpu-4"), 2) == 0
     logs = [(Path(job.workdir) / "logs" / f"process-{number}.log").read_text().splitlines() for number in (0, 1)]
@@ -105,10 +104,6 @@ def test_each_process_has_its_log_and_the_first_is_shown(job, monkeypatch, capsy
     shown = capsys.readouterr().err
     assert shown.count("process 0 of 2 at") == 2  # and not once more what the log held before
     assert "process 1 of 2" not in shown
-    assert (Path(job.workdir) / "uncommitted.diff").read_text() == "a difference\n"
-    monkeypatch.setattr(local, "source", lambda: Source(Path("."), "c0ffee", "", "", ()))
-    assert local.submit(job, on("cpu-4"), 2) == 0
-    assert not (Path(job.workdir) / "uncommitted.diff").exists()
 
 
 @pytest.fixture(scope="module")

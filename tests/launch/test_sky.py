@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError
-from gpt_jax.launch import job as jobs
 from gpt_jax.launch import sky
 from gpt_jax.launch.job import Job, check
 
@@ -27,8 +27,8 @@ def make(**fields):
 @pytest.fixture(autouse=True)
 def origin(monkeypatch):
     """The checkout as a commit of which nothing differs."""
-    source = jobs.Source(ROOT, "c" * 40, "", "", ())
-    monkeypatch.setattr(sky, "source", lambda: source)
+    source = Checkout(ROOT, "c" * 40, b"", ())
+    monkeypatch.setattr(sky.checkout, "find", lambda: source)
     return source
 
 
@@ -105,17 +105,14 @@ def test_hosts_of_a_slice_find_each_other_without_help(tmp_path):
     }
 
 
-def test_what_differs_from_the_commit_is_recorded_by_the_first_node(tmp_path, monkeypatch, origin):
-    monkeypatch.setattr(sky, "source", lambda: origin._replace(diff="a diff\n"))
+def test_what_differs_from_the_commit_travels_along(monkeypatch, origin):
+    monkeypatch.setattr(sky.checkout, "find", lambda: origin._replace(diff=b"a diff\n"))
     document = task()
     assert document["file_mounts"]["~/uncommitted.diff"] == str(sky._diff_file(make()))
-    (tmp_path / "uncommitted.diff").write_text("a diff\n")
-    recorded = tmp_path / "gcs" / "runs" / "a" / "uncommitted.diff"
-    run_on(1, document, tmp_path)
-    assert not recorded.exists()
-    run_on(0, document, tmp_path)
-    assert recorded.read_text() == "a diff\n"
-    assert "~/uncommitted.diff" not in task(image="host/image:1")["file_mounts"]
+    assert document["envs"] == {"GPT_JAX_COMMIT": origin.commit, "GPT_JAX_DIFF": "~/uncommitted.diff"}
+    document = task(image="host/image:1")  # which says so itself
+    assert "~/uncommitted.diff" not in document["file_mounts"]
+    assert "envs" not in document
 
 
 def test_what_is_printed_is_what_sky_gets(tmp_path, monkeypatch, origin):
@@ -124,7 +121,7 @@ def test_what_is_printed_is_what_sky_gets(tmp_path, monkeypatch, origin):
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(sky.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(sky, "source", lambda: origin._replace(diff="a diff\n"))
+    monkeypatch.setattr(sky.checkout, "find", lambda: origin._replace(diff=b"a diff\n"))
     job = make()
     assert sky.submit(job, checked(job)) == 0
     assert (tmp_path / "words").read_text().startswith("jobs launch --yes --detach-run --name a /")

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.launch import job as jobs
 from gpt_jax.launch import slurm
 from gpt_jax.launch.job import Job, check
 
@@ -180,12 +179,10 @@ def test_what_is_printed_is_what_sbatch_gets(play, monkeypatch):
     play.program("sbatch", '#!/bin/sh\ncat > "$PLAY/given"\n')
     monkeypatch.setenv("PLAY", str(play.folder))
     monkeypatch.setenv("PATH", str(play.bin), prepend=os.pathsep)
-    monkeypatch.setattr(slurm, "source", lambda: jobs.Source(play.folder, "c" * 40, "", "a diff\n", ()))
     job = make("runs/a", slices=2)
     assert slurm.submit(job, checked(job)) == 0
     assert (play.folder / "given").read_text() == slurm.render(job, checked(job))
     assert (play.folder / "runs" / "a" / "logs").is_dir()
-    assert (play.folder / "runs" / "a" / "uncommitted.diff").read_text() == "a diff\n"
 
 
 @pytest.mark.parametrize(

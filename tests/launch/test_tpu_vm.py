@@ -16,10 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError
 from gpt_jax.launch import job as jobs
 from gpt_jax.launch import supervise, tpu_vm
-from gpt_jax.launch.job import Checked, Job, Source
+from gpt_jax.launch.job import Checked, Job
 from gpt_jax.launch.supervise import Fate
 from gpt_jax.launch.tpu_vm import Do, Seen, Timing, decide, together
 
@@ -161,7 +162,7 @@ def cloud(tmp_path, repository, monkeypatch, capfd):
     monkeypatch.setenv("PATH", f"{tmp_path / 'cloud' / 'gcloud'}:{os.environ['PATH']}")
     monkeypatch.setattr(jobs, "MOUNTS", (str(tmp_path),))
     monkeypatch.setattr(supervise, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(tpu_vm, "source", lambda: Source(made.repository, made.commit, "", made.diff, ()))
+    monkeypatch.setattr(tpu_vm.checkout, "find", lambda: Checkout(made.repository, made.commit, made.diff.encode(), ()))
     before = signal.getsignal(signal.SIGTERM)
     yield made
     signal.signal(signal.SIGTERM, before)
@@ -388,9 +389,10 @@ def test_a_mistake_of_the_trainings_is_not_tried_again(cloud):
     assert cloud.lines[-2:] == STAYS
 
 
+@pytest.mark.slow
 def test_a_worker_whose_ssh_hangs_is_replaced(cloud):
     cloud.script({"hang": 1}, {}, hosts=2)
-    assert cloud.submit(QUICK._replace(answer=1.0)) == 0
+    assert cloud.submit(QUICK._replace(answer=6.0)) == 0  # long enough for the others to answer on a busy machine
     assert [line for line in cloud.lines if "worker 1" in line] == [
         "tiny worker 1 did not answer",
         "crashed (tiny worker 1 did not answer for 1 s, though the resource is ACTIVE): crash restart 1 of 3 in 0 s",
@@ -403,7 +405,7 @@ def test_a_worker_whose_ssh_hangs_is_replaced(cloud):
 @pytest.mark.slow
 def test_a_worker_that_is_silent_for_a_moment_is_forgiven(cloud):
     cloud.script({"hang": 1, "hangs": 1}, hosts=2)
-    assert cloud.submit(QUICK._replace(answer=1.0, patience=20.0)) == 0
+    assert cloud.submit(QUICK._replace(answer=6.0, patience=60.0)) == 0
     assert "tiny worker 1 did not answer" in cloud.lines
     assert "done (preemptions: 0, crashes: 0)" in cloud.lines
 
@@ -495,7 +497,7 @@ def test_the_workers_get_the_commit_and_what_differs_from_it(cloud):
     installed = cloud.folder / "cloud" / "workers" / "tiny" / "0" / "gpt-jax" / "tiny" / "source"
     assert git(installed, "rev-parse", "HEAD") == cloud.commit
     assert (installed / "setup.cfg").read_text() == "[changed]\n"
-    assert (cloud.run / "uncommitted.diff").read_text() == cloud.diff
+    assert git(installed, "diff", "HEAD", "--binary") + "\n" == cloud.diff
     (packages,) = [line for line in (cloud.folder / "cloud" / "uv.log").read_text().splitlines() if line.startswith("pip")]
     assert packages.endswith(f"--constraint {installed}/constraints/py312.txt --editable {installed}[tpu,gpt1]")
 

@@ -143,6 +143,18 @@ def test_a_process_that_nobody_joins_ends_with_1(config_file, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mistake_of_the_first_is_said_by_all(config_file, tmp_path):
+    options = ("--data.source", str(tmp_path / "nowhere"), "--data.store", str(tmp_path / "store"))
+    with Pair(config_file, tmp_path / "run", *MESH, *options) as pair:
+        pair.finish(2)
+    for log in pair.logs:
+        said = log.read_text(errors="replace")
+        assert said.count("gpt-jax: ") == 1
+        assert str(tmp_path / "nowhere") in said
+        assert "Traceback" not in said
+
+
+@pytest.mark.slow
 def test_processes_that_were_started_differently_say_in_what(config_file, tmp_path):
     with Pair(config_file, tmp_path / "run", *MESH, second=("--train.seed", "7", "--optim.peak-lr", "0.5")) as pair:
         pair.finish(2)
