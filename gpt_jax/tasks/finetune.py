@@ -74,9 +74,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         mesh = sharding.make_mesh(resolved.mesh)
         sharding.check(mesh, resolved.model, resolved.train.batch_size, resolved.train.micro_batches)
         with distributed.first_alone("the task's data", log):  # tensorflow-datasets may have to write them
-            dataset = load_dataset(
-                resolved.task, source.tokenizer, resolved.model.context_length, resolved.train.batch_size, log
-            )
+            dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, resolved.train.batch_size, log)
         head = head_of(dataset.task, resolved)
         scorer = Scorer(resolved, mesh, head, dataset)
         batches = TaskBatches(

@@ -359,6 +359,8 @@ def resolve(path: Path, log: Callable[[str], None]) -> Info:
         return info
     found = newest(path, log)
     if found is None:
+        if seeds := sorted(each.name for each in path.glob("seed-*")):
+            raise UserError(f"{path}: holds runs of several seeds; name one of them, as {path / seeds[0]}")
         raise UserError(f"{path}: holds no finished checkpoint; give a run's folder or a checkpoint's (RUN/checkpoints/STEP)")
     return found
 

@@ -330,6 +330,13 @@ def test_a_run_whose_first_save_was_cut_short_starts_at_its_beginning(tmp_path, 
         checkpoint.resolve(tmp_path, quiet)
 
 
+def test_a_folder_of_several_seeds_names_one(tmp_path):
+    for seed in (0, 1):
+        (tmp_path / f"seed-{seed}" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"several seeds; name one of them, as {tmp_path}/seed-0"):
+        checkpoint.resolve(tmp_path, quiet)
+
+
 def test_a_step_folder_names_itself(tmp_path):
     save(tmp_path, 30, 40)
     expect(checkpoint.resolve(tmp_path / "checkpoints" / "30", quiet), 30)
