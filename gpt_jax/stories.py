@@ -61,9 +61,9 @@ def demo(workdir: Path) -> int:
     print(f"\n{'validation loss':<24}{'nats/token':>12}{'bits/byte':>12}")
     for name, loss in rows:
         print(f"{name:<24}{loss:>12.3f}{loss * per_byte:>12.3f}")
-    print(f"\n{'accuracy, %':<24}{'pre-trained':>12}{'from nothing':>14}{'majority class':>16}")
+    print(f"\n{'accuracy, %':<32}{'pre-trained':>12}{'from nothing':>14}{'majority class':>16}")
     for name, (pretrained, nothing, majority) in scores.items():
-        print(f"{name:<24}{100 * pretrained:>12.1f}{100 * nothing:>14.1f}{100 * majority:>16.1f}")
+        print(f"{name:<32}{100 * pretrained:>12.1f}{100 * nothing:>14.1f}{100 * majority:>16.1f}")
     print(
         f"\nparameters   {result['parameters']:,}\n"
         f"tokens seen  {result['tokens']:,} (the corpus has {store.split('train').num_tokens:,})\n"
