@@ -121,6 +121,12 @@ def find(name: str) -> Accelerator:
     raise UserError(f"--accelerator: '{name}' is of no known family (a name is FAMILY-SIZE, as in v5e-16); {hint}")
 
 
+def smallest_of_several_hosts(family: str) -> Accelerator:
+    """The smallest slice of a TPU family that has more than one host."""
+    slices = (_tpu(family, topology) for topology in _TPUS[family].topologies.split())
+    return min((each for each in slices if each.hosts > 1), key=lambda each: each.devices)
+
+
 def _checked(name: str, family: str, size: str, known: Iterable[int]) -> int:
     sizes = sorted(known)
     if not size.isdecimal() or int(size) not in sizes:

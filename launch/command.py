@@ -8,6 +8,8 @@ import importlib
 import sys
 from typing import Any
 
+from gpt_jax import checkout
+from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError, nearest
 
 TARGETS = {
@@ -37,13 +39,14 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
         "--accelerator", default="", help="family and size: v5e-16, v5p-8, h100-8, cpu-4 (local: one CPU device each)"
     )
     parser.add_argument("--slices", type=int, default=1, help="TPU slices, or nodes of GPUs or CPUs (default: 1)")
+    parser.add_argument("--seeds", type=int, default=1, help="of a fine-tuning: run so many, one after the other (default: 1)")
     parser.add_argument("--zone", default="", help="of the cloud")
     parser.add_argument("--project", default="", help="of the cloud, or SLURM's account (default: the configured one)")
     parser.add_argument("--queue", default="", help="Kueue's local queue, or SLURM's partition (default: the cluster's)")
     parser.add_argument("--image", default="", help="container image, for gke and sky")
     parser.add_argument("--spot", action="store_true", help="take machines that may be preempted, for less")
     add_budgets(parser)
-    parser.add_argument("--processes", type=int, default=1, help="local: so many share the accelerator's devices (default: 1)")
+    parser.add_argument("--processes", type=int, help="local: so many share the accelerator's devices (default: 1)")
     parser.add_argument("--delete-on-exit", action="store_true", help="tpu-vm: delete the resource in the end, and on Ctrl-C")
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, and run nothing")
 
@@ -65,12 +68,12 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
     """Runs `gpt-jax launch`; returns the exit code.
 
     Raises:
-      UserError: the target is none, the job cannot work, or its target refuses it.
+      UserError: the target is none, the job cannot work, or its target refuses it or will not have its config.
     """
     target = options.target
     if target not in TARGETS:
         raise UserError(f"there is no target '{target}'; {nearest(target, TARGETS)}")
-    own = {name: getattr(options, name) for name in OWN.get(target, {})}
+    own = {name: value for name in OWN.get(target, {}) if (value := getattr(options, name)) is not None}
     for other, names in OWN.items():
         for name, word in names.items():
             if other != target and getattr(options, name) != options.parser.get_default(name):
@@ -79,11 +82,15 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
 
     job = _job(options, overrides)
     checked = jobs.check(job)
+    source = checkout.find()
+    if target == "tpu-vm":
+        _require_tracked(job, source)
     module: Any = importlib.import_module("." + target.replace("-", "_"), __package__)
+    printed = module.render(job, checked, **own) if options.dry_run else ""
+    _warn_of_changes(job, target, source)
     if options.dry_run:
-        print(module.render(job, checked, **own), end="")
+        print(printed, end="")
         return 0
-    _warn_of_changes(job, target)
     return module.submit(job, checked, **own)
 
 
@@ -105,7 +112,7 @@ def _job(options: argparse.Namespace, overrides: list[str]) -> Any:
 
     from .job import Job, default_name
 
-    accelerator = options.accelerator or (f"cpu-{options.processes}" if options.target == "local" else "")
+    accelerator = options.accelerator or (f"cpu-{options.processes or 1}" if options.target == "local" else "")
     if not accelerator:
         raise UserError("--accelerator: say on what, as in --accelerator v5e-16")
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(Job) if hasattr(options, field.name)}
@@ -120,11 +127,18 @@ def _job(options: argparse.Namespace, overrides: list[str]) -> Any:
     )
 
 
-def _warn_of_changes(job: Any, target: str) -> None:
-    """Says that what runs is not the commit alone."""
-    from gpt_jax import checkout
+def _require_tracked(job: Any, source: Checkout) -> None:
+    """That the workers, which get the commit and what differs from it, will have a config of configs/."""
+    from gpt_jax import config_io
 
-    source = checkout.find()
+    path = config_io.config_folder().resolve() / f"{job.config}.py"
+    name = str(path.relative_to(source.folder)) if path.is_relative_to(source.folder) else ""
+    if name in source.untracked:
+        raise UserError(f"git does not track {name}, so the workers will not have it: git add {name}")
+
+
+def _warn_of_changes(job: Any, target: str, source: Checkout) -> None:
+    """Says that what runs is not the commit alone."""
     if source.diff:
         will = "the image holds what it was built from" if job.image else "uncommitted.diff in the run's folder will say how"
         print(f"warning: files differ from commit {source.commit[:12]}; {will}", file=sys.stderr)

@@ -10,13 +10,17 @@ workloads in GKE", "Deploy TPU Multislices in GKE" and "Cloud Storage FUSE CSI d
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 from typing import Any
 
 from gpt_jax.config import require
+from gpt_jax.errors import UserError
 
+from .accelerators import smallest_of_several_hosts
 from .job import (
+    KUBERNETES_NAME,
     PORT,
     RESTART_CODE,
     Checked,
@@ -44,9 +48,10 @@ def render(job: Job, checked: Checked) -> str:
     """The manifest, opened by the commands that use it.
 
     Raises:
-      UserError: there is no image, or the workers cannot reach the config or the run's folder.
+      UserError: there is no image, the workers cannot reach a path, or the job asks for what GKE does not have.
     """
-    require_reachable(job, "gke")
+    require_reachable(job, checked, "gke", volumes=True)
+    _require_possible(job, checked)
     require(bool(job.image), "image", "say which container image; docs/launch.md shows how to build and push one")
     first = f"jobset.sigs.k8s.io/jobset-name={job.name},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
     comments = [
@@ -68,6 +73,17 @@ def submit(job: Job, checked: Checked) -> int:
     manifest = render(job, checked)
     require_tool("kubectl", "install it with `gcloud components install kubectl`, or from kubernetes.io")
     return subprocess.run(["kubectl", "apply", "-f", "-"], input=manifest, text=True).returncode
+
+
+def _require_possible(job: Job, checked: Checked) -> None:
+    accelerator = checked.accelerator
+    if accelerator.kind != "tpu":
+        require(not job.project, "project", "leave it out: kubectl's current context decides")
+    elif job.slices > 1 and accelerator.hosts == 1:  # node pools of several such hosts are not what Multislice connects
+        least = smallest_of_several_hosts(accelerator.family).name
+        raise UserError(f"--slices: GKE joins only slices of several hosts, and {accelerator.name} has one; {least} would do")
+    sound = not job.queue or (re.fullmatch(KUBERNETES_NAME, job.queue) is not None and len(job.queue) <= 63)
+    require(sound, "queue", f"'{job.queue}' is no LocalQueue's name: at most 63 of a-z, 0-9, '-' and '.'")
 
 
 def _manifest(job: Job, checked: Checked) -> dict[str, Any]:
@@ -202,20 +218,22 @@ def _nodes(job: Job, checked: Checked) -> dict[str, str]:
 
 def _xpk(job: Job, checked: Checked) -> list[str]:
     """The same through xpk, which brings its own manifest: a command for each bucket, and one for the workload."""
-    place = (
-        "--cluster=CLUSTER" + (f" --project={job.project}" if job.project else "") + (f" --zone={job.zone}" if job.zone else "")
-    )
+    place = ["--cluster=CLUSTER"]
+    place += [f"--{name}={value}" for name, value in (("project", job.project), ("zone", job.zone)) if value]
     names = buckets(job.command())
-    commands = [
-        f"xpk storage attach {name} {place} --type=gcsfuse --bucket={name} --mount-point=/gcs/{name} --readonly=false "
-        f"--auto-mount=false --size=1 --mount-options={BUCKET_OPTIONS}"
+    attach = [
+        [
+            *("xpk", "storage", "attach", name, *place, "--type=gcsfuse", f"--bucket={name}", f"--mount-point=/gcs/{name}"),
+            *("--readonly=false", "--auto-mount=false", "--size=1", f"--mount-options={BUCKET_OPTIONS}"),
+        ]
         for name in names
     ]
-    storages = "".join(f"--storage={name} " for name in names)
-    commands.append(
-        f"xpk workload create --workload={job.name} {place} --tpu-type={checked.accelerator.gcloud} --num-slices={job.slices} "
-        f"--docker-image={shlex.quote(job.image)} {storages}{'--spot ' if job.spot else ''}"
-        f"--max-restarts={job.preemptions} --restart-on-exit-codes={RESTART_CODE} "
-        f"--termination-grace-period-seconds={job.grace_seconds} --command={shlex.quote(shlex.join(mounted(job.supervised())))}"
-    )
-    return commands
+    create = [
+        *("xpk", "workload", "create", f"--workload={job.name}", *place, f"--tpu-type={checked.accelerator.gcloud}"),
+        *(f"--num-slices={job.slices}", f"--docker-image={job.image}", *(f"--storage={name}" for name in names)),
+        *(["--spot"] if job.spot else []),
+        *(f"--max-restarts={job.preemptions}", f"--restart-on-exit-codes={RESTART_CODE}"),
+        f"--termination-grace-period-seconds={job.grace_seconds}",
+        f"--command={shlex.join(mounted(job.supervised()))}",
+    ]
+    return [shlex.join(words) for words in (*attach, create)]

@@ -9,14 +9,14 @@ import dataclasses
 import math
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
 from gpt_jax import config_io
-from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, RunConfig, require
+from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig, require
 from gpt_jax.errors import Preempted, UserError
 
 from . import accelerators
@@ -26,8 +26,22 @@ RESTART_CODE = Preempted.exit_code
 """Exit code of a run that was told to stop and has saved: start it again."""
 PORT = 1234
 """Port of process 0, where the other processes find it."""
-MOUNTS = ("/gcs/", "/mnt/")
-"""Where machines of a cloud have shared storage mounted."""
+PATHS = (
+    "data.source",
+    "data.store",
+    "data.tokenizer.path",
+    "init.from",
+    "init.like",
+    "init.tokenizer",
+    "task.path",
+    "task.train",
+    "task.validation",
+    "task.test",
+)
+"""The config's fields that name files or folders which processes read or write."""
+BUCKET = "[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
+KUBERNETES_NAME = r"[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
+"""A DNS subdomain, which the names of most Kubernetes objects are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +74,13 @@ class Job:
     """Between SIGTERM and the end: a save must fit."""
     queue: str = ""
     """Kueue's local queue or SLURM's partition; empty: the cluster's default."""
+    seeds: int = 1
+    """Fine-tunings, one after the other, each with a seed of its own."""
 
     def command(self) -> list[str]:
         """The words that each process of the training runs."""
-        return ["gpt-jax", self.verb, self.config, "--workdir", self.workdir, *self.overrides]
+        seeds = ["--seeds", str(self.seeds)] if self.seeds > 1 else []
+        return ["gpt-jax", self.verb, self.config, "--workdir", self.workdir, *seeds, *self.overrides]
 
     def supervised(self) -> list[str]:
         """The same under `gpt-jax supervise`, which restarts a process in its place."""
@@ -89,27 +106,59 @@ def default_name(config: str) -> str:
 
 
 def check(job: Job) -> Checked:
-    """Loads the config and checks all that arithmetic can tell. A target checks with `require_reachable` what depends on it.
+    """Loads the config and checks all that arithmetic can tell. Where files are is checked by the targets, with
+    `require_reachable` or `require_no_buckets`.
 
     Raises:
-      UserError: the name, the accelerator, the config or its overrides are wrong; the mesh does not fit the devices, or the
-        batch and the model do not divide over it; parameters, gradients and optimiser alone exceed the devices' memory.
+      UserError: a word, the name, the accelerator, the config or its overrides are wrong; a pre-training has no text; the mesh
+        does not fit the devices, or the batch and the model do not divide over it; parameters, gradients and optimiser alone
+        exceed the devices' memory.
     """
+    _check_words(job)
     require(
         re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", job.name) is not None,
         "name",
         f"'{job.name}' must be at most 40 of a-z, 0-9 and '-', begin with a letter and not end with '-'",
     )
-    for field, least in (("slices", 1), ("preemptions", 0), ("crashes", 0), ("grace_seconds", 1)):
+    for field, least in (("slices", 1), ("preemptions", 0), ("crashes", 0), ("grace_seconds", 1), ("seeds", 1)):
         require(getattr(job, field) >= least, field, f"must be at least {least}, not {getattr(job, field)}")
+    require(job.verb == "finetune" or job.seeds == 1, "seeds", "goes with a fine-tuning; a pre-training has --train.seed")
     require(bool(job.workdir), "workdir", "say which folder shall hold the run")
     accelerator = accelerators.find(job.accelerator)
     config = _config(job)
+    _check_text(job, config)
     mesh = mesh_sizes(config.mesh, accelerator, job.slices)
     _check_division(config, mesh)
     if not isinstance(config, FinetuneConfig):  # whose architecture is its checkpoint's
         _check_memory(config.model, mesh, accelerator)
     return Checked(config, accelerator)
+
+
+def _check_words(job: Job) -> None:
+    """What no cloud, shell, manifest or batch file could make sense of."""
+    for field in dataclasses.fields(job):
+        value = getattr(job, field.name)
+        words = value if isinstance(value, tuple) else (str(value),)
+        for word in words:
+            if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
+                name = "" if field.name == "overrides" else f"--{field.name}: "
+                raise UserError(f"{name}{word!r} holds a line end or another control character; leave it out")
+    require(
+        re.fullmatch("[a-z0-9-]*", job.zone) is not None, "zone", f"'{job.zone}' is none; its characters are a-z, 0-9 and '-'"
+    )
+    for name in ("project", "queue"):
+        value = getattr(job, name)
+        require(re.search(r"[\s'\"`]", value) is None, name, f"{value!r} must hold no blanks and no quotes")
+
+
+def _check_text(job: Job, config: RunConfig) -> None:
+    """That a pre-training will know what to read, unless this machine sees that its store is there already."""
+    if not isinstance(config, PretrainConfig) or config.data.store or config.data.source:
+        return
+    if not (Path(job.workdir) / "store" / "index.json").exists():
+        from gpt_jax.data import corpus
+
+        corpus.open_source(config.data)  # which says what is missing, as the training would
 
 
 def _config(job: Job) -> RunConfig:
@@ -206,23 +255,75 @@ def parameters(model: ModelConfig) -> int:
 # -- where files are --------------------------------------------------------------------------------------------------------
 
 
-def require_reachable(job: Job, target: str) -> None:
-    """Checks that workers which are other machines can see the run's folder and the config.
+def require_reachable(job: Job, checked: Checked, target: str, volumes: bool = False) -> None:
+    """Checks that workers which are other machines can see the config and every path that it and --workdir name.
+
+    Args:
+      job: what is to run.
+      checked: its config.
+      target: where, for the person.
+      volumes: /mnt/CLAIM/... is a volume's, mounted there; otherwise nothing is mounted below /mnt/.
 
     Raises:
-      UserError: one of them is on this machine.
+      UserError: a path is on this machine, is no sound path, or stands where the launcher does not see that it must be mounted.
     """
+    visible = ("/gcs/", "/mnt/") if volumes else ("/gcs/",)
     require(
-        job.workdir.startswith(("gs://", *MOUNTS)),
-        "workdir",
-        f"'{job.workdir}' is a folder of this machine, which the workers of {target} do not see; give gs://BUCKET/PATH, or a "
-        f"path under {' or '.join(MOUNTS)}, where they have storage mounted",
-    )
-    require(
-        not job.config.endswith(".py") or job.config.startswith(MOUNTS),
+        not job.config.endswith(".py") or job.config.startswith(visible),
         "config",
         f"'{job.config}' is a file of this machine, which the workers of {target} do not see; put it under configs/",
     )
+    if job.config.endswith(".py"):
+        _require_mountable("config", job.config, target, volumes)
+    given = {word.partition("=")[2] if word.startswith("--") else word for word in job.command()}
+    for field, path in _paths(job, checked.config):
+        _require_mountable(field, path, target, volumes)
+        require(
+            path in given, field, f"'{path}' stands only in the config; say it on the command line too, so that it is mounted"
+        )
+
+
+def require_no_buckets(job: Job, checked: Checked, target: str) -> None:
+    """Checks that no path is in a bucket.
+
+    Raises:
+      UserError: one is.
+    """
+    for field, path in _paths(job, checked.config):
+        require("://" not in path, field, f"'{path}' is no file or folder; {target} mounts no buckets")
+
+
+def _paths(job: Job, config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Each field that names a file or a folder, and which."""
+    yield "workdir", job.workdir
+    fields = config_io.flatten(config)
+    for field in PATHS:
+        path = fields[field][0] if field in fields else ""
+        named = (
+            (field == "data.source" and path.startswith(("builtin:", "tfds:")))
+            or (field == "init.from" and path == "none")
+            or (field == "init.like" and path in config_io.names())
+        )
+        if path and not named:
+            yield field, path
+
+
+def _require_mountable(field: str, path: str, target: str, volumes: bool) -> None:
+    where = "gs://BUCKET/PATH or /mnt/CLAIM/PATH" if volumes else "gs://BUCKET/PATH"
+    match = re.match("(gs://|/gcs/|/mnt/)([^/]*)(.*)", path)
+    if match is None:
+        what = f"a {'folder' if field == 'workdir' else 'path'} of this machine"
+        raise UserError(f"--{field}: '{path}' is {what}, which the workers of {target} do not see; give {where}")
+    mount, name, inside = match.groups()
+    if mount == "/mnt/":
+        require(volumes, field, f"'{path}': nothing is mounted below /mnt/ on the workers of {target}; give {where}")
+        sound = re.fullmatch(KUBERNETES_NAME, name) is not None and len(name) <= 253
+        require(sound, field, f"'{path}': no PersistentVolumeClaim is named '{name}'; names are of a-z, 0-9, '-' and '.'")
+    else:
+        sound = re.fullmatch(BUCKET, name) is not None
+        require(sound, field, f"'{path}': no bucket is named '{name}'; names are of a-z, 0-9, '-', '_' and '.'")
+    require(bool(inside.strip("/")), field, f"'{path}' names nothing inside '{name}'; give {where}")
+    require(".." not in inside.split("/"), field, f"'{path}' leads out of what is mounted; leave the '..' out")
 
 
 def mounted(words: Iterable[str]) -> list[str]:

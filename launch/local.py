@@ -13,18 +13,18 @@ from typing import TextIO
 
 from gpt_jax.config import require
 
-from .job import Checked, Job
-from .supervise import Budget, Supervisor, say, spawn, steps_in
+from .job import Checked, Job, require_no_buckets
+from .supervise import Budget, Supervisor, kill, say, spawn, steps_in
 
 
-def render(job: Job, checked: Checked, processes: int) -> str:
+def render(job: Job, checked: Checked, processes: int = 1) -> str:
     """What `submit` runs, as a shell would be told; PORT is a free one, another for each attempt.
 
     Raises:
       UserError: this machine is not what the job asks for.
     """
     _require_possible(job, checked, processes)
-    lines = []
+    lines = [shlex.join(["unset", *hidden])] if (hidden := _hidden()) else []
     for number, variables in enumerate(_variables(checked, processes, "PORT")):
         words = [*(f"{name}={value}" for name, value in variables.items()), *job.command()]
         lines.append(f"{shlex.join(words)} >> {shlex.quote(str(_log(job, number)))} 2>&1 &")
@@ -32,7 +32,7 @@ def render(job: Job, checked: Checked, processes: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def submit(job: Job, checked: Checked, processes: int) -> int:
+def submit(job: Job, checked: Checked, processes: int = 1) -> int:
     """Runs the processes until the run is done; returns the exit code that `supervise` describes.
 
     Each process appends to WORKDIR/logs/process-N.log, which for process 0 is shown here too.
@@ -46,10 +46,17 @@ def submit(job: Job, checked: Checked, processes: int) -> int:
 
     def start() -> Sequence[subprocess.Popen[bytes]]:
         command = [sys.executable, "-m", "gpt_jax", *job.command()[1:]]
-        started = []
-        for log, variables in zip(logs, _variables(checked, processes, str(_free_port())), strict=True):
-            with open(log, "ab") as output:
-                started.append(spawn(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=os.environ | variables))
+        inherited = {name: value for name, value in os.environ.items() if name not in _hidden()}
+        started: list[subprocess.Popen[bytes]] = []
+        try:
+            for log, variables in zip(logs, _variables(checked, processes, str(_free_port())), strict=True):
+                with open(log, "ab") as output:
+                    environment = inherited | variables
+                    started.append(spawn(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment))
+        except BaseException:  # those that run would wait for the ones that do not
+            for process in started:
+                kill(process)
+            raise
         return started
 
     logs[0].touch()
@@ -71,7 +78,7 @@ def _require_possible(job: Job, checked: Checked, processes: int) -> None:
     require(job.slices == 1, "slices", f"{job.slices} of them are several machines; local has --processes")
     for name in ("zone", "project", "queue", "image", "spot"):
         require(not getattr(job, name), name, "local runs in this environment on this machine; leave it out")
-    require("://" not in job.workdir, "workdir", f"'{job.workdir}' is not a folder of this machine, where local runs")
+    require_no_buckets(job, checked, "local")
     require(
         processes > 0 and devices % processes == 0,
         "processes",
@@ -96,6 +103,11 @@ def _variables(checked: Checked, processes: int, port: str) -> list[dict[str, st
             }
         every.append(variables)
     return every
+
+
+def _hidden() -> list[str]:
+    """Variables of this environment that the processes must not have: where there is a SLURM_LOCALID, JAX takes one device."""
+    return sorted(name for name in os.environ if name.startswith("SLURM_"))
 
 
 def _log(job: Job, number: int) -> Path:

@@ -15,28 +15,40 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax import checkout
+from gpt_jax.checkout import Checkout
 from gpt_jax.config import require
+from gpt_jax.errors import UserError
 
 from .job import PORT, RESTART_CODE, Checked, Job, buckets, mounted, require_reachable, require_tool, to_yaml
 
 DIFF = "~/uncommitted.diff"
+"""On the machines."""
 
 
 def render(job: Job, checked: Checked) -> str:
     """The task file, opened by the commands that use it.
 
     Raises:
-      UserError: the workers cannot reach the config or the run's folder, or the job asks for what SkyPilot does not have.
+      UserError: the workers cannot reach a path, or the job asks for what SkyPilot does not have.
     """
-    require_reachable(job, "sky")
+    require_reachable(job, checked, "sky")
     require(not job.project, "project", "leave it out: SkyPilot takes it from gcloud's configuration")
     require(not job.queue, "queue", "leave it out: SkyPilot has none")
+    require(job.preemptions == Job.preemptions, "preemptions", "leave it out: SkyPilot replaces lost machines without limit")
+    require(job.grace_seconds == Job.grace_seconds, "grace_seconds", "leave it out: SkyPilot decides it")
     several = checked.accelerator.kind == "tpu" and job.slices > 1
     require(not several, "slices", "several TPU slices become one machine with tpu-vm and gke, not with sky")
     require(checked.accelerator.family != "7x", "accelerator", "7x is to be had with gke only")
-    comments = [f"git diff --binary HEAD > {_diff_file(job)}"] if not job.image and checkout.find().diff else []
+    origin = checkout.find()
+    if not job.image and not origin.commit:
+        raise UserError("sky installs a checkout, and this package is not in one of git: run it from a clone, or give --image")
+    comments = []
+    if _takes_diff(job, origin):
+        file = _diff_file(job)
+        diff = shlex.join(["git", "-C", str(origin.folder), "diff", "--binary", "HEAD"])
+        comments.append(f"mkdir -p {shlex.quote(str(file.parent))} && {diff} > {shlex.quote(str(file))}")
     comments += [f"sky jobs launch --yes --detach-run --name {job.name} FILE", "sky jobs logs --name " + job.name]
-    return "".join(f"# {comment}\n" for comment in comments) + to_yaml(_task(job, checked))
+    return "".join(f"# {comment}\n" for comment in comments) + to_yaml(_task(job, checked, origin))
 
 
 def submit(job: Job, checked: Checked) -> int:
@@ -47,20 +59,27 @@ def submit(job: Job, checked: Checked) -> int:
     """
     task = render(job, checked)
     require_tool("sky", "pip install 'skypilot[gcp]' (or another cloud's extra), and `sky check`")
-    if diff := checkout.find().diff:
-        _diff_file(job).write_bytes(diff)
+    origin = checkout.find()
+    if _takes_diff(job, origin):
+        _diff_file(job).parent.mkdir(parents=True, exist_ok=True)
+        _diff_file(job).write_bytes(origin.diff)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{job.name}.yaml"
         file.write_text(task, encoding="utf-8")
         return subprocess.run(["sky", "jobs", "launch", "--yes", "--detach-run", "--name", job.name, str(file)]).returncode
 
 
+def _takes_diff(job: Job, origin: Checkout) -> bool:
+    """Whether the machines are told what differs from the commit; an image says so itself."""
+    return not job.image and bool(origin.diff)
+
+
 def _diff_file(job: Job) -> Path:
-    return Path(tempfile.gettempdir()) / f"{job.name}-uncommitted.diff"
+    return Path("~/.cache/gpt_jax/launch").expanduser() / job.name / "uncommitted.diff"
 
 
-def _task(job: Job, checked: Checked) -> dict[str, Any]:
-    accelerator, origin = checked.accelerator, checkout.find()
+def _task(job: Job, checked: Checked, origin: Checkout) -> dict[str, Any]:
+    accelerator = checked.accelerator
     resources: dict[str, Any] = {"use_spot": job.spot}
     if accelerator.kind == "tpu":
         resources |= {"cloud": "gcp", "accelerators": accelerator.sky}
@@ -78,8 +97,7 @@ def _task(job: Job, checked: Checked) -> dict[str, Any]:
     run = []
     if not job.image:
         task["workdir"] = str(origin.folder)
-        if origin.commit:  # the installed package is no checkout
-            task["envs"] = {"GPT_JAX_COMMIT": origin.commit}
+        task["envs"] = {"GPT_JAX_COMMIT": origin.commit}  # the installed package is no checkout
         if origin.diff:
             task["envs"]["GPT_JAX_DIFF"] = DIFF
             mounts[DIFF] = str(_diff_file(job))
@@ -102,7 +120,8 @@ def _setup(kind: str) -> str:
     """Installs the checkout, which SkyPilot copies to every host, with the locked versions."""
     extras = {"tpu": "tpu,gpt1", "gpu": "cuda,gpt1", "cpu": "gpt1"}[kind]
     return (
-        "command -v uv > /dev/null || python3 -m pip install --quiet uv\n"
+        'export PATH="$HOME/.local/bin:$PATH"\n'  # where pip puts a user's programs
+        "command -v uv > /dev/null || python3 -m pip install --quiet --user uv\n"
         "uv venv --quiet --python 3.12 .venv\n"
         f"uv pip install --quiet --python .venv/bin/python --constraint constraints/py312.txt '.[{extras}]'\n"
     )

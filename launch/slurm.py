@@ -17,10 +17,12 @@ from pathlib import Path
 from gpt_jax.config import require
 from gpt_jax.errors import UserError
 
-from .job import RESTART_CODE, Checked, Job, require_tool
+from .job import RESTART_CODE, Checked, Job, require_no_buckets, require_tool
 
 STRAGGLER_SECONDS = 600
 """A process that outlives another one by so long hangs, and is killed."""
+MOST_GRACE_SECONDS = 65535
+"""That sbatch's --signal takes."""
 
 SCRIPT = """\
 {directives}
@@ -33,6 +35,8 @@ told=
 trap 'told=yes' TERM  # by scancel or scontrol requeue, which reach the processes too; a time limit's warning reaches only them
 
 {exports}
+# srun does not take it from the batch file, and would leave each process one CPU.
+[ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # Process 0 runs on this node, the first one.
 export JAX_COORDINATOR_ADDRESS=$(hostname):$((20000 + SLURM_JOB_ID % 10000)) JAX_NUM_PROCESSES=$SLURM_NTASKS
 srun --kill-on-bad-exit=0 --wait={straggler} --open-mode=append --output="$logs/process-%t.log" \\
@@ -69,7 +73,13 @@ def render(job: Job, checked: Checked) -> str:
     """
     accelerator, logs = checked.accelerator, _logs(job)
     require(accelerator.kind != "tpu", "accelerator", "SLURM runs GPUs and CPUs; tpu-vm, gke and sky run TPUs")
-    require("://" not in job.workdir, "workdir", f"'{job.workdir}' is no folder; give one that all nodes see")
+    require_no_buckets(job, checked, "slurm")
+    require(
+        not set("%\\") & set(str(logs)),
+        "workdir",
+        f"'{logs.parent}' has a % or \\, which sbatch takes for a pattern; rename the folder",
+    )
+    require(job.grace_seconds <= MOST_GRACE_SECONDS, "grace_seconds", f"sbatch takes at most {MOST_GRACE_SECONDS}")
     require(not job.image, "image", "leave it out: SLURM's nodes run the environment that this command runs in")
     require(not job.zone, "zone", "SLURM has none; --queue names its partition")
     require(not job.spot, "spot", "SLURM has no such machines; --queue names its partition")

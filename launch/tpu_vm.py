@@ -1,10 +1,10 @@
 """A training on a Cloud TPU VM: asked for as a queued resource, watched, and asked for again after a preemption.
 
-`decide` is the whole judgement: from what one look shows to what is done next. `Gcloud` writes the commands, `Babysitter` runs
+`decide` is the whole judgement: from what one look shows to what is done next. `gcloud` has the commands, `Babysitter` runs
 them. What happens on the workers is `tpu_worker`, which is copied there. Nothing is remembered here: called again, the same
-command attaches to what it finds.
+command attaches to what it finds, if the resource's label says that it is this run's.
 
-Sources: "Manage queued resources" and gcloud's reference for `compute tpus` (Google Cloud documentation, 2026).
+Source: "Manage queued resources" (Google Cloud documentation, 2026).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import fcntl
 import hashlib
 import json
 import re
@@ -20,9 +21,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,17 +32,16 @@ from gpt_jax.config import require
 from gpt_jax.errors import Preempted, TrainingError, UserError
 
 from . import tpu_worker
+from .gcloud import LABEL, PASSING, RUNTIMES, Gcloud, run_all
 from .job import Checked, Job, buckets, mounted, require_reachable, require_tool
-from .supervise import Budget, Fate, describe, judge, kill, spawn
+from .supervise import Budget, Fate, describe, judge
 
-RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
-"""Software version of a TPU VM, by family."""
 EXTRAS = "tpu,gpt1"
 """Of the package: the TPU's runtime, and the released tokenizer, which the config gpt1 takes."""
 NODE_LIVES = ("READY", "CREATING", "STARTING", "RESTARTING", "REPAIRING")
 """States of a node that is there, or will be again."""
-PASSING = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|timed out|did not answer")
-"""Complaints of gcloud that are no refusals."""
+ALIVE = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+"""States of a resource that is there, or will be."""
 
 
 class Timing(NamedTuple):
@@ -53,7 +52,7 @@ class Timing(NamedTuple):
     settle: float = 60.0
     """From the end of a training to the judgement: a preempted resource stays ACTIVE for a while after its machines are gone."""
     patience: float = 300.0
-    """With a worker that does not answer while its resource is ACTIVE."""
+    """With a worker that does not answer while its resource is ACTIVE, and with gcloud when it refuses."""
     answer: float = 90.0
     """For one command on all workers."""
     install: float = 1800.0
@@ -71,17 +70,21 @@ class Seen(NamedTuple):
     """What one look shows."""
 
     resource: str
-    """State of the queued resource; "": there is none, "UNKNOWN": gcloud did not say."""
+    """State of the queued resource; "": there is none, "UNKNOWN": gcloud did not say, "REFUSED": gcloud refuses to say, "OTHER":
+    what has this name is not this run's.
+    """
     workers: str = ""
-    """Of an ACTIVE one: "idle", "running", "ended", "other" (another job's training), "silent", "gone" or "failed" (to start)."""
+    """Of an ACTIVE one: "idle", "running", "ended", "other" (another command runs), "silent", "gone", or "failed" (to start)."""
     codes: tuple[int, ...] = ()
     """The exit codes of those that ended."""
     why: str = ""
     """Words for the person: which worker, what it said last, gcloud's message."""
     seconds: float = 0.0
-    """For how long the workers have been so."""
-    first: bool = False
-    """It is this call's first look, so whatever has ended, ended before."""
+    """For how long it has been so."""
+    asked: bool = False
+    """This call has asked for the resource, or has seen it alive: what becomes of it now was not there before."""
+    ran: bool = False
+    """This call has started the training that ended, or has seen it run."""
 
 
 class Do(enum.Enum):
@@ -103,9 +106,13 @@ class Action(NamedTuple):
 def decide(seen: Seen, timing: Timing) -> Action:
     """What follows from what is seen."""
     match seen.resource, seen.workers:
+        case "OTHER", _:
+            return Action(Do.END, Fate.MISTAKE, seen.why)
+        case "REFUSED", _ if not seen.asked or seen.seconds >= timing.patience:
+            return Action(Do.END, Fate.MISTAKE, seen.why)
         case "", _:
-            return Action(Do.CREATE) if seen.first else Action(Do.END, Fate.CRASHED, "somebody else has deleted it")
-        case "SUSPENDED" | "FAILED", _ if seen.first:
+            return Action(Do.END, Fate.CRASHED, "somebody else has deleted it") if seen.asked else Action(Do.CREATE)
+        case "SUSPENDED" | "FAILED", _ if not seen.asked:
             return Action(Do.REPLACE, None, f"left {seen.resource} by an earlier call")
         case "SUSPENDED", _:
             return Action(Do.REPLACE, Fate.PREEMPTED, "SUSPENDED")
@@ -128,7 +135,7 @@ def decide(seen: Seen, timing: Timing) -> Action:
             fate, code = judge(seen.codes)
             if fate is Fate.DONE:
                 return Action(Do.END, fate, "done")
-            if seen.first:
+            if not seen.ran:  # or it was counted already, and its machines have not heard yet that they are to forget it
                 return Action(Do.RESTART, None, f"an earlier attempt ended ({describe(code)})")
             if fate is Fate.MISTAKE:
                 return Action(Do.END, fate, f"{seen.why}; a restart does not mend a mistake")
@@ -146,11 +153,11 @@ def together(answers: dict[str, dict[str, Any]], expected: Sequence[str], digest
       expected: all workers.
       digest: of the job that is meant to run there.
     """
-    if missing := [worker for worker in expected if worker not in answers]:
-        return "silent", (), f"{' and '.join(missing[:3])}{' and others' if len(missing) > 3 else ''} did not answer"
-    answers = {worker: answers[worker] for worker in expected}
+    answers = {worker: answers[worker] for worker in expected if worker in answers}
     if other := [worker for worker, each in answers.items() if each["state"] == "running" and each["job"] not in ("", digest)]:
         return "other", (), f"{other[0]} runs another command; give this one another --name, or delete the resource"
+    if missing := [worker for worker in expected if worker not in answers]:
+        return "silent", (), f"{' and '.join(missing[:3])}{' and others' if len(missing) > 3 else ''} did not answer"
     ended = {worker: each for worker, each in answers.items() if each["state"] == "ended" and each["job"] == digest}
     codes = tuple(int(each["code"]) for each in ended.values())
     if any(codes) or len(ended) == len(expected):
@@ -160,103 +167,6 @@ def together(answers: dict[str, dict[str, Any]], expected: Sequence[str], digest
     # A worker whose training is done waits for the others'; one that has none, beside others that have, still needs one.
     resting = all(each["state"] == "running" for worker, each in answers.items() if worker not in ended)
     return "running" if resting else "idle", (), ""
-
-
-# -- gcloud -----------------------------------------------------------------------------------------------------------------
-
-
-class Gcloud:
-    """The words of every command."""
-
-    def __init__(self, job: Job, checked: Checked) -> None:
-        self.name = job.name
-        self.nodes = [job.name] if job.slices == 1 else [f"{job.name}-{number}" for number in range(job.slices)]
-        # --quiet: it can ask nobody, not even when ssh needs its first key.
-        self._place = ["--quiet", "--zone", job.zone, *(["--project", job.project] if job.project else [])]
-        self._nodes = ["--node-id", job.name]
-        if job.slices > 1:
-            self._nodes = ["--node-count", str(job.slices), "--node-prefix", job.name]
-        self._spot = ["--spot"] if job.spot else []
-        self._type = checked.accelerator.gcloud
-        self._runtime = RUNTIMES[checked.accelerator.family]
-        self.folder = f"gpt-jax/{job.name}"
-        """On each worker, below the home folder."""
-
-    def _resource(self, verb: str, *words: str) -> list[str]:
-        return ["gcloud", "compute", "tpus", "queued-resources", verb, self.name, *words, *self._place]
-
-    def create(self) -> list[str]:
-        kind = ["--accelerator-type", self._type, "--runtime-version", self._runtime]
-        return self._resource("create", *self._nodes, *kind, *self._spot)
-
-    def describe(self) -> list[str]:
-        return self._resource("describe", "--format", "json")
-
-    def delete(self) -> list[str]:
-        return self._resource("delete", "--force")
-
-    def describe_node(self, node: str) -> list[str]:
-        return ["gcloud", "compute", "tpus", "tpu-vm", "describe", node, "--format", "value(state)", *self._place]
-
-    def copy(self, node: str, files: Sequence[Path]) -> list[str]:
-        words = [*map(str, files), f"{node}:{self.folder}/"]
-        return ["gcloud", "compute", "tpus", "tpu-vm", "scp", *words, "--worker", "all", *self._place]
-
-    def ask(self, node: str, verb: str) -> list[str]:
-        """Runs `tpu_worker VERB` on every worker of a node."""
-        return self._ssh(node, f"python3 {self.folder}/tpu_worker.py {verb}")
-
-    def status(self, node: str, offset: int) -> list[str]:
-        """Asks for the status of every worker; one that has nothing yet says so."""
-        known = f"python3 tpu_worker.py status {offset}"
-        command = f"mkdir -p {self.folder} && cd {self.folder} && if test -f tpu_worker.py; then {known}; else "
-        return self._ssh(node, f"{command}echo {tpu_worker.MARK} $HOSTNAME {{}}; fi")
-
-    def _ssh(self, node: str, command: str) -> list[str]:
-        return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, "--worker", "all", "--command", command, *self._place]
-
-
-class Done(NamedTuple):
-    """A command that has ended."""
-
-    code: int | None
-    """None: it was killed when its time was up."""
-    output: str
-    errors: str
-
-    @property
-    def problem(self) -> str:
-        """What gcloud complained of, in one line."""
-        if self.code is None:
-            return "gcloud did not answer in time"
-        _, error, text = self.errors.strip().rpartition("ERROR:" if "ERROR:" in self.errors else "\n")
-        return " ".join(f"{error}{text}".split())[:400] or f"gcloud ended with {self.code}"
-
-
-def run_all(commands: Sequence[Sequence[str]], limit: float) -> list[Done]:
-    """Runs commands at once; kills those that take longer than `limit` seconds, together with the ssh they wait for. What they
-    have said until then counts: with one worker silent, the others have answered.
-    """
-    until = time.monotonic() + limit
-    with tempfile.TemporaryDirectory() as folder:
-        files = [[Path(folder, f"{number}.{stream}") for stream in ("out", "err")] for number in range(len(commands))]
-        processes = []
-        try:
-            for command, (out, err) in zip(commands, files, strict=True):
-                with open(out, "wb") as output, open(err, "wb") as errors:
-                    processes.append(spawn(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors))
-            codes: list[int | None] = []
-            for process in processes:
-                try:
-                    codes.append(process.wait(max(until - time.monotonic(), 0.01)))
-                except subprocess.TimeoutExpired:
-                    codes.append(None)
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    kill(process)
-        texts = [[file.read_text(encoding="utf-8", errors="replace") for file in pair] for pair in files]
-    return [Done(code, *pair) for code, pair in zip(codes, texts, strict=True)]
 
 
 # -- the watch --------------------------------------------------------------------------------------------------------------
@@ -287,12 +197,15 @@ class Babysitter:
     def __post_init__(self) -> None:
         self.workers = [f"{node} worker {number}" for node in self.gcloud.nodes for number in range(self.hosts)]
         self._all = f"{len(self.workers)} worker{'s' if len(self.workers) > 1 else ''}"
-        self._exists = False
+        self._exists = False  # perhaps
+        self._ours = False  # and not another command's
+        self._asked = self._ran = False  # as in `Seen`
         self._offset = -1  # in worker 0's log
         self._step: int | None = None
         self._failure = ""  # why the training could not be started
-        self._before: tuple[Any, ...] = ()  # what the last look showed of the workers, and since when
+        self._before: tuple[Any, ...] = ()  # what the last look showed, and since when
         self._since = 0.0
+        self._silent: dict[str, float] = {}  # workers that do not answer, and since when
         self._state = self._reason = ""  # what was said last
 
     def run(self) -> int:
@@ -308,20 +221,19 @@ class Babysitter:
             say(action.why)
             return 0 if action.fate is Fate.DONE else TrainingError.exit_code
         except KeyboardInterrupt:
-            say("interrupted" if self.delete_on_exit else "interrupted; a training that runs goes on")
-            if self.delete_on_exit and self._exists:
+            deletes = self.delete_on_exit and self._ours
+            say("interrupted" if deletes else "interrupted; a training that runs goes on")
+            if deletes and self._exists:
                 say(f"stopping the training, which has {self.grace_seconds} s to save")
-                self._ask(f"stop {self.grace_seconds}", self.grace_seconds + self.timing.answer)
+                self._stop()
             return Preempted.exit_code
         finally:
             self._leave()
 
     def _watch(self) -> Action:
-        first = True
         while True:
-            seen = self._look(first)
+            seen = self._look()
             action = decide(seen, self.timing)
-            first = False
             match action.do:
                 case Do.CREATE:
                     self._create()
@@ -332,61 +244,81 @@ class Babysitter:
                 case Do.RESTART | Do.REPLACE:
                     if not self._count(action):
                         return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} is given up")
-                    self._failure, self._reason, self._before = "", "", ()
+                    self._failure, self._reason, self._before, self._ran = "", "", (), False
                     if action.do is Do.RESTART:
-                        self._ask(f"stop {self.grace_seconds}", self.grace_seconds + self.timing.answer)
-                    else:
-                        self._delete()
+                        self._stop()
+                    elif self._delete():
                         self._create()
+                    else:
+                        return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} could not be deleted")
                 case Do.END if action.fate is Fate.DONE:
                     return action._replace(why=f"done ({self.budget})")
                 case Do.END:
-                    self.delete_on_exit &= seen.workers != "other"  # it is not ours
                     return action
 
     # -- looking --
 
-    def _look(self, first: bool) -> Seen:
-        resource, why = self._describe(first)
+    def _look(self) -> Seen:
+        resource, why = self._describe()
+        workers, reason = "", why
+        codes: tuple[int, ...] = ()
         if resource == "ACTIVE":
             commands = [self.gcloud.status(node, self._offset) for node in self.gcloud.nodes]
             answers = self._answers(commands, self.timing.answer)
             self._show(answers)
             workers, codes, reason = together(answers, self.workers, self.digest)
+            self._ours = workers != "other"
+            self._silent = {each: self._silent.get(each, self.clock()) for each in self.workers if each not in answers}
             if workers == "idle" and self._failure:
                 workers, reason = "failed", self._failure
             if workers in ("silent", "failed") and (lost := self._lost_nodes()):
-                workers, reason = "gone", lost
-                resource, why = self._describe(first)  # which may have been taken away, or deleted, since the look began
-        if resource != "ACTIVE":
-            self._before = ()
-            return Seen(resource, why=why, first=first)
-        if (workers, codes, reason) != self._before:
-            self._before, self._since = (workers, codes, reason), self.clock()
+                resource, why = self._describe()  # which may have been taken away, or deleted, since the look began
+                workers, codes, reason = ("gone", (), lost) if resource == "ACTIVE" else ("", (), why)
+        if (resource, workers, codes) != self._before:
+            self._before, self._since = (resource, workers, codes), self.clock()
             if workers == "running":
                 say(f"the training runs on {self._all}")
-            elif reason and reason != self._reason and not (first and workers == "ended"):
-                say(reason)
-            self._reason = reason
-        return Seen(resource, workers, codes, reason, self.clock() - self._since, first)
+        if workers and reason and reason != self._reason and (self._ran or workers != "ended"):
+            say(reason)
+        self._reason = reason
+        self._ran |= workers == "running"
+        since = min(self._silent.values()) if workers == "silent" else self._since
+        return Seen(resource, workers, codes, reason, self.clock() - since, self._asked, self._ran)
 
-    def _describe(self, strict: bool) -> tuple[str, str]:
-        """State of the queued resource, and what it says of it. `strict`: what gcloud refuses is a mistake, not a bad moment."""
+    def _describe(self) -> tuple[str, str]:
+        """State of the queued resource as in `Seen`, and what is said of it."""
         (done,) = run_all([self.gcloud.describe()], self.timing.answer)
-        state, why = "UNKNOWN", done.problem
+        state, why = "", ""
         if done.code == 0:
-            answer = json.loads(done.output)["state"]
-            state, why = answer["state"], " ".join(answer.get("failedData", {}).get("error", {}).get("message", "").split())
-        elif "NOT_FOUND" in done.errors:
-            state, why = "", ""
-        elif strict and not PASSING.search(done.problem):
-            raise UserError(done.problem)
+            state, why = self._read(done.output)
+        elif "NOT_FOUND" not in done.errors:
+            state, why = "UNKNOWN" if PASSING.search(done.problem) else "REFUSED", done.problem
         if state != self._state:
             if state or self._state:
                 say(f"{self.gcloud.name} is {state or 'not there'}{': ' + why if why else ''}")
             self._state = state
-        self._exists = state != ""
+        if state not in ("UNKNOWN", "REFUSED"):
+            self._exists = state not in ("", "OTHER")
+            self._ours &= self._exists
+            self._asked |= state in ALIVE
+            self._ours |= self._exists and state != "ACTIVE"  # of an ACTIVE one the workers tell
         return state, why
+
+    def _read(self, output: str) -> tuple[str, str]:
+        """State and message in what `describe` printed."""
+        try:
+            answer = json.loads(output)
+            state, failure = answer["state"]["state"], answer["state"].get("failedData", {})
+            (spec, *_) = answer["tpu"]["nodeSpec"]
+            owner = spec["node"].get("labels", {}).get(LABEL, "none")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "UNKNOWN", "gcloud's answer did not make sense"
+        if owner != self.gcloud.owner:
+            return "OTHER", (
+                f"there is a {self.gcloud.name} already, for another run's folder or other hardware (label {LABEL}: {owner}); "
+                f"give this one another --name, or delete that: {shlex.join(self.gcloud.delete())}"
+            )
+        return state, " ".join(failure.get("error", {}).get("message", "").split())
 
     def _lost_nodes(self) -> str:
         """Which node is not there any more, though its resource is ACTIVE; nothing if all are."""
@@ -430,24 +362,38 @@ class Babysitter:
         self._offset, until = 0, self.clock() + self.timing.patience
         say(f"asking for {self.gcloud.name}: {shlex.join(self.gcloud.create())}")
         while True:
-            self._exists = True  # perhaps, once the command has begun
+            # Perhaps, once the command has begun; and if gcloud gives no answer, it may still have been done.
+            self._exists = self._ours = True
             (done,) = run_all([self.gcloud.create()], self.timing.change)
-            if done.code == 0 or "ALREADY_EXISTS" in done.errors:
+            if done.code == 0:
+                self._asked = True
                 return
-            self._exists = False
+            if "ALREADY_EXISTS" in done.errors:  # by the answer that did not come, or somebody else's: the next look tells
+                self._ours = False
+                return
+            passing = PASSING.search(done.problem)
+            if passing and self.clock() < until:
+                say(f"{done.problem}; trying again")
+                self.sleep(self.timing.poll)
+                continue
+            self._exists = self._ours = passing is not None
+            quota = "there is no quota for this: " if "quota" in done.problem.lower() else ""
+            raise UserError(f"{quota}{done.problem}")
+
+    def _delete(self) -> bool:
+        """Deletes the resource, trying again while gcloud does not answer; whether it is gone."""
+        say(f"deleting {self.gcloud.name}")
+        until = self.clock() + self.timing.change
+        while True:
+            (done,) = run_all([self.gcloud.delete()], self.timing.change)
+            if done.code == 0 or "NOT_FOUND" in done.errors:
+                self._exists = self._ours = self._asked = False
+                return True
             if not PASSING.search(done.problem) or self.clock() >= until:
-                quota = "there is no quota for this: " if "quota" in done.problem.lower() else ""
-                raise UserError(f"{quota}{done.problem}")
+                say(f"{done.problem}; if it is still there it costs: {shlex.join(self.gcloud.delete())}")
+                return False
             say(f"{done.problem}; trying again")
             self.sleep(self.timing.poll)
-
-    def _delete(self) -> None:
-        say(f"deleting {self.gcloud.name}")
-        (done,) = run_all([self.gcloud.delete()], self.timing.change)
-        if done.code == 0 or "NOT_FOUND" in done.errors:
-            self._exists = False
-        else:
-            say(f"{done.problem}; if it is still there it costs: {shlex.join(self.gcloud.delete())}")
 
     def _start(self) -> None:
         """Installs the commit on every worker and starts the training; a failure shows at the next look."""
@@ -464,12 +410,17 @@ class Babysitter:
                 if answer["state"] not in wanted:
                     self._failure = f"{verb} on {worker}: {answer.get('why', answer['state'])}"
                     return
-        self._failure = ""
+        self._failure, self._ran = "", True
+
+    def _stop(self) -> None:
+        """Stops the training on every worker; one that does not hear still shows how it ended at the next look."""
+        self._ask(f"stop {self.grace_seconds}", self.grace_seconds + self.timing.answer)
 
     def _count(self, action: Action) -> bool:
         """Counts a preemption or a crash, says so, and waits before the restart; whether there is one."""
         if action.fate is None:
             say(f"{self.gcloud.name}: {action.why}")
+            self.sleep(self.timing.poll)
             return True
         after = self.budget.after_preemption if action.fate is Fate.PREEMPTED else self.budget.after_crash
         following = after(action.why, self._step)
@@ -480,13 +431,14 @@ class Babysitter:
 
     def _leave(self) -> None:
         """Deletes the resource if asked to, or says that it stays. One that FAILED is a mere name, which takes up quota."""
+        if not self._exists:
+            return
         with contextlib.suppress(KeyboardInterrupt):
-            if self._exists and (self.delete_on_exit or self._state == "FAILED"):
+            if self._ours and (self.delete_on_exit or self._state == "FAILED"):
                 self._delete()
                 return
-        if self._exists:
-            say(f"{self.gcloud.name} stays, and costs, until it is deleted: {shlex.join(self.gcloud.delete())}")
-            say("the same command attaches to it again")
+        say(f"{self.gcloud.name} stays, and costs, until it is deleted: {shlex.join(self.gcloud.delete())}")
+        say("the same command attaches to it again")
 
 
 # -- the target -------------------------------------------------------------------------------------------------------------
@@ -501,6 +453,7 @@ def render(job: Job, checked: Checked, delete_on_exit: bool = False) -> str:
     origin = checkout.find()
     _require_possible(job, checked, origin)
     gcloud = Gcloud(job, checked)
+    files = ", ".join(file.name for file in _files(job) if file.suffix != ".bundle")
 
     def lines(*commands: Sequence[str]) -> str:
         return "".join(f"{shlex.join(command)}\n" for command in commands)
@@ -511,6 +464,7 @@ def render(job: Job, checked: Checked, delete_on_exit: bool = False) -> str:
     every, stays = f"every {USUAL.poll:g} s", "" if delete_on_exit else "; in the end it stays, without --delete-on-exit"
     return (
         f"# commit {origin.commit[:12]} on {len(gcloud.nodes) * checked.accelerator.hosts} workers: {shlex.join(_command(job))}\n"
+        + f"# {files} are written to {_folder(job)}\n"
         + lines(_bundle(job, origin), gcloud.describe())
         + "# if there is none of this name yet\n"
         + lines(gcloud.create())
@@ -522,6 +476,8 @@ def render(job: Job, checked: Checked, delete_on_exit: bool = False) -> str:
         + asked("start")
         + f"# {every}, with the same describe, until all have ended; the number: where to go on in worker 0's log\n"
         + lines(*(gcloud.status(node, 0) for node in gcloud.nodes))
+        + "# if one does not answer\n"
+        + lines(*(gcloud.describe_node(node) for node in gcloud.nodes))
         + f"# before a restart: {job.preemptions} after preemptions, {job.crashes} after crashes\n"
         + asked(f"stop {job.grace_seconds}")
         + f"# before it is created again{stays}\n"
@@ -538,22 +494,24 @@ def submit(job: Job, checked: Checked, delete_on_exit: bool = False, timing: Tim
     origin = checkout.find()
     _require_possible(job, checked, origin)
     require_tool("gcloud", "install the Google Cloud CLI, then `gcloud auth login`")
-    digest = _prepare(job, origin)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    return Babysitter(
-        Gcloud(job, checked),
-        _files(job),
-        digest,
-        checked.accelerator.hosts,
-        Budget(job.preemptions, job.crashes),
-        job.grace_seconds,
-        delete_on_exit,
-        timing,
-    ).run()
+    _require_key(checked)
+    with _alone(job):
+        digest = _prepare(job, origin)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        return Babysitter(
+            Gcloud(job, checked),
+            _files(job),
+            digest,
+            checked.accelerator.hosts,
+            Budget(job.preemptions, job.crashes),
+            job.grace_seconds,
+            delete_on_exit,
+            timing,
+        ).run()
 
 
 def _require_possible(job: Job, checked: Checked, origin: Checkout) -> None:
-    require_reachable(job, "tpu-vm")
+    require_reachable(job, checked, "tpu-vm")
     accelerator = checked.accelerator
     require(accelerator.kind == "tpu", "accelerator", f"{accelerator.name} is no TPU; tpu-vm takes {', '.join(RUNTIMES)}")
     require(accelerator.family in RUNTIMES, "accelerator", f"{accelerator.name} is not offered as a TPU VM; gke has it")
@@ -562,11 +520,45 @@ def _require_possible(job: Job, checked: Checked, origin: Checkout) -> None:
     require(not job.image, "image", "tpu-vm installs this commit on the workers and takes no image; leave it out")
     if not origin.commit:
         raise UserError("tpu-vm installs a commit on the workers, and this package is not in a git checkout: run it from a clone")
+    shallow = subprocess.run(["git", "-C", str(origin.folder), "rev-parse", "--is-shallow-repository"], capture_output=True)
+    if shallow.stdout.strip() == b"true":
+        raise UserError(f"{origin.folder} is a shallow clone, whose commit cannot be packed: git fetch --unshallow")
+
+
+def _require_key(checked: Checked) -> None:
+    """gcloud refuses to reach several workers with a key that it would have to ask for; better before they cost."""
+    if checked.accelerator.hosts == 1:
+        return
+    key = Path("~/.ssh/google_compute_engine").expanduser()
+    public = key.with_suffix(".pub")
+    known = subprocess.run(["ssh-add", "-L"], capture_output=True, text=True) if shutil.which("ssh-add") else None
+    if not public.exists():
+        raise UserError(f"gcloud has no key for ssh yet: `ssh-keygen -t rsa -f {key}`, then `ssh-add {key}`")
+    if known is None or public.read_text(encoding="utf-8").split()[1] not in known.stdout:
+        raise UserError(
+            f"gcloud reaches several workers only with its key in the ssh agent: `eval $(ssh-agent)`, `ssh-add {key}`"
+        )
+
+
+@contextlib.contextmanager
+def _alone(job: Job) -> Iterator[None]:
+    """Holds this machine's lock on the job's folder: two watches would undo what the other one does.
+
+    Raises:
+      UserError: another command holds it.
+    """
+    _folder(job).mkdir(parents=True, exist_ok=True)
+    with open(_folder(job) / "lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another command on this machine watches {job.name} already; stop that one first") from None
+        yield
 
 
 def _folder(job: Job) -> Path:
-    """Where the files for the workers are made."""
-    return Path("~/.cache/gpt_jax/launch").expanduser() / job.name
+    """Where the files for the workers are made; one for each resource that can be named."""
+    return Path("~/.cache/gpt_jax/launch/tpu-vm").expanduser() / (job.project or "default-project") / job.zone / job.name
 
 
 def _files(job: Job) -> list[Path]:
@@ -600,7 +592,6 @@ def _prepare(job: Job, origin: Checkout) -> str:
         "buckets": buckets(job.command()),
     }
     folder = _folder(job)
-    folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(tpu_worker.__file__, folder / "tpu_worker.py")
     (folder / "job.json").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")
     (folder / "uncommitted.diff").write_bytes(origin.diff)

@@ -78,20 +78,18 @@ def _log(offset: int) -> tuple[str, int]:
     begin = max(size - 2000, 0) if offset < 0 else offset if offset <= size else 0
     with open(LOG, "rb") as log:
         log.seek(begin)
-        text = log.read(1 << 17)
+        text = log.read(1 << 15)
     return text.decode(errors="replace"), begin + len(text)
 
 
 def _last_step() -> int:
-    """Of the run's record; 0: none yet."""
-    try:
-        metrics = Path(job()["workdir"], "metrics.jsonl")
-        with open(metrics, "rb") as lines:
+    """Updates that the records in the run's folder tell of, all together (a fine-tuning may have a run for each seed)."""
+    total, run = 0, Path(job()["workdir"])
+    for metrics in (run / "metrics.jsonl", *run.glob("seed-*/metrics.jsonl")):
+        with contextlib.suppress(OSError), open(metrics, "rb") as lines:
             lines.seek(max(metrics.stat().st_size - 65536, 0))
-            steps = re.findall(rb'"step": (\d+)', lines.read())
-    except OSError:
-        return 0
-    return int(steps[-1]) if steps else 0
+            total += int((re.findall(rb'"step": (\d+)', lines.read()) or [0])[-1])
+    return total
 
 
 def start() -> dict[str, Any]:
@@ -129,12 +127,22 @@ def run() -> None:
             if file.exists():
                 file.unlink()
         task = job()
-        words = [str(PYTHON), "-m", "gpt_jax", *task["command"][1:]]
+        words, begin = [str(PYTHON), "-m", "gpt_jax", *task["command"][1:]], LOG.stat().st_size
         variables = {"JAX_PLATFORMS": "tpu,cpu", **os.environ}  # named, so that a broken TPU is no training on the CPU
         training = subprocess.Popen(words, cwd=SOURCE, env=variables, pass_fds=[lock.fileno()])
         _write(PID, f"{training.pid} {os.getpid()} {task['digest']}")
         code = training.wait()
+        with contextlib.suppress(OSError):  # whatever the folder's storage is up to
+            _keep_log(Path(task["workdir"], "logs"), begin)
         _write(EXIT, str(128 - code if code < 0 else code))
+
+
+def _keep_log(folder: Path, begin: int) -> None:
+    """Adds what the log says from a byte on to this worker's file in the run's folder, as its disk goes with the machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(LOG, "rb") as log, open(folder / f"{_host()}.log", "ab") as kept:
+        log.seek(begin)
+        shutil.copyfileobj(log, kept)
 
 
 def stop(seconds: float = 0) -> dict[str, Any]:
@@ -177,6 +185,12 @@ def _mount(bucket: str) -> None:
     folder = Path("/gcs", bucket)
     if os.path.ismount(folder):
         return
+    try:
+        folder.stat()
+    except FileNotFoundError:
+        pass
+    except OSError:  # of a mount whose gcsfuse is gone
+        _do("sudo", "umount", "--lazy", str(folder))
     if shutil.which("gcsfuse") is None:
         _do("sudo", "apt-get", "install", "--quiet", "--yes", "gcsfuse")
     _do("sudo", "mkdir", "--parents", str(folder))
@@ -190,10 +204,11 @@ def _check_out(commit: str) -> None:
     if not (SOURCE / ".git").exists():
         _do("git", "init", "--quiet", str(SOURCE))
     _do(*git, "fetch", "--quiet", "--force", str(HOME / "source.bundle"), "HEAD")
-    _do(*git, "checkout", "--quiet", "--force", "--detach", commit)
+    _do(*git, "reset", "--quiet", "--hard", commit)
     _do(*git, "clean", "--quiet", "--force", "-d")
     if (HOME / "uncommitted.diff").stat().st_size:
-        _do(*git, "apply", "--whitespace=nowarn", str(HOME / "uncommitted.diff"))
+        # Into the index too, so that a file which is new there differs from the commit, for the run's own record.
+        _do(*git, "apply", "--index", "--whitespace=nowarn", str(HOME / "uncommitted.diff"))
 
 
 def _install_packages(extras: str) -> None:
@@ -259,7 +274,7 @@ def main(words: list[str]) -> None:
     if words[0] == "run":
         return run()
     answer = verbs[words[0]](*map(int, words[1:]))
-    print(MARK, _host(), json.dumps(answer), flush=True)
+    print(f"\n{MARK}", _host(), json.dumps(answer), flush=True)  # on a line of its own, whatever another worker is saying
     return None
 
 

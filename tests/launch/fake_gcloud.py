@@ -14,7 +14,10 @@ FOLDER/script.json says what happens; FOLDER/state.json is where things stand; F
         lose            how many times the machines are gone at the next ssh although the resource stays ACTIVE
         vanish          the number of the ssh at which somebody else deletes the resource
     create_errors   what `create` complains of, one after the other, before it succeeds
-    describe_errors the same of `describe`, by the number of the call
+    create_silent   how many of the first `create` do what they should and then complain that they were UNAVAILABLE
+    describe_errors what `describe` complains of, by the number of the call; under "all", whenever it is called
+    delete_errors   what `delete` complains of, one after the other, before it succeeds
+    stop_errors     how often an ssh with `stop` does not get through
     metrics         the run's metrics.jsonl
     flags           of the Python that runs the training; without it, such as start faster
     environment     variables of every worker's processes; {worker}, {workers} and {port} are filled in
@@ -32,6 +35,18 @@ import sys
 import time
 from pathlib import Path
 
+FLAGS = {
+    "queued-resources create": {
+        *("--node-id", "--node-count", "--node-prefix", "--accelerator-type", "--runtime-version", "--spot", "--labels"),
+    },
+    "queued-resources describe": {"--format"},
+    "queued-resources delete": {"--force"},
+    "tpu-vm describe": {"--format"},
+    "tpu-vm scp": {"--worker"},
+    "tpu-vm ssh": {"--worker", "--command"},
+}
+"""Of those that the real one has, the ones that there is a use for here; and --quiet, --zone, --project."""
+
 
 def main(folder, words):
     with open(folder / "lock", "w") as lock:
@@ -43,6 +58,9 @@ def main(folder, words):
         state = json.loads(state_file.read_text()) if state_file.exists() else {"created": 0, "described": 0, "resource": None}
         preempt(folder, script, state, commands=2)
         group, verb, *rest = words[2:]
+        flags = {word for word in rest if word.startswith("--")}
+        if unknown := flags - FLAGS[f"{group} {verb}"] - {"--quiet", "--zone", "--project"}:
+            return complain(f"{group}.{verb}", f"unrecognized arguments: {' '.join(unknown)}")[0]
         code, jobs = {"queued-resources": resource, "tpu-vm": node}[group](folder, script, state, verb, rest)
         state_file.write_text(json.dumps(state))
     # Like the real one it waits for all workers, and a hanging one keeps it from coming back.
@@ -76,23 +94,36 @@ def resource(folder, script, state, verb, words):
         nodes = [option(words, "--node-id", name)] if count == 1 else [f"{name}-{number}" for number in range(count)]
         plan = life(script, state)
         states = [*plan.get("states", []), plan.get("then", "ACTIVE")]
+        labels = dict(pair.split("=") for pair in option(words, "--labels", "").split(",") if pair)
         state["resource"] = {"name": name, "nodes": nodes, "states": states, "state": "ACCEPTED", "port": free_port()}
+        state["resource"]["labels"] = labels
         for each in nodes:
             for number in range(script["hosts"]):
                 home(folder, each, number).mkdir(parents=True)
+        if state["created"] <= script.get("create_silent", 0):
+            return complain("queued-resources.create", "UNAVAILABLE: no answer")
         return 0, []
     if verb == "describe":
         state["described"] += 1
-        if error := script.get("describe_errors", {}).get(str(state["described"])):
+        errors = script.get("describe_errors", {})
+        if error := errors.get(str(state["described"]), errors.get("all")):
             return complain("queued-resources.describe", error)
     if not known:
         return complain(f"queued-resources.{verb}", missing)
     if verb == "delete":
+        if errors := script.get("delete_errors", [])[state.get("kept", 0) :]:
+            state["kept"] = state.get("kept", 0) + 1
+            return complain("queued-resources.delete", errors[0])
         lose_machines(folder, known)
         state["resource"] = None
         return 0, []
     known["state"] = known["states"].pop(0) if known["states"] else known["state"]
-    answer = {"name": name, "state": {"state": known["state"]}}
+    if known["state"] == "":  # it was DELETING
+        lose_machines(folder, known)
+        state["resource"] = None
+        return complain("queued-resources.describe", missing)
+    spec = {"nodeId": known["nodes"][0], "node": {"labels": known["labels"]}}
+    answer = {"name": name, "state": {"state": known["state"]}, "tpu": {"nodeSpec": [spec]}}
     if known["state"] == "FAILED" and (message := life(script, state).get("message")):
         answer["state"]["failedData"] = {"error": {"code": 8, "message": message}}
     print(json.dumps(answer))
@@ -119,6 +150,9 @@ def node(folder, script, state, verb, words):
     if verb == "ssh" and known.get("lost", 0) < plan.get("lose", 0):
         known["lost"] = known.get("lost", 0) + 1
         lose_machines(folder, known)
+        return complain("tpu-vm.ssh", "could not connect")
+    if " stop " in option(words, "--command", "") and state.get("unheard", 0) < script.get("stop_errors", 0):
+        state["unheard"] = state.get("unheard", 0) + 1
         return complain("tpu-vm.ssh", "could not connect")
     if plan.get("at_once") and option(words, "--command", "").endswith("start"):
         subprocess.Popen([sys.executable, __file__, folder, "watch"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -188,6 +222,7 @@ def free_port():
         return free.getsockname()[1]
 
 
+KEY = "AAAAB3"
 PYTHON3 = """#!/bin/sh
 [ "$1" = -m ] || exec {python} -SE "$@"
 mkdir -p "$6/bin" && cp {bin}/uv "$6/bin/uv"  # pip install --quiet --target FOLDER uv
@@ -202,13 +237,14 @@ printf '#!/bin/sh\\nexec {training} "$@"\\n' > "$5/bin/python" && chmod +x "$5/b
 
 
 def install(folder, script):
-    """Puts gcloud and what the workers have into `folder`/bin; returns the folder for PATH."""
+    """Puts gcloud with its ssh-add, and what the workers have into `folder`/bin; returns the folder for PATH."""
     (folder / "bin").mkdir(parents=True)
     (folder / "gcloud").mkdir()
     (folder / "script.json").write_text(json.dumps(script))
     training = f"{sys.executable} {script.get('flags', '-SE')}"
-    values = {"python": sys.executable, "training": training, "bin": folder / "bin", "folder": folder}
+    values = {"python": sys.executable, "training": training, "bin": folder / "bin", "folder": folder, "key": KEY}
     texts = {"bin/python3": PYTHON3, "bin/uv": UV}
+    texts["gcloud/ssh-add"] = "#!/bin/sh\necho ssh-rsa {key} comment\n"
     texts["gcloud/gcloud"] = f'#!/bin/sh\nexec {sys.executable} -SE {__file__} {folder} "$@"\n'
     for name, text in texts.items():
         (folder / name).write_text(text.format(**values) if name != "gcloud/gcloud" else text)

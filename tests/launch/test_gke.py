@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -70,7 +71,12 @@ KINDS = {
     "slice": {},
     "two slices": TWO_SLICES,
     "host": {"accelerator": "v6e-8"},
-    "GPU nodes": {"accelerator": "h100-8", "slices": 2, "overrides": ("--mesh.slice", "2"), "workdir": "/mnt/disk/a"},
+    "GPU nodes": {
+        "accelerator": "h100-8",
+        "slices": 2,
+        "overrides": ("--mesh.slice", "2", "--data.store", "/mnt/disk/store"),
+        "workdir": "/mnt/disk/a",
+    },
     "CPUs": {"accelerator": "cpu-4", "slices": 2},
 }
 
@@ -157,7 +163,7 @@ def test_buckets_and_volumes_are_mounted_where_the_command_looks_for_them():
     assert {f"uid={user}", f"gid={user}", "implicit-dirs"} < set(csi["volumeAttributes"]["mountOptions"].split(","))
     assert "rename-dir-limit" in csi["volumeAttributes"]["mountOptions"]
     assert job_of(document)["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
-    assert "metadata" not in job_of(manifest(workdir="/mnt/disk/a", overrides=()))["template"]
+    assert "metadata" not in job_of(manifest(workdir="/mnt/disk/a", overrides=("--data.source", "/mnt/disk/text")))["template"]
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------------
@@ -296,9 +302,10 @@ TINY = """
 @pytest.mark.slow
 def test_two_pods_train_together(tmp_path):
     """The container's own command, in two processes with nothing but what Kubernetes gives them."""
-    text = tmp_path / "text.jsonl"
+    text = tmp_path / "gcs" / "data" / "text.jsonl"
+    text.parent.mkdir(parents=True)
     text.write_text("".join(json.dumps({"text": f"The {number}th text of no use to anybody."}) + "\n" for number in range(200)))
-    overrides = (*TINY.split(), "--data.source", str(text), "--data.store", "")
+    overrides = (*TINY.split(), "--data.source", "gs://data/text.jsonl", "--data.store", "")
     document = manifest(config="smoke", overrides=overrides, accelerator="cpu-2", slices=2, crashes=0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -349,6 +356,33 @@ def test_without_kubectl_or_an_image_or_a_bucket_nothing_is_submitted(monkeypatc
         rendered(make(workdir="runs/a"))
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"accelerator": "h100-8", "project": "mine"}, "--project: leave it out: kubectl's current context decides"),
+        ({"accelerator": "cpu-4", "project": "mine"}, "--project: leave it out"),
+        (
+            {"accelerator": "v5e-8", "slices": 2, "overrides": (*BUCKETS, "--mesh.slice", "2")},
+            "--slices: GKE joins only slices of several hosts, and v5e-8 has one; v5e-16 would do",
+        ),
+        (
+            {"accelerator": "v5p-8", "slices": 2, "overrides": (*BUCKETS, "--mesh.slice", "2")},
+            "v5p-8 has one; v5p-16 would do",
+        ),
+        ({"queue": "Team"}, "--queue: 'Team' is no LocalQueue's name"),
+        ({"queue": "my_team"}, "--queue: "),
+        ({"queue": "a" * 64}, "--queue: "),
+        ({"workdir": "/mnt/My_disk/a"}, "--workdir: '/mnt/My_disk/a': no PersistentVolumeClaim is named 'My_disk'"),
+        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path of this machine"),
+    ],
+)
+def test_what_gke_cannot_do_is_refused_in_one_line(fields, said):
+    with pytest.raises(UserError) as raised:
+        rendered(make(**fields))
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 def test_xpk_is_told_the_same():
     lines = [line.removeprefix("# ") for line in rendered(make(**TWO_SLICES, project="mine")).splitlines() if "xpk " in line]
     attach, create = [line for line in lines if "storage attach" in line], lines[-1]
@@ -359,4 +393,10 @@ def test_xpk_is_told_the_same():
     for flag in ("--spot", "--storage=runs --storage=data", "--max-restarts=100", "--restart-on-exit-codes=42"):
         assert f" {flag} " in create
     assert "--workdir /gcs/runs/a --data.store /gcs/data/store --mesh.slice 2" in create
+    # Whatever a shell makes something of is quoted.
+    odd = {"project": "$(reboot)", "image": "host/image:1;reboot", "overrides": (*BUCKETS, "--data.text-field", "it's a `text`")}
+    lines = [shlex.split(line.removeprefix("# ")) for line in rendered(make(**odd)).splitlines() if line[:6] == "# xpk "]
+    assert all("--project=$(reboot)" in words for words in lines)
+    assert "--docker-image=host/image:1;reboot" in lines[-1]
+    assert shlex.split(lines[-1][-1].removeprefix("--command="))[-1] == "it's a `text`"
     assert "xpk" not in rendered(make(**KINDS["GPU nodes"]))

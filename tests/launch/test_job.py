@@ -1,16 +1,19 @@
 """What a job is, and what is refused before anything is created."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
+import typing
 
 import pytest
 
 from gpt_jax import config_io
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from gpt_jax.data import corpus
 from gpt_jax.errors import UserError
 from gpt_jax.launch import accelerators, job
-from gpt_jax.launch.job import Job
+from gpt_jax.launch.job import Checked, Job
 from gpt_jax.model import network
 
 
@@ -26,7 +29,15 @@ def make(**fields):
     return Job(**usual | fields)
 
 
+STORE = ("--data.store", "gs://data/store")
 COORDINATOR = ("--distributed.coordinator=a:1", "--distributed.num-processes=1", "--distributed.process-id=0")
+
+
+def check(**fields):
+    """Checks a job of `make`, with a store where it is a pre-training."""
+    given = make(**fields)
+    store = () if given.config.startswith("finetune/") else STORE
+    return job.check(dataclasses.replace(given, overrides=(*given.overrides, *store)))
 
 
 # -- accelerators -----------------------------------------------------------------------------------------------------------
@@ -101,6 +112,11 @@ def test_every_slice_is_filled_with_whole_hosts():
             assert found.hosts * found.chips_per_host * tpu.devices_per_chip == found.devices
 
 
+@pytest.mark.parametrize(("family", "least"), [("v4", "v4-16"), ("v5e", "v5e-16"), ("v5p", "v5p-16"), ("7x", "7x-16")])
+def test_the_smallest_slice_of_several_hosts(family, least):
+    assert accelerators.smallest_of_several_hosts(family) == accelerators.find(least)
+
+
 # -- jobs -------------------------------------------------------------------------------------------------------------------
 
 
@@ -110,6 +126,8 @@ def test_the_command_is_the_one_that_would_be_typed():
     assert given.command() == ["gpt-jax", *words]
     options = ["--preemptions", "7", "--crashes", "1", "--grace-seconds", "30"]
     assert given.supervised() == ["gpt-jax", "supervise", *options, "--", *words]
+    seeds = make(verb="finetune", config="finetune/cola", overrides=("--init.from", "gs://runs/b"), seeds=5).command()
+    assert seeds[1:] == ["finetune", "finetune/cola", "--workdir", "gs://runs/a", "--seeds", "5", "--init.from", "gs://runs/b"]
 
 
 def test_names_are_made_of_what_every_target_takes():
@@ -122,10 +140,10 @@ def test_names_are_made_of_what_every_target_takes():
 
 
 def test_a_job_that_fits_gives_its_config_and_its_accelerator():
-    checked = job.check(make(config="gpt1_1b5", overrides=("--mesh.slice", "2", "--mesh.fsdp", "16"), slices=2))
+    checked = check(config="gpt1_1b5", overrides=("--mesh.slice", "2", "--mesh.fsdp", "16"), slices=2)
     assert checked.accelerator == accelerators.find("v5e-16")
     assert (checked.config.mesh.fsdp, checked.config.model.num_layers) == (16, 36)
-    assert job.check(make(verb="finetune", config="finetune/cola", accelerator="h100-8")).config.task.name == "cola"
+    assert check(verb="finetune", config="finetune/cola", accelerator="h100-8").config.task.name == "cola"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +154,19 @@ def test_a_job_that_fits_gives_its_config_and_its_accelerator():
         ({"slices": 0}, "--slices: must be at least 1, not 0"),
         ({"crashes": -1}, "--crashes: must be at least 0, not -1"),
         ({"grace_seconds": 0}, "--grace-seconds: must be at least 1"),
+        ({"seeds": 0}, "--seeds: must be at least 1, not 0"),
+        ({"seeds": 2}, "--seeds: goes with a fine-tuning; a pre-training has --train.seed"),
         ({"workdir": ""}, "--workdir: say which folder"),
+        # what no target could make sense of
+        ({"workdir": "gs://runs/a\n"}, r"--workdir: 'gs://runs/a\n' holds a line end or another control character"),
+        ({"image": "a\n# b"}, "--image: "),
+        ({"config": "gpt1\x1b"}, "--config: "),
+        ({"overrides": ("--train.prompts", "a\nb")}, r"'a\nb' holds a line end"),
+        ({"zone": "us east"}, "--zone: 'us east' is none; its characters are a-z, 0-9 and '-'"),
+        ({"zone": "us-east5-a;reboot"}, "--zone: "),
+        ({"project": "my project"}, "--project: 'my project' must hold no blanks and no quotes"),
+        ({"project": "it's"}, "--project: "),
+        ({"queue": 'a"b'}, "--queue: "),
         ({"accelerator": "v5e-15"}, "v5e-16"),
         ({"config": "gpt2"}, "no config is named 'gpt2'; did you mean gpt1"),
         ({"verb": "finetune"}, "gpt1 is a config for gpt-jax pretrain"),
@@ -158,7 +188,7 @@ def test_a_job_that_fits_gives_its_config_and_its_accelerator():
 )
 def test_what_cannot_be_is_refused_in_one_line(fields, said):
     with pytest.raises(UserError) as raised:
-        job.check(make(**fields))
+        check(**fields)
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -194,13 +224,13 @@ def test_the_papers_model_has_its_parameters():
 def test_a_state_larger_than_the_devices_is_refused_with_the_axis_that_helps():
     # 1,479,539,712 parameters x (4 + 4 + 8) bytes are 22.05 GiB.
     with pytest.raises(UserError, match=r"--mesh.fsdp: 1,479,539,712 .* 22.0 GiB .* v5e-16 has 16 GiB; .*--mesh.fsdp 2 would"):
-        job.check(make(config="gpt1_1b5"))
-    job.check(make(config="gpt1_1b5", overrides=("--mesh.fsdp", "2")))
-    job.check(make(config="gpt1_1b5", overrides=("--mesh.tensor", "2")))
-    job.check(make(config="gpt1_1b5", accelerator="h100-8"))  # 80 GiB
-    job.check(make(config="gpt1_1b5", accelerator="cpu-4"))  # how much a CPU has is not known
+        check(config="gpt1_1b5")
+    check(config="gpt1_1b5", overrides=("--mesh.fsdp", "2"))
+    check(config="gpt1_1b5", overrides=("--mesh.tensor", "2"))
+    check(config="gpt1_1b5", accelerator="h100-8")  # 80 GiB
+    check(config="gpt1_1b5", accelerator="cpu-4")  # how much a CPU has is not known
     with pytest.raises(UserError, match=r"no --mesh\.fsdp is enough"):
-        job.check(make(config="gpt1_1b5", accelerator="v5e-1"))
+        check(config="gpt1_1b5", accelerator="v5e-1")
 
 
 def test_bfloat16_parameters_need_less():
@@ -211,17 +241,154 @@ def test_bfloat16_parameters_need_less():
 # -- where files are --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workdir", ["runs/a", "/home/me/runs/a", "./gs:/x", "s3://bucket/a"])
+def reach(volumes=False, **fields):
+    """What the workers cannot see of a job; empty: they see all."""
+    given = make(**fields)
+    try:
+        job.require_reachable(given, Checked(config_of(given), accelerators.find(given.accelerator)), "there", volumes=volumes)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def config_of(given):
+    return config_io.override(config_io.load(given.config), list(given.overrides), "gpt-jax")
+
+
+@pytest.mark.parametrize("workdir", ["runs/a", "/home/me/runs/a", "./gs:/x", "s3://bucket/a", "~/a"])
 def test_workers_elsewhere_do_not_see_this_machines_folders(workdir):
-    with pytest.raises(UserError, match=r"--workdir: '.*' is a folder of this machine.*gs://BUCKET/PATH"):
-        job.require_reachable(make(workdir=workdir), "gke")
+    assert f"--workdir: '{workdir}' is a folder of this machine" in reach(workdir=workdir)
+    assert reach(workdir=workdir).endswith("give gs://BUCKET/PATH")
 
 
-def test_workers_elsewhere_see_buckets_mounts_and_configs_by_name():
-    for workdir in ("gs://runs/a", "/gcs/runs/a", "/mnt/disk/a"):
-        job.require_reachable(make(workdir=workdir, config="finetune/cola"), "gke")
-    with pytest.raises(UserError, match=r"--config: 'my/own\.py' is a file of this machine"):
-        job.require_reachable(make(config="my/own.py"), "gke")
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        ("gpt1", "data.source", "texts/*.txt"),
+        ("gpt1", "data.store", "store"),
+        ("gpt1", "data.tokenizer.path", "tokenizer"),
+        ("gpt1", "init.from", "runs/b"),
+        ("finetune/cola", "init.from", "/home/me/runs/b"),
+        ("finetune/cola", "init.like", "runs/b"),
+        ("finetune/cola", "init.tokenizer", "tokenizer"),
+        ("finetune/cola", "task.path", "GLUE/CoLA"),
+        ("finetune/own", "task.train", "train.tsv"),
+        ("finetune/own", "task.validation", "validation.tsv"),
+        ("finetune/own", "task.test", "test.tsv"),
+    ],
+)
+def test_every_field_that_names_a_path_is_checked(config, field, value):
+    def given(path):
+        random = ("--init.from", "none") if field == "init.like" else ()
+        return {"config": config, "overrides": (*random, f"--{field}", path)}
+
+    assert f"--{field}: '{value}' is a path of this machine, which the workers of there do not see" in reach(**given(value))
+    assert reach(**given("gs://data/there")) == reach(**given("/gcs/data/there")) == ""
+    # The other targets see this machine's files and mount no buckets.
+    for path, fault in (
+        (value, ""),
+        ("gs://data/there", f"--{field}: 'gs://data/there' is no file or folder; local mounts no buckets"),
+    ):
+        other = make(workdir="runs/a", **given(path))
+        with pytest.raises(UserError, match=f"^{fault}$") if fault else contextlib.nullcontext():
+            job.require_no_buckets(other, Checked(config_of(other), accelerators.find("cpu")), "local")
+
+
+def texts(kind, prefix=""):
+    """The names of the fields that take any text."""
+    for name, hint in typing.get_type_hints(kind).items():
+        dotted = prefix + name.rstrip("_").replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            yield from texts(hint, dotted + ".")
+        elif hint is str:
+            yield dotted
+
+
+def test_no_field_that_names_a_path_was_forgotten():
+    others = ["data.text-field", "distributed.coordinator", "optim.warmup", "task.label", "task.name"]
+    others += ["train.duration", "train.eval-every", "train.save-every"]
+    assert {*texts(PretrainConfig), *texts(FinetuneConfig)} == {*job.PATHS, *others}
+
+
+def test_what_is_no_path_is_seen_everywhere():
+    assert reach(config="smoke") == ""  # builtin:docs
+    assert reach(overrides=("--data.source", "tfds:c4")) == ""
+    assert reach(config="finetune/cola", overrides=("--init.from", "none", "--init.like", "gpt1")) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("gs://runs/a/../b", "leads out of what is mounted"),
+        ("/gcs/runs/..", "leads out"),
+        ("gs://../b", "no bucket is named '..'"),
+        ("gs://Runs/a", "no bucket is named 'Runs'"),
+        ("gs:///a", "no bucket is named ''"),
+        ("/gcs/my runs/a", "no bucket is named 'my runs'"),
+        ("gs://runs,ro/a", "no bucket is named 'runs,ro'"),
+        ("gs://runs", "names nothing inside 'runs'"),
+        ("gs://runs/", "names nothing inside 'runs'"),
+        ("/mnt/disk/a", "nothing is mounted below /mnt/ on the workers of there; give gs://BUCKET/PATH"),
+    ],
+)
+def test_a_path_names_something_in_a_bucket(path, said):
+    assert f"--workdir: '{path}'" in reach(workdir=path)
+    assert said in reach(workdir=path)
+    assert f"--data.store: '{path}'" in reach(overrides=("--data.store", path))
+
+
+def test_volumes_are_seen_where_they_are_mounted():
+    fields = {"workdir": "/mnt/disk-1.a/run", "overrides": ("--data.store", "/mnt/disk/store")}
+    assert reach(volumes=True, **fields) == ""
+    for name in ("Disk", "my_disk", "-disk", "a..b", "a" * 254):
+        assert f"no PersistentVolumeClaim is named '{name}'" in reach(volumes=True, workdir=f"/mnt/{name}/a")
+    assert "leads out" in reach(volumes=True, workdir="/mnt/disk/../a")
+    assert "give gs://BUCKET/PATH or /mnt/CLAIM/PATH" in reach(volumes=True, workdir="runs/a")
+
+
+def own_config(folder, **data):
+    """A config file with its own paths."""
+    file = folder / "own.py"
+    file.write_text(f"from gpt_jax.config import *\n\n\ndef config():\n    return PretrainConfig(data=DataConfig(**{data}))\n")
+    return str(file)
+
+
+def test_a_configs_own_paths_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_io, "config_folder", lambda: tmp_path)
+    own_config(tmp_path, store="my/store")
+    assert "--data.store: 'my/store' is a path of this machine" in reach(config="own")
+    assert reach(config="own", overrides=STORE) == ""
+    assert reach(config="own", overrides=("--data.store=", "--data.source", "builtin:docs")) == ""
+    # One in a bucket must be among the words that become mounts.
+    for store in ("gs://data/store", "/gcs/data/store"):
+        own_config(tmp_path, store=store)
+        assert f"--data.store: '{store}' stands only in the config" in reach(config="own")
+        assert reach(config="own", overrides=(f"--data.store={store}",)) == ""
+        assert job.buckets(make(overrides=(f"--data.store={store}",)).command()) == ["runs", "data"]
+
+
+@pytest.mark.parametrize("config", ["{}", "/mnt/disk/own.py"])
+def test_a_config_that_is_a_file_of_this_machine_is_not_seen(tmp_path, monkeypatch, config):
+    config, real = config.format(own_config(tmp_path, store="gs://data/store")), tmp_path / "own.py"
+    load = config_io.load
+    monkeypatch.setattr(config_io, "load", lambda name: load(str(real)))
+    assert f"--config: '{config}' is a file of this machine" in reach(config=config, overrides=STORE)
+    assert reach(config="/gcs/runs/own.py", overrides=STORE) == ""
+    assert "leads out" in reach(config="/gcs/runs/../own.py", overrides=STORE)
+
+
+def test_a_pre_training_has_text_to_read(tmp_path):
+    with pytest.raises(UserError) as raised:
+        job.check(make())
+    with pytest.raises(UserError) as training:
+        corpus.open_source(PretrainConfig().data)
+    assert str(raised.value) == str(training.value)
+    for words in (STORE, ("--data.source", "gs://data/text")):
+        job.check(make(overrides=words))
+    # One whose store lies in its folder already, as far as this machine sees that.
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "index.json").write_text("{}")
+    job.check(make(workdir=str(tmp_path)))
 
 
 def test_buckets_become_mounts():

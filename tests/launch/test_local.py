@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from gpt_jax import config_io
 from gpt_jax.errors import UserError
 from gpt_jax.launch import accelerators, local
 from gpt_jax.launch.job import Checked, Job, check
@@ -29,7 +30,7 @@ print("devices", os.environ["JAX_NUM_CPU_DEVICES"], "words", *sys.argv[1:], file
 
 
 def on(name):
-    return Checked(None, accelerators.find(name))
+    return Checked(config_io.load("smoke"), accelerators.find(name))
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_processes_share_gpus(job, processes, expected):
         ({"slices": 2}, "cpu-4", 1, "--slices: 2 of them are several machines; local has --processes"),
         ({"zone": "z"}, "cpu-4", 1, "--zone: local runs in this environment on this machine; leave it out"),
         ({"spot": True}, "cpu-4", 1, "--spot: local runs"),
-        ({"workdir": "gs://b/run"}, "cpu-4", 1, "--workdir: 'gs://b/run' is not a folder of this machine"),
+        ({"workdir": "gs://b/run"}, "cpu-4", 1, "--workdir: 'gs://b/run' is no file or folder; local mounts no buckets"),
         ({}, "cpu-4", 3, "--processes: 3 cannot share the 4 devices of cpu-4 evenly; give a divisor of 4"),
         ({}, "cpu-4", 0, "--processes: 0 cannot share"),
     ],
@@ -104,6 +105,29 @@ def test_each_process_has_its_log_and_the_first_is_shown(job, monkeypatch, capsy
     shown = capsys.readouterr().err
     assert shown.count("process 0 of 2 at") == 2  # and not once more what the log held before
     assert "process 1 of 2" not in shown
+
+
+def test_no_process_outlives_one_that_could_not_be_started(job, monkeypatch):
+    started, spawn = [], local.spawn
+    sleep = [sys.executable, "-SEc", "import time; time.sleep(60)"]
+    monkeypatch.setattr(local, "spawn", lambda command, **options: started.append(spawn(sleep, **options)) or started[-1])
+    (Path(job.workdir) / "logs" / "process-1.log").mkdir(parents=True)  # so no log can be written
+    with pytest.raises(IsADirectoryError):
+        local.submit(job, on("cpu-4"), 2)
+    assert [process.returncode for process in started] == [-signal.SIGKILL]
+
+
+def test_processes_do_not_take_themselves_for_tasks_of_slurm(job, monkeypatch):
+    for name in ("SLURM_LOCALID", "SLURM_JOB_ID"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("OTHER", "0")
+    seen, spawn = [], local.spawn
+    end = [sys.executable, "-SEc", ""]
+    monkeypatch.setattr(local, "spawn", lambda command, **options: seen.append(options["env"]) or spawn(end, **options))
+    assert local.submit(job, on("cpu-4"), 2) == 0
+    assert [("OTHER" in each, any(name.startswith("SLURM_") for name in each)) for each in seen] == [(True, False)] * 2
+    assert local.render(job, on("cpu-4"), 2).splitlines()[0].split()[:1] == ["unset"]
+    assert {"SLURM_JOB_ID", "SLURM_LOCALID"} <= set(local.render(job, on("cpu-4"), 2).splitlines()[0].split())
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,25 @@ from gpt_jax.launch.job import Job, check
 
 checked = functools.cache(check)  # which takes a good part of a second
 ROOT = Path(__file__).parents[2]
-GPUS = {"config": "gpt1_1b5", "accelerator": "h100-8", "slices": 2, "overrides": ("--mesh.slice", "2", "--mesh.fsdp", "8")}
+STORE = ("--data.store", "gs://data/store")
+GPUS = {
+    "config": "gpt1_1b5",
+    "accelerator": "h100-8",
+    "slices": 2,
+    "overrides": (*STORE, "--mesh.slice", "2", "--mesh.fsdp", "8"),
+}
 KINDS = {"slice": {}, "GPU nodes": GPUS, "CPU": {"accelerator": "cpu-4"}, "image": {"image": "host/image:1"}}
 
 
 def make(**fields):
-    usual = {"verb": "pretrain", "config": "gpt1", "overrides": ("--data.store", "gs://data/store"), "name": "a"}
+    usual = {"verb": "pretrain", "config": "gpt1", "overrides": STORE, "name": "a"}
     return Job(**usual | {"workdir": "gs://runs/a", "accelerator": "v5e-16"} | fields)
 
 
 @pytest.fixture(autouse=True)
-def origin(monkeypatch):
-    """The checkout as a commit of which nothing differs."""
+def origin(tmp_path, monkeypatch):
+    """The checkout as a commit of which nothing differs, and an empty home."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     source = Checkout(ROOT, "c" * 40, b"", ())
     monkeypatch.setattr(sky.checkout, "find", lambda: source)
     return source
@@ -91,7 +98,7 @@ def run_on(node, document, tmp_path):
 
 
 def test_nodes_find_the_first_one(tmp_path):
-    words = "pretrain gpt1_1b5 --workdir /gcs/runs/a --mesh.slice 2 --mesh.fsdp 8"
+    words = "pretrain gpt1_1b5 --workdir /gcs/runs/a --data.store /gcs/data/store --mesh.slice 2 --mesh.fsdp 8"
     for node in (0, 1):
         assert run_on(node, task(**GPUS), tmp_path) == f"cuda,cpu|{node} of 2 at 10.0.0.7:1234|{words}"
 
@@ -115,13 +122,56 @@ def test_what_differs_from_the_commit_travels_along(monkeypatch, origin):
     assert "envs" not in document
 
 
+def differing(tmp_path):
+    """A repository with a change, as `checkout.find` describes it."""
+    git = ["git", "-C", str(tmp_path / "my clone"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "my clone").mkdir()
+    (tmp_path / "my clone" / "file").write_text("one\n")
+    for words in (["init", "--quiet"], ["add", "file"], ["commit", "--quiet", "--message", "one"]):
+        subprocess.run([*git, *words], check=True)
+    (tmp_path / "my clone" / "file").write_text("two\n")
+    diff = subprocess.run([*git, "diff", "--binary", "HEAD"], capture_output=True, check=True).stdout
+    return Checkout(tmp_path / "my clone", "c" * 40, diff, ())
+
+
+def test_the_printed_command_makes_the_file_that_the_task_takes_along(tmp_path, monkeypatch):
+    origin = differing(tmp_path)
+    monkeypatch.setattr(sky.checkout, "find", lambda: origin)
+    job = make()
+    first, *_ = sky.render(job, checked(job)).splitlines()
+    assert not (tmp_path / "home").exists()
+    subprocess.run(["bash", "-c", first.removeprefix("# ")], check=True, cwd="/")
+    file = tmp_path / "home" / ".cache" / "gpt_jax" / "launch" / "a" / "uncommitted.diff"
+    assert file.read_bytes() == origin.diff
+    assert task()["file_mounts"]["~/uncommitted.diff"] == str(file)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_setup_finds_uv_or_installs_it_for_the_user(tmp_path, there):
+    programs = {"uv": f'#!/bin/sh\necho "$*" >> {tmp_path}/uv\n', "python3": "#!/bin/sh\n"}
+    programs["python3"] += (
+        f'echo "$*" >> {tmp_path}/pip\nmkdir -p "$HOME/.local/bin"; cp {tmp_path}/bin/uv-of-pip "$HOME/.local/bin/uv"\n'
+    )
+    (tmp_path / "bin").mkdir()
+    for name, text in (("uv" if there else "uv-of-pip", programs["uv"]), ("python3", programs["python3"])):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "HOME": str(tmp_path / "home")}
+    subprocess.run(["bash", "-e", "-c", task()["setup"]], env=environment, check=True)
+    assert [line.split()[0] for line in (tmp_path / "uv").read_text().splitlines()] == ["venv", "pip"]
+    assert (tmp_path / "pip").exists() != there
+    assert there or (tmp_path / "pip").read_text() == "-m pip install --quiet --user uv\n"
+
+
 def test_what_is_printed_is_what_sky_gets(tmp_path, monkeypatch, origin):
     program = tmp_path / "sky"
     program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/words\nfor file; do :; done\ncat "$file" > {tmp_path}/given\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(sky.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(sky.checkout, "find", lambda: origin._replace(diff=b"a diff\n"))
+    job = make(image="host/image:1")
+    assert sky.submit(job, checked(job)) == 0
+    assert not (tmp_path / "home").exists()  # an image says itself what it was built from
     job = make()
     assert sky.submit(job, checked(job)) == 0
     assert (tmp_path / "words").read_text().startswith("jobs launch --yes --detach-run --name a /")
@@ -135,7 +185,11 @@ def test_what_is_printed_is_what_sky_gets(tmp_path, monkeypatch, origin):
         ({"workdir": "runs/a"}, "--workdir: 'runs/a' is a folder of this machine"),
         ({"project": "mine"}, "--project: leave it out"),
         ({"queue": "team"}, "--queue: leave it out"),
-        ({"slices": 2, "overrides": ("--mesh.slice", "2")}, "--slices: several TPU slices"),
+        ({"preemptions": 5}, "--preemptions: leave it out: SkyPilot replaces lost machines without limit"),
+        ({"grace_seconds": 60}, "--grace-seconds: leave it out"),
+        ({"workdir": "/mnt/disk/a"}, "--workdir: '/mnt/disk/a': nothing is mounted below /mnt/ on the workers of sky"),
+        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path of this machine"),
+        ({"slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}, "--slices: several TPU slices"),
         ({"accelerator": "7x-8"}, "--accelerator: 7x is to be had with gke only"),
     ],
 )
@@ -145,9 +199,15 @@ def test_what_skypilot_does_not_have_is_refused(fields, said):
     assert said in str(raised.value)
 
 
+def test_without_a_commit_there_is_an_image(monkeypatch, origin):
+    monkeypatch.setattr(sky.checkout, "find", lambda: origin._replace(commit=""))
+    with pytest.raises(UserError, match="this package is not in one of git: run it from a clone, or give --image"):
+        task()
+    assert "workdir" not in task(image="host/image:1")
+
+
 def test_without_skypilot_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(sky.tempfile, "tempdir", str(tmp_path))
     job = make()
     with pytest.raises(UserError, match="sky is not on this machine: pip install"):
         sky.submit(job, checked(job))

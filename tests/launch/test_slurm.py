@@ -15,11 +15,12 @@ from gpt_jax.launch import slurm
 from gpt_jax.launch.job import Job, check
 
 checked = functools.cache(check)  # which takes a good part of a second
-GPUS = {"accelerator": "h100-8", "slices": 2, "overrides": ("--mesh.slice", "2")}
+STORE = ("--data.store", "/shared/store")
+GPUS = {"accelerator": "h100-8", "slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}
 
 
 def make(workdir, **fields):
-    usual = {"verb": "pretrain", "config": "gpt1", "overrides": (), "name": "a", "accelerator": "cpu-4"}
+    usual = {"verb": "pretrain", "config": "gpt1", "overrides": STORE, "name": "a", "accelerator": "cpu-4"}
     return Job(**usual | {"workdir": str(workdir)} | fields)
 
 
@@ -56,6 +57,7 @@ def test_one_process_for_each_node_of_cpus():
 SRUN = """\
 #!/bin/bash
 while [[ $1 == --* ]]; do echo "$1" >> "$PLAY/srun"; shift; done
+echo "${SRUN_CPUS_PER_TASK-none}" >> "$PLAY/cpus"
 worst=0
 for ((i = 0; i < SLURM_NTASKS; i++)); do
     SLURM_PROCID=$i "$@"
@@ -84,8 +86,8 @@ class Play:
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
 
-    def start(self, job, then, restarts=0):
-        """Starts the script; `then` is what each process does."""
+    def start(self, job, then, restarts=0, **more):
+        """Starts the script; `then` is what each process does, `more` what SLURM says besides."""
         self.program("gpt-jax", TASK.format(then=then))
         (Path(job.workdir) / "logs").mkdir(parents=True, exist_ok=True)
         environment = {
@@ -93,6 +95,7 @@ class Play:
             "PLAY": str(self.folder),
             "SLURM_JOB_ID": "12345",
             "SLURM_NTASKS": "2",
+            **more,
         }
         if restarts:
             environment["SLURM_RESTART_COUNT"] = str(restarts)
@@ -101,9 +104,9 @@ class Play:
             ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
-    def run(self, job, then, restarts=0):
+    def run(self, job, then, restarts=0, **more):
         """The script's exit code, and its last line."""
-        process = self.start(job, then, restarts)
+        process = self.start(job, then, restarts, **more)
         said, _ = process.communicate(timeout=30)
         assert len(said.splitlines()) == 1, said
         return process.returncode, said.strip()
@@ -125,6 +128,12 @@ def test_processes_get_their_numbers_and_the_first_nodes_address(play):
     assert play.noted("tasks") == [f"{number} of 2 at node7:22345: {words}" for number in (0, 1)]
     assert f"--output={play.folder}/runs/my run/logs/process-%t.log" in play.noted("srun")
     assert play.noted("scontrol") == []
+
+
+def test_processes_get_the_cpus_that_the_job_has(play):
+    play.run(make("runs/a"), "exit 0", SLURM_CPUS_PER_TASK="4")
+    play.run(make("runs/a"), "exit 0")  # as of GPUs, where nobody has said how many
+    assert play.noted("cpus") == ["4", "none"]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +198,11 @@ def test_what_is_printed_is_what_sbatch_gets(play, monkeypatch):
     ("fields", "said"),
     [
         ({"accelerator": "v5e-16"}, "--accelerator: SLURM runs GPUs and CPUs"),
-        ({"workdir": "gs://runs/a"}, "--workdir: 'gs://runs/a' is no folder"),
+        ({"workdir": "gs://runs/a"}, "--workdir: 'gs://runs/a' is no file or folder; slurm mounts no buckets"),
+        ({"overrides": ("--data.store", "gs://data/store")}, "--data.store: 'gs://data/store' is no file or folder"),
+        ({"workdir": "/shared/50%j"}, "--workdir: '/shared/50%j' has a % or \\, which sbatch takes for a pattern"),
+        ({"workdir": "/shared/a\\b"}, "--workdir: "),
+        ({"grace_seconds": 65536}, "--grace-seconds: sbatch takes at most 65535"),
         ({"image": "host/image:1"}, "--image: leave it out"),
         ({"zone": "us-east5-a"}, "--zone: SLURM has none"),
         ({"spot": True}, "--spot: SLURM has no such machines"),

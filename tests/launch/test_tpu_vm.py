@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
 import shlex
 import shutil
@@ -95,7 +96,8 @@ class Cloud:
         finally:
             said = self.capfd.readouterr().err
             self.said = said
-            self.lines = [line.removeprefix("tpu-vm: ") for line in said.splitlines() if line.startswith("tpu-vm: ")]
+            lines = [line.removeprefix("tpu-vm: ") for line in said.splitlines() if line.startswith("tpu-vm: ")]
+            self.lines = [re.sub("gpt-jax=[0-9a-f]{16}", "gpt-jax=OWNER", line) for line in lines]
             print(said)
 
     def commands(self):
@@ -107,6 +109,10 @@ class Cloud:
 
     def resource(self):
         return json.loads((self.folder / "cloud" / "state.json").read_text())["resource"]
+
+    def created(self):
+        state = self.folder / "cloud" / "state.json"
+        return state.exists() and json.loads(state.read_text())["created"]
 
     def steps(self):
         records = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
@@ -160,7 +166,12 @@ def cloud(tmp_path, repository, monkeypatch, capfd):
     made = Cloud(tmp_path, repository, capfd)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path / 'cloud' / 'gcloud'}:{os.environ['PATH']}")
-    monkeypatch.setattr(jobs, "MOUNTS", (str(tmp_path),))
+    (tmp_path / ".ssh").mkdir()
+    (tmp_path / ".ssh" / "google_compute_engine.pub").write_text(f"ssh-rsa {fake_gcloud.KEY} t@example.com\n")
+    check = tpu_vm.require_reachable
+    monkeypatch.setattr(
+        tpu_vm, "require_reachable", lambda job, *more: None if job.workdir == str(made.run) else check(job, *more)
+    )
     monkeypatch.setattr(supervise, "BACKOFF_SECONDS", 0.01)
     monkeypatch.setattr(tpu_vm.checkout, "find", lambda: Checkout(made.repository, made.commit, made.diff.encode(), ()))
     before = signal.getsignal(signal.SIGTERM)
@@ -173,7 +184,7 @@ DELETE = "gcloud compute tpus queued-resources delete tiny --force --quiet --zon
 STAYS = [f"tiny stays, and costs, until it is deleted: {DELETE}", "the same command attaches to it again"]
 ASKED = (
     "asking for tiny: gcloud compute tpus queued-resources create tiny --node-id tiny --accelerator-type v5litepod-8 "
-    "--runtime-version v2-alpha-tpuv5-lite --quiet --zone us-west4-a"
+    "--runtime-version v2-alpha-tpuv5-lite --labels gpt-jax=OWNER --quiet --zone us-west4-a"
 )
 INSTALLS = "installing on 1 worker; the first time this takes minutes"
 
@@ -184,8 +195,12 @@ INSTALLS = "installing on 1 worker; the first time this takes minutes"
 @pytest.mark.parametrize(
     ("seen", "do", "fate"),
     [
-        (Seen("", first=True), Do.CREATE, None),
-        (Seen(""), Do.END, Fate.CRASHED),
+        (Seen(""), Do.CREATE, None),
+        (Seen("", asked=True), Do.END, Fate.CRASHED),
+        (Seen("OTHER"), Do.END, Fate.MISTAKE),
+        (Seen("REFUSED"), Do.END, Fate.MISTAKE),
+        (Seen("REFUSED", seconds=299, asked=True), Do.WAIT, None),
+        (Seen("REFUSED", seconds=300, asked=True), Do.END, Fate.MISTAKE),
         (Seen("CREATING"), Do.WAIT, None),
         (Seen("ACCEPTED"), Do.WAIT, None),
         (Seen("WAITING_FOR_RESOURCES"), Do.WAIT, None),
@@ -193,11 +208,12 @@ INSTALLS = "installing on 1 worker; the first time this takes minutes"
         (Seen("SUSPENDING"), Do.WAIT, None),
         (Seen("DELETING"), Do.WAIT, None),
         (Seen("UNKNOWN", why="UNAVAILABLE"), Do.WAIT, None),
-        (Seen("SUSPENDED"), Do.REPLACE, Fate.PREEMPTED),
-        (Seen("SUSPENDED", first=True), Do.REPLACE, None),
-        (Seen("FAILED", why="Quota exceeded"), Do.END, Fate.MISTAKE),
-        (Seen("FAILED", why="there is no more capacity in the zone"), Do.REPLACE, Fate.PREEMPTED),
-        (Seen("FAILED", why="internal"), Do.REPLACE, Fate.CRASHED),
+        (Seen("SUSPENDED", asked=True), Do.REPLACE, Fate.PREEMPTED),
+        (Seen("SUSPENDED"), Do.REPLACE, None),
+        (Seen("FAILED", why="Quota exceeded", asked=True), Do.END, Fate.MISTAKE),
+        (Seen("FAILED", why="there is no more capacity in the zone", asked=True), Do.REPLACE, Fate.PREEMPTED),
+        (Seen("FAILED", why="internal", asked=True), Do.REPLACE, Fate.CRASHED),
+        (Seen("FAILED", why="Quota exceeded"), Do.REPLACE, None),
         (Seen("ACTIVE", "idle"), Do.START, None),
         (Seen("ACTIVE", "running", seconds=1e9), Do.WAIT, None),
         (Seen("ACTIVE", "gone"), Do.REPLACE, Fate.PREEMPTED),
@@ -206,19 +222,20 @@ INSTALLS = "installing on 1 worker; the first time this takes minutes"
         (Seen("ACTIVE", "other"), Do.END, Fate.MISTAKE),
         (Seen("ACTIVE", "failed", seconds=59), Do.WAIT, None),
         (Seen("ACTIVE", "failed", seconds=60), Do.RESTART, Fate.CRASHED),
+        (Seen("ACTIVE", "ended", (0, 0), ran=True), Do.END, Fate.DONE),
+        (Seen("ACTIVE", "ended", (2, 1), ran=True), Do.END, Fate.MISTAKE),
+        (Seen("ACTIVE", "ended", (1, 1), seconds=59, ran=True), Do.WAIT, None),
+        (Seen("ACTIVE", "ended", (1, 1), seconds=60, ran=True), Do.RESTART, Fate.CRASHED),
+        (Seen("ACTIVE", "ended", (42, 1), seconds=60, ran=True), Do.RESTART, Fate.PREEMPTED),
+        (Seen("ACTIVE", "ended", (2, 1)), Do.RESTART, None),
         (Seen("ACTIVE", "ended", (0, 0)), Do.END, Fate.DONE),
-        (Seen("ACTIVE", "ended", (2, 1)), Do.END, Fate.MISTAKE),
-        (Seen("ACTIVE", "ended", (1, 1), seconds=59), Do.WAIT, None),
-        (Seen("ACTIVE", "ended", (1, 1), seconds=60), Do.RESTART, Fate.CRASHED),
-        (Seen("ACTIVE", "ended", (42, 1), seconds=60), Do.RESTART, Fate.PREEMPTED),
-        (Seen("ACTIVE", "ended", (2, 1), first=True), Do.RESTART, None),
-        (Seen("ACTIVE", "ended", (0, 0), first=True), Do.END, Fate.DONE),
     ],
 )
 def test_what_is_seen_decides(seen, do, fate):
     assert decide(seen, Timing())[:2] == (do, fate)
 
 
+OTHER = "runs another command; give this one another --name, or delete the resource"
 IDLE, RUNS = {"state": "idle", "job": ""}, {"state": "running", "job": "a"}
 
 
@@ -242,10 +259,9 @@ def over(code, job="a"):
         (RUNS, over(3), ("ended", (3,), "t worker 1 ended (exit 3), saying: code 3")),
         (over(1, "b"), IDLE, ("idle", (), "")),
         (over(0, "b"), RUNS, ("idle", (), "")),
-        (
-            RUNS,
-            {"state": "running", "job": "b"},
-            ("other", (), "t worker 1 runs another command; give this one another --name, or delete the resource"),
+        *(
+            (first, {"state": "running", "job": "b"}, ("other", (), f"t worker 1 {OTHER}"))
+            for first in (RUNS, None)  # a worker that does not answer hides nothing
         ),
     ],
 )
@@ -459,6 +475,135 @@ def test_another_commands_training_is_left_alone(cloud):
     assert cloud.resource() is not None
 
 
+@pytest.mark.parametrize("made_for", [{"accelerator": "v5e-16"}, {"spot": True}, {"workdir": "gs://somebody/run"}])
+@pytest.mark.parametrize("state", ["ACTIVE", pytest.param("SUSPENDED", marks=pytest.mark.slow)])
+def test_what_another_has_made_is_left_alone(cloud, made_for, state):
+    cloud.script({"then": state})
+    job = dataclasses.replace(cloud.job, **made_for)
+    subprocess.run(tpu_vm.Gcloud(job, Checked(None, jobs.accelerators.find(job.accelerator))).create(), check=True)
+    with pytest.raises(UserError, match="there is a tiny already, for another run's folder or other hardware"):
+        cloud.submit(delete_on_exit=True)
+    assert cloud.lines == ["tiny is OTHER: " + cloud.lines[0].removeprefix("tiny is OTHER: ")]
+    assert cloud.resource() is not None
+
+
+@pytest.mark.slow
+def test_interrupted_before_the_workers_told_whose_it_is_nothing_is_deleted(cloud, monkeypatch):
+    cloud.script(plan=["3:wait"])
+    cloud.interrupt_at(3)
+    assert cloud.submit() == 42
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tpu_vm.Babysitter, "_answers", interrupted)
+    assert cloud.submit(delete_on_exit=True) == 42
+    assert cloud.lines == ["tiny is ACTIVE", "interrupted; a training that runs goes on", *STAYS]
+    assert cloud.resource() is not None
+
+
+def test_a_second_watch_on_this_machine_is_refused(cloud):
+    cloud.script()
+    with tpu_vm._alone(cloud.job), pytest.raises(UserError, match="another command on this machine watches tiny already"):
+        cloud.submit()
+    assert not (cloud.folder / "cloud" / "said.jsonl").exists()
+
+
+def test_a_request_without_an_answer_is_taken_for_made(cloud):
+    cloud.script({"states": ["WAITING_FOR_RESOURCES"] * 99}, create_silent=1)
+    cloud.when(lambda: cloud.path and cloud.created() and cloud.count("create") == 1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert cloud.submit(QUICK._replace(poll=60.0), delete_on_exit=True) == 42
+    assert cloud.lines[-1] == "deleting tiny"
+    assert cloud.resource() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "states"), [("UNAVAILABLE: later", ["ACTIVE"]), ("", ["DELETING", ""])], ids=["no answer", "still going"]
+)
+def test_a_resource_that_was_never_seen_alive_is_asked_for(cloud, first, states):
+    cloud.script({"states": states}, {}, describe_errors={"1": first} if first else {})
+    if not first:
+        subprocess.run(tpu_vm.Gcloud(cloud.job, cloud.checked).create(), check=True)
+    assert cloud.submit() == 0
+    assert cloud.count("create") == (1 if first else 2)
+
+
+@pytest.mark.slow
+def test_deleting_is_tried_until_it_is_done(cloud):
+    cloud.script({"then": "SUSPENDED"}, {}, delete_errors=["DEADLINE_EXCEEDED: later"] * 2)
+    assert cloud.submit() == 0
+    assert cloud.count("delete") == 3
+    assert cloud.count("create") == 2
+
+
+@pytest.mark.slow
+def test_an_end_is_counted_once_although_stopping_does_not_get_through(cloud):
+    cloud.script(plan=["3:1", "7:0"], stop_errors=1)
+    assert cloud.submit() == 0
+    assert cloud.lines[-3] == "done (preemptions: 0, crashes: 1)"
+    assert "tiny: an earlier attempt ended (exit 1)" in cloud.lines
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_mended_mistake_is_not_held_against_the_next_call(cloud, hosts):
+    cloud.script(plan=["0:2", "7:0"], hosts=hosts)
+    with pytest.raises(UserError, match="a restart does not mend a mistake"):
+        cloud.submit()
+    assert cloud.submit() == 0
+
+
+def test_a_refusal_ends_the_watch(cloud):
+    cloud.script(describe_errors={"all": "Reauthentication failed"})
+    with pytest.raises(UserError, match="Reauthentication failed"):
+        cloud.submit()
+    assert cloud.count("describe") == 1
+
+
+@pytest.mark.slow
+def test_a_refusal_that_stays_ends_the_watch(cloud):
+    cloud.script({"states": ["PROVISIONING"] * 99}, describe_errors={str(number): "PERMISSION_DENIED" for number in range(3, 99)})
+    with pytest.raises(UserError, match="PERMISSION_DENIED"):
+        cloud.submit()
+    assert cloud.lines[-2:] == STAYS
+
+
+@pytest.mark.parametrize("answer", ["", "[]", "{}", '{"state": null}', '{"state": {"state": "ACTIVE"}}'])
+def test_an_answer_without_sense_is_none(cloud, answer):
+    cloud.script()
+    watch = tpu_vm.Babysitter(tpu_vm.Gcloud(cloud.job, cloud.checked), [], "d", 1, supervise.Budget(1, 1), 1, False)
+    assert watch._read(answer) == ("UNKNOWN", "gcloud's answer did not make sense")
+
+
+def test_the_key_for_several_workers_is_asked_for_before_anything_is_created(cloud):
+    cloud.script(hosts=2)
+    key = cloud.folder / ".ssh" / "google_compute_engine.pub"
+    key.write_text("ssh-rsa OTHER t@example.com\n")
+    with pytest.raises(UserError, match="only with its key in the ssh agent"):
+        cloud.submit()
+    key.unlink()
+    with pytest.raises(UserError, match="gcloud has no key for ssh yet"):
+        cloud.submit()
+    assert not (cloud.folder / "cloud" / "said.jsonl").exists()
+
+
+def test_a_shallow_clone_is_refused(cloud, tmp_path):
+    cloud.script()
+    git(cloud.repository, "commit", "--quiet", "--allow-empty", "--message", "another")
+    git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{cloud.repository}", "shallow")
+    cloud.install_from(tmp_path / "shallow")
+    with pytest.raises(UserError, match="is a shallow clone, whose commit cannot be packed: git fetch --unshallow"):
+        cloud.submit()
+
+
+def test_the_log_is_kept_in_the_runs_folder(cloud):
+    cloud.script(plan=["2:1", "7:0"], hosts=2)
+    assert cloud.submit() == 0
+    logs = {file.name: file.read_text() for file in (cloud.run / "logs").iterdir()}
+    assert sorted(logs) == ["t1v-n-tiny-w-0.log", "t1v-n-tiny-w-1.log"]
+    assert logs["t1v-n-tiny-w-0.log"].count("gpt-jax: attempt") == 2
+
+
 @pytest.mark.slow
 def test_a_resource_that_somebody_deletes_is_not_made_again(cloud):
     cloud.script({"vanish": 5}, plan=["3:wait"])  # within a look, after the resource was still seen
@@ -488,15 +633,19 @@ def test_an_installation_that_fails_is_a_crash(cloud):
 
 
 def test_the_workers_get_the_commit_and_what_differs_from_it(cloud):
-    file = cloud.repository / "setup.cfg"
+    file, new = cloud.repository / "setup.cfg", cloud.repository / "configs" / "mine.py"
     file.write_text("[changed]\n")
+    new.parent.mkdir()
+    new.write_text("new = True\n")
+    git(cloud.repository, "add", "configs/mine.py")
     cloud.diff = git(cloud.repository, "diff", "HEAD", "--binary") + "\n"
-    git(cloud.repository, "checkout", "--quiet", ".")
+    git(cloud.repository, "reset", "--quiet", "--hard")
     cloud.script()
     assert cloud.submit() == 0
     installed = cloud.folder / "cloud" / "workers" / "tiny" / "0" / "gpt-jax" / "tiny" / "source"
     assert git(installed, "rev-parse", "HEAD") == cloud.commit
     assert (installed / "setup.cfg").read_text() == "[changed]\n"
+    assert (installed / "configs" / "mine.py").read_text() == "new = True\n"
     assert git(installed, "diff", "HEAD", "--binary") + "\n" == cloud.diff
     (packages,) = [line for line in (cloud.folder / "cloud" / "uv.log").read_text().splitlines() if line.startswith("pip")]
     assert packages.endswith(f"--constraint {installed}/constraints/py312.txt --editable {installed}[tpu,gpt1]")
@@ -518,7 +667,7 @@ def test_several_slices_are_several_nodes(cloud):
     (create,) = [command for command in cloud.commands() if command[4] == "create"]
     assert shlex.join(create[6:]) == (
         "--node-count 2 --node-prefix tiny --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --spot "
-        "--quiet --zone us-west4-a --project p"
+        f"--labels gpt-jax={tpu_vm.Gcloud(cloud.job, cloud.checked).owner} --quiet --zone us-west4-a --project p"
     )
     assert sorted(path.name for path in (cloud.folder / "cloud" / "workers").iterdir()) == ["tiny-0", "tiny-1"]
 
@@ -535,7 +684,7 @@ def test_a_dry_run_prints_what_is_run(cloud):
 
     done = [shape(command) for command in cloud.commands()]
     for command in commands:
-        assert shape(command) in done
+        assert shape(command) in done or command[3:5] == ["tpu-vm", "describe"]  # every worker answered
     for command in done:
         assert command in [shape(each) for each in commands]
 
@@ -568,9 +717,11 @@ def test_other_accelerators_are_refused(cloud, name, message):
         tpu_vm.render(cloud.job, Checked(None, jobs.accelerators.find(name)))
 
 
-def test_without_gcloud_it_says_what_to_install(cloud, monkeypatch):
+def test_without_gcloud_it_says_what_to_install(cloud, tmp_path, monkeypatch):
     cloud.script()
-    monkeypatch.setenv("PATH", "/nowhere")
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "git").symlink_to(shutil.which("git"))
+    monkeypatch.setenv("PATH", str(tmp_path / "tools"))
     with pytest.raises(UserError, match="install the Google Cloud CLI"):
         cloud.submit()
 
@@ -607,7 +758,7 @@ def worker(tmp_path):
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"HOSTNAME": "t1v-n-x-w-0"})
 
     def ask(*words):
-        (line,) = begin(*words).communicate(timeout=60)[0].splitlines()
+        (line,) = begin(*words).communicate(timeout=60)[0].strip().splitlines()
         assert line.startswith("gpt-jax-worker t1v-n-x-w-0 {")
         return json.loads(line.split(" ", 2)[2])
 
