@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from gpt_jax import config_io
-from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig, require
+from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, RunConfig, require
 from gpt_jax.errors import Preempted, UserError
 
 from . import accelerators
@@ -110,9 +110,9 @@ def check(job: Job) -> Checked:
     `require_reachable` or `require_no_buckets`.
 
     Raises:
-      UserError: a word, the name, the accelerator, the config or its overrides are wrong; a pre-training has no text; the mesh
-        does not fit the devices, or the batch and the model do not divide over it; parameters, gradients and optimiser alone
-        exceed the devices' memory.
+      UserError: a word, the name, the accelerator, the config or its overrides are wrong; there is nothing to read or to start
+        from; the mesh does not fit the devices, or the batch and the model do not divide over it; parameters, gradients and
+        optimiser alone exceed the devices' memory.
     """
     _check_words(job)
     require(
@@ -126,7 +126,7 @@ def check(job: Job) -> Checked:
     require(bool(job.workdir), "workdir", "say which folder shall hold the run")
     accelerator = accelerators.find(job.accelerator)
     config = _config(job)
-    _check_text(job, config)
+    _check_source(job, config)
     mesh = mesh_sizes(config.mesh, accelerator, job.slices)
     _check_division(config, mesh)
     if not isinstance(config, FinetuneConfig):  # whose architecture is its checkpoint's
@@ -151,9 +151,14 @@ def _check_words(job: Job) -> None:
         require(re.search(r"[\s'\"`]", value) is None, name, f"{value!r} must hold no blanks and no quotes")
 
 
-def _check_text(job: Job, config: RunConfig) -> None:
-    """That a pre-training will know what to read, unless this machine sees that its store is there already."""
-    if not isinstance(config, PretrainConfig) or config.data.store or config.data.source:
+def _check_source(job: Job, config: RunConfig) -> None:
+    """That a fine-tuning will know what to start from, and a pre-training what to read, unless this machine sees that its store
+    is there already.
+    """
+    if isinstance(config, FinetuneConfig):
+        require(bool(config.init.from_), "init.from", "say which run or checkpoint to fine-tune, or none for random parameters")
+        return
+    if config.data.store or config.data.source:
         return
     if not (Path(job.workdir) / "store" / "index.json").exists():
         from gpt_jax.data import corpus

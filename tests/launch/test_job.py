@@ -30,6 +30,7 @@ def make(**fields):
 
 
 STORE = ("--data.store", "gs://data/store")
+COLA = {"verb": "finetune", "config": "finetune/cola"}
 COORDINATOR = ("--distributed.coordinator=a:1", "--distributed.num-processes=1", "--distributed.process-id=0")
 
 
@@ -143,7 +144,7 @@ def test_a_job_that_fits_gives_its_config_and_its_accelerator():
     checked = check(config="gpt1_1b5", overrides=("--mesh.slice", "2", "--mesh.fsdp", "16"), slices=2)
     assert checked.accelerator == accelerators.find("v5e-16")
     assert (checked.config.mesh.fsdp, checked.config.model.num_layers) == (16, 36)
-    assert check(verb="finetune", config="finetune/cola", accelerator="h100-8").config.task.name == "cola"
+    assert check(accelerator="h100-8", **COLA, overrides=("--init.from", "gs://runs/a")).config.task.name == "cola"
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,8 @@ def test_a_job_that_fits_gives_its_config_and_its_accelerator():
             "asks for 4 devices, and there are 2",
         ),
         ({"accelerator": "v5e-256"}, "64 does not divide over slice x data x fsdp = 256; 256 would"),
-        ({"verb": "finetune", "config": "finetune/cola", "accelerator": "v5e-64"}, "32 does not divide"),
+        (COLA | {"accelerator": "v5e-64", "overrides": ("--init.from", "gs://runs/a")}, "32 does not divide"),
+        (COLA, "--init.from: say which run or checkpoint to fine-tune"),
         ({"overrides": COORDINATOR}, "--distributed.coordinator: leave it out"),
     ],
 )
