@@ -44,15 +44,16 @@ format: $(VENV)/.installed-lint ## Put the code into the form that `make lint` a
 	@$(bin)/ruff check --fix .
 	@$(bin)/ruff format .
 
-# tensorflow is resolved besides tensorflow-cpu, so that one lock holds on machines that need either of the two. What only `make
-# interop` needs has locks of its own, which agree with the others; torch is the same on both Pythons, and renewed by hand.
+# tensorflow is resolved besides tensorflow-cpu, so that one lock holds on machines that need either of the two, and what drives
+# TPUs and GPUs with them; libtpu wants glibc 2.31. What only `make interop` needs has locks of its own, which agree with the
+# others; torch is the same on both Pythons, and renewed by hand.
 lock: $(VENV)/.created ## Renew the constraints files with the newest versions that go together.
 	@$(bin)/python -m pip install --quiet uv
 	@for version in 3.11 3.12; do \
 	  file=py$$(echo $$version | tr -d .).txt; echo "resolving constraints/$$file"; \
 	  compile="$(bin)/uv pip compile --quiet --upgrade setup.cfg - --python-version $$version \
-	    --python-platform x86_64-unknown-linux-gnu --no-emit-index-url --no-annotate --no-header"; \
-	  echo tensorflow | $$compile --extra test --extra lint --output-file constraints/$$file \
+	    --python-platform x86_64-manylinux_2_31 --no-emit-index-url --no-annotate --no-header"; \
+	  echo tensorflow | $$compile --extra test --extra lint --extra tpu --extra cuda --output-file constraints/$$file \
 	    && printf 'tensorflow\ntorch==2.13.0\n' | $$compile --extra interop --constraint constraints/$$file \
 	      --output-file constraints/interop-$$file || exit; \
 	done

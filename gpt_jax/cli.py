@@ -74,48 +74,51 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = verb("demo", _demo, "the whole story on the documentation installed on this machine; CPU, a few minutes")
-    sub.add_argument("--workdir", type=Path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
+    sub.add_argument("--workdir", type=_path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
 
     sub = verb("prepare", _prepare, "text -> tokenizer and token store", config=True)
-    sub.add_argument("--workdir", type=Path, help="prepare WORKDIR/store, unless --data.store says where")
+    sub.add_argument("--workdir", type=_path, help="prepare WORKDIR/store, unless --data.store says where")
 
     sub = verb("pretrain", _pretrain, "token store -> checkpoints; prepares a missing store, resumes a started run", config=True)
-    sub.add_argument("--workdir", type=Path, help="the run's folder")
+    sub.add_argument("--workdir", type=_path, help="the run's folder")
     sub.add_argument("--allow-changes", action="store_true", help="go on in a folder whose config differs")
 
     sub = verb("finetune", _finetune, "checkpoint + task -> checkpoints + scores; resumes a started run", config=True)
-    sub.add_argument("--workdir", type=Path, help="the run's folder")
+    sub.add_argument("--workdir", type=_path, help="the run's folder")
     sub.add_argument("--allow-changes", action="store_true", help="go on in a folder whose config differs")
     sub.add_argument("--seeds", type=int, help="run so many seeds, one after the other, in WORKDIR/seed-N")
 
     sub = verb("evaluate", _evaluate, "perplexity on text, a task's scores, or zero-shot scores of a checkpoint")
     sub.set_defaults(takes_overrides=True)
     sub.epilog = "A fine-tuned checkpoint is scored on its own task; --task.path and other --task.* fields say what differs."
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
-    sub.add_argument("--text", metavar="SOURCE", help="perplexity on a file, a folder, a glob, tfds:NAME or builtin:docs")
+    sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
+    sub.add_argument(
+        "--text", type=_local, metavar="SOURCE", help="perplexity on a file, a folder, a glob, tfds:NAME or builtin:docs"
+    )
     sub.add_argument("--max-bytes", type=int, default=0, help="of the text; 0: all (default)")
     sub.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="of the task (validation)")
     sub.add_argument(
         "--zero-shot",
+        type=_local,
         action="append",
         metavar="PROBE[=PATH]",
         help="cola, sst2, race, story_cloze (PATH: the task's folder), dprd or wsc (PATH: a file); may be given several times",
     )
     sub.add_argument("--every-checkpoint", action="store_true", help="zero-shot scores along the whole run, with a plot")
-    sub.add_argument("--out", type=Path, help="folder for predictions, or for zero-shot scores and their plot")
+    sub.add_argument("--out", type=_path, help="folder for predictions, or for zero-shot scores and their plot")
 
     sub = verb("study", _study, "the paper's analyses: a series of fine-tunings, a table and a plot", config=True)
     sub.add_argument("--name", choices=("layers", "ablations", "steps"), help="which one")
-    sub.add_argument("--workdir", type=Path, help="the study's folder")
+    sub.add_argument("--workdir", type=_path, help="the study's folder")
     sub.add_argument("--seeds", type=int, default=1, help="fine-tunings of each variant (default: 1)")
-    sub.add_argument("--lstm", default="", metavar="RUN", help="a pre-trained LSTM, for the ablations")
+    sub.add_argument("--lstm", type=_local, default="", metavar="RUN", help="a pre-trained LSTM, for the ablations")
 
     sub = verb("report", _report, "what was measured, beside the paper's figures")
     sub.add_argument("--paper", action="store_true", required=True, help="a table of the paper's figures beside the runs'")
-    sub.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of fine-tuning runs")
+    sub.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="folders of fine-tuning runs")
 
     sub = verb("generate", _generate, "continue prompts with a trained model")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
+    sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
     sub.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
     sub.add_argument("--tokens", type=int, default=100, help="most tokens to append (default: 100)")
     sub.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
@@ -126,21 +129,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
 
     sub = verb("export", _export, "a checkpoint in another framework's format, verified before it is there")
-    sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
+    sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
     sub.add_argument(
         "--format", required=True, metavar="FORMAT", help="huggingface, npz, openai (as released), stablehlo, onnx or savedmodel"
     )
-    sub.add_argument("--out", required=True, type=Path, help="the folder to be made")
+    sub.add_argument("--out", required=True, type=_path, help="the folder to be made")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="of stored numbers (float32)")
     sub.add_argument("--shard-bytes", type=float, default=5e9, help="huggingface: cut larger files into several (default: 5e9)")
 
     sub = verb("import", _import, "a model of another format -> a run to fine-tune, evaluate or generate from")
     sub.add_argument(
-        "source", type=Path, metavar="SOURCE", help="folder of a Hugging Face openai-gpt, of the released files, or npz"
+        "source", type=_path, metavar="SOURCE", help="folder of a Hugging Face openai-gpt, of the released files, or npz"
     )
-    sub.add_argument("--workdir", required=True, type=Path, help="the run's folder")
+    sub.add_argument("--workdir", required=True, type=_path, help="the run's folder")
     sub.add_argument("--config", help="what the model must be: a pre-training config (default: what SOURCE says, or the paper's)")
-    sub.add_argument("--tokenizer", type=Path, help="folder of the tokenizer, where SOURCE has none")
+    sub.add_argument("--tokenizer", type=_path, help="folder of the tokenizer, where SOURCE has none")
     sub.add_argument("--trust-pickle", action="store_true", help="read a pytorch_model.bin, which is a pickle")
 
     sub = verb("launch", command.launch, "run a training somewhere else: TPU VMs, GKE, SLURM, SkyPilot, or processes here")
@@ -154,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "action", choices=("list", "verify", "prune"), help="list them, verify every file, or delete all but the newest and best"
     )
-    sub.add_argument("run_folder", type=Path, metavar="RUN")
+    sub.add_argument("run_folder", type=_path, metavar="RUN")
     sub.add_argument("--keep-latest", type=int, default=1, help="prune: newest checkpoints to keep (default: 1)")
     sub.add_argument("--keep-best", type=int, default=1, help="prune: best checkpoints to keep besides (default: 1)")
 
@@ -167,8 +170,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.set_defaults(takes_overrides=True)
     sub.add_argument("--config", help="padding: a fine-tuning config, with its --section.field overrides")
-    sub.add_argument("--store", type=Path, help="input: a token store to read (default: a temporary one of random tokens)")
+    sub.add_argument("--store", type=_path, help="input: a token store to read (default: a temporary one of random tokens)")
     return parser
+
+
+def _local(word: str, field: str = "") -> str:
+    """A word that names a file or folder; `field`: of the config, where it stands there.
+
+    Raises:
+      UserError: it is a URL, of which pathlib would make a local folder called "gs:".
+    """
+    if "://" in word:
+        raise UserError(
+            (f"--{field}: " if field else "") + f"{word} is no path of this machine; a bucket is reached through its mount "
+            "(docs/launch.md: Cloud Storage FUSE), so give its path there"
+        )
+    return word
+
+
+def _path(word: str) -> Path:
+    return Path(_local(word))
 
 
 def _configured(options: argparse.Namespace, overrides: list[str], kind: str = "pretrain") -> Any:
@@ -190,7 +211,11 @@ def _configured(options: argparse.Namespace, overrides: list[str], kind: str = "
     loaded = config_io.load(options.config)
     if isinstance(loaded, FinetuneConfig) != (kind == "finetune"):
         raise UserError(f"{options.config} is a config for gpt-jax {'pretrain' if kind == 'finetune' else 'finetune'}")
-    return config_io.override(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
+    config = config_io.override(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
+    for name, (value, _) in config_io.flatten(config).items():
+        if isinstance(value, str):
+            _local(value, name)
+    return config
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> int:

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,10 +157,10 @@ def agree(value: int) -> int:
 
 
 def require_agreement(facts: Mapping[str, str], log: Log) -> None:
-    """Compares what every process says of itself with what process 0 says; all of them must call it.
+    """Compares what every process says of itself with what most of them say; all of them must call it.
 
     Args:
-      facts: by their names, such as "commit"; a few kilobytes.
+      facts: by their names, such as "commit"; a few kilobytes. One that is not there, or empty, is "none".
 
     Raises:
       UserError: some differ; the message, the same on all processes, says which process of which host differs in what.
@@ -168,14 +169,23 @@ def require_agreement(facts: Mapping[str, str], log: Log) -> None:
         return
     own = json.dumps({"host": socket.gethostname(), **facts})
     told = [json.loads(one) for one in _told(own, f"all {jax.process_count()} processes to say what they run", log)]
-    differences = [
-        f"process {number} ({one['host']}) has {name} {one.get(name, 'none')}, process 0 ({told[0]['host']}) {told[0][name]}"
-        for number, one in enumerate(told)
-        for name in facts
-        if one.get(name) != told[0].get(name)
-    ]
+    names = dict.fromkeys(name for one in told for name in one if name != "host")  # a host may lack what another has
+    differences = [difference for name in names if (difference := _difference(name, told))]
     if differences:
         raise UserError(f"the processes of this run do not agree: {'; '.join(differences)}; start the same on all hosts")
+
+
+def _difference(name: str, told: list[dict[str, str]]) -> str:
+    """Which processes have something else than most of them, or in a tie than the first of them; empty: all have the same."""
+    values = [one.get(name) or "none" for one in told]
+    usual = Counter(values).most_common(1)[0][0]  # of equally common values the one met first
+    hosts = [f"process {number} ({one['host']})" for number, one in enumerate(told)]
+    odd = [(host, value) for host, value in zip(hosts, values, strict=True) if value != usual]
+    if not odd:
+        return ""
+    others = "the others" if values.count(usual) > 1 else hosts[values.index(usual)]
+    (host, value), *rest = odd
+    return ", ".join([f"{host} has {name} {value}", *(f"{host} {value}" for host, value in rest), f"{others} {usual}"])
 
 
 def _told(own: str, what: str, log: Log) -> list[str]:

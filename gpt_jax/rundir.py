@@ -28,6 +28,13 @@ from typing import Any
 from gpt_jax import checkout, config_io
 from gpt_jax.errors import UserError
 
+PACKAGES = (
+    *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece"),
+    # Compilers and runtimes of accelerators, which come apart from jaxlib.
+    *("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+)
+"""What the numbers of a run may depend on."""
+
 
 def write_atomic(path: Path, content: bytes | str) -> None:
     """Writes a whole file or nothing: to a temporary name beside it, synced, then renamed."""
@@ -98,6 +105,7 @@ class RunDir:
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"
         self.result = path / "result.json"
+        self._record = path / "metrics.jsonl"
         self.attempt = 1
         self._primary = primary
         self._metrics: Any = None
@@ -170,7 +178,7 @@ class RunDir:
         else:
             (self.path / "uncommitted.diff").unlink(missing_ok=True)
         self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
-        self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._append()
 
     def _trained(self) -> bool:
         return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
@@ -179,10 +187,9 @@ class RunDir:
         """Moves records past `step`, where training goes on from, to metrics.superseded.jsonl; and a line that was cut off."""
         if not self._primary:
             return
-        file = self.path / "metrics.jsonl"
         kept: list[str] = []
         moved: list[str] = []
-        before = file.read_text(encoding="utf-8")
+        before = self._record.read_text(encoding="utf-8")
         for line in before.splitlines():
             record = _parse(line)
             (kept if record is not None and record["step"] <= step else moved).append(line + "\n")
@@ -193,30 +200,52 @@ class RunDir:
                 os.fsync(superseded.fileno())
         if "".join(kept) != before:  # differs by a missing line end, too
             self._metrics.close()
-            write_atomic(file, "".join(kept))
-            self._metrics = open(file, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+            write_atomic(self._record, "".join(kept))
+            self._append()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
         if self._metrics is not None:
             head = {"kind": kind, "step": step, "time": round(time.time(), 3), "attempt": self.attempt}
-            with explain_full_disk(self.path / "metrics.jsonl"):
+            with explain_full_disk(self._record):
                 self._metrics.write(json.dumps(head | values) + "\n")
+
+    def sync(self) -> None:
+        """Makes the record durable up to here. It is closed for that: to a bucket that is mounted with Cloud Storage FUSE a file
+        is uploaded when it is closed, and until then its lines are lost with the machine.
+
+        Raises:
+          UserError: no space left.
+        """
+        if self._metrics is not None:
+            self.close()
+            self._append()
+
+    def _append(self) -> None:
+        self._metrics = open(self._record, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def records(self) -> list[dict[str, Any]]:
         """All whole records so far."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
         return [record for record in map(_parse, lines) if record is not None]
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json, the run's final scores."""
+        """Writes result.json, the run's final scores, once the record is durable: nothing is added to a run that has them."""
         if self._primary:
+            self.sync()
             write_atomic(self.result, json.dumps(result, indent=1) + "\n")
 
     def close(self) -> None:
+        """Closes the record once it is on the disk.
+
+        Raises:
+          UserError: no space left.
+        """
         if self._metrics is not None:
-            self._metrics.close()
+            metrics, self._metrics = self._metrics, None
+            with explain_full_disk(self._record), metrics:
+                metrics.flush()
+                os.fsync(metrics.fileno())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,15 +266,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """What produced a run: commit, versions, flags, command."""
+    """What produced a run: commit, versions of what is installed, flags, command."""
     versions = {"python": platform.python_version()}
-    for package in ("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece"):
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
         "commit": checkout.find().version,
         "versions": versions,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
         "command": sys.argv,
     }
 

@@ -113,6 +113,47 @@ def test_a_mistaken_command_is_one_line(mistake, tmp_path, monkeypatch, argument
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "demo --workdir URL",
+        "prepare smoke --workdir URL",
+        "prepare smoke --data.store URL",
+        "pretrain smoke --workdir URL",
+        "pretrain smoke --workdir RUN --data.store URL",
+        "pretrain smoke --workdir RUN --data.store=URL",
+        "pretrain smoke --workdir RUN --data.source URL",
+        "finetune finetune/cola --workdir URL",
+        "finetune finetune/cola --workdir RUN --init.from URL",
+        "finetune finetune/cola --workdir RUN --init.from none --task.path URL",
+        "evaluate URL",
+        "evaluate RUN --out URL",
+        "evaluate RUN --text URL",
+        "evaluate RUN --zero-shot cola=URL",
+        "study finetune/cola --name ablations --workdir URL",
+        "study finetune/cola --name ablations --workdir RUN --lstm URL",
+        "report --paper RUN URL",
+        "generate URL --prompt Hello",
+        "export RUN --format npz --out URL",
+        "import URL --workdir RUN",
+        "import RUN --workdir URL",
+        "checkpoint list URL",
+        "bench input --store URL",
+    ],
+)
+def test_a_url_where_a_path_belongs_is_one_line(mistake, tmp_path, monkeypatch, arguments):
+    """And no folder called "gs:"."""
+    monkeypatch.chdir(tmp_path)
+    message = mistake(*arguments.replace("URL", "gs://bucket/run").split())
+    assert "gs://bucket/run is no path of this machine; a bucket is reached through its mount (docs/launch.md" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_may_hold_a_url(mistake, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mistake("generate", "nowhere", "--prompt", "gs://bucket").startswith("nowhere: no such folder")
+
+
 def test_traceback_shows_where_an_error_arose(config_file):
     with pytest.raises(UserError, match="--workdir"):
         main(["pretrain", str(config_file), "--traceback"])

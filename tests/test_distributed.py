@@ -1,5 +1,6 @@
 """Several processes: who they are, waiting with a word, stopping on request. (tests/train/test_processes.py starts some.)"""
 
+import json
 import os
 import signal
 import threading
@@ -109,6 +110,56 @@ def test_a_single_process_waits_for_nobody():
         pass
     assert distributed.agree(17) == 17
     assert distributed.is_primary()
+
+
+@pytest.fixture
+def disagreement(monkeypatch):
+    """A function from what each process says (its host is h0, h1, ...) to what is raised; empty: nothing."""
+
+    def compare(*facts):
+        told = [json.dumps({"host": f"h{number}", **one}) for number, one in enumerate(facts)]
+        monkeypatch.setattr(jax, "process_count", lambda: len(told))
+        monkeypatch.setattr(distributed, "_told", lambda own, what, log: told)
+        said = set()
+        for one in facts:  # each of them compares
+            try:
+                distributed.require_agreement(one, silent)
+                said.add("")
+            except UserError as error:
+                said.add(str(error).removeprefix("the processes of this run do not agree: "))
+        (same,) = said
+        return same.removesuffix("; start the same on all hosts")
+
+    return compare
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ("333", ""),
+        ("37", "process 1 (h1) has x 7, process 0 (h0) 3"),
+        ("337", "process 2 (h2) has x 7, the others 3"),
+        ("733", "process 0 (h0) has x 7, the others 3"),
+        ("73833", "process 0 (h0) has x 7, process 2 (h2) 8, the others 3"),
+        ("7337", "process 1 (h1) has x 3, process 2 (h2) 3, the others 7"),
+        ("378", "process 1 (h1) has x 7, process 2 (h2) 8, process 0 (h0) 3"),
+    ],
+)
+def test_those_that_differ_from_most_are_named(disagreement, values, expected):
+    assert disagreement(*({"commit": "c", "x": value} for value in values)) == expected
+
+
+def test_each_difference_is_named_with_its_own_majority(disagreement):
+    assert disagreement({"x": "7", "y": "1"}, {"x": "3", "y": "1"}, {"x": "3", "y": "2"}) == (
+        "process 0 (h0) has x 7, the others 3; process 2 (h2) has y 2, the others 1"
+    )
+
+
+@pytest.mark.parametrize("nothing", [{}, {"libtpu": ""}])
+def test_what_one_process_lacks_is_a_difference_whoever_it_is(disagreement, nothing):
+    assert disagreement(nothing, {"libtpu": "1"}, {"libtpu": "1"}) == "process 0 (h0) has libtpu none, the others 1"
+    assert disagreement({"libtpu": "1"}, {"libtpu": "1"}, nothing) == "process 2 (h2) has libtpu none, the others 1"
+    assert disagreement(nothing, {"libtpu": "1"}) == "process 1 (h1) has libtpu 1, process 0 (h0) none"
 
 
 def test_a_long_wait_says_what_it_waits_for():

@@ -1,6 +1,7 @@
 """A run's folder: one config, one text, a record that survives being cut off, files that are whole."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 
 from gpt_jax.config import DataConfig, OptimConfig, PretrainConfig, TrainConfig
 from gpt_jax.errors import UserError
-from gpt_jax.rundir import RunDir, read_json, write_atomic
+from gpt_jax.rundir import RunDir, environment, read_json, write_atomic
 
 CONFIG = PretrainConfig(data=DataConfig(source="text.txt"), train=TrainConfig(duration="100 steps"))
 
@@ -31,6 +32,7 @@ def attempt(folder, config=CONFIG, digest="d0" * 32, *, allow_changes=False, ste
 
 def test_config_json_says_what_was_run_and_with_what(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_some_flag")
     attempt(tmp_path / "new" / "run")
     stored = json.loads((tmp_path / "new" / "run" / "config.json").read_text())
     assert stored["config"]["data"]["source"] == "text.txt"
@@ -39,8 +41,24 @@ def test_config_json_says_what_was_run_and_with_what(tmp_path, monkeypatch):
     assert stored["data_digest"] == "d0" * 32
     assert len(stored["digest"]) == 64
     assert stored["xla_flags"] == "--xla_some_flag"
+    assert stored["libtpu_init_args"] == "--xla_tpu_some_flag"
     assert {"python", "jax", "flax", "optax", "numpy"} <= set(stored["versions"])
     assert "commit" in stored
+
+
+@pytest.mark.parametrize("package", ["libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"])
+def test_the_environment_has_the_versions_of_what_drives_the_accelerators(monkeypatch, package):
+    """Of those that are installed."""
+
+    def version(name):
+        if name != package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = environment()["versions"]
+    del versions["python"]
+    assert versions == {package: "1.2.3"}
 
 
 def test_records_carry_kind_step_time_and_attempt(tmp_path):
@@ -159,11 +177,44 @@ def test_floats_are_written_to_the_last_bit(tmp_path):
     assert RunDir(tmp_path).records()[0]["values"] == values
 
 
+@pytest.mark.parametrize("end", [RunDir.sync, RunDir.close, lambda run: run.write_result({"loss": 1.0})])
+def test_the_record_is_brought_to_the_disk_and_closed(tmp_path, monkeypatch, end):
+    """Closed, since that is when a file on a mounted bucket is uploaded."""
+    run = RunDir(tmp_path)
+    run.open(CONFIG, "")
+    run.record("train", 1, loss=1.0)
+    opened, file, synced = run._metrics, tmp_path / "metrics.jsonl", []
+
+    def fsync(descriptor):
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            synced.append(file.read_text())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    end(run)
+    assert opened.closed
+    (content,) = synced
+    assert json.loads(content)["step"] == 1
+    run.close()
+
+
+def test_a_record_goes_on_after_it_was_brought_to_the_disk(tmp_path):
+    run = RunDir(tmp_path)
+    run.open(CONFIG, "")
+    for step in (1, 2, 3):
+        run.record("train", step, loss=1.0)
+        run.sync()
+        assert [record["step"] for record in RunDir(tmp_path).records()] == list(range(1, step + 1))
+    run.close()
+    run.close()
+    assert [record["attempt"] for record in RunDir(tmp_path).records()] == [1, 1, 1]
+
+
 def test_only_the_primary_process_writes(tmp_path):
     run = RunDir(tmp_path / "run", primary=False)
     run.open(CONFIG, "")
     run.supersede(0)
     run.record("train", 1, loss=1.0)
+    run.sync()
     run.write_result({"loss": 1.0})
     run.close()
     assert not (tmp_path / "run").exists()
@@ -199,10 +250,9 @@ def test_a_full_disk_is_one_line(tmp_path):
     run = RunDir(tmp_path)
     run.open(CONFIG, "")
     file = run._metrics.fileno()
-    for device in ("/dev/full", os.devnull):  # the second, so that closing it does not fail
-        with open(device, "wb") as other:
-            os.dup2(other.fileno(), file)
-        if device == "/dev/full":
-            with pytest.raises(UserError, match=r"metrics.jsonl: no space left on the device"):
-                run.record("train", 1, loss=1.0)
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), file)
+    for write in (lambda: run.record("train", 1, loss=1.0), run.sync):  # what could not be written is tried again
+        with pytest.raises(UserError, match=r"metrics.jsonl: no space left on the device"):
+            write()
     run.close()

@@ -111,6 +111,7 @@ def train(
                         run.record("eval", step, **measured)
                     progress.scalars("eval", step, measured)
                 if saving:
+                    run.sync()  # before the checkpoint is sealed: whoever goes on from it has the record up to there
                     checkpoints.save(step, state, scores if evaluating else {})
                     saved = step
                 if stopping and step != total:
@@ -131,6 +132,7 @@ def _keep_last_good(
     step, values = error.step, error.values
     good = int(state["step"])
     if good != saved:  # saving it again would lose its scores
+        run.sync()
         checkpoints.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
     checkpoints.wait()
     evidence = {name: str(value) if not math.isfinite(value) else value for name, value in values.items()}

@@ -76,7 +76,9 @@ def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
         "commit": found["commit"] or "unknown",
         **{f"{package}": version for package, version in found["versions"].items()},
         "XLA_FLAGS": found["xla_flags"],
+        "LIBTPU_INIT_ARGS": found["libtpu_init_args"],
         "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "devices in total": str(jax.device_count()),
         "--workdir": str(workdir.absolute()),
         # Those that differ by design, and those that change nothing but what is shown.
         **{

@@ -123,6 +123,34 @@ def test_a_bad_update_ends_the_training_with_the_last_good_state(tiny, tmp_path,
     assert checkpoint.inspect(tmp_path)[0].metrics == {"loss": 2.0}
 
 
+def test_records_are_on_the_disk_before_the_checkpoint_of_their_step_is_sealed(tiny, tmp_path, monkeypatch):
+    """Or a machine that is taken away would leave a checkpoint without its history. The last save is that of a bad update."""
+    file, durable, sealed = tmp_path / "metrics.jsonl", [], []
+    fsync, seal = os.fsync, checkpoint._seal
+
+    def note_sync(descriptor):
+        fsync(descriptor)
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            durable[:] = [(record["kind"], record["step"]) for record in RunDir(tmp_path).records()]
+
+    def note_seal(path, manifest):
+        sealed.append((manifest["step"], list(durable)))
+        seal(path, manifest)
+
+    def batch_at(step):
+        batch = random_batch(step)
+        return batch | {"weights": batch["weights"] * np.float32("nan")} if step == 12 else batch
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(checkpoint, "_seal", note_seal)
+    with pytest.raises(TrainingError):
+        start(tiny(), tmp_path, batch_at=batch_at, evaluate=lambda step, params: {"loss": 2.0})
+    assert [step for step, _ in sealed] == [5, 10, 12]
+    for step, seen in sealed:
+        assert {("train", update) for update in range(1, step + 1)} <= set(seen)
+        assert ("eval", step // 5 * 5) in seen
+
+
 def test_sigterm_ends_the_training_after_an_update_with_its_state_saved(tiny, tmp_path):
     def evaluate(step, params):
         if step == 4:
