@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from gpt_jax import config_io
-from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, RunConfig, require
+from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig, require
 from gpt_jax.errors import Preempted, UserError
 
 from . import accelerators
@@ -157,8 +157,7 @@ def _check_source(job: Job, config: RunConfig) -> None:
     """
     if isinstance(config, FinetuneConfig):
         require(bool(config.init.from_), "init.from", "say which run or checkpoint to fine-tune, or none for random parameters")
-        return
-    if config.data.store or config.data.source:
+    if not isinstance(config, PretrainConfig) or config.data.store or config.data.source:
         return
     if not (Path(job.workdir) / "store" / "index.json").exists():
         from gpt_jax.data import corpus
