@@ -23,8 +23,15 @@ RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v
 """Software version of a TPU VM, by family."""
 LABEL = "gpt-jax"
 """Of a resource; its value says whose it is."""
-PASSING = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|ABORTED|timed out|did not answer|did not make sense")
-"""Complaints that are no refusals."""
+REFUSALS = re.compile(
+    "PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|SERVICE_DISABLED|quota"
+    "|reauthentication|credentials|gcloud auth|does not have permission|not been used in project|arguments?|must be specified"
+    "|invalid|HTTPError 40[013]",
+    re.IGNORECASE,
+)
+"""What gcloud complains of when asking again is no use; anything else may pass."""
+NETWORK = re.compile("Max retries|Connection|resol(ve|ution)|timed? ?out|Temporary|UNAVAILABLE|DEADLINE_EXCEEDED")
+"""In complaints of a network that is gone, for which gcloud may advise to log in again."""
 
 
 class Gcloud:
@@ -72,7 +79,7 @@ class Gcloud:
     def status(self, node: str, offset: int) -> list[str]:
         """Asks for the status of every worker; one that has nothing yet says so."""
         known = f"python3 tpu_worker.py status {offset}"
-        command = f"mkdir -p {self.folder} && cd {self.folder} && if test -f tpu_worker.py; then {known}; else "
+        command = f"mkdir -p {self.folder} && cd {self.folder} && if test -f tpu_worker.py -a -f job.json; then {known}; else "
         return self._ssh(node, f"{command}echo; echo {tpu_worker.MARK} $HOSTNAME {{}}; fi")
 
     def _ssh(self, node: str, command: str) -> list[str]:
@@ -94,6 +101,11 @@ class Done(NamedTuple):
             return "gcloud did not answer in time"
         _, error, text = self.errors.strip().rpartition("ERROR:" if "ERROR:" in self.errors else "\n")
         return " ".join(f"{error}{text}".split())[:400] or f"gcloud ended with {self.code}"
+
+    @property
+    def refused(self) -> bool:
+        """Whether asking again is no use."""
+        return bool(REFUSALS.search(self.problem)) and not NETWORK.search(self.problem)
 
 
 def run_all(commands: Sequence[Sequence[str]], limit: float) -> list[Done]:

@@ -32,7 +32,7 @@ from gpt_jax.config import require
 from gpt_jax.errors import Preempted, TrainingError, UserError
 
 from . import tpu_worker
-from .gcloud import LABEL, PASSING, RUNTIMES, Gcloud, run_all
+from .gcloud import LABEL, RUNTIMES, Gcloud, run_all
 from .job import Checked, Job, buckets, mounted, require_reachable, require_tool
 from .supervise import Budget, Fate, describe, judge
 
@@ -85,6 +85,8 @@ class Seen(NamedTuple):
     """This call has asked for the resource, or has seen it alive: what becomes of it now was not there before."""
     ran: bool = False
     """This call has started the training that ended, or has seen it run."""
+    ours: bool = True
+    """This call has made the resource, or its workers have said that no other command's training runs there."""
 
 
 class Do(enum.Enum):
@@ -110,6 +112,8 @@ def decide(seen: Seen, timing: Timing) -> Action:
             return Action(Do.END, Fate.MISTAKE, seen.why)
         case "REFUSED", _ if not seen.asked or seen.seconds >= timing.patience:
             return Action(Do.END, Fate.MISTAKE, seen.why)
+        case "UNKNOWN", _ if not seen.asked and seen.seconds >= timing.patience:
+            return Action(Do.END, Fate.MISTAKE, seen.why)
         case "", _:
             return Action(Do.END, Fate.CRASHED, "somebody else has deleted it") if seen.asked else Action(Do.CREATE)
         case "SUSPENDED" | "FAILED", _ if not seen.asked:
@@ -124,7 +128,8 @@ def decide(seen: Seen, timing: Timing) -> Action:
         case "ACTIVE", "gone":
             return Action(Do.REPLACE, Fate.PREEMPTED, seen.why)
         case "ACTIVE", "silent" if seen.seconds >= timing.patience:
-            return Action(Do.REPLACE, Fate.CRASHED, f"{seen.why} for {timing.patience:g} s, though the resource is ACTIVE")
+            why = f"{seen.why} for {timing.patience:g} s, though the resource is ACTIVE"
+            return Action(Do.REPLACE if seen.ours else Do.END, Fate.CRASHED, why)
         case "ACTIVE", "other":
             return Action(Do.END, Fate.MISTAKE, seen.why)
         case "ACTIVE", "idle":
@@ -173,7 +178,8 @@ def together(answers: dict[str, dict[str, Any]], expected: Sequence[str], digest
 
 
 def say(line: str) -> None:
-    print(f"tpu-vm: {line}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # who read it may be gone; what costs must still be deleted
+        print(f"tpu-vm: {line}", file=sys.stderr, flush=True)
 
 
 @dataclasses.dataclass
@@ -203,10 +209,10 @@ class Babysitter:
         self._offset = -1  # in worker 0's log
         self._step: int | None = None
         self._failure = ""  # why the training could not be started
-        self._before: tuple[Any, ...] = ()  # what the last look showed, and since when
-        self._since = 0.0
-        self._silent: dict[str, float] = {}  # workers that do not answer, and since when
-        self._state = self._reason = ""  # what was said last
+        self._asking: float | None = None  # since when asking for the resource has failed
+        self._unheard = False  # the last `stop` has not reached every worker
+        self._times: dict[str, float] = {}  # since when gcloud, or a worker, does not answer; since when the training has ended
+        self._state = self._workers = self._reason = ""  # what was said last
 
     def run(self) -> int:
         """Returns 0 when the training is done, 1 when it gave up, 42 after Ctrl-C.
@@ -223,7 +229,7 @@ class Babysitter:
         except KeyboardInterrupt:
             deletes = self.delete_on_exit and self._ours
             say("interrupted" if deletes else "interrupted; a training that runs goes on")
-            if deletes and self._exists:
+            if deletes and self._state == "ACTIVE":
                 say(f"stopping the training, which has {self.grace_seconds} s to save")
                 self._stop()
             return Preempted.exit_code
@@ -236,20 +242,24 @@ class Babysitter:
             action = decide(seen, self.timing)
             match action.do:
                 case Do.CREATE:
-                    self._create()
+                    if not self._create():
+                        return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} could not be made")
                 case Do.WAIT:
                     self.sleep(self.timing.poll)
+                case Do.START if self._unheard:
+                    self.sleep(self.timing.poll)
+                    self._stop()
                 case Do.START:
                     self._start()
                 case Do.RESTART | Do.REPLACE:
                     if not self._count(action):
                         return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} is given up")
-                    self._failure, self._reason, self._before, self._ran = "", "", (), False
+                    self._failure = self._workers = self._reason = ""
+                    self._ran = False
+                    self._times.clear()
                     if action.do is Do.RESTART:
                         self._stop()
-                    elif self._delete():
-                        self._create()
-                    else:
+                    elif self._describe()[0] != "OTHER" and not self._delete():
                         return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} could not be deleted")
                 case Do.END if action.fate is Fate.DONE:
                     return action._replace(why=f"done ({self.budget})")
@@ -260,30 +270,48 @@ class Babysitter:
 
     def _look(self) -> Seen:
         resource, why = self._describe()
-        workers, reason = "", why
+        workers, reason, seconds = "", why, 0.0
         codes: tuple[int, ...] = ()
         if resource == "ACTIVE":
             commands = [self.gcloud.status(node, self._offset) for node in self.gcloud.nodes]
             answers = self._answers(commands, self.timing.answer)
             self._show(answers)
             workers, codes, reason = together(answers, self.workers, self.digest)
-            self._ours = workers != "other"
-            self._silent = {each: self._silent.get(each, self.clock()) for each in self.workers if each not in answers}
+            self._ours = self._ours if workers == "silent" else workers != "other"
             if workers == "idle" and self._failure:
                 workers, reason = "failed", self._failure
             if workers in ("silent", "failed") and (lost := self._lost_nodes()):
                 resource, why = self._describe()  # which may have been taken away, or deleted, since the look began
                 workers, codes, reason = ("gone", (), lost) if resource == "ACTIVE" else ("", (), why)
-        if (resource, workers, codes) != self._before:
-            self._before, self._since = (resource, workers, codes), self.clock()
-            if workers == "running":
-                say(f"the training runs on {self._all}")
+            seconds = self._wait_times(workers, answers)
+        elif resource in ("UNKNOWN", "REFUSED"):
+            seconds = self._age("gcloud")
+        else:
+            self._times.clear()
+        if workers != self._workers and workers == "running":
+            say(f"the training runs on {self._all}")
         if workers and reason and reason != self._reason and (self._ran or workers != "ended"):
             say(reason)
-        self._reason = reason
+        self._workers, self._reason = workers, reason
         self._ran |= workers == "running"
-        since = min(self._silent.values()) if workers == "silent" else self._since
-        return Seen(resource, workers, codes, reason, self.clock() - since, self._asked, self._ran)
+        return Seen(resource, workers, codes, reason, seconds, self._asked, self._ran, self._ours)
+
+    def _wait_times(self, workers: str, answers: dict[str, dict[str, Any]]) -> float:
+        """How long the workers have been so. One that is silent now and then neither ends its own waiting nor the others'."""
+        self._times.pop("gcloud", None)
+        for worker in self.workers:
+            if worker in answers:
+                self._times.pop(worker, None)
+        if workers == "silent":
+            return max(self._age(worker) for worker in self.workers if worker not in answers)
+        if workers in ("ended", "failed"):
+            return self._age("the end")
+        self._times.pop("the end", None)
+        return 0.0
+
+    def _age(self, what: str) -> float:
+        """Seconds since this was first so."""
+        return self.clock() - self._times.setdefault(what, self.clock())
 
     def _describe(self) -> tuple[str, str]:
         """State of the queued resource as in `Seen`, and what is said of it."""
@@ -292,7 +320,7 @@ class Babysitter:
         if done.code == 0:
             state, why = self._read(done.output)
         elif "NOT_FOUND" not in done.errors:
-            state, why = "UNKNOWN" if PASSING.search(done.problem) else "REFUSED", done.problem
+            state, why = "REFUSED" if done.refused else "UNKNOWN", done.problem
         if state != self._state:
             if state or self._state:
                 say(f"{self.gcloud.name} is {state or 'not there'}{': ' + why if why else ''}")
@@ -347,49 +375,50 @@ class Babysitter:
         """Prints what process 0 has said since the last look."""
         first = answers.get(self.workers[0], {})
         if "log" in first:
-            sys.stderr.write(first["log"])
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stderr.write(first["log"])
+                sys.stderr.flush()
             self._offset, self._step = first["offset"], first["step"]
 
     # -- acting --
 
-    def _create(self) -> None:
-        """Asks for the resource.
+    def _create(self) -> bool:
+        """Asks for the resource; whether there is use in looking for it. If gcloud gave no answer, it may still have been made.
 
         Raises:
           UserError: gcloud refuses, as it does without quota.
         """
-        self._offset, until = 0, self.clock() + self.timing.patience
+        self._offset, began = 0, self.clock()
         say(f"asking for {self.gcloud.name}: {shlex.join(self.gcloud.create())}")
-        while True:
-            # Perhaps, once the command has begun; and if gcloud gives no answer, it may still have been done.
-            self._exists = self._ours = True
-            (done,) = run_all([self.gcloud.create()], self.timing.change)
-            if done.code == 0:
-                self._asked = True
-                return
-            if "ALREADY_EXISTS" in done.errors:  # by the answer that did not come, or somebody else's: the next look tells
-                self._ours = False
-                return
-            passing = PASSING.search(done.problem)
-            if passing and self.clock() < until:
-                say(f"{done.problem}; trying again")
-                self.sleep(self.timing.poll)
-                continue
-            self._exists = self._ours = passing is not None
+        self._exists = self._ours = True  # perhaps, once the command has begun
+        (done,) = run_all([self.gcloud.create()], self.timing.change)
+        if done.code == 0:
+            self._asked, self._asking = True, None
+            return True
+        if "ALREADY_EXISTS" in done.errors:  # by an answer that did not come, or somebody else's: the next look tells
+            self._ours = False
+        elif done.refused:
+            self._exists = self._ours = False
             quota = "there is no quota for this: " if "quota" in done.problem.lower() else ""
             raise UserError(f"{quota}{done.problem}")
+        else:
+            say(done.problem)
+        self._asking = began if self._asking is None else self._asking
+        self.sleep(self.timing.poll)
+        return began - self._asking < self.timing.patience
 
     def _delete(self) -> bool:
-        """Deletes the resource, trying again while gcloud does not answer; whether it is gone."""
+        """Deletes the resource, trying again while gcloud does not refuse; whether it is gone."""
         say(f"deleting {self.gcloud.name}")
-        until = self.clock() + self.timing.change
+        until = self.clock() + 2 * self.timing.change
         while True:
             (done,) = run_all([self.gcloud.delete()], self.timing.change)
-            if done.code == 0 or "NOT_FOUND" in done.errors:
-                self._exists = self._ours = self._asked = False
+            gone = done.code == 0 or "NOT_FOUND" in done.errors
+            if gone or (state := self._describe()[0]) == "":
+                self._exists = self._ours = self._asked = self._unheard = False
+                self._state = ""
                 return True
-            if not PASSING.search(done.problem) or self.clock() >= until:
+            if (done.refused and state != "DELETING") or self.clock() >= until:
                 say(f"{done.problem}; if it is still there it costs: {shlex.join(self.gcloud.delete())}")
                 return False
             say(f"{done.problem}; trying again")
@@ -404,17 +433,19 @@ class Babysitter:
                 self._failure = f"the files could not be copied: {done.problem}"
                 return
         for verb, wanted in (("install", ("installed",)), ("start", ("running", "ended"))):
+            self._ran |= verb == "start"  # though its answer may be lost
             answers = self._ask(verb, self.timing.install)
             for worker in self.workers:
                 answer = answers.get(worker, {"state": "", "why": "no answer"})
                 if answer["state"] not in wanted:
                     self._failure = f"{verb} on {worker}: {answer.get('why', answer['state'])}"
                     return
-        self._failure, self._ran = "", True
+        self._failure = ""
 
     def _stop(self) -> None:
-        """Stops the training on every worker; one that does not hear still shows how it ended at the next look."""
-        self._ask(f"stop {self.grace_seconds}", self.grace_seconds + self.timing.answer)
+        """Stops the training on every worker. If one does not hear, none may be started: they would be of two attempts."""
+        answers = self._ask(f"stop {self.grace_seconds}", self.grace_seconds + self.timing.answer)
+        self._unheard = any(worker not in answers for worker in self.workers)
 
     def _count(self, action: Action) -> bool:
         """Counts a preemption or a crash, says so, and waits before the restart; whether there is one."""
@@ -497,7 +528,9 @@ def submit(job: Job, checked: Checked, delete_on_exit: bool = False, timing: Tim
     _require_key(checked)
     with _alone(job):
         digest = _prepare(job, origin)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C, unless nohup says otherwise
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.default_int_handler)
         return Babysitter(
             Gcloud(job, checked),
             _files(job),

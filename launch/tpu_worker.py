@@ -66,11 +66,12 @@ def status(offset: int = -1) -> dict[str, Any]:
     if answer["state"] == "ended":
         answer.update(code=int(_read(EXIT) or PREEMPTED), said=_log(-1)[0].strip().rpartition("\n")[2][-300:])
     if _first():
-        answer["log"], answer["offset"] = _log(offset)
+        # Other workers' answers may come in between a long one; of a training that has ended, though, nobody asks again.
+        answer["log"], answer["offset"] = _log(offset, most=1 << 15 if running else 1 << 20)
     return answer
 
 
-def _log(offset: int) -> tuple[str, int]:
+def _log(offset: int, most: int = 1 << 15) -> tuple[str, int]:
     """What the log says from this byte on, and the byte to go on from; of a log that is shorter than that, all."""
     if not LOG.exists():
         return "", 0
@@ -78,17 +79,19 @@ def _log(offset: int) -> tuple[str, int]:
     begin = max(size - 2000, 0) if offset < 0 else offset if offset <= size else 0
     with open(LOG, "rb") as log:
         log.seek(begin)
-        text = log.read(1 << 15)
+        text = log.read(most)
     return text.decode(errors="replace"), begin + len(text)
 
 
 def _last_step() -> int:
     """Updates that the records in the run's folder tell of, all together (a fine-tuning may have a run for each seed)."""
     total, run = 0, Path(job()["workdir"])
-    for metrics in (run / "metrics.jsonl", *run.glob("seed-*/metrics.jsonl")):
-        with contextlib.suppress(OSError), open(metrics, "rb") as lines:
-            lines.seek(max(metrics.stat().st_size - 65536, 0))
-            total += int((re.findall(rb'"step": (\d+)', lines.read()) or [0])[-1])
+    with contextlib.suppress(OSError):  # whatever the folder's storage is up to
+        for metrics in (run / "metrics.jsonl", *run.glob("seed-*/metrics.jsonl")):
+            if metrics.exists():
+                with open(metrics, "rb") as lines:
+                    lines.seek(max(metrics.stat().st_size - 65536, 0))
+                    total += int((re.findall(rb'"step": (\d+)', lines.read()) or [0])[-1])
     return total
 
 
@@ -115,7 +118,7 @@ def start() -> dict[str, Any]:
 def run() -> None:
     """The process behind `start`: holds the lock, runs the training, and writes down how it ended."""
     with open(LOCK, "ab") as lock:
-        for _ in range(50):  # a `status` may hold it for a moment; a training holds it for longer
+        for _ in range(10):  # a `status` may hold it for a moment; a training holds it for longer
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
@@ -148,16 +151,16 @@ def _keep_log(folder: Path, begin: int) -> None:
 def stop(seconds: float = 0) -> dict[str, Any]:
     """Asks the training to save and end, kills what is left of it after so many seconds, and forgets it."""
     if alive() and _read(PID):
-        training, group = map(int, _read(PID).split()[:2])
         if not EXIT.exists():
             with contextlib.suppress(ProcessLookupError):
-                os.kill(training, signal.SIGTERM)
+                os.kill(int(_read(PID).split()[0]), signal.SIGTERM)
         until = time.monotonic() + seconds
         while alive() and time.monotonic() < until:
             time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
-        while alive():
+        until = time.monotonic() + 10  # the lock goes with the last of them
+        while alive() and time.monotonic() < until:
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                os.killpg(int(_read(PID).split()[1]), signal.SIGKILL)
             time.sleep(0.05)
     for file in (PID, EXIT):
         if file.exists():

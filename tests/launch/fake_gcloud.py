@@ -17,7 +17,7 @@ FOLDER/script.json says what happens; FOLDER/state.json is where things stand; F
     create_silent   how many of the first `create` do what they should and then complain that they were UNAVAILABLE
     describe_errors what `describe` complains of, by the number of the call; under "all", whenever it is called
     delete_errors   what `delete` complains of, one after the other, before it succeeds
-    stop_errors     how often an ssh with `stop` does not get through
+    stop_errors     how often an ssh with `stop` does not get through, by node
     metrics         the run's metrics.jsonl
     flags           of the Python that runs the training; without it, such as start faster
     environment     variables of every worker's processes; {worker}, {workers} and {port} are filled in
@@ -151,8 +151,9 @@ def node(folder, script, state, verb, words):
         known["lost"] = known.get("lost", 0) + 1
         lose_machines(folder, known)
         return complain("tpu-vm.ssh", "could not connect")
-    if " stop " in option(words, "--command", "") and state.get("unheard", 0) < script.get("stop_errors", 0):
-        state["unheard"] = state.get("unheard", 0) + 1
+    unheard = state.setdefault("unheard", {})
+    if " stop " in option(words, "--command", "") and unheard.get(name, 0) < script.get("stop_errors", {}).get(name, 0):
+        unheard[name] = unheard.get(name, 0) + 1
         return complain("tpu-vm.ssh", "could not connect")
     if plan.get("at_once") and option(words, "--command", "").endswith("start"):
         subprocess.Popen([sys.executable, __file__, folder, "watch"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -170,7 +171,7 @@ def node(folder, script, state, verb, words):
         worker = known["nodes"].index(name) * script["hosts"] + number
         places = {"worker": worker, "workers": len(known["nodes"]) * script["hosts"], "port": known["port"]}
         variables = {key: value.format(**places) for key, value in script.get("environment", {}).items()}
-        variables |= {"HOME": str(home(folder, name, number)), "HOSTNAME": f"t1v-n-{name}-w-{number}"}
+        variables |= {"HOME": str(home(folder, name, number)), "HOSTNAME": f"t1v-n-{name}-w-{number}", "WORKER": str(worker)}
         variables["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
         command = ["bash", "-c", option(words, "--command")]
         jobs.append(subprocess.Popen(command, cwd=home(folder, name, number), env=os.environ | variables))

@@ -1,6 +1,8 @@
 """The watch over TPU VMs, against a gcloud that keeps state as the real one does; its workers are processes of this machine."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -21,6 +23,7 @@ from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError
 from gpt_jax.launch import job as jobs
 from gpt_jax.launch import supervise, tpu_vm
+from gpt_jax.launch.gcloud import Done
 from gpt_jax.launch.job import Checked, Job
 from gpt_jax.launch.supervise import Fate
 from gpt_jax.launch.tpu_vm import Do, Seen, Timing, decide, together
@@ -39,7 +42,7 @@ QUOTA = (
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
-worker = os.environ["HOSTNAME"].rpartition("-w-")[2]
+worker = os.environ["WORKER"]
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append(1))
 signal.alarm(60)
@@ -112,7 +115,8 @@ class Cloud:
 
     def created(self):
         state = self.folder / "cloud" / "state.json"
-        return state.exists() and json.loads(state.read_text())["created"]
+        with contextlib.suppress(ValueError):  # it is being written
+            return state.exists() and json.loads(state.read_text())["created"]
 
     def steps(self):
         records = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
@@ -137,6 +141,10 @@ class Cloud:
     def clean(self):
         if hasattr(self, "path") and (self.folder / "cloud" / "state.json").exists() and self.resource():
             fake_gcloud.lose_machines(self.folder / "cloud", self.resource())
+
+
+def without_place(command):
+    return command[: command.index("--quiet")]
 
 
 def git(folder, *words):
@@ -313,7 +321,7 @@ def test_a_request_that_fails_for_quota_is_a_mistake_and_its_name_is_freed(cloud
 def test_gclouds_bad_moments_pass(cloud):
     cloud.script(create_errors=["UNAVAILABLE: try again"], describe_errors={"2": "UNAVAILABLE: try again"})
     assert cloud.submit() == 0
-    assert "ERROR: (gcloud.compute.tpus.queued-resources.create) UNAVAILABLE: try again; trying again" in cloud.lines
+    assert "ERROR: (gcloud.compute.tpus.queued-resources.create) UNAVAILABLE: try again" in cloud.lines
     assert "tiny is UNKNOWN: ERROR: (gcloud.compute.tpus.queued-resources.describe) UNAVAILABLE: try again" in cloud.lines
 
 
@@ -539,10 +547,99 @@ def test_deleting_is_tried_until_it_is_done(cloud):
 
 @pytest.mark.slow
 def test_an_end_is_counted_once_although_stopping_does_not_get_through(cloud):
-    cloud.script(plan=["3:1", "7:0"], stop_errors=1)
+    cloud.script(plan=["3:1", "7:0"], stop_errors={"tiny": 1})
     assert cloud.submit() == 0
     assert cloud.lines[-3] == "done (preemptions: 0, crashes: 1)"
     assert "tiny: an earlier attempt ended (exit 1)" in cloud.lines
+
+
+@pytest.mark.slow
+def test_nothing_starts_beside_a_training_that_has_not_heard_it_is_to_stop(cloud):
+    cloud.job = dataclasses.replace(cloud.job, slices=2)
+    cloud.script(plan=["3:1", "7:0"], others=["9:wait", "7:0"], stop_errors={"tiny-1": 2})
+    assert cloud.submit() == 0
+    verbs = [command[-1].split()[-1] for command in map(without_place, cloud.commands()) if command[4] == "ssh"]
+    verbs = [verb for verb in verbs if verb in ("install", "start", "120")]
+    assert verbs == ["install"] * 2 + ["start"] * 2 + ["120"] * 6 + ["install"] * 2 + ["start"] * 2
+    assert (cloud.attempts(0), cloud.attempts(1)) == (2, 2)
+
+
+@pytest.fixture
+def watch(cloud, monkeypatch):
+    """A Babysitter of two workers that sees what it is told to: `look(state, answers, after=seconds)`."""
+    cloud.script(hosts=2)
+    now = [0.0]
+    gcloud = tpu_vm.Gcloud(cloud.job, cloud.checked)
+    made = tpu_vm.Babysitter(gcloud, [], "a", 2, supervise.Budget(1, 1), 1, False, Timing(), clock=lambda: now[0])
+
+    def look(state, *answers, after=0.0):
+        now[0] += after
+        told = {f"tiny worker {number}": answer for number, answer in enumerate(answers) if answer}
+        text = json.dumps({"state": {"state": state}, "tpu": {"nodeSpec": [{"node": {"labels": {"gpt-jax": gcloud.owner}}}]}})
+        monkeypatch.setattr(tpu_vm, "run_all", lambda commands, limit: [Done(0, text, "")] * len(commands))
+        monkeypatch.setattr(made, "_answers", lambda commands, limit: told)
+        monkeypatch.setattr(made, "_lost_nodes", lambda: "")
+        return made._look()
+
+    made.look = look
+    return made
+
+
+def test_silence_ends_with_the_machines(watch):
+    watch.look("ACTIVE", RUNS, RUNS)
+    assert watch.look("ACTIVE", RUNS, None, after=15).seconds == 0
+    assert watch.look("ACTIVE", RUNS, None, after=200).seconds == 200
+    watch.look("SUSPENDED", after=15)
+    assert watch.look("ACTIVE", None, None, after=1200).seconds == 0
+
+
+def test_each_worker_is_silent_for_itself(watch):
+    assert watch.look("ACTIVE", None, RUNS).seconds == 0
+    assert watch.look("ACTIVE", RUNS, None, after=200).seconds == 0
+    assert watch.look("ACTIVE", None, None, after=200).seconds == 200
+
+
+def test_a_worker_that_is_silent_now_and_then_does_not_put_off_the_end(watch):
+    watch.look("ACTIVE", RUNS, RUNS)
+    assert watch.look("ACTIVE", over(1), RUNS, after=15).workers == "ended"
+    assert watch.look("ACTIVE", over(1), None, after=30).workers == "silent"
+    assert decide(watch.look("ACTIVE", over(1), RUNS, after=30), Timing()).do is Do.RESTART
+
+
+def test_what_never_answered_is_not_taken_away(watch):
+    watch.look("ACTIVE", None, None)
+    assert decide(watch.look("ACTIVE", None, None, after=300), Timing())[:2] == (Do.END, Fate.CRASHED)
+    watch.look("ACTIVE", RUNS, RUNS, after=15)
+    watch.look("ACTIVE", RUNS, None, after=15)
+    assert decide(watch.look("ACTIVE", RUNS, None, after=300), Timing())[:2] == (Do.REPLACE, Fate.CRASHED)
+
+
+@pytest.mark.parametrize(
+    ("complaint", "refused"),
+    [
+        ("PERMISSION_DENIED: no", True),
+        ("Reauthentication failed. cannot prompt during non-interactive execution.", True),
+        (QUOTA, True),
+        ("UNAVAILABLE: later", False),
+        ("There was a problem refreshing your current auth tokens: Max retries exceeded. Run: gcloud auth login", False),
+        ("gcloud crashed (ConnectionError): ('Connection aborted.')", False),
+        ("something that nobody has heard of", False),
+    ],
+)
+def test_refusals_are_told_from_bad_moments(complaint, refused):
+    assert Done(1, "", f"ERROR: (gcloud.compute.tpus.queued-resources.create) {complaint}").refused is refused
+
+
+def test_whoever_read_what_it_says_may_be_gone(cloud, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    cloud.script({"states": ["WAITING_FOR_RESOURCES"] * 999})
+    cloud.when(lambda: cloud.created() and cloud.count("describe") > 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(sys, "stderr", Gone())
+    assert tpu_vm.submit(cloud.job, cloud.checked, timing=QUICK, delete_on_exit=True) == 42
+    assert cloud.resource() is None
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
