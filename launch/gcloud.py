@@ -1,4 +1,4 @@
-"""The words of every gcloud command that `tpu_vm` runs, and the running of several at once.
+"""The words of every gcloud command that `tpu_watch` runs, and the running of several at once.
 
 Sources: gcloud's reference for `compute tpus queued-resources` and `compute tpus tpu-vm` (Google Cloud documentation, 2026).
 """

@@ -22,11 +22,11 @@ import pytest
 from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError
 from gpt_jax.launch import job as jobs
-from gpt_jax.launch import supervise, tpu_vm
+from gpt_jax.launch import supervise, tpu_vm, tpu_watch
 from gpt_jax.launch.gcloud import Done
 from gpt_jax.launch.job import Checked, Job
 from gpt_jax.launch.supervise import Fate
-from gpt_jax.launch.tpu_vm import Do, Seen, Timing, decide, together
+from gpt_jax.launch.tpu_watch import Do, Seen, Timing, decide, together
 
 fake_gcloud, tiny = (
     SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(name)))) for name in ("fake_gcloud.py", "tiny.py")
@@ -504,7 +504,7 @@ def test_interrupted_before_the_workers_told_whose_it_is_nothing_is_deleted(clou
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tpu_vm.Babysitter, "_answers", interrupted)
+    monkeypatch.setattr(tpu_watch.Babysitter, "_answers", interrupted)
     assert cloud.submit(delete_on_exit=True) == 42
     assert cloud.lines == ["tiny is ACTIVE", "interrupted; a training that runs goes on", *STAYS]
     assert cloud.resource() is not None
@@ -570,13 +570,13 @@ def watch(cloud, monkeypatch):
     cloud.script(hosts=2)
     now = [0.0]
     gcloud = tpu_vm.Gcloud(cloud.job, cloud.checked)
-    made = tpu_vm.Babysitter(gcloud, [], "a", 2, supervise.Budget(1, 1), 1, False, Timing(), clock=lambda: now[0])
+    made = tpu_watch.Babysitter(gcloud, [], "a", 2, supervise.Budget(1, 1), 1, False, Timing(), clock=lambda: now[0])
 
     def look(state, *answers, after=0.0):
         now[0] += after
         told = {f"tiny worker {number}": answer for number, answer in enumerate(answers) if answer}
         text = json.dumps({"state": {"state": state}, "tpu": {"nodeSpec": [{"node": {"labels": {"gpt-jax": gcloud.owner}}}]}})
-        monkeypatch.setattr(tpu_vm, "run_all", lambda commands, limit: [Done(0, text, "")] * len(commands))
+        monkeypatch.setattr(tpu_watch, "run_all", lambda commands, limit: [Done(0, text, "")] * len(commands))
         monkeypatch.setattr(made, "_answers", lambda commands, limit: told)
         monkeypatch.setattr(made, "_lost_nodes", lambda: "")
         return made._look()
@@ -668,7 +668,7 @@ def test_a_refusal_that_stays_ends_the_watch(cloud):
 @pytest.mark.parametrize("answer", ["", "[]", "{}", '{"state": null}', '{"state": {"state": "ACTIVE"}}'])
 def test_an_answer_without_sense_is_none(cloud, answer):
     cloud.script()
-    watch = tpu_vm.Babysitter(tpu_vm.Gcloud(cloud.job, cloud.checked), [], "d", 1, supervise.Budget(1, 1), 1, False)
+    watch = tpu_watch.Babysitter(tpu_vm.Gcloud(cloud.job, cloud.checked), [], "d", 1, supervise.Budget(1, 1), 1, False)
     assert watch._read(answer) == ("UNKNOWN", "gcloud's answer did not make sense")
 
 
