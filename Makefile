@@ -10,7 +10,7 @@ locks := $(wildcard constraints/*.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow interop test-interop slurm lint format lock clean
+.PHONY: help demo test test-slow interop test-interop slurm sky lint format lock clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,13 @@ test-interop: $(VENV)/.installed-interop
 
 slurm: $(VENV)/.installed-test ## Run launch's batch file on a small SLURM of this machine (Debian's slurm-wlm and munge, as root).
 	@GPT_JAX_SLURM=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -m slow tests/launch/test_slurm_real.py $(ARGS)
+
+sky: $(VENV)/.installed-test .venv-sky/.installed ## Check launch's tasks with SkyPilot's own loader, in .venv-sky.
+	@GPT_JAX_SKY=.venv-sky/bin/python $(bin)/python -m pytest -m slow tests/launch/test_sky.py $(ARGS)
+
+.venv-sky/.installed:
+	@$(PYTHON) -m venv .venv-sky && .venv-sky/bin/python -m pip install --quiet 'skypilot==0.14.*'
+	@touch $@
 
 lint: $(VENV)/.installed-lint ## Check style, format and types.
 	@$(bin)/ruff check .
@@ -59,7 +66,7 @@ lock: $(VENV)/.created ## Renew the constraints files with the newest versions t
 	done
 
 clean: ## Remove what these commands made: the environment, builds and caches. Runs stay.
-	rm -rf $(VENV) .venv-interop build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-interop .venv-sky build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # -- the environment --------------------------------------------------------------------------------------------------------

@@ -69,6 +69,10 @@ _TPUS = {
 }
 
 
+RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+"""Software version of a TPU VM, by family; those that are not here are not offered as such."""
+
+
 class _Gpu(NamedTuple):
     memory: int  # GB of one, by its data sheet
     gke: str

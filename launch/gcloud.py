@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import tpu_worker
+from .accelerators import RUNTIMES
 from .job import Checked, Job, mounted
 from .supervise import kill, spawn
 
-RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
-"""Software version of a TPU VM, by family."""
 LABEL = "gpt-jax"
 """Of a resource; its value says whose it is."""
 REFUSALS = re.compile(

@@ -19,6 +19,7 @@ from gpt_jax.checkout import Checkout
 from gpt_jax.config import require
 from gpt_jax.errors import UserError
 
+from .accelerators import RUNTIMES
 from .job import PORT, RESTART_CODE, Checked, Job, buckets, mounted, require_reachable, require_tool, to_yaml
 
 DIFF = "~/uncommitted.diff"
@@ -38,7 +39,8 @@ def render(job: Job, checked: Checked) -> str:
     require(job.grace_seconds == Job.grace_seconds, "grace_seconds", "leave it out: SkyPilot decides it")
     several = checked.accelerator.kind == "tpu" and job.slices > 1
     require(not several, "slices", "several TPU slices become one machine with tpu-vm and gke, not with sky")
-    require(checked.accelerator.family != "7x", "accelerator", "7x is to be had with gke only")
+    on_vms = checked.accelerator.kind != "tpu" or checked.accelerator.family in RUNTIMES
+    require(on_vms, "accelerator", f"{checked.accelerator.name} is to be had with gke only")
     origin = checkout.find()
     if not job.image and not origin.commit:
         raise UserError("sky installs a checkout, and this package is not in one of git: run it from a clone, or give --image")
@@ -83,6 +85,8 @@ def _task(job: Job, checked: Checked, origin: Checkout) -> dict[str, Any]:
     resources: dict[str, Any] = {"use_spot": job.spot}
     if accelerator.kind == "tpu":
         resources |= {"cloud": "gcp", "accelerators": accelerator.sky}
+        # SkyPilot takes v5p's for v5e too.
+        resources["accelerator_args"] = {"runtime_version": RUNTIMES[accelerator.family]}
     elif accelerator.kind == "gpu":
         resources |= {"accelerators": f"{accelerator.sky}:{accelerator.chips_per_host}"}
     else:

@@ -24,7 +24,8 @@ from gpt_jax.config import require
 from gpt_jax.errors import UserError
 
 from . import tpu_worker
-from .gcloud import RUNTIMES, Gcloud
+from .accelerators import RUNTIMES
+from .gcloud import Gcloud
 from .job import Checked, Job, buckets, mounted, require_reachable, require_tool
 from .supervise import Budget
 from .tpu_watch import USUAL, Babysitter, Timing

@@ -53,10 +53,24 @@ def test_the_task_is_valid(fields, invalid):
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
 
 
+@pytest.mark.slow
+@pytest.mark.skipif("GPT_JAX_SKY" not in os.environ, reason="make sky sets GPT_JAX_SKY")
+@pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+def test_skypilots_own_loader_takes_the_task(fields, tmp_path):
+    """GPT_JAX_SKY: a Python that has SkyPilot, whose packages do not go with ours."""
+    job, file = make(**fields), tmp_path / "task.yaml"
+    file.write_text(sky.render(job, checked(job)))
+    code = "import sys, sky; task = sky.Task.from_yaml(sys.argv[1]); print(task.name, task.num_nodes, len(task.resources))"
+    done = subprocess.run([os.environ["GPT_JAX_SKY"], "-c", code, file], capture_output=True, text=True)
+    assert done.stdout.split()[-3:] == [job.name, str(job.slices), "1"], done.stderr
+    assert "default" not in done.stdout + done.stderr  # nothing that it would have to guess
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({}, {"use_spot": False, "cloud": "gcp", "accelerators": "tpu-v5litepod-16"}),
+        ({}, {"accelerator_args": {"runtime_version": "v2-alpha-tpuv5-lite"}}),
         ({"spot": True, "zone": "us-east5-a"}, {"use_spot": True, "zone": "us-east5-a"}),
         (GPUS, {"accelerators": "H100:8"}),
         ({"accelerator": "cpu-4"}, {"cpus": "4+"}),
@@ -190,7 +204,7 @@ def test_what_is_printed_is_what_sky_gets(tmp_path, monkeypatch, origin):
         ({"workdir": "/mnt/disk/a"}, "--workdir: '/mnt/disk/a': nothing is mounted below /mnt/ on the workers of sky"),
         ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path of this machine"),
         ({"slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}, "--slices: several TPU slices"),
-        ({"accelerator": "7x-8"}, "--accelerator: 7x is to be had with gke only"),
+        ({"accelerator": "7x-8"}, "--accelerator: 7x-8 is to be had with gke only"),
     ],
 )
 def test_what_skypilot_does_not_have_is_refused(fields, said):
