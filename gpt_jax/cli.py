@@ -91,7 +91,13 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("evaluate", _evaluate, "perplexity on text, a task's scores, or zero-shot scores of a checkpoint")
     sub.set_defaults(takes_overrides=True)
     sub.epilog = "A fine-tuned checkpoint is scored on its own task; --task.path and other --task.* fields say what differs."
-    sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a run's folder, or one of its checkpoints/STEP")
+    sub.add_argument(
+        "checkpoint",
+        type=_path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="a run's folder, or one of its checkpoints/STEP; several with --zero-shot",
+    )
     sub.add_argument(
         "--text", type=_local, metavar="SOURCE", help="perplexity on a file, a folder, a glob, tfds:NAME or builtin:docs"
     )
@@ -267,6 +273,9 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("--out: perplexity is printed and leaves no files")
     if options.every_checkpoint and not options.zero_shot:
         raise UserError("--every-checkpoint goes with --zero-shot")
+    checkpoint, *others = options.checkpoint
+    if others and not options.zero_shot:
+        raise UserError(f"{others[0]}: one checkpoint at a time; several can be compared with --zero-shot")
     if options.zero_shot:
         from gpt_jax.present import show_zero_shot
 
@@ -274,9 +283,9 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         show_zero_shot(evaluate.zero_shot(options.checkpoint, sources, options.every_checkpoint, say), options.out)
         return
     if options.text:
-        scores = evaluate.evaluate_text(options.checkpoint, options.text, max_bytes=options.max_bytes)
+        scores = evaluate.evaluate_text(checkpoint, options.text, max_bytes=options.max_bytes)
     else:
-        scores = evaluate.evaluate_task(options.checkpoint, overrides, options.split, options.out, say)
+        scores = evaluate.evaluate_task(checkpoint, overrides, options.split, options.out, say)
     for name, value in scores.items():
         print(f"{name:<24}{value:>14,}" if isinstance(value, int) else f"{name:<24}{value:>14.4f}")
 

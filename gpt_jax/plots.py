@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,18 @@ class Point(NamedTuple):
     high: float
 
 
+class Curve(NamedTuple):
+    """Points under one name. Curves of one colour are of one thing, those of one style (a number from 0) of one model."""
+
+    name: str
+    points: Sequence[Point]
+    color: int = 0
+    style: int = 0
+
+
+STYLES = ("-", "--", ":", "-.")
+
+
 def require_matplotlib() -> None:
     """Raises a `UserError` where matplotlib is not installed; worth knowing before hours of training."""
     try:
@@ -28,10 +40,8 @@ def require_matplotlib() -> None:
         raise UserError("plots need matplotlib: pip install 'gpt_jax[plots]'") from None
 
 
-def curves(
-    path: Path, title: str, x_label: str, y_label: str, series: Mapping[str, Sequence[Point]], ticks: Sequence[str] = ()
-) -> None:
-    """Writes a figure with a curve for each series, bars from the least to the greatest value at its points.
+def curves(path: Path, title: str, x_label: str, y_label: str, shown: Sequence[Curve], ticks: Sequence[str] = ()) -> None:
+    """Writes a figure of the curves, bars from the least to the greatest value at their points.
 
     Args:
       ticks: names of x = 0, 1, 2, ...; the points are not joined then.
@@ -43,17 +53,18 @@ def curves(
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for name, points in series.items():
+    for name, points, color, style in shown:
         x, y = [point.x for point in points], [point.y for point in points]
         bars = ([p.y - p.low for p in points], [p.high - p.y for p in points])
-        axes.errorbar(x, y, bars, marker="o", markersize=4, capsize=3, linestyle="none" if ticks else "-", label=name)
+        line = "none" if ticks else STYLES[style % len(STYLES)]
+        axes.errorbar(x, y, bars, color=f"C{color}", linestyle=line, marker="o", markersize=4, capsize=3, label=name)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     if ticks:
         axes.set_xticks(range(len(ticks)), ticks)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    if len(series) > 1:
+    if len(shown) > 1:
         axes.legend()
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)

@@ -20,7 +20,7 @@ from gpt_jax.config import FinetuneConfig
 from gpt_jax.data.pipeline import batches
 from gpt_jax.data.store import MappedShards, Store, TokenArray
 from gpt_jax.data.windows import Batch, Windows
-from gpt_jax.plots import Point, curves
+from gpt_jax.plots import Curve, Point, curves
 from gpt_jax.rundir import write_atomic
 
 RUNS = 3
@@ -203,20 +203,28 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> dict[str, float]:
 def show_zero_shot(results: Sequence[dict[str, Any]], out: Path | None) -> None:
     """Prints zero-shot scores; with a folder, writes them to zero_shot.json and, of several checkpoints, draws zero_shot.png."""
     print(f"{'step':>9}  {'probe':<12}{'metric':<10}{'score':>8}{'normalised':>12}{'rows':>8}")
-    for found in results:
-        metric = "matthews" if "matthews" in found else "accuracy"
-        normalized = "-" if found["normalized"] is None else f"{found['normalized']:.3f}"
-        print(f"{found['step']:>9}  {found['probe']:<12}{metric:<10}{100 * found[metric]:>8.1f}{normalized:>12}{found['n']:>8,}")
+    for path, rows in itertools.groupby(results, lambda found: found["path"]):
+        print(path)
+        for found in rows:
+            metric = "matthews" if "matthews" in found else "accuracy"
+            normalized = "-" if found["normalized"] is None else f"{found['normalized']:.3f}"
+            print(
+                f"{found['step']:>9}  {found['probe']:<12}{metric:<10}{100 * found[metric]:>8.1f}{normalized:>12}{found['n']:>8,}"
+            )
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "zero_shot.json", json.dumps(list(results), indent=1) + "\n")
-    lines: dict[str, list[Point]] = {}
+    lines: dict[tuple[str, str], list[Point]] = {}
     for found in results:
-        if found["normalized"] is not None:
-            y = found["normalized"]
-            lines.setdefault(found["probe"], []).append(Point(found["step"], y, y, y))
+        if (y := found["normalized"]) is not None:
+            lines.setdefault((found["probe"], found["path"]), []).append(Point(found["step"], y, y, y))
     if any(len(points) > 1 for points in lines.values()):
+        probes, paths = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+        drawn = [
+            Curve(probe if len(paths) == 1 else f"{probe}, {Path(path).name}", points, probes.index(probe), paths.index(path))
+            for (probe, path), points in lines.items()
+        ]
         label = "score (0: random guess, 1: best supervised)"
-        curves(out / "zero_shot.png", "Zero-shot scores along pre-training", "pre-training steps", label, lines)
+        curves(out / "zero_shot.png", "Zero-shot scores along pre-training", "pre-training steps", label, drawn)
         print(f"{out / 'zero_shot.json'}, {out / 'zero_shot.png'}")

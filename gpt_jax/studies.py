@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax import config_io, distributed
 from gpt_jax.config import FinetuneConfig, TransferConfig, require
-from gpt_jax.plots import Point, curves, require_matplotlib
+from gpt_jax.plots import Curve, Point, curves, require_matplotlib
 from gpt_jax.rundir import write_atomic
 from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.evaluate import sound_checkpoints
@@ -105,7 +105,7 @@ def study(name: str, config: FinetuneConfig, workdir: Path, seeds: int, lstm: st
         f"{task.title}, validation; median and range of {seeds} seeds",
         X_LABELS[name],
         f"{metric} (%)",
-        {task.title: points},
+        [Curve(task.title, points)],
         ticks,
     )
     width = max(len(row["variant"]) for row in rows) + 2

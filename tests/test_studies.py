@@ -8,7 +8,7 @@ from gpt_jax import studies
 from gpt_jax.cli import main
 from gpt_jax.config import FinetuneConfig, TransferConfig
 from gpt_jax.errors import UserError
-from gpt_jax.plots import Point, curves
+from gpt_jax.plots import Curve, Point, curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -53,8 +53,14 @@ def test_a_study_needs_a_pretrained_run(tmp_path):
 
 
 def test_curves_are_drawn(tmp_path):
-    curves(tmp_path / "a" / "plot.png", "Title", "x", "y", {"one": [Point(0, 1, 0, 2), Point(1, 2, 1, 3)], "two": []})
-    curves(tmp_path / "names.png", "Title", "", "y", {"one": [Point(0, 1, 1, 1), Point(1, 2, 2, 2)]}, ["a", "b"])
+    curves(
+        tmp_path / "a" / "plot.png",
+        "Title",
+        "x",
+        "y",
+        [Curve("one", [Point(0, 1, 0, 2), Point(1, 2, 1, 3)]), Curve("two", [], 1, 5)],
+    )
+    curves(tmp_path / "names.png", "Title", "", "y", [Curve("one", [Point(0, 1, 1, 1), Point(1, 2, 2, 2)])], ["a", "b"])
     assert (tmp_path / "a" / "plot.png").read_bytes().startswith(PNG)
     assert (tmp_path / "a" / "plot.png").read_bytes() != (tmp_path / "names.png").read_bytes()
 
@@ -118,5 +124,15 @@ def test_zero_shot_scores_along_a_run(pretrained, tmp_path, capsys):
         assert row["normalized"] == pytest.approx((row["accuracy"] - 0.5) / (0.7641 - 0.5))
     assert (out / "zero_shot.png").read_bytes().startswith(PNG)
     capsys.readouterr()
+    # Two at once, each under its own path.
+    single = str(pretrained / "checkpoints" / "2")
+    assert main(["evaluate", single, str(pretrained), "--zero-shot", f"dprd={schemas}", "--out", str(out)]) == 0
+    both = json.loads((out / "zero_shot.json").read_text())
+    assert [(row["path"], row["step"], row["accuracy"]) for row in both] == [
+        (single, 2, found[1]["accuracy"]),
+        (str(pretrained), 2, found[1]["accuracy"]),
+    ]
+    assert main(["evaluate", single, str(pretrained), "--text", str(schemas)]) == 2
+    assert "one checkpoint at a time" in capsys.readouterr().err
     assert main(["evaluate", str(pretrained), "--zero-shot", "wcs=a"]) == 2
     assert "did you mean wsc" in capsys.readouterr().err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,17 +156,19 @@ def sound_checkpoints(run: Path) -> list[Path]:
     return found
 
 
-def zero_shot(path: Path, sources: Mapping[str, str], every_checkpoint: bool, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    """What a language model scores on probes without fine-tuning (section 5, Figure 2, right).
+def zero_shot(
+    paths: Sequence[Path], sources: Mapping[str, str], every_checkpoint: bool, log: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """What language models score on probes without fine-tuning (section 5, Figure 2, right).
 
     Args:
-      path: a run's folder or one checkpoint's.
+      paths: runs' folders or single checkpoints'.
       sources: for each probe's name (`zero_shot.PROBES`) where its rows are: a task's folder, "" for tensorflow-datasets, or a
         file of Winograd schemas.
-      every_checkpoint: score all sound checkpoints that the run has kept (`--train.keep-latest`), not only the newest.
+      every_checkpoint: score all sound checkpoints that a run has kept (`--train.keep-latest`), not only the newest.
 
     Returns:
-      `probe`'s result for each checkpoint and probe, with its `step`.
+      `probe`'s result for each checkpoint and probe, with its `path` (as given) and `step`.
 
     Raises:
       UserError: no such probe, no sound checkpoint, or rows that cannot be read.
@@ -183,17 +185,15 @@ def zero_shot(path: Path, sources: Mapping[str, str], every_checkpoint: bool, lo
             splits[name] = {"test": read_winograd(Path(source))}
         else:
             raise UserError(f"--zero-shot: {name} is read from a file: write {name}=FILE")
-    checkpoints = [checkpoint.resolve(path, log).path]
-    if every_checkpoint:
-        checkpoints = sound_checkpoints(path)
+    kept = [sound_checkpoints(path) if every_checkpoint else [checkpoint.resolve(path, log).path] for path in paths]
     results = []
-    for folder in checkpoints:
+    for path, folder in ((path, folder) for path, folders in zip(paths, kept, strict=True) for folder in folders):
         trained = load_model(folder)
         with jax.set_mesh(trained.mesh):
             for name, rows in splits.items():
                 found = probe(name, trained.config.model, trained.params, trained.tokenizer, rows)
-                results.append({"step": trained.info.step, **found})
+                results.append({"path": str(path), "step": trained.info.step, **found})
                 metric = PROBES[name].metric
                 normalized = "" if found["normalized"] is None else f", normalised {found['normalized']:.3f}"
-                log(f"checkpoint {trained.info.step}: {PROBES[name].title} {metric} {found[metric]:.4f}{normalized}")
+                log(f"{folder}: {PROBES[name].title} {metric} {found[metric]:.4f}{normalized}")
     return results
