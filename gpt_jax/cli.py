@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--text", type=_local, metavar="SOURCE", help="perplexity on a file, a folder, a glob, tfds:NAME or builtin:docs"
     )
-    sub.add_argument("--max-bytes", type=int, default=0, help="of the text; 0: all (default)")
-    sub.add_argument("--split", choices=("train", "validation", "test"), default="validation", help="of the task (validation)")
+    sub.add_argument("--max-bytes", type=int, help="of the text (default: all)")
+    sub.add_argument("--split", choices=("train", "validation", "test"), help="of the task (default: validation)")
     sub.add_argument(
         "--zero-shot",
         type=_local,
@@ -258,7 +258,9 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.seeds is None:
         finetune(config, options.workdir, options.allow_changes)
     else:
-        finetune_seeds(config, options.workdir, options.seeds, options.allow_changes)
+        from gpt_jax.present import show_spread
+
+        show_spread(finetune_seeds(config, options.workdir, options.seeds, options.allow_changes))
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
@@ -267,8 +269,13 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if options.text and options.zero_shot:
         raise UserError("--text and --zero-shot are different measurements; give one of them")
-    if overrides and (options.text or options.zero_shot):
-        raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax evaluate with --text or --zero-shot")
+    chosen = "--text" if options.text else "--zero-shot" if options.zero_shot else ""
+    if overrides and chosen:
+        raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax evaluate with {chosen}")
+    if options.split and chosen:
+        raise UserError(f"--split: is of a task; with {chosen}, leave it out")
+    if options.max_bytes is not None and chosen != "--text":
+        raise UserError("--max-bytes: goes with --text")
     if options.text and options.out:
         raise UserError("--out: perplexity is printed and leaves no files")
     if options.every_checkpoint and not options.zero_shot:
@@ -279,13 +286,17 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.zero_shot:
         from gpt_jax.present import show_zero_shot
 
-        sources = dict(word.partition("=")[::2] for word in options.zero_shot)
-        show_zero_shot(evaluate.zero_shot(options.checkpoint, sources, options.every_checkpoint, say), options.out)
+        sources = [word.partition("=")[::2] for word in options.zero_shot]
+        names = [name for name, _ in sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"--zero-shot: {twice} is given more than once; each probe is scored on one set of rows")
+        paths = list(dict.fromkeys(options.checkpoint))
+        show_zero_shot(evaluate.zero_shot(paths, dict(sources), options.every_checkpoint, say), options.out)
         return
     if options.text:
-        scores = evaluate.evaluate_text(checkpoint, options.text, max_bytes=options.max_bytes)
+        scores = evaluate.evaluate_text(checkpoint, options.text, max_bytes=options.max_bytes or 0)
     else:
-        scores = evaluate.evaluate_task(checkpoint, overrides, options.split, options.out, say)
+        scores = evaluate.evaluate_task(checkpoint, overrides, options.split or "validation", options.out, say)
     for name, value in scores.items():
         print(f"{name:<24}{value:>14,}" if isinstance(value, int) else f"{name:<24}{value:>14.4f}")
 

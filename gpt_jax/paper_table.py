@@ -12,10 +12,12 @@ import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gpt_jax import config_io
 from gpt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
 from gpt_jax.errors import UserError
+from gpt_jax.model.transformer import compute_dtype
 from gpt_jax.rundir import read_json
 from gpt_jax.tasks import scoring
 from gpt_jax.tasks.registry import ABLATION_AVERAGES, ABLATIONS, GLUE_AVERAGE, TASKS, Task
@@ -75,7 +77,8 @@ def show(runs: Sequence[Path]) -> None:
 def _load(path: Path) -> Run:
     if not (path / "result.json").is_file():
         raise UserError(f"{path}: no result.json there; --paper takes the folders of finished fine-tuning runs")
-    config = config_io.from_dict(read_json(path / "config.json")["config"])
+    stored = read_json(path / "config.json")
+    config = config_io.from_dict(stored["config"])
     if not isinstance(config, FinetuneConfig):
         raise UserError(f"{path} is a pre-training run; --paper takes the folders of finished fine-tuning runs")
     if config.task.name not in TASKS:
@@ -93,7 +96,15 @@ def _load(path: Path) -> Run:
         for split in _SPLITS
         if split in result
     }
-    return Run(path, task, config.init.from_, _row(config), _differences(config), len(result.get("seeds", [0])), scores)
+    return Run(
+        path,
+        task,
+        config.init.from_,
+        _row(config),
+        _differences(config, stored.get("platform")),
+        len(result.get("seeds", [0])),
+        scores,
+    )
 
 
 def _row(config: FinetuneConfig) -> str:
@@ -149,8 +160,15 @@ _NO_SETTINGS = {"model.kind", "init.from", "init.like", "init.tokenizer", "task.
 _WORDS = {("init.blocks", -1): "all", ("task.max-train", 0): "all", ("task.max-tokens", 0): "the context"}
 
 
-def _differences(config: FinetuneConfig) -> list[str]:
-    """Each setting that is not the paper's, and with pre-trained parameters where they come from."""
+def _differences(config: FinetuneConfig, platform: str | None) -> list[str]:
+    """Each setting that is not the paper's, and with pre-trained parameters where they come from.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu", where the run was trained, which settles `--model.compute-dtype auto`; None: unknown.
+    """
+    if platform:
+        settled: Any = compute_dtype(_architecture(config), platform).name
+        config = dataclasses.replace(config, model=dataclasses.replace(_architecture(config), compute_dtype=settled))
     foreign = _TRANSFORMER_ONLY if _architecture(config).kind == "lstm" else _LSTM_ONLY
     skipped = _NO_SETTINGS | {f"model.{name}" for name in foreign}
     if config.task.lm_weight == 0:  # the row says so

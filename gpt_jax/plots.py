@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +40,20 @@ def require_matplotlib() -> None:
         raise UserError("plots need matplotlib: pip install 'gpt_jax[plots]'") from None
 
 
-def curves(path: Path, title: str, x_label: str, y_label: str, shown: Sequence[Curve], ticks: Sequence[str] = ()) -> None:
+def curves(
+    path: Path,
+    title: str,
+    x_label: str,
+    y_label: str,
+    shown: Sequence[Curve],
+    ticks: Mapping[float, str] | None = None,
+    joined: bool = True,
+) -> None:
     """Writes a figure of the curves, bars from the least to the greatest value at their points.
 
     Args:
-      ticks: names of x = 0, 1, 2, ...; the points are not joined then.
+      ticks: names of values of x; where there are any, they stand on the axis in place of numbers.
+      joined: lines go from point to point, which says that their order means something.
     """
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -56,11 +65,11 @@ def curves(path: Path, title: str, x_label: str, y_label: str, shown: Sequence[C
     for name, points, color, style in shown:
         x, y = [point.x for point in points], [point.y for point in points]
         bars = ([p.y - p.low for p in points], [p.high - p.y for p in points])
-        line = "none" if ticks else STYLES[style % len(STYLES)]
+        line = STYLES[style % len(STYLES)] if joined else "none"
         axes.errorbar(x, y, bars, color=f"C{color}", linestyle=line, marker="o", markersize=4, capsize=3, label=name)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     if ticks:
-        axes.set_xticks(range(len(ticks)), ticks)
+        axes.set_xticks(list(ticks), list(ticks.values()))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -202,29 +202,53 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> dict[str, float]:
 
 def show_zero_shot(results: Sequence[dict[str, Any]], out: Path | None) -> None:
     """Prints zero-shot scores; with a folder, writes them to zero_shot.json and, of several checkpoints, draws zero_shot.png."""
-    print(f"{'step':>9}  {'probe':<12}{'metric':<10}{'score':>8}{'normalised':>12}{'rows':>8}")
+    head = ("step", "probe", "split", "metric", "score, %", "normalised", "rows", "cut")
+    print(f"{head[0]:>9}  {head[1]:<13}{head[2]:<12}{head[3]:<10}{head[4]:>9}{head[5]:>12}{head[6]:>8}{head[7]:>8}")
     for path, rows in itertools.groupby(results, lambda found: found["path"]):
         print(path)
         for found in rows:
             metric = "matthews" if "matthews" in found else "accuracy"
             normalized = "-" if found["normalized"] is None else f"{found['normalized']:.3f}"
             print(
-                f"{found['step']:>9}  {found['probe']:<12}{metric:<10}{100 * found[metric]:>8.1f}{normalized:>12}{found['n']:>8,}"
+                f"{found['step']:>9}  {found['probe']:<13}{found['split']:<12}{metric:<10}{100 * found[metric]:>9.1f}"
+                f"{normalized:>12}{found['n']:>8,}{found['truncated']:>8,}"
             )
+    print("normalised: 0 is a random guess, 1 the best supervised model; cut: rows that lost their beginning")
+    for name, best, source in dict.fromkeys((found["probe"], found["best"], found["source"]) for found in results):
+        print(f"    {name}: {'' if best is None else f'{100 * best:.1f}, '}{source}")
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "zero_shot.json", json.dumps(list(results), indent=1) + "\n")
+    data, figure = out / "zero_shot.json", out / "zero_shot.png"
+    write_atomic(data, json.dumps(list(results), indent=1) + "\n")
     lines: dict[tuple[str, str], list[Point]] = {}
     for found in results:
         if (y := found["normalized"]) is not None:
             lines.setdefault((found["probe"], found["path"]), []).append(Point(found["step"], y, y, y))
     if any(len(points) > 1 for points in lines.values()):
         probes, paths = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+        short = [Path(path).name for path in paths]
+        labels = dict(zip(paths, short if len(set(short)) == len(short) else paths, strict=True))
         drawn = [
-            Curve(probe if len(paths) == 1 else f"{probe}, {Path(path).name}", points, probes.index(probe), paths.index(path))
+            Curve(probe if len(paths) == 1 else f"{probe}, {labels[path]}", points, probes.index(probe), paths.index(path))
             for (probe, path), points in lines.items()
         ]
         label = "score (0: random guess, 1: best supervised)"
-        curves(out / "zero_shot.png", "Zero-shot scores along pre-training", "pre-training steps", label, drawn)
-        print(f"{out / 'zero_shot.json'}, {out / 'zero_shot.png'}")
+        curves(figure, "Zero-shot scores along pre-training", "pre-training steps", label, drawn)
+        print(f"{data}, {figure}")
+    else:
+        figure.unlink(missing_ok=True)  # an earlier one would show other scores than the file beside it
+        print(data)
+
+
+def show_spread(result: dict[str, Any]) -> None:
+    """Prints what several seeds of a fine-tuning scored: `finetune_seeds`' result."""
+    columns = ("median", "mean", "std", "min", "max")
+    named = ("median", "mean", "deviation", "lowest", "highest")
+    print(f"{'of ' + str(len(result['seeds'])) + ' seeds':<12}{'metric':<22}" + "".join(f"{name:>11}" for name in named))
+    for split in ("validation", "test"):
+        for metric, spread in result.get(split, {}).items():
+            shown = f"{metric}, nats" if metric == "loss" else f"{metric}, %"
+            values = [spread[column] * (1 if metric == "loss" else 100) for column in columns]
+            digits = 3 if metric == "loss" else 1
+            print(f"{split:<12}{shown:<22}" + "".join(f"{value:>11.{digits}f}" for value in values))

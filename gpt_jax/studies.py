@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gpt_jax import config_io, distributed
-from gpt_jax.config import FinetuneConfig, TransferConfig, require
+from gpt_jax.config import FinetuneConfig, ModelConfig, TransferConfig, require
 from gpt_jax.plots import Curve, Point, curves, require_matplotlib
 from gpt_jax.rundir import write_atomic
 from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.evaluate import sound_checkpoints
-from gpt_jax.tasks.finetune import finetune_seeds
-from gpt_jax.train import checkpoint
+from gpt_jax.tasks.finetune import find_source, finetune_seeds, resolve
 from gpt_jax.train.progress import say
+
+StudyName = Literal["layers", "ablations", "steps"]
 
 
 class Variant(NamedTuple):
@@ -35,26 +35,36 @@ class Variant(NamedTuple):
     config: FinetuneConfig
 
 
-def layers(config: FinetuneConfig, lstm: str) -> list[Variant]:
+def layers(config: FinetuneConfig) -> list[Variant]:
     """Nothing, the embeddings, then 1, 2, ... blocks taken over from `--init.from`."""
-    number = 0 if (model := _pretrained(config).model).kind == "lstm" else model.num_layers
+    _require_whole(config, "layers")
+    model = _model(config.init)
+    require(model.kind == "transformer", "init.from", f"{config.init.from_} is an LSTM, which has no blocks to take over")
     parts = [Variant("nothing", -1, _from_nothing(config)), Variant("embeddings", 0, _from(config, blocks=0))]
-    return parts + [Variant(f"{k} blocks", k, _from(config, blocks=k)) for k in range(1, number + 1)]
+    return parts + [Variant(f"{k} block{'s' * (k > 1)}", k, _from(config, blocks=k)) for k in range(1, model.num_layers + 1)]
 
 
-def ablations(config: FinetuneConfig, lstm: str) -> list[Variant]:
-    """Table 5's rows; the LSTM's where a pre-trained one is given."""
-    no_lm = dataclasses.replace(config, task=dataclasses.replace(config.task, lm_weight=0.0))
-    rows = [
-        ("full", config),
-        ("w/o pre-training", _from_nothing(config)),
-        ("w/o aux LM", no_lm),
-        *([("LSTM w/ aux LM", _from(config, from_=lstm))] if lstm else []),
-    ]
+def ablations(config: FinetuneConfig, lstm: str = "") -> list[Variant]:
+    """Table 5's rows; the LSTM's where the run of a pre-trained one is given."""
+    _require_whole(config, "ablations")
+    require(config.task.lm_weight > 0, "task.lm_weight", "the ablations leave the auxiliary loss out themselves; give its weight")
+    require(
+        _model(config.init).kind == "transformer",
+        "init.from",
+        f"{config.init.from_} is an LSTM; the ablations are those of a Transformer, and take the LSTM's run as --lstm",
+    )
+    without_lm = dataclasses.replace(config, task=dataclasses.replace(config.task, lm_weight=0.0))
+    rows = [("full", config), ("w/o pre-training", _from_nothing(config)), ("w/o aux LM", without_lm)]
+    if lstm:
+        from_lstm = _from(config, from_=lstm)
+        require(_model(from_lstm.init).kind == "lstm", "lstm", f"{lstm} is a Transformer; pre-train with --model.kind lstm")
+        rows.append(("LSTM w/ aux LM", from_lstm))
+    else:
+        say("ablations: the LSTM's row is left out; --lstm RUN names a pre-trained one")
     return [Variant(name, number, variant) for number, (name, variant) in enumerate(rows)]
 
 
-def steps(config: FinetuneConfig, lstm: str) -> list[Variant]:
+def steps(config: FinetuneConfig) -> list[Variant]:
     """Every sound checkpoint of the run in `--init.from`; and nothing, at step 0."""
     found = sound_checkpoints(Path(config.init.from_))
     return [Variant("nothing", 0, _from_nothing(config))] + [
@@ -62,36 +72,37 @@ def steps(config: FinetuneConfig, lstm: str) -> list[Variant]:
     ]
 
 
-STUDIES: dict[str, Callable[[FinetuneConfig, str], list[Variant]]] = {"layers": layers, "ablations": ablations, "steps": steps}
-X_LABELS = {
-    "layers": "pre-trained blocks taken over (-1: no embeddings either)",
-    "ablations": "",
-    "steps": "pre-training steps",
-}
+_X_LABELS = {"layers": "taken over from pre-training", "ablations": "", "steps": "pre-training steps"}
 
 
-def study(name: str, config: FinetuneConfig, workdir: Path, seeds: int, lstm: str = "") -> dict[str, Any]:
+def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, lstm: str = "") -> dict[str, Any]:
     """Runs a study and writes its folder; returns what NAME.json holds.
 
     Args:
-      name: of a study in STUDIES.
+      name: layers, ablations or steps.
       config: the fine-tuning that is varied; `--init.from` names the pre-trained run.
       seeds: fine-tunings of each variant.
       lstm: a pre-trained LSTM's run, for "ablations".
 
     Raises:
-      UserError: as `finetune`; or matplotlib is not installed.
+      UserError: as `finetune`, of any variant, before the first is trained; the study cannot be made of these settings; or
+        matplotlib is not installed.
       TrainingError, Preempted: as `finetune`; the same command goes on.
     """
     require_matplotlib()
     require(config.init.from_ not in ("", "none"), "init.from", "say which pre-trained run the study is about")
+    require(not lstm or name == "ablations", "lstm", f"is for the study 'ablations', not for '{name}'")
     task = task_of(config.task)
-    variants = STUDIES[name](config, lstm)
+    variants = ablations(config, lstm) if name == "ablations" else layers(config) if name == "layers" else steps(config)
+    for variant in variants:  # a mistake in the last one is worth knowing before the first is trained
+        resolve(variant.config, task, find_source(variant.config.init, say))
     rows: list[dict[str, Any]] = []
     for variant in variants:
         say(f"{name}: {variant.name} ({len(rows) + 1} of {len(variants)})")
         scores = finetune_seeds(variant.config, workdir / variant.name.replace(" ", "-").replace("/", ""), seeds)
-        rows.append({"variant": variant.name, "x": variant.x, "validation": scores["validation"], "test": scores.get("test")})
+        differs = {"init": dataclasses.asdict(variant.config.init), "lm_weight": variant.config.task.lm_weight}
+        measured = {"validation": scores["validation"], "test": scores.get("test")}
+        rows.append({"variant": variant.name, "x": variant.x, **differs, **measured})
     metric = task.metrics[0]
     result = {"study": name, "metric": metric, "seeds": seeds, "config": config_io.to_dict(config), "variants": rows}
     if not distributed.is_primary():
@@ -99,14 +110,15 @@ def study(name: str, config: FinetuneConfig, workdir: Path, seeds: int, lstm: st
     write_atomic(workdir / f"{name}.json", json.dumps(result, indent=1) + "\n")
     spreads = [(row["x"], row["validation"][metric]) for row in rows]
     points = [Point(x, 100 * each["median"], 100 * each["min"], 100 * each["max"]) for x, each in spreads]
-    ticks = [variant.name for variant in variants] if name == "ablations" else []
+    drawn = f"median and range of {seeds} seeds" if seeds > 1 else f"seed {config.train.seed}"
     curves(
         workdir / f"{name}.png",
-        f"{task.title}, validation; median and range of {seeds} seeds",
-        X_LABELS[name],
+        f"{task.title}, validation; {drawn}",
+        _X_LABELS[name],
         f"{metric} (%)",
         [Curve(task.title, points)],
-        ticks,
+        ticks={} if name == "steps" else {variant.x: variant.name for variant in variants},
+        joined=name != "ablations",
     )
     width = max(len(row["variant"]) for row in rows) + 2
     print(f"{'variant':<{width}}{metric + ', median':>20}{'lowest':>10}{'highest':>10}")
@@ -117,9 +129,13 @@ def study(name: str, config: FinetuneConfig, workdir: Path, seeds: int, lstm: st
     return result
 
 
-def _pretrained(config: FinetuneConfig) -> Any:
-    """The config of the run in `--init.from`."""
-    return config_io.from_dict(checkpoint.read_config(checkpoint.resolve(Path(config.init.from_), say)))
+def _require_whole(config: FinetuneConfig, study: str) -> None:
+    require(config.init.blocks == -1, "init.blocks", f"the study '{study}' says itself how much is taken over; leave it out")
+
+
+def _model(init: TransferConfig) -> ModelConfig:
+    """The architecture of the run in `--init.from`."""
+    return find_source(init, say).model
 
 
 def _from_nothing(config: FinetuneConfig) -> FinetuneConfig:

@@ -122,6 +122,16 @@ def test_settings_that_are_not_the_papers_are_named(tmp_path, capsys):
     )
 
 
+def test_the_type_that_a_device_settles_is_the_one_compared(tmp_path, capsys):
+    """ "auto" computes in float32 on a CPU, as the paper does, and in bfloat16 elsewhere."""
+    model = dataclasses.replace(PAPERS_MODEL, compute_dtype="auto")
+    for platform, expected in (("cpu", "none"), ("gpu", "model.compute-dtype bfloat16 (paper float32)")):
+        run = write_run(tmp_path / platform, "rte", {"validation": {"accuracy": 0.5}}, init="none", model=model)
+        stored = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(stored | {"platform": platform}))
+        assert differences(shown(capsys, run), run) == expected
+
+
 EIGHT = {
     "cola": {"matthews": 0.4},
     "sst2": {"accuracy": 0.9},

@@ -1,14 +1,15 @@
 """Studies: which fine-tunings they run and what they leave behind; zero-shot scores along a run; examples/s by padding."""
 
+import dataclasses
 import json
 
 import pytest
 
-from gpt_jax import studies
+from gpt_jax import config_io, studies
 from gpt_jax.cli import main
 from gpt_jax.config import FinetuneConfig, TransferConfig
-from gpt_jax.errors import UserError
 from gpt_jax.plots import Curve, Point, curves
+from gpt_jax.train.pretrain import pretrain
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -20,36 +21,71 @@ def settings(config):
 
 def test_layers_go_from_nothing_to_all_blocks(pretrained):
     run = str(pretrained)
-    variants = studies.layers(FinetuneConfig(init=TransferConfig(run)), "")
+    variants = studies.layers(FinetuneConfig(init=TransferConfig(run)))
     assert [(variant.name, variant.x, settings(variant.config)) for variant in variants] == [
         ("nothing", -1, ("none", run, -1, 0.5)),
         ("embeddings", 0, (run, "", 0, 0.5)),
-        ("1 blocks", 1, (run, "", 1, 0.5)),
+        ("1 block", 1, (run, "", 1, 0.5)),
         ("2 blocks", 2, (run, "", 2, 0.5)),
     ]
 
 
-def test_ablations_are_the_rows_of_table_5(pretrained):
+@pytest.fixture(scope="module")
+def lstm(pretrained, tmp_path_factory):
+    """The folder of a pre-trained LSTM."""
+    config = config_io.load(str(pretrained.parent / "tiny.py"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, kind="lstm", num_layers=1, lstm_units=24))
+    folder = tmp_path_factory.mktemp("lstm") / "run"
+    pretrain(config, folder)
+    return folder
+
+
+def test_ablations_are_the_rows_of_table_5(pretrained, lstm, capsys):
     run = str(pretrained)
-    variants = studies.ablations(FinetuneConfig(init=TransferConfig(run)), "LSTM")
+    variants = studies.ablations(FinetuneConfig(init=TransferConfig(run)), str(lstm))
     assert {variant.name: settings(variant.config) for variant in variants} == {
         "full": (run, "", -1, 0.5),
         "w/o pre-training": ("none", run, -1, 0.5),
         "w/o aux LM": (run, "", -1, 0.0),
-        "LSTM w/ aux LM": ("LSTM", "", -1, 0.5),
+        "LSTM w/ aux LM": (str(lstm), "", -1, 0.5),
     }
-    assert len(studies.ablations(FinetuneConfig(init=TransferConfig(run)), "")) == 3
+    assert "left out" not in capsys.readouterr().err
+    assert len(studies.ablations(FinetuneConfig(init=TransferConfig(run)))) == 3
+    assert "the LSTM's row is left out" in capsys.readouterr().err
 
 
 def test_steps_are_the_checkpoints_of_the_run(pretrained):
-    variants = studies.steps(FinetuneConfig(init=TransferConfig(str(pretrained))), "")
+    variants = studies.steps(FinetuneConfig(init=TransferConfig(str(pretrained))))
     assert [variant.x for variant in variants] == [0, 1, 2]
     assert variants[1].config.init.from_ == str(pretrained / "checkpoints" / "1")
 
 
-def test_a_study_needs_a_pretrained_run(tmp_path):
-    with pytest.raises(UserError, match=r"--init\.from: say which pre-trained run"):
-        studies.study("layers", FinetuneConfig(init=TransferConfig("none", like="gpt1")), tmp_path, 1)
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("layers", ["--init.from", "none", "--init.like", "gpt1"], "--init.from: say which pre-trained run"),
+        ("layers", ["--init.from", "LSTM"], "is an LSTM, which has no blocks"),
+        ("layers", ["--init.from", "RUN", "--init.blocks", "1"], "--init.blocks: the study 'layers' says itself"),
+        ("layers", ["--init.from", "RUN", "--lstm", "LSTM"], "--lstm: is for the study 'ablations', not for 'layers'"),
+        ("steps", ["--init.from", "RUN", "--lstm", "LSTM"], "--lstm: is for the study 'ablations', not for 'steps'"),
+        ("steps", ["--init.from", "RUN/checkpoints/1"], "give a run's folder, not a checkpoint's"),
+        ("ablations", ["--init.from", "LSTM", "--lstm", "LSTM"], "is an LSTM; the ablations are those of a Transformer"),
+        ("ablations", ["--init.from", "RUN", "--lstm", "RUN"], "is a Transformer; pre-train with --model.kind lstm"),
+        ("ablations", ["--init.from", "RUN", "--lstm", "nowhere"], "nowhere: no such folder"),
+        ("ablations", ["--init.from", "RUN", "--init.blocks", "1"], "--init.blocks: the study 'ablations' says itself"),
+        ("ablations", ["--init.from", "RUN", "--task.lm-weight", "0"], "--task.lm-weight: the ablations leave"),
+    ],
+)
+def test_what_cannot_be_studied_is_said_before_anything_is_trained(
+    config_file, pretrained, lstm, tmp_path, capsys, name, arguments, message
+):
+    words = [word.replace("RUN", str(pretrained)).replace("LSTM", str(lstm)) for word in arguments]
+    out = tmp_path / "study"
+    assert main(["study", config_file, "--name", name, "--workdir", str(out), *words]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gpt-jax: ")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert not out.exists()
 
 
 def test_curves_are_drawn(tmp_path):
@@ -60,7 +96,8 @@ def test_curves_are_drawn(tmp_path):
         "y",
         [Curve("one", [Point(0, 1, 0, 2), Point(1, 2, 1, 3)]), Curve("two", [], 1, 5)],
     )
-    curves(tmp_path / "names.png", "Title", "", "y", [Curve("one", [Point(0, 1, 1, 1), Point(1, 2, 2, 2)])], ["a", "b"])
+    named = [Curve("one", [Point(0, 1, 1, 1), Point(1, 2, 2, 2)])]
+    curves(tmp_path / "names.png", "Title", "", "y", named, {0: "a", 1: "b"}, joined=False)
     assert (tmp_path / "a" / "plot.png").read_bytes().startswith(PNG)
     assert (tmp_path / "a" / "plot.png").read_bytes() != (tmp_path / "names.png").read_bytes()
 
@@ -84,7 +121,15 @@ def test_a_study_leaves_its_scores_and_a_figure(config_file, pretrained, tmp_pat
     command = ["study", config_file, "--name", "layers", "--init.from", str(pretrained), "--workdir", str(out), "--seeds", "2"]
     assert main(command) == 0
     found = json.loads((out / "layers.json").read_text())
-    assert [row["variant"] for row in found["variants"]] == ["nothing", "embeddings", "1 blocks", "2 blocks"]
+    assert [row["variant"] for row in found["variants"]] == ["nothing", "embeddings", "1 block", "2 blocks"]
+    run = str(pretrained)
+    differs = [(row["init"]["from_"], row["init"]["like"], row["init"]["blocks"], row["lm_weight"]) for row in found["variants"]]
+    assert differs == [
+        ("none", run, -1, 0.5),
+        (run, "", 0, 0.5),
+        (run, "", 1, 0.5),
+        (run, "", 2, 0.5),
+    ]
     for row in found["variants"]:
         folder = out / row["variant"].replace(" ", "-")
         each = [json.loads((folder / f"seed-{seed}" / "result.json").read_text())["validation"] for seed in (0, 1)]
@@ -124,15 +169,41 @@ def test_zero_shot_scores_along_a_run(pretrained, tmp_path, capsys):
         assert row["normalized"] == pytest.approx((row["accuracy"] - 0.5) / (0.7641 - 0.5))
     assert (out / "zero_shot.png").read_bytes().startswith(PNG)
     capsys.readouterr()
-    # Two at once, each under its own path.
+    # Two at once, each under its own path; a figure of something else does not stay.
     single = str(pretrained / "checkpoints" / "2")
-    assert main(["evaluate", single, str(pretrained), "--zero-shot", f"dprd={schemas}", "--out", str(out)]) == 0
+    probe = ["--zero-shot", f"dprd={schemas}"]
+    assert main(["evaluate", single, str(pretrained), single, *probe, "--out", str(out)]) == 0
     both = json.loads((out / "zero_shot.json").read_text())
     assert [(row["path"], row["step"], row["accuracy"]) for row in both] == [
         (single, 2, found[1]["accuracy"]),
         (str(pretrained), 2, found[1]["accuracy"]),
     ]
-    assert main(["evaluate", single, str(pretrained), "--text", str(schemas)]) == 2
-    assert "one checkpoint at a time" in capsys.readouterr().err
-    assert main(["evaluate", str(pretrained), "--zero-shot", "wcs=a"]) == 2
-    assert "did you mean wsc" in capsys.readouterr().err
+    assert not (out / "zero_shot.png").exists()
+    shown = capsys.readouterr()
+    assert "DPRD test: 2 rows read, 2 used" in shown.err
+    assert "dprd: 76.4, Peng, Khashabi and Roth (2015)" in shown.out
+    assert shown.out.splitlines()[-1] == f"{out}/zero_shot.json"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "RUN/checkpoints/1", "--text", "a.txt"], "one checkpoint at a time"),
+        (["RUN", "--zero-shot", "wcs=a"], "did you mean wsc"),
+        (["RUN", "--zero-shot", "dprd"], "--zero-shot dprd: DPRD is read from a file: write dprd=FILE"),
+        (["RUN", "--zero-shot", "dprd=nowhere"], "--zero-shot dprd: nowhere: No such file or directory; give a file of"),
+        (["RUN", "--zero-shot", "cola=nowhere"], "--zero-shot cola: there is no folder 'nowhere'"),
+        (["RUN", "--zero-shot", "dprd=a", "--zero-shot", "dprd=b"], "--zero-shot: dprd is given more than once"),
+        (["RUN", "--zero-shot", "dprd=a", "--split", "test"], "--split: is of a task; with --zero-shot, leave it out"),
+        (["RUN", "--text", "a.txt", "--split", "test"], "--split: is of a task; with --text, leave it out"),
+        (["RUN", "--zero-shot", "dprd=a", "--max-bytes", "9"], "--max-bytes: goes with --text"),
+        (["RUN", "--max-bytes", "9"], "--max-bytes: goes with --text"),
+        (["RUN", "--text", "a.txt", "--zero-shot", "dprd=a"], "different measurements"),
+        (["RUN", "--text", "a.txt", "--every-checkpoint"], "--every-checkpoint goes with --zero-shot"),
+    ],
+)
+def test_arguments_of_evaluate_that_do_not_go_together(pretrained, capsys, arguments, message):
+    assert main(["evaluate", *(word.replace("RUN", str(pretrained)) for word in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1

@@ -72,13 +72,16 @@ class Tokenizer(abc.ABC):
         write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
-def create(config: TokenizerConfig, vocab_size: int, sample: Callable[[], Iterable[str]]) -> Tokenizer:
+def create(
+    config: TokenizerConfig, vocab_size: int, sample: Callable[[], Iterable[str]], field: str = "data.tokenizer.path"
+) -> Tokenizer:
     """Makes the tokenizer that a config describes.
 
     Args:
       config: the kind, and where a ready one lies.
       vocab_size: the model's number of entries, which the tokenizer must have.
       sample: gives the documents to train on; called only if a tokenizer is trained.
+      field: the option that named `config.path`, for messages.
 
     Raises:
       UserError: a missing or unsound file, a missing optional dependency, a vocabulary of another size than `vocab_size`,
@@ -88,16 +91,20 @@ def create(config: TokenizerConfig, vocab_size: int, sample: Callable[[], Iterab
     if config.kind == "bytes":
         tokenizer = Bytes()
     elif config.kind == "gpt1":
-        tokenizer = GPT1.read(Path(config.path))
+        tokenizer = GPT1.read(Path(config.path), field)
         tokenizer.encode("")  # Whatever encoding needs and is not installed is said now, not after the corpus has been read.
     elif config.path:
         tokenizer = load(Path(config.path))
         if tokenizer.kind != config.kind:
-            raise UserError(f"--data.tokenizer.path: {config.path} holds a {tokenizer.kind} tokenizer, not {config.kind}")
+            raise UserError(f"--{field}: {config.path} holds a {tokenizer.kind} tokenizer, not {config.kind}")
     else:
         tokenizer = SentencePiece.train(sample(), vocab_size, config.normalization)
     if tokenizer.vocab_size != vocab_size:
-        raise UserError(f"--model.vocab-size: the {tokenizer.kind} tokenizer has {tokenizer.vocab_size}, not {vocab_size}")
+        place = f" in {config.path}" if config.path else ""
+        raise UserError(
+            f"the {tokenizer.kind} tokenizer{place} has {tokenizer.vocab_size} entries, and the model has {vocab_size}; "
+            "take another tokenizer, or --model.vocab-size of the pre-training"
+        )
     return tokenizer
 
 
@@ -202,15 +209,15 @@ class GPT1(Tokenizer):
         self._word_ids = functools.lru_cache(maxsize=1 << 17)(self._merge)
 
     @classmethod
-    def read(cls, folder: Path) -> GPT1:
-        """Reads the released files from a folder."""
+    def read(cls, folder: Path, field: str = "data.tokenizer.path") -> GPT1:
+        """Reads the released files from a folder; `field` is the option that named it, for messages."""
         missing = [name for name in cls.files if not (folder / name).is_file()]
         if missing:
-            raise UserError(f"--data.tokenizer.path: '{folder}' lacks {' and '.join(missing)}; name the folder that has them")
+            raise UserError(f"--{field}: '{folder}' lacks {' and '.join(missing)}; name the folder that has them")
         try:
             return cls(*(_read(folder / name) for name in cls.files))
         except UserError as error:
-            raise UserError(f"--data.tokenizer.path: {folder}/{error}") from None
+            raise UserError(f"--{field}: {folder}/{error}") from None
 
     def encode(self, text: str) -> list[int]:
         return list(itertools.chain.from_iterable(self._word_ids(word) for word in self._words(text)))

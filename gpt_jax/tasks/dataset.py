@@ -109,8 +109,7 @@ def load_dataset(
             truncation=config.truncation,
         )
         counts[name] = {"read": split.read, "used": len(used), **split.dropped, "truncated": encoded[name].truncated}
-        dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items() if count)
-        log(f"{task.title} {name}: {split.read:,} rows read, {len(used):,} used{dropped}; {encoded[name].truncated:,} truncated")
+        log(f"{task.title} {name}: {split.counted(len(used))}; {encoded[name].truncated:,} truncated")
     # Every epoch goes through the training and the validation split. The test split, scored once, need only fit.
     every = [split.longest if name != "test" else np.sort(split.longest)[-1:] for name, split in encoded.items()]
     lengths = choose_lengths(every, batch_size, config.lengths)

@@ -19,7 +19,8 @@ from gpt_jax.errors import UserError, nearest
 from gpt_jax.rundir import read_json
 from gpt_jax.tasks.dataset import load_dataset, task_of
 from gpt_jax.tasks.finetune import Scorer, head_of
-from gpt_jax.tasks.readers import read
+from gpt_jax.tasks.layouts import SplitName
+from gpt_jax.tasks.readers import Split, read
 from gpt_jax.tasks.registry import Task, named
 from gpt_jax.tasks.zero_shot import PROBES, probe, read_winograd
 from gpt_jax.train import checkpoint
@@ -114,7 +115,9 @@ def evaluate_task(
     dataset = load_dataset(task, trained.tokenizer, config.model.context_length, size, log, (split,))
     scorer = Scorer(model, trained.mesh, head, dataset)
     if out is not None:
-        return scorer.write(trained.params, split, out)
+        scores = scorer.write(trained.params, split, out)
+        log(f"predictions: {', '.join(str(path) for path in sorted(out.iterdir()) if path.is_file())}")
+        return scores
     return scorer.scores(scorer.log_probabilities(trained.params, split), split)
 
 
@@ -171,29 +174,41 @@ def zero_shot(
       `probe`'s result for each checkpoint and probe, with its `path` (as given) and `step`.
 
     Raises:
-      UserError: no such probe, no sound checkpoint, or rows that cannot be read.
+      UserError: no such probe, no sound checkpoint, a fine-tuned one, or rows that cannot be read.
     """
-    splits: dict[str, Any] = {}
+    splits: dict[str, dict[SplitName, Split]] = {}
     for name, source in sources.items():
         if name not in PROBES:
             raise UserError(f"--zero-shot: no probe is named '{name}'; {nearest(name, PROBES)}")
-        task = PROBES[name].task
-        if task:
-            config = TaskConfig(name=task, path=source)
-            splits[name] = {split: read(named(task), config, split) for split in PROBES[name].splits}
-        elif source:
-            splits[name] = {"test": read_winograd(Path(source))}
-        else:
-            raise UserError(f"--zero-shot: {name} is read from a file: write {name}=FILE")
+        splits[name] = _probe_rows(name, source)
+        for split, read_rows in splits[name].items():
+            log(f"{PROBES[name].title} {split}: {read_rows.counted()}")
     kept = [sound_checkpoints(path) if every_checkpoint else [checkpoint.resolve(path, log).path] for path in paths]
     results = []
     for path, folder in ((path, folder) for path, folders in zip(paths, kept, strict=True) for folder in folders):
         trained = load_model(folder)
+        if isinstance(trained.config, FinetuneRunConfig):
+            raise UserError(f"--zero-shot: {path} is a fine-tuned model; probes are for what pre-training alone has taught")
         with jax.set_mesh(trained.mesh):
-            for name, rows in splits.items():
-                found = probe(name, trained.config.model, trained.params, trained.tokenizer, rows)
+            for name, of_probe in splits.items():
+                found = probe(name, trained.config.model, trained.params, trained.tokenizer, of_probe)
                 results.append({"path": str(path), "step": trained.info.step, **found})
                 metric = PROBES[name].metric
                 normalized = "" if found["normalized"] is None else f", normalised {found['normalized']:.3f}"
                 log(f"{folder}: {PROBES[name].title} {metric} {found[metric]:.4f}{normalized}")
     return results
+
+
+def _probe_rows(name: str, source: str) -> dict[SplitName, Split]:
+    """The splits that a probe needs."""
+    chosen = PROBES[name]
+    try:
+        if chosen.task:
+            config = TaskConfig(name=chosen.task, path=source)
+            found = {split: read(named(chosen.task), config, split) for split in chosen.splits}
+            return {split: rows for split, rows in found.items() if rows is not None}
+        if not source:
+            raise UserError(f"{chosen.title} is read from a file: write {name}=FILE")
+        return {"test": read_winograd(Path(source))}
+    except UserError as error:  # the readers know the folder as --task.path
+        raise UserError(f"--zero-shot {name}: {str(error).removeprefix('--task.path: ')}") from None

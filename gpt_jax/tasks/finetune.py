@@ -80,8 +80,12 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         batches = TaskBatches(
             dataset.encoded["train"], resolved.train.batch_size, resolved.train.seed, dataset.lengths, resolved.task.order
         )
-        padding = batches.padding_share()
-        log(f"padded to {', '.join(map(str, dataset.lengths))} tokens: {padding:.1%} of the training tokens are padding")
+        scoring_batches = ScoringBatches(dataset.encoded["validation"], resolved.train.batch_size, dataset.lengths)
+        padding = {"train": batches.padding_share(), "validation": scoring_batches.padding_share()}
+        log(
+            f"padded to {', '.join(map(str, dataset.lengths))} tokens: {padding['train']:.1%} of the training tokens and "
+            f"{padding['validation']:.1%} of validation's are padding"
+        )
 
         def conclude(state: State, scores: dict[str, float]) -> dict[str, Any]:
             best, params = _best(run, resolved, mesh, head, state)
@@ -93,7 +97,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
                 "best_step": best,
                 **{name: scores for name, scores in measured.items() if scores},
                 "counts": dataset.counts,
-                "padding": round(padding, 4),
+                "padding": {split: round(share, 4) for split, share in padding.items()},
             }
 
         training = Training(
@@ -178,12 +182,20 @@ def find_source(init: TransferConfig, log: Callable[[str], None]) -> Source:
     kind = config.data.tokenizer.kind
     require(bool(init.tokenizer) or kind == "bytes", "init.tokenizer", f"give the folder of the {kind} tokenizer to use")
     wanted = TokenizerConfig(kind=kind, path=init.tokenizer)
-    return Source(config.model, tokenizers.create(wanted, config.model.vocab_size, lambda: ()), None)
+    tokenizer = tokenizers.create(wanted, config.model.vocab_size, lambda: (), field="init.tokenizer")
+    return Source(config.model, tokenizer, None)
 
 
 def _checkpoint_source(path: Path, log: Callable[[str], None]) -> Source:
     info = checkpoint.resolve(path, log)
-    return Source(config_io.from_dict(checkpoint.read_config(info)).model, tokenizers.load(info.path / "tokenizer"), info)
+    model = config_io.from_dict(checkpoint.read_config(info)).model
+    tokenizer = tokenizers.load(info.path / "tokenizer")
+    if model.vocab_size - tokenizer.vocab_size not in (0, len(Specials._fields)):  # the latter: fine-tuned before
+        raise UserError(
+            f"{info.path}: its model has {model.vocab_size:,} entries and its tokenizer {tokenizer.vocab_size:,}; they do not go "
+            "together, so name another checkpoint"
+        )
+    return Source(model, tokenizer, info)
 
 
 def resolve(config: FinetuneConfig, task: Task, source: Source) -> FinetuneRunConfig:

@@ -49,6 +49,11 @@ class Split(NamedTuple):
     dropped: dict[str, int]
     """Rows left out, by reason."""
 
+    def counted(self, used: int | None = None) -> str:
+        """The counts in words; `used`: how many of `rows` are, if not all."""
+        dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in self.dropped.items() if count)
+        return f"{self.read:,} rows read, {len(self.rows) if used is None else used:,} used{dropped}"
+
 
 def read(task: Task, config: TaskConfig, split: SplitName) -> Split | None:
     """Reads one split of a task.

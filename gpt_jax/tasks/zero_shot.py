@@ -163,8 +163,8 @@ def probe(
 
     Returns:
       `probe`, `split`, the metric under its own name, `normalized` (0: a random guess, 1: the best supervised model; None where
-      there is none), `random`, `best`, `n` (rows scored), `truncated` (rows of which the beginning was cut off, over all
-      splits), and for CoLA `threshold`.
+      there is none), `random`, `best` and its `source`, `n` (rows scored), `truncated` (rows of which the beginning was cut off,
+      over all splits), and for CoLA `threshold`.
 
     Raises:
       UserError: no such probe; a split is missing, empty, unlabelled, or of one class where Matthews' correlation needs two.
@@ -192,6 +192,7 @@ def probe(
         "normalized": None if chosen.best is None else (value - chosen.random) / (chosen.best - chosen.random),
         "random": chosen.random,
         "best": chosen.best,
+        "source": chosen.source,
         "n": len(labels),
         "truncated": truncated,
         **threshold,
@@ -325,7 +326,7 @@ def read_winograd(path: Path) -> Split:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: {error.strerror}; give a file of Winograd schemas") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
     filled = [(number, " ".join(line.split())) for number, line in enumerate(lines, start=1)]

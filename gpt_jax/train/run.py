@@ -107,7 +107,8 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
     if step == total and run.result.exists() and (result := read_json(run.result)).get("step") == step:
         log(f"{run.path}: finished at step {step} already; nothing to do")
         return result
-    run.open(config, training.data_digest)
+    device = mesh.devices.flat[0]
+    run.open(config, training.data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
     if primary and not (run.tokenizer.exists() and load(run.tokenizer).fingerprint == training.tokenizer.fingerprint):
         training.tokenizer.save(run.tokenizer)
 
@@ -121,7 +122,7 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "single device"
     log(
         f"{network.count(config.model):,} parameters | {training.title} in {total:,} steps | "
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes} | attention {resolve(config.model.attention)} | "
+        f"{mesh.size} x {device.device_kind} | mesh {axes} | attention {resolve(config.model.attention)} | "
         f"{compute_dtype(config.model)} over {config.model.param_dtype}"
     )
     log(f"{origin}; compiling")

@@ -18,10 +18,13 @@ from gpt_jax.config import (
     TaskConfig,
     TransferConfig,
 )
+from gpt_jax.data import tokenizers
+from gpt_jax.data.tokenizers import Bytes
 from gpt_jax.errors import UserError
+from gpt_jax.present import show_spread
 from gpt_jax.tasks import evaluate
 from gpt_jax.tasks.dataset import task_of
-from gpt_jax.tasks.finetune import find_source, finetune, finetune_seeds, resolve
+from gpt_jax.tasks.finetune import find_source, finetune, finetune_seeds, resolve, spread
 from gpt_jax.train import checkpoint
 from gpt_jax.train.optimizer import learning_rate
 from gpt_jax.train.run import schedule
@@ -84,6 +87,31 @@ def test_a_finished_folder_has_scores_predictions_and_the_best_checkpoint(finish
     for row in rows:
         assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-5)
         assert row["prediction"] == ["no", "yes"][int(np.argmax(row["probabilities"]))]
+
+
+def test_the_best_checkpoint_is_scored_though_training_went_on(config, own_task, tmp_path):
+    """What is learnt is wrong in validation and test, so the first evaluation is the best and the last state the worst."""
+    turned = {}
+    for split in ("validation", "test"):
+        turned[split] = str(tmp_path / f"{split}.tsv")
+        rows = Path(own_task[split]).read_text()
+        Path(turned[split]).write_text(rows.replace("yes", "?").replace("no", "yes").replace("?", "no"))
+    task = dataclasses.replace(config.task, **turned)
+    train = dataclasses.replace(config.train, eval_every="2 steps", save_every="2 steps", keep_latest=20)
+    run = tmp_path / "run"
+    result = finetune(dataclasses.replace(config, task=task, train=train), run)
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    accuracies = {record["step"]: record["accuracy"] for record in records if record["kind"] == "eval"}
+    best = result["best_step"]
+    assert best < result["step"]
+    assert accuracies[best] == max(accuracies.values()) > accuracies[result["step"]]
+    for split in ("validation", "test"):
+        scores = {
+            step: evaluate.evaluate_task(run / "checkpoints" / str(step), [], split, None, print)
+            for step in (best, result["step"])
+        }
+        assert result[split] == pytest.approx(scores[best], abs=1e-6)
+        assert scores[best]["loss"] < scores[result["step"]]["loss"] - 0.05
 
 
 def test_the_task_is_learnt(finished):
@@ -213,6 +241,7 @@ def test_a_finished_run_is_left_as_it_is(finished, config):
         (TransferConfig(), "--init.from: say which run or checkpoint to fine-tune, or none"),
         (TransferConfig("none"), "--init.like: say whose architecture"),
         (TransferConfig("none", like="gpt1"), "--init.tokenizer: give the folder of the gpt1 tokenizer"),
+        (TransferConfig("none", like="gpt1", tokenizer="nowhere"), "--init.tokenizer: 'nowhere' lacks"),
         (TransferConfig("none", like="gtp1"), "did you mean gpt1"),
         (TransferConfig("none", like="finetune/cola"), "--init.like: 'finetune/cola' is a fine-tuning config"),
         (TransferConfig("nowhere"), "nowhere: no such folder"),
@@ -221,6 +250,26 @@ def test_a_finished_run_is_left_as_it_is(finished, config):
 def test_an_origin_that_is_none_is_refused(own_task, init, message, tmp_path):
     assert message in mistake(finetune, make_config(own_task, init), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_with_another_models_tokenizer_is_refused(pretrained, tmp_path, monkeypatch):
+    class Larger(Bytes):
+        vocab_size = 258
+
+    monkeypatch.setattr(tokenizers, "load", lambda folder: Larger())
+    message = mistake(find_source, TransferConfig(str(pretrained)), print)
+    assert "its model has 257 entries and its tokenizer 258" in message
+
+
+def test_several_seeds_are_shown_with_their_spread(capsys):
+    result = {"seeds": [0, 1, 2], "validation": {"accuracy": spread([0.5, 0.7, 0.9]), "loss": spread([2.0, 1.0, 1.5])}}
+    show_spread(result)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["of", "3", "seeds", "metric", "median", "mean", "deviation", "lowest", "highest"],
+        ["validation", "accuracy,", "%", "70.0", "70.0", "20.0", "50.0", "90.0"],
+        ["validation", "loss,", "nats", "1.500", "1.500", "0.500", "1.000", "2.000"],
+    ]
 
 
 def test_bad_tasks_are_refused_before_anything_is_trained(own_task, pretrained, tmp_path):
@@ -250,6 +299,8 @@ def test_the_command_line_fine_tunes_evaluates_and_reports(pretrained, own_task,
         f"    return FinetuneConfig(task=TaskConfig(train={own_task['train']!r}, validation={own_task['validation']!r}),\n"
         "        train=FinetuneLoopConfig(batch_size=8, duration='2 steps', tensorboard=False))\n"
     )
+    schemas = tmp_path / "schemas.txt"
+    schemas.write_text("The bee saw the cup as it fell.\nit\nThe bee,the cup\nthe cup\n")
     run = str(tmp_path / "run")
     assert main(["finetune", str(config), "--init.from", str(pretrained), "--workdir", run]) == 0
     assert main(["evaluate", run, "--split", "validation"]) == 0
@@ -261,6 +312,8 @@ def test_the_command_line_fine_tunes_evaluates_and_reports(pretrained, own_task,
     assert "is a config for gpt-jax finetune" in capsys.readouterr().err
     assert main(["evaluate", str(pretrained)]) == 2
     assert "is a pre-trained model" in capsys.readouterr().err
+    assert main(["evaluate", run, "--zero-shot", f"dprd={schemas}"]) == 2
+    assert "is a fine-tuned model" in capsys.readouterr().err
     assert main(["report", "--paper", run]) == 2
     assert "your own" in capsys.readouterr().err
     assert main(["finetune", str(config), "--init.from", str(pretrained)]) == 2
