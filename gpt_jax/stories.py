@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from gpt_jax import config_io
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, PretrainConfig, TransferConfig
 from gpt_jax.data.corpus import InstalledDocs
 from gpt_jax.data.store import Store
+from gpt_jax.data.texts import is_held_out
 from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.interop.exports import export
 from gpt_jax.model.decode import generate
@@ -91,7 +93,8 @@ def fine_tune_made_tasks(config: PretrainConfig, workdir: Path) -> dict[str, tup
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     passages = InstalledDocs(config.data.max_bytes).passages
     scores = {}
-    for name, task in make_tasks(passages, workdir / "tasks", TRAIN_ROWS, VALIDATION_ROWS).items():
+    held_out = functools.partial(is_held_out, validation_share=config.data.validation_share)
+    for name, task in make_tasks(passages, held_out, workdir / "tasks", TRAIN_ROWS, VALIDATION_ROWS).items():
         tuning = FinetuneConfig(
             # As in the demo's pre-training: a model this small has nothing to drop.
             model=ModelOptions(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0),

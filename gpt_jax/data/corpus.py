@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, cast
 
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError, described, nearest
 from gpt_jax.rundir import sha256
 
 if TYPE_CHECKING:
@@ -202,11 +202,11 @@ def json_documents(file: IO[bytes], path: Path, text_field: str) -> Iterator[str
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{line}: not a JSON object on one line: {error.msg} at column {error.colno}") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: a {type(row).__name__}, not a JSON object with the field '{text_field}'")
+            raise UserError(f"{path}:{line}: {described(row)}, not a JSON object with the field '{text_field}'")
         if text_field not in row:
             raise UserError(f"{path}:{line}: no field '{text_field}' (--data.text-field); {nearest(text_field, row)}")
         if not isinstance(row[text_field], str):
-            raise UserError(f"{path}:{line}: the field '{text_field}' is a {type(row[text_field]).__name__}, not a text")
+            raise UserError(f"{path}:{line}: the field '{text_field}' holds {described(row[text_field])}, not a text")
         yield row[text_field]
     if line == 0:
         raise UserError(f"{path}: the file is empty")

@@ -53,7 +53,7 @@ def collect(documents: Iterable[str], folder: Path, log: Callable[[str], None]) 
                     previous = digest
                     file.write(stored)
                     lengths.append(len(stored))
-                    tails.append(int.from_bytes(digest[-8:], "little"))
+                    tails.append(_tail(digest))
                 path.unlink()
             sync(file)
         for name, values in (("lengths", np.asarray(lengths, np.int64)), ("tails", np.asarray(tails, np.uint64))):
@@ -75,6 +75,20 @@ def _records(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
         end = at + 40 + int.from_bytes(data[at + 32 : at + 40], "little")
         yield data[at : at + 32], view[at + 40 : end]
         at = end
+
+
+def is_held_out(text: str, validation_share: float) -> bool:
+    """Whether a document of this text is for validation (of so few documents that a split would stay empty, one is moved)."""
+    return _tail(hashlib.sha256(text.encode("utf-8", "replace")).digest()) < _limit(validation_share)
+
+
+def _tail(digest: bytes) -> int:
+    return int.from_bytes(digest[-8:], "little")
+
+
+def _limit(validation_share: float) -> int:
+    """What the tails of held-out documents are below."""
+    return int(validation_share * 2**64)
 
 
 def sync(file: Any) -> None:
@@ -110,11 +124,11 @@ class Texts:
         if count < 1:
             raise UserError(f"{found}; at least 1 is needed")
         tails = np.load(folder / "tails.npy")[:count]
-        held_out = tails < np.uint64(int(validation_share * 2**64))
+        validation = tails < np.uint64(_limit(validation_share))
         if validation_share:  # Neither split stays empty, whatever the hashes of a few documents are.
-            held_out[np.argmin(tails)] = True
-            held_out[np.argmax(tails)] = False
-        self.documents = {"train": np.flatnonzero(~held_out), "validation": np.flatnonzero(held_out)}
+            validation[np.argmin(tails)] = True
+            validation[np.argmax(tails)] = False
+        self.documents = {"train": np.flatnonzero(~validation), "validation": np.flatnonzero(validation)}
 
     def sample(self, split: str, limit: int) -> Iterator[str]:
         """A split's first documents, up to `limit` bytes in all but one at least: in the order of hashes an even sample."""

@@ -125,6 +125,8 @@ class TaskBatches:
 class ScoringBatches:
     """All examples of a split exactly once, the longest first, so that rows which fill the last batch up cost least.
 
+    A split of few batches has more padding than the training split: all of its lengths are in them.
+
     Args:
       encoded: the split.
       batch_size: examples in one global batch.

@@ -22,6 +22,7 @@ from gpt_jax.tasks.finetune import Scorer, head_of
 from gpt_jax.tasks.layouts import SplitName
 from gpt_jax.tasks.readers import Split, read
 from gpt_jax.tasks.registry import Task, named
+from gpt_jax.tasks.scoring import require_scorable
 from gpt_jax.tasks.zero_shot import PROBES, probe, read_winograd
 from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import total_loss
@@ -114,11 +115,13 @@ def evaluate_task(
     model = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, batch_size=size))
     dataset = load_dataset(task, trained.tokenizer, config.model.context_length, size, log, (split,))
     scorer = Scorer(model, trained.mesh, head, dataset)
-    if out is not None:
-        scores = scorer.write(trained.params, split, out)
-        log(f"predictions: {', '.join(str(path) for path in sorted(out.iterdir()) if path.is_file())}")
-        return scores
-    return scorer.scores(scorer.log_probabilities(trained.params, split), split)
+    if out is None:
+        require_scorable(dataset.task, dataset.rows[split])
+        return scorer.scores(scorer.log_probabilities(trained.params, split), split)
+    scores, files = scorer.write(trained.params, split, out)
+    if files:
+        log(f"predictions: {', '.join(map(str, files))}")
+    return scores
 
 
 def best_checkpoint(path: Path) -> Path:

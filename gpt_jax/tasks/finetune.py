@@ -89,7 +89,8 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
 
         def conclude(state: State, scores: dict[str, float]) -> dict[str, Any]:
             best, params = _best(run, resolved, mesh, head, state)
-            measured = {name: scorer.write(params, name, run.path / "predictions") for name in ("validation", "test")}
+            written = [name for name in ("validation", "test") if name in dataset.rows]
+            measured = {name: scorer.write(params, name, run.path / "predictions")[0] for name in written}
             return {
                 "task": resolved.task.name,
                 "seed": resolved.train.seed,
@@ -248,18 +249,20 @@ class Scorer:
         loss = -(self._dataset.encoded[split].labels * log_probabilities).sum(axis=1).mean()
         return scoring.score(task, rows, scoring.predict(task, np.exp(log_probabilities))) | {"loss": float(loss)}
 
-    def write(self, params: Params, split: str, folder: Path) -> dict[str, float]:
-        """Scores a split and writes its predictions; without labels there are only predictions."""
-        if split not in self._dataset.rows:
-            return {}
+    def write(self, params: Params, split: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
+        """Scores a split and writes its predictions; returns the scores, none where labels are hidden, and the files."""
         task, rows = self._dataset.task, self._dataset.rows[split]
         values = self.log_probabilities(params, split)
+        labelled = self._dataset.labelled(split)
+        files = []
         if distributed.is_primary():
             folder.mkdir(parents=True, exist_ok=True)
-            scoring.write_predictions(folder / f"{split}.jsonl", task, rows, np.exp(values))
-            if not self._dataset.labelled(split) and task.name in scoring.GLUE_FILES:
-                scoring.write_glue(folder, task, rows, scoring.predict(task, np.exp(values)))
-        return self.scores(values, split) if self._dataset.labelled(split) else {}
+            files.append(folder / f"{split}.jsonl")
+            scoring.write_predictions(files[0], task, rows, np.exp(values))
+            if not labelled and task.name in scoring.GLUE_FILES:
+                predictions = scoring.predict(task, np.exp(values))
+                files += scoring.write_glue(folder, task, rows, predictions, self._dataset.counts[split])
+        return self.scores(values, split) if labelled else {}, files
 
 
 def _plan_work(

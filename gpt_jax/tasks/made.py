@@ -5,7 +5,8 @@
     same_text      similarity        whether two sentences come from one text
     continuation   multiple choice   which of four sentences goes on from the first one
 
-Documents are shared out between the splits, so that nothing that is scored was trained on. Classes are of one size.
+What is scored comes from documents that pre-training has held out too, so neither training has seen them. Classes are of one
+size.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import dataclasses
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from gpt_jax.config import TaskConfig
@@ -24,18 +25,24 @@ from gpt_jax.rundir import write_atomic
 CLASSES = 4  # packages told apart
 CHOICES = 4
 SENTENCE_CHARS = range(40, 160)  # sentences of other lengths are passed over: the model of the demo sees 128 tokens
-VALIDATION_EVERY = 4  # documents
 
 Row = dict[str, str]
 
 
 def make_tasks(
-    passages: Sequence[tuple[str, str]], folder: Path, train: int, validation: int, seed: int = 0
+    passages: Sequence[tuple[str, str]],
+    held_out: Callable[[str], bool],
+    folder: Path,
+    train: int,
+    validation: int,
+    seed: int = 0,
 ) -> dict[str, TaskConfig]:
     """Writes the tasks as folder/NAME/train.jsonl and validation.jsonl.
 
     Args:
       passages: (package, text), as `corpus.InstalledDocs.passages` has them.
+      held_out: whether a text was kept from pre-training; the validation rows are made from those that were, the training rows
+        from the others.
       train, validation: most rows of each split.
       seed: of the choice of rows; equal arguments write equal files.
 
@@ -57,8 +64,7 @@ def make_tasks(
     for name, (make, task) in kinds.items():
         files = {}
         for split, size in (("train", train), ("validation", validation)):
-            held_out = split == "validation"
-            mine = [passage for k, passage in enumerate(passages) if (k % VALIDATION_EVERY == 0) == held_out]
+            mine = [passage for passage in passages if held_out(passage[1]) == (split == "validation")]
             if name == "package":
                 mine = [(package, text) for package, text in mine if package in largest]
             rng = random.Random(f"{seed} {name} {split}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax.config import TaskConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, described
 from gpt_jax.tasks import readers_tfds, tables
 from gpt_jax.tasks.layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, Layout, Part, SplitName
 from gpt_jax.tasks.registry import Task, label_text
@@ -67,9 +67,9 @@ def read(task: Task, config: TaskConfig, split: SplitName) -> Split | None:
       The rows in the order of their files; None: the release, or the user, has no such split.
 
     Raises:
-      UserError: files that are not there; or, with file and line, a missing column, a row with too few or too many columns, a
-        label outside the set, a score that is not a number, an empty text, more or fewer answers than the task has, bytes that
-        are not UTF-8.
+      UserError: files that are not there, or a release of them without a validation split; or, with file and line, a missing
+        column, a row with too few or too many columns, a label outside the set, a score that is not a number, an empty text, more
+        or fewer answers than the task has, bytes that are not UTF-8.
     """
     layout, sources = _named_sources(task, config, split) if config.name else _own_sources(config, split)
     if not sources:
@@ -111,6 +111,11 @@ def _named_sources(task: Task, config: TaskConfig, split: SplitName) -> tuple[La
         return layout, [(p.group, readers_tfds.records(p.path, layout.label, task.labels, unlabelled)) for p in parts]
     layout, folder = _locate(task, Path(config.path).expanduser())
     parts = getattr(layout, split)
+    if split == "validation" and not parts:
+        raise UserError(
+            f"--task.path: the release of {task.title} in {folder} has no validation split; give the folder of the GLUE "
+            f"download, where it is {task.files[0].validation[0].path}, or leave --task.path out for tensorflow-datasets"
+        )
     found = [sorted(folder.glob(part.path)) for part in parts]
     if split == "test" and not any(found):
         return layout, []
@@ -186,7 +191,7 @@ def _texts(layout: Layout, record: Record) -> tuple[str, ...]:
     for column in _columns(layout):
         value = record.fields[column]
         if not isinstance(value, str):
-            raise _FaultyRow("", f"'{column}' holds a {type(value).__name__}, not a text")
+            raise _FaultyRow("", f"'{column}' holds {described(value)}, not a text")
         if not value.strip():
             raise _FaultyRow(EMPTY, f"'{column}' is empty; every text must have something in it besides white space")
     joined = (record.fields[t] if isinstance(t, str) else " ".join(record.fields[column] for column in t) for t in layout.texts)

@@ -7,10 +7,12 @@ from typing import Any
 
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.tables import Record
+from gpt_jax.train.progress import say
 
 
 def records(part: str, label: str, labels: tuple[str, ...], unlabelled: str | None) -> Iterator[Record]:
-    """The examples of a split, in the order of their `idx` where they have one; the set is downloaded if it is not there yet.
+    """The examples of a split, in the order of their `idx` where they have one; the set is downloaded if it is not there yet,
+    and a line on standard error says so.
 
     The items of a list NAME are also there as NAME/0, NAME/1, ...
 
@@ -46,6 +48,11 @@ def _examples(name: str, split: str) -> tuple[Any, list[dict[str, Any]]]:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name)
+        if not builder.is_prepared():  # without a network it tries again and again, for minutes
+            say(
+                f"tensorflow-datasets downloads {name} ({builder.info.homepage}) into {builder.data_path}; --task.path FOLDER "
+                "reads the task's files instead"
+            )
         builder.download_and_prepare()
     except Exception as error:  # a missing package, no network, a file to be fetched by hand: there is one way out
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

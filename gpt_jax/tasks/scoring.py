@@ -25,6 +25,7 @@ from jaxtyping import Float32, Float64, Int64
 
 from gpt_jax.errors import UserError
 from gpt_jax.rundir import write_atomic
+from gpt_jax.tasks.layouts import COLUMNS
 from gpt_jax.tasks.readers import Row
 from gpt_jax.tasks.registry import Task
 
@@ -103,9 +104,11 @@ def require_scorable(task: Task, rows: Sequence[Row]) -> None:
     Raises:
       UserError: a label is hidden; or all labels are the same and a metric needs two. It names the rows' files.
     """
-    for row in rows:
-        if row.label is None:
-            raise UserError(f"{row.where}: the label is hidden, so this split cannot be scored; predictions can be written")
+    hidden = [row for row in rows if row.label is None]
+    if hidden:
+        some = len(hidden) < len(rows)
+        way = "give all of its rows a label, or none" if some else "predictions can be written with --out FOLDER"
+        raise UserError(f"{hidden[0].where}: the label is hidden, so this split cannot be scored; {way}")
     needs_two = [metric for metric in task.metrics if metric != "accuracy"]
     only = rows[0].label
     if needs_two and only is not None and all(row.label == only for row in rows):
@@ -215,7 +218,7 @@ GLUE_FILES = {
 _GLUE_GROUPS = {"": "", "matched": "-m", "mismatched": "-mm"}
 
 
-def write_glue(folder: Path, task: Task, rows: Sequence[Row], predictions: Predictions) -> list[Path]:
+def write_glue(folder: Path, task: Task, rows: Sequence[Row], predictions: Predictions, counts: Mapping[str, int]) -> list[Path]:
     """Writes the predictions for a hidden test split as the GLUE server takes them: CoLA.tsv, or MNLI-m.tsv and MNLI-mm.tsv.
 
     A header and a line for each row of the test file, in its order: its index from 0 and the prediction, a label as in the data
@@ -225,6 +228,8 @@ def write_glue(folder: Path, task: Task, rows: Sequence[Row], predictions: Predi
 
     Args:
       rows: those of the test split, in any order; each `id` is the index in its file.
+      counts: rows "read" and rows dropped by reason, as `Dataset.counts` has them: rows dropped at the file's end leave no gap
+        between those that are left.
 
     Returns:
       The files written.
@@ -242,8 +247,11 @@ def write_glue(folder: Path, task: Task, rows: Sequence[Row], predictions: Predi
             fault = "stands there twice" if row.id.isdecimal() else "is no number"
             raise UserError(f"{row.where}: the index '{row.id}' {fault}; {file} needs the test split of the GLUE download")
         table[int(row.id)] = f"{min(max(float(prediction), 0.0), 5.0):.3f}" if task.regression else _name(task, prediction)
+    # A piece of a row that is broken at a line end was counted too, and has no index. Of MultiNLI's two files nothing is dropped.
+    whole = counts["read"] - counts.get(COLUMNS, 0) if len(tables) == 1 else 0
     for file, table in tables.items():
-        lines = [f"{index}\t{table.get(index, task.labels[0])}\n" for index in range(max(table) + 1)]
+        size = max(whole, max(table) + 1)
+        lines = [f"{index}\t{table.get(index, task.labels[0])}\n" for index in range(size)]
         write_atomic(folder / file, "index\tprediction\n" + "".join(lines))
     return [folder / file for file in tables]
 

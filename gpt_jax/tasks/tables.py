@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError, described, nearest
 
 Format = Literal["tsv", "csv", "jsonl", "json"]
 """`tsv`: no quoting, a tab always separates and a line end always ends a row; `csv`: commas, with quotes; `jsonl`: an object a
@@ -130,5 +130,5 @@ def _object(path: Path, line: int, text: str) -> dict[str, Any]:
         where = f"{path}:{line + error.lineno - 1}"
         raise UserError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}:{line}: a JSON {type(value).__name__}, not an object with named fields")
+        raise UserError(f"{path}:{line}: {described(value)}, not a JSON object with named fields")
     return value

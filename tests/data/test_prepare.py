@@ -21,6 +21,7 @@ from gpt_jax.config_io import from_dict, to_dict
 from gpt_jax.data import store as store_module
 from gpt_jax.data.prepare import check_recipe, prepare
 from gpt_jax.data.store import Store
+from gpt_jax.data.texts import is_held_out
 from gpt_jax.errors import UserError
 
 WORDS = ["the", "of", "and", "to", "in", "is", "you", "that", "it", "was", "for", "are", "with", "they", "have", "been"]
@@ -109,6 +110,7 @@ def test_validation_is_chosen_by_the_text_s_hash(source, tmp_path):
         assert sorted(train + validation) == sorted(texts)
         fraction = {each: int.from_bytes(hashlib.sha256(each.encode()).digest()[-8:], "little") / 2**64 for each in texts}
         assert set(validation) == {each for each in texts if fraction[each] < share}
+        assert set(validation) == {each for each in texts if is_held_out(each, share)}
         assert abs(len(validation) / len(texts) - share) < 0.03
         shares[share] = set(validation)
     assert shares[0.1] < shares[0.3]

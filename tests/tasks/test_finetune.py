@@ -169,6 +169,30 @@ def test_seeds_are_runs_of_their_own_with_one_summary(own_task, pretrained, tmp_
     assert json.loads((tmp_path / "result.json").read_text()) == result
 
 
+def test_a_hidden_test_of_glue_is_predicted_and_not_scored(config, tmp_path, capsys):
+    folder = tmp_path / "CoLA"
+    folder.mkdir()
+    for split, size in (("train", 16), ("dev", 6)):
+        rows = [f"src\t{k % 2}\t\t{'ab'[k % 2] * (k + 3)}" for k in range(size)]
+        (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
+    (folder / "test.tsv").write_text("index\tsentence\n0\taaaa\n1\tbbbb\n2\tbaba\n")
+    task = TaskConfig(name="cola", path=str(folder), lengths=1)
+    run = tmp_path / "run"
+    train = dataclasses.replace(config.train, duration="2 steps")
+    result = finetune(dataclasses.replace(config, task=task, train=train), run)
+    assert "test" not in result
+    predicted = [json.loads(line)["prediction"] for line in (run / "predictions" / "test.jsonl").read_text().splitlines()]
+    submitted = (run / "predictions" / "CoLA.tsv").read_text().splitlines()
+    assert submitted == ["index\tprediction", *(f"{index}\t{label}" for index, label in enumerate(predicted))]
+    assert len(predicted) == 3
+    assert main(["evaluate", str(run), "--split", "test"]) == 2
+    assert "predictions can be written with --out FOLDER" in capsys.readouterr().err
+    out = tmp_path / "out"
+    assert main(["evaluate", str(run), "--split", "test", "--out", str(out)]) == 0
+    assert f"predictions: {out}/test.jsonl, {out}/CoLA.tsv" in capsys.readouterr().err
+    assert (out / "CoLA.tsv").read_bytes() == (run / "predictions" / "CoLA.tsv").read_bytes()
+
+
 def mistake(function, *arguments):
     with pytest.raises(UserError) as caught:
         function(*arguments)

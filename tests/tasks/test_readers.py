@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -85,7 +86,10 @@ def test_mrpc_as_first_released_has_labelled_tests_and_no_validation_split(tmp_p
     write(tmp_path / "msr_paraphrase_test.txt", header, "0\t74\t75\te\tf")
     assert contents(rows_of("mrpc", tmp_path)) == [(("a", "b"), 1), (("c", "d"), 0)]
     assert contents(rows_of("mrpc", tmp_path, "test")) == [(("e", "f"), 0)]
-    assert split_of("mrpc", tmp_path, "validation") is None
+    assert refused("mrpc", tmp_path, "validation") == (
+        f"--task.path: the release of MRPC in {tmp_path} has no validation split; give the folder of the GLUE download, where "
+        "it is dev.tsv, or leave --task.path out for tensorflow-datasets"
+    )
 
 
 def test_qqp_s_known_defects_are_dropped_and_counted(tmp_path):
@@ -243,7 +247,7 @@ def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
         ({"answers": ["B", "E"]}, ":1 question 1: the label is 'E'; it must be one of A, B, C, D"),
         ({"answers": ["B"]}, ":1: must hold a text 'article' and lists of equal length questions, options, answers"),
         ({"options": [["snow", "rain", "hail", " "], ["a", "b", "c", "d"]]}, ":1 question 0: 'D' is empty; "),
-        ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' holds a int, not a text"),
+        ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' holds a number, not a text"),
     ],
 )
 def test_articles_that_are_not_as_they_should_be(tmp_path, changes, message):
@@ -295,7 +299,8 @@ def test_json_lines_that_are_none(tmp_path):
     path = tmp_path / "snli_1.0_train.jsonl"
     for line, message in [
         ('{"sentence1": "A"', ":2: not a JSON object: Expecting ',' delimiter at column 18"),
-        ("[1]", ":2: a JSON list, not an object with named fields"),
+        ("[1]", ":2: a list, not a JSON object with named fields"),
+        ("null", ":2: null, not a JSON object with named fields"),
         ('{"sentence1": "A", "sentence2": "B"}', ":2: no field 'gold_label'; known: sentence1, sentence2"),
         ('{"sentence1": "A", "sentence2": "B", "gold_label": null}', ":2: no label; only the rows of a test split may lack it"),
     ]:
@@ -400,6 +405,39 @@ def test_what_tensorflow_datasets_cannot_give_must_come_from_files(monkeypatch):
         UserError, match=r"^--task.path: tensorflow-datasets cannot give glue/cola \(.*\); give the folder of the task"
     ):
         split_of("cola", "")
+
+
+class FakeBuilder:
+    """Of a set with two rows; `prepared`: before it was asked to be."""
+
+    info = types.SimpleNamespace(homepage="https://cola.example", features={"idx": None, "sentence": None, "label": None})
+    data_path = "/sets/cola"
+
+    def __init__(self, prepared):
+        self.prepared = prepared
+
+    def is_prepared(self):
+        return self.prepared
+
+    def as_dataset(self, split, shuffle_files):
+        return [{"idx": i, "sentence": b"A.", "label": i} for i in (1, 0)]
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_download_is_said_before_it_begins(monkeypatch, capsys, prepared):
+    """Without a network it would be minutes before anything else is."""
+    builder = FakeBuilder(prepared)
+    said = []
+    builder.download_and_prepare = lambda: said.append(capsys.readouterr().err)
+    library = types.SimpleNamespace(builder=lambda name: builder, as_numpy=lambda examples: examples)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", library)
+    assert [row.id for row in rows_of("cola", "")] == ["0", "1"]
+    line = (
+        "tensorflow-datasets downloads glue/cola (https://cola.example) into /sets/cola; --task.path FOLDER reads the task's "
+        "files instead\n"
+    )
+    assert said == ["" if prepared else line]
+    assert capsys.readouterr().err == ""
 
 
 TFDS_SCRIPT = """
