@@ -2,11 +2,11 @@
 
     gpt-jax finetune finetune/race --init.from RUN --task.path FOLDER/RACE --workdir OUT
 
-Without --task.path the rows come from tensorflow-datasets (race). 87,866 training rows. Every setting is the paper's, a
-default of gpt_jax/config.py.
+Without --task.path the rows come from tensorflow-datasets (race). 87,866 training rows. The settings are the paper's, defaults of
+gpt_jax/config.py; docs/paper.md ends with what differs on purpose.
 
-Time: not measured yet at the paper's size. Expect: not measured yet either; the paper has 59.0 accuracy on the test split,
-62.9 on its middle-school and 57.4 on its high-school part, Table 3.
+Time: not measured at the paper's size. Expect: not measured either; the paper has 59.0 accuracy on the test split, 62.9 on its
+middle-school and 57.4 on its high-school part, Table 3.
 """
 
 from gpt_jax.config import FinetuneConfig, TaskConfig

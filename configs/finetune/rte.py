@@ -2,11 +2,10 @@
 
     gpt-jax finetune finetune/rte --init.from RUN --task.path GLUE/RTE --workdir OUT
 
-Without --task.path the rows come from tensorflow-datasets (glue/rte). 2,490 training rows. Every setting is the paper's, a
-default of gpt_jax/config.py.
+Without --task.path the rows come from tensorflow-datasets (glue/rte). 2,490 training rows. The settings are the paper's, defaults
+of gpt_jax/config.py; docs/paper.md ends with what differs on purpose.
 
-Time: not measured yet at the paper's size. Expect: not measured yet either; the paper has 56.0 accuracy from GLUE's test
-server, Table 2.
+Time: not measured at the paper's size. Expect: not measured either; the paper has 56.0 accuracy from GLUE's test server, Table 2.
 """
 
 from gpt_jax.config import FinetuneConfig, TaskConfig

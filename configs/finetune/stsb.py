@@ -2,11 +2,11 @@
 
     gpt-jax finetune finetune/stsb --init.from RUN --task.path GLUE/STS-B --workdir OUT
 
-Without --task.path the rows come from tensorflow-datasets (glue/stsb). 5,749 training rows. Every setting is the paper's, a
-default of gpt_jax/config.py.
+Without --task.path the rows come from tensorflow-datasets (glue/stsb). 5,749 training rows. The settings are the paper's,
+defaults of gpt_jax/config.py; docs/paper.md ends with what differs on purpose.
 
-Time: not measured yet at the paper's size. Expect: not measured yet either; the paper has 82.0 Pearson correlation (times
-100) from GLUE's test server, Table 4.
+Time: not measured at the paper's size. Expect: not measured either; the paper has 82.0 Pearson correlation (times 100) from
+GLUE's test server, Table 4.
 """
 
 from gpt_jax.config import FinetuneConfig, TaskConfig
