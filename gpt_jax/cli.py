@@ -258,9 +258,12 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.seeds is None:
         finetune(config, options.workdir, options.allow_changes)
     else:
+        from gpt_jax.distributed import is_primary
         from gpt_jax.present import show_spread
 
-        show_spread(finetune_seeds(config, options.workdir, options.seeds, options.allow_changes))
+        result = finetune_seeds(config, options.workdir, options.seeds, options.allow_changes)
+        if is_primary():
+            show_spread(result)
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -164,7 +164,7 @@ def _differences(config: FinetuneConfig, platform: str | None) -> list[str]:
     """Each setting that is not the paper's, and with pre-trained parameters where they come from.
 
     Args:
-      platform: "cpu", "gpu" or "tpu", where the run was trained, which settles `--model.compute-dtype auto`; None: unknown.
+      platform: "cpu", "gpu" or "tpu", where the run was last started, which settles `--model.compute-dtype auto`; None: unknown.
     """
     if platform:
         settled: Any = compute_dtype(_architecture(config), platform).name

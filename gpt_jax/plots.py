@@ -29,6 +29,8 @@ class Curve(NamedTuple):
     style: int = 0
 
 
+MOST_LEVEL_TICKS = 6
+"""More names than these run into one another unless they stand upright."""
 STYLES = ("-", "--", ":", "-.")
 
 
@@ -69,7 +71,7 @@ def curves(
         axes.errorbar(x, y, bars, color=f"C{color}", linestyle=line, marker="o", markersize=4, capsize=3, label=name)
     axes.set(title=title, xlabel=x_label, ylabel=y_label)
     if ticks:
-        axes.set_xticks(list(ticks), list(ticks.values()))
+        axes.set_xticks(list(ticks), list(ticks.values()), rotation=90 if len(ticks) > MOST_LEVEL_TICKS else 0)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

@@ -213,7 +213,7 @@ def show_zero_shot(results: Sequence[dict[str, Any]], out: Path | None) -> None:
                 f"{found['step']:>9}  {found['probe']:<13}{found['split']:<12}{metric:<10}{100 * found[metric]:>9.1f}"
                 f"{normalized:>12}{found['n']:>8,}{found['truncated']:>8,}"
             )
-    print("normalised: 0 is a random guess, 1 the best supervised model; cut: rows that lost their beginning")
+    print("normalised: 0 is a random guess, 1 the best supervised model; cut: rows (of all splits read) without their beginning")
     for name, best, source in dict.fromkeys((found["probe"], found["best"], found["source"]) for found in results):
         print(f"    {name}: {'' if best is None else f'{100 * best:.1f}, '}{source}")
     if out is None:

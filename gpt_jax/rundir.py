@@ -1,6 +1,6 @@
 """A run's folder: its config, its record, its result; and the one way files are written.
 
-    config.json        resolved config with commit, versions and flags      metrics.jsonl    one JSON object a line
+    config.json        resolved config; commit, versions, flags, devices    metrics.jsonl    one JSON object a line
     checkpoints/STEP/  what training can go on from                         result.json      final scores
     tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so that a run is whole
     uncommitted.diff   what differed from the commit, if anything did

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
@@ -9,6 +10,7 @@ from gpt_jax import config_io, studies
 from gpt_jax.cli import main
 from gpt_jax.config import FinetuneConfig, TransferConfig
 from gpt_jax.plots import Curve, Point, curves
+from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import pretrain
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -19,14 +21,23 @@ def settings(config):
     return config.init.from_, config.init.like, config.init.blocks, config.task.lm_weight
 
 
+def quiet(line):
+    pass
+
+
+def newest(run):
+    """The checkpoint that a study starts from."""
+    return str(checkpoint.newest(run, quiet).path)
+
+
 def test_layers_go_from_nothing_to_all_blocks(pretrained):
-    run = str(pretrained)
-    variants = studies.layers(FinetuneConfig(init=TransferConfig(run)))
+    start = newest(pretrained)
+    variants = studies.layers(FinetuneConfig(init=TransferConfig(str(pretrained))), quiet)
     assert [(variant.name, variant.x, settings(variant.config)) for variant in variants] == [
-        ("nothing", -1, ("none", run, -1, 0.5)),
-        ("embeddings", 0, (run, "", 0, 0.5)),
-        ("1 block", 1, (run, "", 1, 0.5)),
-        ("2 blocks", 2, (run, "", 2, 0.5)),
+        ("nothing", -1, ("none", start, -1, 0.5)),
+        ("embeddings", 0, (start, "", 0, 0.5)),
+        ("1 block", 1, (start, "", 1, 0.5)),
+        ("2 blocks", 2, (start, "", 2, 0.5)),
     ]
 
 
@@ -40,24 +51,27 @@ def lstm(pretrained, tmp_path_factory):
     return folder
 
 
-def test_ablations_are_the_rows_of_table_5(pretrained, lstm, capsys):
-    run = str(pretrained)
-    variants = studies.ablations(FinetuneConfig(init=TransferConfig(run)), str(lstm))
+def test_ablations_are_the_rows_of_table_5(pretrained, lstm):
+    start, said = newest(pretrained), []
+    variants = studies.ablations(FinetuneConfig(init=TransferConfig(str(pretrained))), said.append, str(lstm))
     assert {variant.name: settings(variant.config) for variant in variants} == {
-        "full": (run, "", -1, 0.5),
-        "w/o pre-training": ("none", run, -1, 0.5),
-        "w/o aux LM": (run, "", -1, 0.0),
-        "LSTM w/ aux LM": (str(lstm), "", -1, 0.5),
+        "full": (start, "", -1, 0.5),
+        "w/o pre-training": ("none", start, -1, 0.5),
+        "w/o aux LM": (start, "", -1, 0.0),
+        "LSTM w/ aux LM": (newest(lstm), "", -1, 0.5),
     }
-    assert "left out" not in capsys.readouterr().err
-    assert len(studies.ablations(FinetuneConfig(init=TransferConfig(run)))) == 3
-    assert "the LSTM's row is left out" in capsys.readouterr().err
+    assert not said
+    assert len(studies.ablations(FinetuneConfig(init=TransferConfig(str(pretrained))), said.append)) == 3
+    assert said == ["ablations: the LSTM's row is left out; --lstm RUN names a pre-trained one"]
 
 
-def test_steps_are_the_checkpoints_of_the_run(pretrained):
-    variants = studies.steps(FinetuneConfig(init=TransferConfig(str(pretrained))))
-    assert [variant.x for variant in variants] == [0, 1, 2]
-    assert variants[1].config.init.from_ == str(pretrained / "checkpoints" / "1")
+def test_steps_are_the_checkpoints_of_the_run(pretrained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pretrained, run)
+    shutil.copytree(run / "checkpoints" / "1", run / "checkpoints" / "1.replaced")  # as a save that was cut short leaves it
+    variants = studies.steps(FinetuneConfig(init=TransferConfig(str(run))), quiet)
+    assert [(variant.name, variant.x) for variant in variants] == [("nothing", 0), ("step 1", 1), ("step 2", 2)]
+    assert [variant.config.init.from_ for variant in variants[1:]] == [str(run / "checkpoints" / step) for step in ("1", "2")]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +86,9 @@ def test_steps_are_the_checkpoints_of_the_run(pretrained):
         ("ablations", ["--init.from", "LSTM", "--lstm", "LSTM"], "is an LSTM; the ablations are those of a Transformer"),
         ("ablations", ["--init.from", "RUN", "--lstm", "RUN"], "is a Transformer; pre-train with --model.kind lstm"),
         ("ablations", ["--init.from", "RUN", "--lstm", "nowhere"], "nowhere: no such folder"),
+        ("ablations", ["--init.from", "RUN", "--lstm", "none"], "--lstm: name the run of a pre-trained LSTM"),
+        ("steps", ["--init.from", "RUN", "--init.blocks", "9"], "--init.blocks: the checkpoint has 2 blocks, not 9"),
+        ("layers", ["--init.from", "RUN", "--seeds", "0"], "--seeds: must be positive, not 0"),
         ("ablations", ["--init.from", "RUN", "--init.blocks", "1"], "--init.blocks: the study 'ablations' says itself"),
         ("ablations", ["--init.from", "RUN", "--task.lm-weight", "0"], "--task.lm-weight: the ablations leave"),
     ],
@@ -96,10 +113,13 @@ def test_curves_are_drawn(tmp_path):
         "y",
         [Curve("one", [Point(0, 1, 0, 2), Point(1, 2, 1, 3)]), Curve("two", [], 1, 5)],
     )
-    named = [Curve("one", [Point(0, 1, 1, 1), Point(1, 2, 2, 2)])]
-    curves(tmp_path / "names.png", "Title", "", "y", named, {0: "a", 1: "b"}, joined=False)
+    # The same points joined by lines or not, over numbers, names, or more names than fit side by side.
+    points = [Curve("one", [Point(0, 1, 1, 1), Point(1, 2, 2, 2)])]
+    kinds = [{}, {"joined": False}, {"ticks": {0: "a", 1: "b"}}, {"ticks": {x: f"name {x}" for x in range(9)}}]
+    for number, kind in enumerate(kinds):
+        curves(tmp_path / f"{number}.png", "Title", "", "y", points, **kind)
     assert (tmp_path / "a" / "plot.png").read_bytes().startswith(PNG)
-    assert (tmp_path / "a" / "plot.png").read_bytes() != (tmp_path / "names.png").read_bytes()
+    assert len({(tmp_path / f"{number}.png").read_bytes() for number in range(len(kinds))}) == len(kinds)
 
 
 @pytest.fixture
@@ -122,7 +142,7 @@ def test_a_study_leaves_its_scores_and_a_figure(config_file, pretrained, tmp_pat
     assert main(command) == 0
     found = json.loads((out / "layers.json").read_text())
     assert [row["variant"] for row in found["variants"]] == ["nothing", "embeddings", "1 block", "2 blocks"]
-    run = str(pretrained)
+    run = newest(pretrained)
     differs = [(row["init"]["from_"], row["init"]["like"], row["init"]["blocks"], row["lm_weight"]) for row in found["variants"]]
     assert differs == [
         ("none", run, -1, 0.5),

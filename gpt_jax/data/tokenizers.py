@@ -100,11 +100,9 @@ def create(
     else:
         tokenizer = SentencePiece.train(sample(), vocab_size, config.normalization)
     if tokenizer.vocab_size != vocab_size:
-        place = f" in {config.path}" if config.path else ""
-        raise UserError(
-            f"the {tokenizer.kind} tokenizer{place} has {tokenizer.vocab_size} entries, and the model has {vocab_size}; "
-            "take another tokenizer, or --model.vocab-size of the pre-training"
-        )
+        if config.path and field != "data.tokenizer.path":
+            raise UserError(f"--{field}: {config.path} has {tokenizer.vocab_size} entries; the model wants {vocab_size}")
+        raise UserError(f"--model.vocab-size: the {tokenizer.kind} tokenizer has {tokenizer.vocab_size}, not {vocab_size}")
     return tokenizer
 
 
@@ -210,7 +208,11 @@ class GPT1(Tokenizer):
 
     @classmethod
     def read(cls, folder: Path, field: str = "data.tokenizer.path") -> GPT1:
-        """Reads the released files from a folder; `field` is the option that named it, for messages."""
+        """Reads the released files from a folder; `field` is the option that named it, for messages.
+
+        Raises:
+          UserError: they are not there, or not as they were released.
+        """
         missing = [name for name in cls.files if not (folder / name).is_file()]
         if missing:
             raise UserError(f"--{field}: '{folder}' lacks {' and '.join(missing)}; name the folder that has them")

@@ -125,7 +125,7 @@ class TaskBatches:
 class ScoringBatches:
     """All examples of a split exactly once, the longest first, so that rows which fill the last batch up cost least.
 
-    A split of few batches has more padding than the training split: all of its lengths are in them.
+    A split of few batches tends to have more padding than the training split: all lengths are in these few.
 
     Args:
       encoded: the split.

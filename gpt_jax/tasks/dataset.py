@@ -32,6 +32,8 @@ class Dataset(NamedTuple):
     """What batches are padded to."""
     counts: dict[str, dict[str, int]]
     """For each split how many rows were read, used, dropped for which reason, and truncated."""
+    dropped_indices: dict[str, tuple[int, ...]]
+    """`Split.dropped_indices` by split."""
 
     @property
     def digest(self) -> str:
@@ -89,6 +91,7 @@ def load_dataset(
     rows: dict[str, list[Row]] = {}
     encoded: dict[str, Encoded] = {}
     counts: dict[str, dict[str, int]] = {}
+    dropped_indices: dict[str, tuple[int, ...]] = {}
     for name in splits:
         split = read(task, config, name)
         if split is None and name == "test" and len(splits) > 1:
@@ -98,7 +101,7 @@ def load_dataset(
         used = _chosen(split, config.max_train) if name == "train" else split.rows
         if name != "test" or any(row.label is not None for row in used):
             require_scorable(task, used)
-        rows[name] = used
+        rows[name], dropped_indices[name] = used, split.dropped_indices
         encoded[name] = encode(
             used,
             task.kind,
@@ -113,7 +116,7 @@ def load_dataset(
     # Every epoch goes through the training and the validation split. The test split, scored once, need only fit.
     every = [split.longest if name != "test" else np.sort(split.longest)[-1:] for name, split in encoded.items()]
     lengths = choose_lengths(every, batch_size, config.lengths)
-    return Dataset(task, rows, encoded, lengths, counts)
+    return Dataset(task, rows, encoded, lengths, counts, dropped_indices)
 
 
 def _chosen(split: Split, most: int) -> list[Row]:

@@ -150,16 +150,16 @@ def _outputs(task: Task) -> str:
     return f"{len(task.labels)} {kind}"
 
 
-def sound_checkpoints(run: Path) -> list[Path]:
-    """The folders of all sound checkpoints of a run, by ascending step.
+def sound_checkpoints(run: Path) -> list[checkpoint.Info]:
+    """The sound checkpoints of a run, one of each step, by ascending step.
 
     Raises:
       UserError: there are none.
     """
-    found = [info.path for info in checkpoint.inspect(run) if info.state == "sound" and info.step]
+    found = {info.step: info for info in checkpoint.inspect(run) if info.state == "sound" and info.step}
     if not found:
         raise UserError(f"{run}: no run with sound checkpoints; give a run's folder, not a checkpoint's")
-    return found
+    return list(found.values())
 
 
 def zero_shot(
@@ -186,20 +186,26 @@ def zero_shot(
         splits[name] = _probe_rows(name, source)
         for split, read_rows in splits[name].items():
             log(f"{PROBES[name].title} {split}: {read_rows.counted()}")
-    kept = [sound_checkpoints(path) if every_checkpoint else [checkpoint.resolve(path, log).path] for path in paths]
+    kept = [(path, info) for path in paths for info in _checkpoints(path, every_checkpoint, log)]
     results = []
-    for path, folder in ((path, folder) for path, folders in zip(paths, kept, strict=True) for folder in folders):
-        trained = load_model(folder)
-        if isinstance(trained.config, FinetuneRunConfig):
-            raise UserError(f"--zero-shot: {path} is a fine-tuned model; probes are for what pre-training alone has taught")
+    for path, info in kept:
+        trained = load_model(info.path)
         with jax.set_mesh(trained.mesh):
             for name, of_probe in splits.items():
                 found = probe(name, trained.config.model, trained.params, trained.tokenizer, of_probe)
-                results.append({"path": str(path), "step": trained.info.step, **found})
+                results.append({"path": str(path), "step": info.step, **found})
                 metric = PROBES[name].metric
                 normalized = "" if found["normalized"] is None else f", normalised {found['normalized']:.3f}"
-                log(f"{folder}: {PROBES[name].title} {metric} {found[metric]:.4f}{normalized}")
+                log(f"{info.path}: {PROBES[name].title} {metric} {found[metric]:.4f}{normalized}")
     return results
+
+
+def _checkpoints(path: Path, every: bool, log: Callable[[str], None]) -> list[checkpoint.Info]:
+    """The checkpoints of a pre-trained model that are to be probed."""
+    infos = sound_checkpoints(path) if every else [checkpoint.resolve(path, log)]
+    if isinstance(config_io.from_dict(checkpoint.read_config(infos[-1])), FinetuneRunConfig):
+        raise UserError(f"--zero-shot: {path} is a fine-tuned model; probes are for what pre-training alone has taught")
+    return infos
 
 
 def _probe_rows(name: str, source: str) -> dict[SplitName, Split]:

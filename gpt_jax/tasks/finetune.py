@@ -131,6 +131,9 @@ def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_chan
     """Fine-tunes with `seeds` seeds, the config's and those after it, in `workdir`/seed-N; returns and writes what they scored.
 
     result.json gives for each split and metric the median, mean, standard deviation, minimum, maximum and all values.
+
+    Raises:
+      UserError, TrainingError, Preempted: as `finetune`.
     """
     require(seeds > 0, "seeds", f"must be positive, not {seeds}")
     require(not (workdir / "checkpoints").exists(), "workdir", f"{workdir} holds a run of one seed; name another folder")
@@ -165,7 +168,8 @@ def find_source(init: TransferConfig, log: Callable[[str], None]) -> Source:
     """What `--init.from` and `--init.like` name.
 
     Raises:
-      UserError: no checkpoint there, or nothing that says which architecture and tokenizer to use.
+      UserError: no checkpoint there, one whose tokenizer is not its model's, or nothing that says which architecture and
+        tokenizer to use.
     """
     require(bool(init.from_), "init.from", "say which run or checkpoint to fine-tune, or none for random parameters")
     if init.from_ != "none":
@@ -250,7 +254,11 @@ class Scorer:
         return scoring.score(task, rows, scoring.predict(task, np.exp(log_probabilities))) | {"loss": float(loss)}
 
     def write(self, params: Params, split: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
-        """Scores a split and writes its predictions; returns the scores, none where labels are hidden, and the files."""
+        """Scores a split and writes its predictions; returns the scores, none where labels are hidden, and the files.
+
+        Raises:
+          UserError: as `scoring.write_glue`.
+        """
         task, rows = self._dataset.task, self._dataset.rows[split]
         values = self.log_probabilities(params, split)
         labelled = self._dataset.labelled(split)
@@ -261,7 +269,7 @@ class Scorer:
             scoring.write_predictions(files[0], task, rows, np.exp(values))
             if not labelled and task.name in scoring.GLUE_FILES:
                 predictions = scoring.predict(task, np.exp(values))
-                files += scoring.write_glue(folder, task, rows, predictions, self._dataset.counts[split])
+                files += scoring.write_glue(folder, task, rows, predictions, self._dataset.dropped_indices[split])
         return self.scores(values, split) if labelled else {}, files
 
 

@@ -6,7 +6,7 @@
     continuation   multiple choice   which of four sentences goes on from the first one
 
 What is scored comes from documents that pre-training has held out too, so neither training has seen them. Classes are of one
-size.
+size, but for the places of `continuation`.
 """
 
 from __future__ import annotations

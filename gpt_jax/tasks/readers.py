@@ -48,6 +48,8 @@ class Split(NamedTuple):
     """Rows seen: those in `rows` and those dropped."""
     dropped: dict[str, int]
     """Rows left out, by reason."""
+    dropped_indices: tuple[int, ...] = ()
+    """The indices in their file of rows left out, where they have one."""
 
     def counted(self, used: int | None = None) -> str:
         """The counts in words; `used`: how many of `rows` are, if not all."""
@@ -76,6 +78,7 @@ def read(task: Task, config: TaskConfig, split: SplitName) -> Split | None:
         return None
     rows: list[Row] = []
     dropped: collections.Counter[str] = collections.Counter()
+    dropped_indices: list[int] = []
     seen = 0
     for group, records in sources:
         for record in _questions(records, task.labels) if layout.articles else records:
@@ -85,6 +88,10 @@ def read(task: Task, config: TaskConfig, split: SplitName) -> Split | None:
                 if fault.reason not in layout.drops:
                     raise UserError(f"{record.where}: {fault}") from fault
                 dropped[fault.reason] += 1
+                # A row that is broken at a line end has a second piece, which begins with anything; an index does not exceed the
+                # number of rows before it.
+                if (index := _identity(record, seen)).isdecimal() and int(index) <= seen:
+                    dropped_indices.append(int(index))
             seen += 1
     if not rows:
         field = f"task.{'path' if config.name else split}"
@@ -92,7 +99,7 @@ def read(task: Task, config: TaskConfig, split: SplitName) -> Split | None:
     if layout.held_out and split != "test":
         rows = _held_out(rows, layout.held_out, split)
         seen = len(rows)
-    return Split(rows, seen, dict(dropped))
+    return Split(rows, seen, dict(dropped), tuple(dropped_indices))
 
 
 # -- where the rows are -----------------------------------------------------------------------------------------------------
@@ -183,8 +190,12 @@ def _row(task: Task, layout: Layout, group: str, record: Record, number: int, sp
     label = label_text(record.fields.get(layout.label))
     if label is None and split != "test":
         raise _FaultyRow("", "no label; only the rows of a test split may lack it")
-    identity = next((record.fields[column] for column in ID_COLUMNS if column in record.fields), number)
-    return Row(str(identity), texts, None if label is None else _label(task, label), record.where, group)
+    return Row(_identity(record, number), texts, None if label is None else _label(task, label), record.where, group)
+
+
+def _identity(record: Record, number: int) -> str:
+    """What names a row in its file, or its number in the split."""
+    return str(next((record.fields[column] for column in ID_COLUMNS if column in record.fields), number))
 
 
 def _texts(layout: Layout, record: Record) -> tuple[str, ...]:

@@ -25,7 +25,6 @@ from jaxtyping import Float32, Float64, Int64
 
 from gpt_jax.errors import UserError
 from gpt_jax.rundir import write_atomic
-from gpt_jax.tasks.layouts import COLUMNS
 from gpt_jax.tasks.readers import Row
 from gpt_jax.tasks.registry import Task
 
@@ -218,7 +217,9 @@ GLUE_FILES = {
 _GLUE_GROUPS = {"": "", "matched": "-m", "mismatched": "-mm"}
 
 
-def write_glue(folder: Path, task: Task, rows: Sequence[Row], predictions: Predictions, counts: Mapping[str, int]) -> list[Path]:
+def write_glue(
+    folder: Path, task: Task, rows: Sequence[Row], predictions: Predictions, dropped: Sequence[int] = ()
+) -> list[Path]:
     """Writes the predictions for a hidden test split as the GLUE server takes them: CoLA.tsv, or MNLI-m.tsv and MNLI-mm.tsv.
 
     A header and a line for each row of the test file, in its order: its index from 0 and the prediction, a label as in the data
@@ -228,8 +229,8 @@ def write_glue(folder: Path, task: Task, rows: Sequence[Row], predictions: Predi
 
     Args:
       rows: those of the test split, in any order; each `id` is the index in its file.
-      counts: rows "read" and rows dropped by reason, as `Dataset.counts` has them: rows dropped at the file's end leave no gap
-        between those that are left.
+      dropped: indices of rows that were dropped in reading (`Split.dropped_indices`): at the file's end they leave no gap. None
+        are in the two files of MultiNLI.
 
     Returns:
       The files written.
@@ -247,10 +248,8 @@ def write_glue(folder: Path, task: Task, rows: Sequence[Row], predictions: Predi
             fault = "stands there twice" if row.id.isdecimal() else "is no number"
             raise UserError(f"{row.where}: the index '{row.id}' {fault}; {file} needs the test split of the GLUE download")
         table[int(row.id)] = f"{min(max(float(prediction), 0.0), 5.0):.3f}" if task.regression else _name(task, prediction)
-    # A piece of a row that is broken at a line end was counted too, and has no index. Of MultiNLI's two files nothing is dropped.
-    whole = counts["read"] - counts.get(COLUMNS, 0) if len(tables) == 1 else 0
     for file, table in tables.items():
-        size = max(whole, max(table) + 1)
+        size = 1 + max(*table, *dropped, 0)
         lines = [f"{index}\t{table.get(index, task.labels[0])}\n" for index in range(size)]
         write_atomic(folder / file, "index\tprediction\n" + "".join(lines))
     return [folder / file for file in tables]

@@ -362,7 +362,9 @@ def test_create_trains_or_loads_what_the_config_says(tmp_path, pieces):
     trained.save(tmp_path)
     ready = TokenizerConfig(kind="sentencepiece", path=str(tmp_path))
     assert create(ready, 310, no_sample).fingerprint == pieces.fingerprint
-    with pytest.raises(UserError, match=r"the sentencepiece tokenizer in .* has 310 entries, and the model has 400; .*"):
+    with pytest.raises(UserError, match=r"--init.tokenizer: .* has 310 entries; the model wants 400"):
+        create(ready, 400, no_sample, field="init.tokenizer")
+    with pytest.raises(UserError, match=r"model.vocab-size: the sentencepiece tokenizer has 310, not 400"):
         create(ready, 400, no_sample)
     Bytes().save(tmp_path)
     with pytest.raises(UserError, match=r"data\.tokenizer\.path: .* holds a bytes tokenizer, not sentencepiece"):

@@ -70,6 +70,9 @@ def test_a_finished_folder_has_scores_predictions_and_the_best_checkpoint(finish
     assert json.loads((run / "result.json").read_text()) == result
     assert result["step"] == 20
     assert result["counts"]["train"] == {"read": 40, "used": 40, "truncated": 0}
+    assert set(result["padding"]) == {"train", "validation"}
+    stored = json.loads((run / "config.json").read_text())
+    assert (stored["platform"], stored["devices"]) == ("cpu", "8 x cpu")
     scores = {
         record["step"]: record
         for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

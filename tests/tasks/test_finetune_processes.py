@@ -97,6 +97,8 @@ def test_two_processes_fine_tune_several_seeds_as_one_does(whole, config_file, t
         for process in processes:
             process.kill()
     assert codes == [0, 0], "\n".join((tmp_path / f"log{number}").read_text() for number in (0, 1))
+    tables = [(tmp_path / f"log{number}").read_text().count("of 2 seeds") for number in (0, 1)]
+    assert tables == [1, 0], "the spread is told once, by the first process"
     for seed in (0, 1):
         ours, theirs = (trajectory(folder / f"seed-{seed}") for folder in (run, whole))
         assert [record["step"] for record in ours] == [record["step"] for record in theirs]

@@ -108,6 +108,22 @@ def test_qqp_s_known_defects_are_dropped_and_counted(tmp_path):
     assert [row[:3] for row in rows_of("qqp", tmp_path, "test")] == [("3", ("Why?", "When?"), None)]
 
 
+@pytest.mark.parametrize(
+    ("lines", "indices"),
+    [
+        (["0\ta\tb", "1\tbro", "ken\tc", "2\td\t "], (1, 2)),
+        (["0\ta\tb", "1\tc\td", "2\tbro", "ken\te"], (2,)),
+        (["0\ta\tb", "1\tshort"], (1,)),
+        (["0\ta\tb", "1\tbro", "1984\tken"], (1,)),
+    ],
+)
+def test_rows_dropped_from_a_test_split_leave_their_index(tmp_path, lines, indices):
+    """The piece of a broken row that begins with a number has none: it would be beyond the file."""
+    write(tmp_path / "train.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate")
+    write(tmp_path / "test.tsv", "id\tquestion1\tquestion2", *lines)
+    assert split_of("qqp", tmp_path, "test").dropped_indices == indices
+
+
 def test_stsb_has_scores(tmp_path):
     columns = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1", "sentence2"]
     row = ["0", "main-captions", "MSRvid", "2012test", "0001", "none", "none", "A plane is taking off.", "A plane takes off."]

@@ -8,7 +8,6 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.tasks import scoring
-from gpt_jax.tasks.layouts import COLUMNS, EMPTY
 from gpt_jax.tasks.readers import Row
 from gpt_jax.tasks.registry import TASKS
 
@@ -184,7 +183,7 @@ def test_predictions_of_a_regression_are_numbers(tmp_path):
 )
 def test_glue_files_byte_for_byte(tmp_path, name, file, predictions, lines):
     rows = rows_of([None] * len(predictions))
-    written = scoring.write_glue(tmp_path, TASKS[name], rows, np.array(predictions), {"read": len(rows)})
+    written = scoring.write_glue(tmp_path, TASKS[name], rows, np.array(predictions))
     assert written == [tmp_path / file]
     assert written[0].read_bytes() == ("index\tprediction\n" + "\n".join(lines) + "\n").encode()
 
@@ -193,7 +192,7 @@ def test_glue_files_byte_for_byte(tmp_path, name, file, predictions, lines):
 def test_glue_files_name_entailment(tmp_path, name):
     task = TASKS[name]
     predictions = np.array([task.labels.index("not_entailment"), task.labels.index("entailment")])
-    (file,) = scoring.write_glue(tmp_path, task, rows_of([None, None]), predictions, {"read": 2})
+    (file,) = scoring.write_glue(tmp_path, task, rows_of([None, None]), predictions)
     assert file == tmp_path / f"{task.title}.tsv"
     assert file.read_bytes() == b"index\tprediction\n0\tnot_entailment\n1\tentailment\n"
 
@@ -206,7 +205,7 @@ def test_multinli_has_two_glue_files_with_rows_in_the_order_of_their_index(tmp_p
         Row("0", ("p", "h"), None, "mm:1", "mismatched"),
     ]
     predictions = np.array([task.labels.index(label) for label in ("neutral", "entailment", "contradiction")])
-    scoring.write_glue(tmp_path, task, rows, predictions, {"read": 3})
+    scoring.write_glue(tmp_path, task, rows, predictions)
     assert (tmp_path / "MNLI-m.tsv").read_bytes() == b"index\tprediction\n0\tentailment\n1\tneutral\n"
     assert (tmp_path / "MNLI-mm.tsv").read_bytes() == b"index\tprediction\n0\tcontradiction\n"
     assert len(list(tmp_path.iterdir())) == 2
@@ -215,22 +214,16 @@ def test_multinli_has_two_glue_files_with_rows_in_the_order_of_their_index(tmp_p
 def test_a_row_that_was_dropped_gets_the_first_label_in_a_glue_file(tmp_path):
     """Or else the server would take the rows after it for others, or miss those at the end."""
     first, _, third = rows_of([None, None, None])
-    (file,) = scoring.write_glue(tmp_path, TASKS["qqp"], [first, third], np.array([1, 1]), {"read": 5, EMPTY: 3})
+    (file,) = scoring.write_glue(tmp_path, TASKS["qqp"], [first, third], np.array([1, 1]), (1, 3, 4))
     assert file.read_bytes() == b"index\tprediction\n0\t1\n1\t0\n2\t1\n3\t0\n4\t0\n"
-
-
-def test_the_pieces_of_a_broken_row_are_one_line_of_a_glue_file(tmp_path):
-    first, _, third = rows_of([None, None, None])
-    (file,) = scoring.write_glue(tmp_path, TASKS["qqp"], [first, third], np.array([1, 1]), {"read": 4, COLUMNS: 2})
-    assert file.read_bytes() == b"index\tprediction\n0\t1\n1\t0\n2\t1\n"
 
 
 def test_glue_files_are_of_glue_test_splits_only(tmp_path):
     hidden = rows_of([None, None])
     with pytest.raises(UserError, match=r"^--task\.name: SNLI is no task of GLUE[^\n]*MRPC[^\n]*$"):
-        scoring.write_glue(tmp_path, TASKS["snli"], hidden, np.zeros(2, int), {"read": 2})
+        scoring.write_glue(tmp_path, TASKS["snli"], hidden, np.zeros(2, int))
     with pytest.raises(UserError, match=r"^dev\.tsv:2: the index '0' stands there twice; CoLA\.tsv needs [^\n]*$"):
-        scoring.write_glue(tmp_path, TASKS["cola"], [hidden[0], hidden[1]._replace(id="0")], np.zeros(2, int), {"read": 2})
+        scoring.write_glue(tmp_path, TASKS["cola"], [hidden[0], hidden[1]._replace(id="0")], np.zeros(2, int))
     with pytest.raises(UserError, match=r"^dev\.tsv:1: the index 'gj04' is no number; [^\n]*$"):
-        scoring.write_glue(tmp_path, TASKS["cola"], [hidden[0]._replace(id="gj04")], np.zeros(1, int), {"read": 1})
+        scoring.write_glue(tmp_path, TASKS["cola"], [hidden[0]._replace(id="gj04")], np.zeros(1, int))
     assert not list(tmp_path.iterdir())
