@@ -7,7 +7,7 @@ defaults of gpt_jax/config.py; docs/paper.md ends with what differs on purpose.
 
 Time: 81 minutes from random parameters on one core of a cloud machine that other work shared; on an accelerator, not measured.
 Expect: 7.9 Matthews correlation (times 100) on the development split from random parameters (one seed), where the paper has 18.9;
-from pre-trained ones the paper has 45.4, not measured here. The paper's figures are from GLUE's test server, tables 5 and 4.
+from pre-trained ones it has 45.4 (not measured here). The paper's figures are from GLUE's test server, tables 5 and 4.
 """
 
 from gpt_jax.config import FinetuneConfig, TaskConfig
