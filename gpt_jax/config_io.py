@@ -86,7 +86,7 @@ def load(name: str) -> Any:
     if path.suffix != ".py":
         path = config_folder() / f"{name}.py"
         if not path.is_file():
-            raise UserError(f"no config is named '{name}'; {nearest(name, names())}, or give the path of a .py file")
+            raise UserError(f"no config is named '{name}'; {nearest(name, names())} Or give the path of a .py file")
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
