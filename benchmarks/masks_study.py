@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from gpt_jax.model import masks
+from gpt_jax.model import dropout
 
 SIZE = 512  # queries and keys of a mask
 RATE = 0.1
@@ -84,12 +84,12 @@ def multiply_shift_multiply(row: tuple, column: tuple) -> tuple[Any, Any]:
 def keyed(row: tuple, column: tuple) -> tuple[Any, Any]:
     """The frozen hash."""
     x = (row[0] ^ column[0]) * column[1]
-    return x, x * u32(masks.SECOND)
+    return x, x * u32(dropout.SECOND)
 
 
 def affine(row: tuple, column: tuple) -> tuple[Any, Any]:
     x = row[0] * column[1] + column[0]
-    return x, x * u32(masks.SECOND)
+    return x, x * u32(dropout.SECOND)
 
 
 def packed_row(a: Any, b: Any, pair: Any) -> tuple:
@@ -101,11 +101,11 @@ def packed_column(a: Any, b: Any, key: Any) -> tuple:
 
 
 def hashed_row(a: Any, b: Any, pair: Any) -> tuple:
-    return (masks.row_term(a, pair),)
+    return (dropout.row_term(a, pair),)
 
 
 def hashed_column(a: Any, b: Any, key: Any) -> tuple:
-    return masks.column_terms(a, b, key)
+    return dropout.column_terms(a, b, key)
 
 
 CANDIDATES = [
@@ -186,7 +186,7 @@ class Scores:
 
 PAIRS = np.triu_indices(SIZE, 1)
 MANY = 14  # elements dropped in both of two rows; about 5 of the 512 are expected
-P_BOTH = (masks.threshold(RATE) / 65536) ** 2
+P_BOTH = (dropout.threshold(RATE) / 65536) ** 2
 P_MANY = 1 - sum(math.comb(SIZE, n) * P_BOTH**n * (1 - P_BOTH) ** (SIZE - n) for n in range(MANY))
 LAGS = [(0, 1), (0, 2), (0, 8), (0, 16), (0, 128), (1, 0), (2, 0), (8, 0), (16, 0), (128, 0), (1, 1), (8, 1), (16, 16)]
 RECTANGLES = [(1, 1), (1, 8), (8, 1), (8, 8), (16, 1), (16, 16), (128, 128)]
@@ -212,8 +212,8 @@ def joint(scores: Scores, name: str, x: np.ndarray, y: np.ndarray) -> None:
 
 def judge_one(scores: Scores, value: np.ndarray) -> np.ndarray:
     """All tests within one mask; returns the standardised mask."""
-    dropped = value < masks.threshold(RATE)
-    p = masks.threshold(RATE) / 65536
+    dropped = value < dropout.threshold(RATE)
+    p = dropout.threshold(RATE) / 65536
     mask = ((dropped - p) / (p * (1 - p)) ** 0.5).astype(np.float32)  # mean 0, variance 1
 
     scores.table("values uniform", np.bincount(value.ravel(), minlength=65536), np.full(65536, 1 / 65536))
@@ -264,7 +264,7 @@ def streams(count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     near = {name: {**place, name: place[name] + 1} for name in NEIGHBOURS}
 
     def make(at: dict[str, Any]) -> np.ndarray:
-        return np.asarray(masks.stream(**at))
+        return np.asarray(dropout.stream(**at))
 
     return make(place), {name: make(at) for name, at in near.items()}
 
@@ -278,8 +278,8 @@ def judge(draw: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, flo
         name = NEIGHBOURS[i % len(NEIGHBOURS)]
         other = draw(near[name][i])
         joint(scores, f"next {name}", value, other)
-        p = masks.threshold(RATE) / 65536
-        other_mask = ((other < masks.threshold(RATE)) - p) / (p * (1 - p)) ** 0.5
+        p = dropout.threshold(RATE) / 65536
+        other_mask = ((other < dropout.threshold(RATE)) - p) / (p * (1 - p)) ** 0.5
         scores.mean_zero(f"masks, next {name}", float((mask * other_mask).sum(dtype=np.float64)), mask.size)
     return scores.z()
 
@@ -320,16 +320,16 @@ def by_pairs(candidate: Candidate, stream: jax.Array) -> jax.Array:
     a, b = stream[..., 0, None, None], stream[..., 1, None, None]
     pairs, keys = jnp.arange(SIZE // 2, dtype=jnp.uint32)[:, None], jnp.arange(SIZE, dtype=jnp.uint32)[None]
     words = candidate.words(candidate.row(a, b, pairs), candidate.column(a, b, keys))
-    limit = np.int32((masks.threshold(RATE) << 16) - 2**31)
+    limit = np.int32((dropout.threshold(RATE) << 16) - 2**31)
     kept = [(w.astype(np.int32) >= limit).reshape(*stream.shape[:-1], SIZE // 16, 8, SIZE) for w in words]
     return jnp.stack(kept, -3).reshape(*stream.shape[:-1], SIZE, SIZE)
 
 
 def cpu(heads: int = 12) -> None:
-    stream = masks.stream(0, 1, 2, masks.Site.ATTENTION, 3, np.arange(heads))
+    stream = dropout.stream(0, 1, 2, dropout.Site.ATTENTION, 3, np.arange(heads))
     position = jnp.arange(SIZE)
     makers: dict[str, Callable] = {c.name: partial(by_pairs, c) for c in CANDIDATES if not c.control}
-    makers["masks.keep"] = lambda s: masks.keep(s, position, position, RATE)
+    makers["masks.keep"] = lambda s: dropout.keep(s, position, position, RATE)
     key = jax.random.key(0)
     makers["jax.random.bernoulli, threefry"] = lambda _: jax.random.bernoulli(key, 1 - RATE, (heads, SIZE, SIZE))
     print(f"## cpu: a [{heads}, {SIZE}, {SIZE}] mask under jax.jit, {os.cpu_count()} cores, best of 10\n")
@@ -414,7 +414,7 @@ def tpu_compile() -> None:
             keys = jax.lax.broadcasted_iota(jnp.int32, (8, SIZE), 1).astype(jnp.uint32)
             row = tuple(t if t.ndim == 0 else t[:, :1] for t in candidate.row(a, b, pairs))
             column = tuple(t[:1] for t in candidate.column(a, b, keys))
-            limit = masks.threshold(RATE) << 16
+            limit = dropout.threshold(RATE) << 16
             halves = scaled.reshape(SIZE // 16, 2, 8, SIZE)
             kept = []
             for i, word in enumerate(candidate.words(row, column)):

@@ -200,11 +200,11 @@ def _path(word: str) -> Path:
 
 def _configured(options: argparse.Namespace, overrides: list[str], kind: str = "pretrain") -> Any:
     """The config that the command names, of the kind that the verb takes, with its overrides."""
-    from gpt_jax import config_io
     from gpt_jax.config import FinetuneConfig
+    from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
 
     asked = any(word in ("-h", "--help") for word in overrides)
-    names = ", ".join(name for name in config_io.names() if name.startswith("finetune/") == (kind == "finetune"))
+    names = ", ".join(name for name in config_names() if name.startswith("finetune/") == (kind == "finetune"))
     if asked:
         options.parser.print_help()
         print("  --SECTION.FIELD VALUE  any field of the config; `--help` after CONFIG lists them with their meaning")
@@ -214,18 +214,18 @@ def _configured(options: argparse.Namespace, overrides: list[str], kind: str = "
         print()
     if options.config is None:
         raise UserError(f"say which config: gpt-jax {options.verb} CONFIG, with CONFIG one of {names} or a .py file")
-    loaded = config_io.load(options.config)
+    loaded = load_config(options.config)
     if isinstance(loaded, FinetuneConfig) != (kind == "finetune"):
         raise UserError(f"{options.config} is a config for gpt-jax {'pretrain' if kind == 'finetune' else 'finetune'}")
-    config = config_io.override(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
-    for name, (value, _) in config_io.flatten(config).items():
+    config = apply_overrides(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
+    for name, (value, _) in flatten_config(config).items():
         if isinstance(value, str):
             _local(value, name)
     return config
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> int:
-    from gpt_jax.stories import demo
+    from gpt_jax.experiments.demo import demo
 
     return demo(options.workdir)
 
@@ -233,7 +233,7 @@ def _demo(options: argparse.Namespace, _: list[str]) -> int:
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
     config = _configured(options, overrides)
     from gpt_jax.data.prepare import prepare
-    from gpt_jax.train.progress import say
+    from gpt_jax.runtime.console import say
 
     if not config.data.store and options.workdir is None:
         raise UserError("--data.store: say where the token store shall lie (or --workdir RUN, for RUN/store)")
@@ -258,8 +258,8 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.seeds is None:
         finetune(config, options.workdir, options.allow_changes)
     else:
-        from gpt_jax.distributed import is_primary
-        from gpt_jax.present import show_spread
+        from gpt_jax.experiments.bench import show_spread
+        from gpt_jax.runtime.distributed import is_primary
 
         result = finetune_seeds(config, options.workdir, options.seeds, options.allow_changes)
         if is_primary():
@@ -267,8 +267,8 @@ def _finetune(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
+    from gpt_jax.runtime.console import say
     from gpt_jax.tasks import evaluate
-    from gpt_jax.train.progress import say
 
     if options.text and options.zero_shot:
         raise UserError("--text and --zero-shot are different measurements; give one of them")
@@ -287,7 +287,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     if others and not options.zero_shot:
         raise UserError(f"{others[0]}: one checkpoint at a time; several can be compared with --zero-shot")
     if options.zero_shot:
-        from gpt_jax.present import show_zero_shot
+        from gpt_jax.experiments.bench import show_zero_shot
 
         sources = [word.partition("=")[::2] for word in options.zero_shot]
         names = [name for name, _ in sources]
@@ -310,19 +310,19 @@ def _study(options: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError("--workdir: say which folder shall hold the study")
     if options.name is None:
         raise UserError("--name: say which study: layers, ablations or steps")
-    from gpt_jax.studies import study
+    from gpt_jax.experiments.studies import study
 
     study(options.name, config, options.workdir, options.seeds, options.lstm)
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> None:
-    from gpt_jax import paper_table
+    from gpt_jax.experiments import paper_table
 
     paper_table.show(options.runs)
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
-    from gpt_jax.stories import continue_prompts
+    from gpt_jax.experiments.demo import continue_prompts
 
     for prompt, text in continue_prompts(
         options.checkpoint,
@@ -337,19 +337,19 @@ def _generate(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _export(options: argparse.Namespace, _: list[str]) -> None:
-    from gpt_jax.interop.exports import export
-    from gpt_jax.train.progress import say
+    from gpt_jax.interop.export import export
+    from gpt_jax.runtime.console import say
 
     export(options.checkpoint, options.format, options.out, say, dtype=options.dtype, shard_bytes=options.shard_bytes)
 
 
 def _import(options: argparse.Namespace, _: list[str]) -> None:
-    from gpt_jax import config_io
     from gpt_jax.config import PretrainConfig
-    from gpt_jax.interop.imports import import_
-    from gpt_jax.train.progress import say
+    from gpt_jax.config.load import load_config
+    from gpt_jax.interop.import_ import import_
+    from gpt_jax.runtime.console import say
 
-    config = config_io.load(options.config) if options.config else None
+    config = load_config(options.config) if options.config else None
     if config is not None and not isinstance(config, PretrainConfig):
         raise UserError(f"--config: {options.config} is a fine-tuning config, which has no architecture")
     import_(
@@ -388,13 +388,13 @@ def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
         if options.config is None:
             raise UserError("--config: say which fine-tuning config to time, for example finetune/cola")
         config = _configured(options, overrides, "finetune")
-        from gpt_jax.present import bench_padding
+        from gpt_jax.experiments.bench import bench_padding
 
         bench_padding(config)
         return
-    from gpt_jax import present
+    from gpt_jax.experiments import bench
 
     if options.name == "input":
-        present.bench_input(options.store)
+        bench.bench_input(options.store)
     else:
-        present.bench_matmul()
+        bench.bench_matmul()

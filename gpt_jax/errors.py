@@ -35,6 +35,12 @@ class Preempted(Exception):
     exit_code = 42
 
 
+def require(condition: bool, field: str, message: str) -> None:
+    """Raises a `UserError` that names `field` unless `condition` holds."""
+    if not condition:
+        raise UserError(f"--{field.replace('_', '-')}: {message}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A half-sentence with the known names closest to a misspelt `name`, or all of them if none is close."""
     known = list(known)

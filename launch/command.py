@@ -8,9 +8,9 @@ import importlib
 import sys
 from typing import Any
 
-from gpt_jax import checkout
-from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError, nearest
+from gpt_jax.runtime import git_info
+from gpt_jax.runtime.git_info import Checkout
 
 TARGETS = {
     "local": "processes on this machine, supervised",
@@ -82,7 +82,7 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
 
     job = _job(options, overrides)
     checked = jobs.check(job)
-    source = checkout.find()
+    source = git_info.find()
     if target == "tpu-vm":
         _require_tracked(job, source)
     module: Any = importlib.import_module("." + target.replace("-", "_"), __package__)
@@ -107,8 +107,8 @@ def supervise(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _job(options: argparse.Namespace, overrides: list[str]) -> Any:
-    from gpt_jax import config_io
     from gpt_jax.config import FinetuneConfig
+    from gpt_jax.config.load import load_config
 
     from .job import Job, default_name
 
@@ -119,7 +119,7 @@ def _job(options: argparse.Namespace, overrides: list[str]) -> Any:
     return Job(
         **given
         | {
-            "verb": "finetune" if isinstance(config_io.load(options.config), FinetuneConfig) else "pretrain",
+            "verb": "finetune" if isinstance(load_config(options.config), FinetuneConfig) else "pretrain",
             "overrides": tuple(overrides),
             "name": options.name or default_name(options.config),
             "accelerator": accelerator,
@@ -129,9 +129,9 @@ def _job(options: argparse.Namespace, overrides: list[str]) -> Any:
 
 def _require_tracked(job: Any, source: Checkout) -> None:
     """That the workers, which get the commit and what differs from it, will have a config of configs/."""
-    from gpt_jax import config_io
+    from gpt_jax.config.load import config_folder
 
-    path = config_io.config_folder().resolve() / f"{job.config}.py"
+    path = config_folder().resolve() / f"{job.config}.py"
     name = str(path.relative_to(source.folder)) if path.is_relative_to(source.folder) else ""
     if name in source.untracked:
         raise UserError(f"git does not track {name}, so the workers will not have it: git add {name}")

@@ -15,8 +15,7 @@ import shlex
 import subprocess
 from typing import Any
 
-from gpt_jax.config import require
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
 
 from .accelerators import smallest_of_several_hosts
 from .job import (

@@ -15,9 +15,9 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from gpt_jax import config_io
-from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig, require
-from gpt_jax.errors import Preempted, UserError
+from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig
+from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
+from gpt_jax.errors import Preempted, UserError, require
 
 from . import accelerators
 from .accelerators import GIB, Accelerator
@@ -160,16 +160,16 @@ def _check_source(job: Job, config: RunConfig) -> None:
     if not isinstance(config, PretrainConfig) or config.data.store or config.data.source:
         return
     if not (Path(job.workdir) / "store" / "index.json").exists():
-        from gpt_jax.data import corpus
+        from gpt_jax.data import sources
 
-        corpus.open_source(config.data)  # which says what is missing, as the training would
+        sources.open_source(config.data)  # which says what is missing, as the training would
 
 
 def _config(job: Job) -> RunConfig:
-    config = config_io.load(job.config)
+    config = load_config(job.config)
     if isinstance(config, FinetuneConfig) != (job.verb == "finetune"):
         raise UserError(f"{job.config} is a config for gpt-jax {'pretrain' if job.verb == 'finetune' else 'finetune'}")
-    config = config_io.override(config, list(job.overrides), f"gpt-jax {job.verb} {job.config}")
+    config = apply_overrides(config, list(job.overrides), f"gpt-jax {job.verb} {job.config}")
     require(not config.distributed.coordinator, "distributed.coordinator", "leave it out: the launcher says it")
     return config
 
@@ -205,12 +205,12 @@ def _check_division(config: RunConfig, sizes: dict[str, int]) -> None:
     if not isinstance(config, FinetuneConfig):
         from jax.sharding import AbstractMesh  # JAX takes a second to import
 
-        from gpt_jax import sharding
+        from gpt_jax.runtime import sharding
 
         mesh: Any = AbstractMesh(tuple(sizes.values()), tuple(sizes))
-        sharding.check(mesh, config.model, config.train.batch_size, config.train.micro_batches)
+        sharding.check_divisibility(mesh, config.model, config.train.batch_size, config.train.grad_accum_steps)
         return
-    shards = sizes["slice"] * sizes["data"] * sizes["fsdp"] * config.train.micro_batches
+    shards = sizes["slice"] * sizes["data"] * sizes["fsdp"] * config.train.grad_accum_steps
     require(
         config.train.batch_size % shards == 0,
         "train.batch_size",
@@ -300,13 +300,13 @@ def require_no_buckets(job: Job, checked: Checked, target: str) -> None:
 def _paths(job: Job, config: RunConfig) -> Iterator[tuple[str, str]]:
     """Each field that names a file or a folder, and which."""
     yield "workdir", job.workdir
-    fields = config_io.flatten(config)
+    fields = flatten_config(config)
     for field in PATHS:
         path = fields[field][0] if field in fields else ""
         named = (
             (field == "data.source" and path.startswith(("builtin:", "tfds:")))
             or (field == "init.from" and path == "none")
-            or (field == "init.like" and path in config_io.names())
+            or (field == "init.like" and path in config_names())
         )
         if path and not named:
             yield field, path

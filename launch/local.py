@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from gpt_jax.config import require
+from gpt_jax.errors import require
 
 from .job import Checked, Job, require_no_buckets
 from .supervise import Budget, Supervisor, kill, say, spawn, steps_in

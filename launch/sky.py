@@ -14,10 +14,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from gpt_jax import checkout
-from gpt_jax.checkout import Checkout
-from gpt_jax.config import require
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
+from gpt_jax.runtime import git_info
+from gpt_jax.runtime.git_info import Checkout
 
 from .accelerators import RUNTIMES
 from .job import PORT, RESTART_CODE, Checked, Job, buckets, mounted, require_reachable, require_tool, to_yaml
@@ -41,7 +40,7 @@ def render(job: Job, checked: Checked) -> str:
     require(not several, "slices", "several TPU slices become one machine with tpu-vm and gke, not with sky")
     on_vms = checked.accelerator.kind != "tpu" or checked.accelerator.family in RUNTIMES
     require(on_vms, "accelerator", f"{checked.accelerator.name} is to be had with gke only")
-    origin = checkout.find()
+    origin = git_info.find()
     if not job.image and not origin.commit:
         raise UserError("sky installs a checkout, and this package is not in one of git: run it from a clone, or give --image")
     comments = []
@@ -61,7 +60,7 @@ def submit(job: Job, checked: Checked) -> int:
     """
     task = render(job, checked)
     require_tool("sky", "pip install 'skypilot[gcp]' (or another cloud's extra), and `sky check`")
-    origin = checkout.find()
+    origin = git_info.find()
     if _takes_diff(job, origin):
         _diff_file(job).parent.mkdir(parents=True, exist_ok=True)
         _diff_file(job).write_bytes(origin.diff)

@@ -14,8 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gpt_jax.config import require
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
 
 from .job import RESTART_CODE, Checked, Job, require_no_buckets, require_tool
 

@@ -25,8 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax.config import require
-from gpt_jax.errors import Preempted, TrainingError, UserError
+from gpt_jax.errors import Preempted, TrainingError, UserError, require
 
 POLL_SECONDS = 0.05
 BACKOFF_SECONDS = 1.0

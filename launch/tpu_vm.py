@@ -18,10 +18,9 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gpt_jax import checkout
-from gpt_jax.checkout import Checkout
-from gpt_jax.config import require
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
+from gpt_jax.runtime import git_info
+from gpt_jax.runtime.git_info import Checkout
 
 from . import tpu_worker
 from .accelerators import RUNTIMES
@@ -40,7 +39,7 @@ def render(job: Job, checked: Checked, delete_on_exit: bool = False) -> str:
     Raises:
       UserError: TPU VMs cannot do what the job asks for.
     """
-    origin = checkout.find()
+    origin = git_info.find()
     _require_possible(job, checked, origin)
     gcloud = Gcloud(job, checked)
     files = ", ".join(file.name for file in _files(job) if file.suffix != ".bundle")
@@ -81,7 +80,7 @@ def submit(job: Job, checked: Checked, delete_on_exit: bool = False, timing: Tim
     Raises:
       UserError: TPU VMs cannot do what the job asks for, or gcloud or the training itself refuses it.
     """
-    origin = checkout.find()
+    origin = git_info.find()
     _require_possible(job, checked, origin)
     require_tool("gcloud", "install the Google Cloud CLI, then `gcloud auth login`")
     _require_key(checked)

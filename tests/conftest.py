@@ -79,7 +79,7 @@ def config():
 @pytest.fixture(scope="session")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps with checkpoints of both: a model so small that fine-tuning it takes seconds."""
-    from gpt_jax import config_io
+    from gpt_jax.config.load import load_config
     from gpt_jax.train.pretrain import pretrain
 
     folder = tmp_path_factory.mktemp("pretrained")
@@ -87,7 +87,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = ("".join(rng.choices("abcdefgh ", k=200)) for _ in range(40))
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     (folder / "tiny.py").write_text(PRETRAIN.format(source=folder / "text.jsonl"))
-    pretrain(config_io.load(str(folder / "tiny.py")), folder / "run")
+    pretrain(load_config(str(folder / "tiny.py")), folder / "run")
     return folder / "run"
 
 

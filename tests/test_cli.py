@@ -99,7 +99,10 @@ def mistake(capsys):
         ("pretrain smoke --workdir RUN --optim.kind sgd", "--optim.kind: 'sgd' is not one of adam_gpt1, adamw"),
         ("pretrain smoke --workdir RUN --train.duration soon", "--train.duration: 'soon' is no duration; write for example"),
         ("pretrain smoke --workdir RUN --model.num-heads 3", "--model.num-heads: 3 does not divide model.embed-dim 64"),
-        ("pretrain smoke --workdir RUN --train.micro-batches 3", "--train.micro-batches: 3 does not divide train.batch-size 16"),
+        (
+            "pretrain smoke --workdir RUN --train.grad-accum-steps 3",
+            "--train.grad-accum-steps: 3 does not divide train.batch-size 16",
+        ),
         ("pretrain smoke extra --workdir RUN", "'extra' stands before any --field"),
         ("checkpoint list nowhere", "nowhere: no such folder; give a run's folder"),
         ("checkpoint list . --optim.peak-lr 1", "'--optim.peak-lr' is not an argument of gpt-jax checkpoint"),

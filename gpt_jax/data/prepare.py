@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt_jax.config import PretrainConfig
-from gpt_jax.config_io import flatten
-from gpt_jax.data import corpus, tokenizers
+from gpt_jax.config.load import flatten_config
+from gpt_jax.data import sources, tokenizers
+from gpt_jax.data.dedup import Texts, collect, sync
 from gpt_jax.data.progress import Progress
 from gpt_jax.data.store import (
     FORMAT,
@@ -46,7 +47,6 @@ from gpt_jax.data.store import (
     token_dtype,
     write_json,
 )
-from gpt_jax.data.texts import Texts, collect, sync
 from gpt_jax.errors import UserError
 
 PART_BYTES = 1 << 18
@@ -73,7 +73,7 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Callable[[str], Non
     """
     try:
         if not (store_folder / INDEX).exists():
-            source = corpus.open_source(config.data)
+            source = sources.open_source(config.data)
             if store_folder.resolve().is_relative_to(Path(config.data.source).resolve()):
                 raise UserError(f"--data.store: '{store_folder}' lies inside --data.source; give a folder outside")
             with _alone(store_folder):
@@ -113,7 +113,7 @@ def check_recipe(store: Store, config: PretrainConfig) -> None:
 
 def _fields(config: PretrainConfig) -> dict[str, Any]:
     """The config's fields that decide what the store holds, by their dotted names."""
-    fields = {name: value for name, (value, effect) in flatten(config.data, "data.").items() if effect == "result"}
+    fields = {name: value for name, (value, effect) in flatten_config(config.data, "data.").items() if effect == "result"}
     return {**fields, "model.vocab-size": config.model.vocab_size}
 
 
@@ -143,7 +143,7 @@ def _reopen(config: PretrainConfig, folder: Path, log: Callable[[str], None]) ->
     store.tokenizer()
     check_recipe(store, config)
     if config.data.source:
-        _require_same_text(folder, store.index["recipe"]["source"], corpus.open_source(config.data).identity())
+        _require_same_text(folder, store.index["recipe"]["source"], sources.open_source(config.data).identity())
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # Left over if the last run was killed in its last instant.
     tokens = sum(split["tokens"] for split in store.index["splits"].values())
     log(f"{folder}: finished before, {tokens:,} tokens, checksums are right; nothing to do")
@@ -162,7 +162,7 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _build(config: PretrainConfig, folder: Path, source: corpus.Source, log: Callable[[str], None]) -> Store:
+def _build(config: PretrainConfig, folder: Path, source: sources.Source, log: Callable[[str], None]) -> Store:
     """Makes the store, or goes on from what `partial/` holds."""
     partial = folder / PARTIAL
     log(f"{folder}: preparing the text of {config.data.source}")
@@ -329,7 +329,7 @@ def encode(part: Part) -> tuple[np.ndarray, np.ndarray]:
         for i, (begin, length) in enumerate(zip(part.begins.tolist(), part.lengths.tolist(), strict=True)):
             starts[i] = len(tokens)
             tokens += tokenizer.encode(os.pread(file.fileno(), length, begin).decode())
-            tokens.append(tokenizer.separator)
+            tokens.append(tokenizer.eos_id)
     return np.array(tokens, token_dtype(tokenizer.vocab_size)), starts
 
 

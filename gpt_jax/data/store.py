@@ -30,7 +30,7 @@ from jaxtyping import Int32, Int64
 
 from gpt_jax.data import tokenizers
 from gpt_jax.errors import UserError
-from gpt_jax.rundir import sha256, write_atomic
+from gpt_jax.runtime.rundir import sha256, write_atomic
 
 FORMAT = "gpt_jax token store"
 VERSION = 1

@@ -22,7 +22,7 @@ from typing import ClassVar, Self
 
 from gpt_jax.config import TokenizerConfig
 from gpt_jax.errors import UserError, nearest
-from gpt_jax.rundir import write_atomic
+from gpt_jax.runtime.rundir import write_atomic
 
 MANIFEST = "tokenizer.json"
 
@@ -38,7 +38,7 @@ class Tokenizer(abc.ABC):
     """Distributions whose versions are recorded beside the files."""
     vocab_size: int
     """The logical number of ids."""
-    separator: int
+    eos_id: int
     """The id that `prepare` puts after every document; `encode` does not."""
     fingerprint: str
     """Hexadecimal SHA-256 of the kind and the files: tokenizers with equal fingerprints give equal ids."""
@@ -152,13 +152,13 @@ class Bytes(Tokenizer):
 
     kind = "bytes"
     vocab_size = 257
-    separator = 256
+    eos_id = 256
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8", "replace"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return bytes(i for i in ids if i != self.separator).decode("utf-8", "replace")
+        return bytes(i for i in ids if i != self.eos_id).decode("utf-8", "replace")
 
 
 # -- the released encoder ---------------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class GPT1(Tokenizer):
         if not numbered or NEWLINE not in self.ids:
             raise UserError(f"{self.files[0]}: must map entries, a newline followed by </w> among them, to the ids from 0 on")
         self.vocab_size = len(self.entries)
-        self.separator = self.ids[NEWLINE]
+        self.eos_id = self.ids[NEWLINE]
         pairs = [tuple(line.split(" ")) for line in merges.decode("utf-8", "replace").rstrip("\n").split("\n")[1:]]
         for line, pair in enumerate(pairs, start=2):
             if len(pair) != 2:
@@ -249,7 +249,7 @@ class GPT1(Tokenizer):
     def _merge(self, word: str) -> tuple[int, ...]:
         """The ids of one word: again and again, the neighbours of the lowest rank are merged wherever they stand."""
         if word.isspace():  # spaCy gives "\n " for a newline.
-            return (self.separator,)
+            return (self.eos_id,)
         symbols = [*word[:-1], word[-1] + "</w>"]
         unranked = len(self.ranks)
         while len(symbols) > 1:
@@ -286,7 +286,7 @@ class SentencePiece(Tokenizer):
         super().__init__(model)
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self.processor.get_piece_size()
-        self.separator = self.processor.eos_id()
+        self.eos_id = self.processor.eos_id()
         self._space_character = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @classmethod

@@ -124,7 +124,7 @@ class Windows:
         _, window, offset = self._locate(step, rows)
         starts = offset + window * self._context_length
         batch = _read(self._tokens, starts, self._context_length, rows)
-        batch["weights"] = np.broadcast_to(np.float32(1), batch["tokens"].shape)
+        batch["loss_weights"] = np.broadcast_to(np.float32(1), batch["tokens"].shape)
         return batch
 
     def window_numbers(
@@ -179,7 +179,7 @@ class EvaluationWindows:
         batch = _read(self._tokens, starts, self._context_length, rows)
         position = starts[:, None] + np.arange(self._context_length)
         counts = (position >= window[:, None] * self._context_length) & (window < self.num_windows)[:, None]
-        batch["weights"] = counts.astype(np.float32)
+        batch["loss_weights"] = counts.astype(np.float32)
         return batch
 
 
@@ -197,4 +197,4 @@ def _read(tokens: Tokens, starts: Int64[np.ndarray, " n"], context_length: int, 
     """
     windows = tokens.read(starts, context_length + 1)
     windows.setflags(write=False)
-    return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "row": rows.astype(np.int32)}
+    return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "example_id": rows.astype(np.int32)}

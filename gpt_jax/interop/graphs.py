@@ -30,7 +30,7 @@ from jax.extend.mlir.dialects import stablehlo
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.interop import files
+from gpt_jax.interop import tensor_files
 from gpt_jax.model import network
 from gpt_jax.model.attention import NEGATIVE
 from gpt_jax.model.transformer import Params
@@ -122,8 +122,8 @@ def write_stablehlo(folder: Path, model: ModelConfig, params: Params, head: Head
     exported = _exported(model, parameters, head, sequences)
     (folder / "model.stablehlo").write_bytes(exported.serialize())
 
-    known = {name: files.Tensor(array.shape, array.dtype) for name, array in parameters.items()}
-    files.write_safetensors(folder, known, parameters.items(), most_bytes=sys.maxsize)
+    known = {name: tensor_files.Tensor(array.shape, array.dtype) for name, array in parameters.items()}
+    tensor_files.write_safetensors(folder, known, parameters.items(), most_bytes=sys.maxsize)
 
     def described(names: list[str], arrays: tuple[Any, ...]) -> list[dict[str, Any]]:
         shapes = [[size if isinstance(size, int) else str(size) for size in array.shape] for array in arrays]
@@ -144,7 +144,7 @@ def write_stablehlo(folder: Path, model: ModelConfig, params: Params, head: Head
 def load_stablehlo(folder: Path) -> Computation:
     """What `write_stablehlo` wrote, run by JAX."""
     exported = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
-    tensors = files.read_safetensors(folder)
+    tensors = tensor_files.read_safetensors(folder)
     parameters = {name: jnp.asarray(tensors.read(name)) for name in tensors.known}
     call = jax.jit(exported.call)
     return lambda *inputs: np.asarray(call(parameters, *inputs))

@@ -79,7 +79,7 @@ def model_config(config: RunConfig, tokenizer: Tokenizer, task: Task | None, hea
         "initializer_range": model.init_stddev,
         "tie_word_embeddings": True,
         "dtype": dtype,
-        "eos_token_id": tokenizer.separator,
+        "eos_token_id": tokenizer.eos_id,
     }
     if task is not None and head is not None:
         values["pad_token_id"] = PAD

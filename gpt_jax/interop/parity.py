@@ -74,7 +74,7 @@ def _tokens(tokenizer: Tokenizer, count: int) -> Int[np.ndarray, " count"]:
     tokens: list[int] = []
     while len(tokens) < count:
         for document in documents():
-            tokens += [*tokenizer.encode(document), tokenizer.separator]
+            tokens += [*tokenizer.encode(document), tokenizer.eos_id]
             if len(tokens) >= count:
                 break
     return np.array(tokens[:count], np.int32)

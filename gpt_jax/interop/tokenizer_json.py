@@ -33,7 +33,7 @@ def convert(tokenizer: Tokenizer, specials: Sequence[str] = ()) -> dict[str, Any
       UserError: one of the names is an entry of the vocabulary already.
     """
     parts = _parts(tokenizer)
-    ids = {} if isinstance(tokenizer, GPT1) else {END: tokenizer.separator}
+    ids = {} if isinstance(tokenizer, GPT1) else {END: tokenizer.eos_id}
     for i, name in enumerate(specials, start=tokenizer.vocab_size):
         if name in ids or name in parts["model"]["vocab"]:
             raise UserError(f"special token '{name}': the tokenizer has an entry of that name; choose another")

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from gpt_jax.config import RunConfig
 from gpt_jax.errors import UserError
-from gpt_jax.interop.files import Tensor, Tensors, narrow
-from gpt_jax.interop.layouts import Piece, parameter_shapes, part_shape, paths
+from gpt_jax.interop.param_map import Piece, parameter_shapes, part_shape, paths
+from gpt_jax.interop.tensor_files import Tensor, Tensors, narrow
 from gpt_jax.model.transformer import Params
 from gpt_jax.tasks.head import Head
 from gpt_jax.train import checkpoint
@@ -69,7 +69,7 @@ def assemble(tensors: Tensors, pieces: Sequence[Piece], config: RunConfig, mesh:
     for piece in pieces:
         by_path.setdefault(piece.path, []).append(piece)
     shapes = paths(parameter_shapes(config.model, head))
-    shardings = paths(state_shardings(config, mesh, head.objective() if head else LANGUAGE_MODEL)["params"])
+    shardings = paths(state_shardings(config, mesh, head.model_fns() if head else LANGUAGE_MODEL)["params"])
 
     def read(piece: Piece, shape: tuple[int, ...]) -> np.ndarray:
         array = tensors.read(piece.name)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from gpt_jax.model import masks
+from gpt_jax.model.dropout import dropout
 
 NEGATIVE = -1e30  # Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
 
@@ -32,7 +32,7 @@ def attention(
 
     Args:
       query, key, value: compute dtype.
-      stream: dropout mask streams of `masks.stream` for this layer; None switches dropout off. Decoding has none: with a stream
+      stream: dropout mask streams of `mask_stream` for this layer; None switches dropout off. Decoding has none: with a stream
         there must be as many queries as keys.
       rate: dropout rate on the probabilities, a Python number in [0, 1).
       segment_ids: a query sees only keys of its own segment (packed examples); needs as many queries as keys.
@@ -73,7 +73,7 @@ def _plain(
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
     probabilities = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1)
     if stream is not None:
-        probabilities = masks.dropout(probabilities, stream, rate)
+        probabilities = dropout(probabilities, stream, rate)
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
 
 

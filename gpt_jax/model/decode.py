@@ -14,7 +14,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model import network
 from gpt_jax.model.transformer import Params
-from gpt_jax.sharding import constrain
+from gpt_jax.runtime.sharding import constrain
 
 
 def generate(

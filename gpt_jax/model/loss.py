@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import network
-from gpt_jax.model.transformer import Dropout, Params
-from gpt_jax.sharding import all_max, all_sum, constrain, per_shard, shard_index
+from gpt_jax.model.transformer import DropoutKey, Params
+from gpt_jax.runtime.sharding import all_max, all_sum, constrain, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
 
@@ -29,20 +29,20 @@ and written for every chunk (docs/benchmarks.md has what that gains)."""
 
 def normalize(batch: Batch) -> Batch:
     """Divides the loss weights by their sum over the global batch, so that losses of micro-batches simply add up."""
-    return batch | {"weights": batch["weights"] / jnp.maximum(batch["weights"].sum(), 1e-6)}
+    return batch | {"loss_weights": batch["loss_weights"] / jnp.maximum(batch["loss_weights"].sum(), 1e-6)}
 
 
-def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropout: Dropout | None) -> Float[Array, ""]:
+def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropout_key: DropoutKey | None) -> Float[Array, ""]:
     """Sum of weight x negative log-likelihood (nats) of the batch's targets: their mean once `normalize` was applied.
 
     Args:
       batch: tokens and targets int32 [batch, time], weights float32 [batch, time], optionally segment_ids [batch, time].
-      dropout: what its masks depend on; None for evaluation.
+      dropout_key: what its masks depend on; None for evaluation.
     """
-    hidden = network.apply(config, params, batch["tokens"], dropout=dropout, segment_ids=batch.get("segment_ids"))
+    hidden = network.apply(config, params, batch["tokens"], dropout_key=dropout_key, segment_ids=batch.get("segment_ids"))
     table = params["embedding"]["tokens"]
     with jax.default_matmul_precision(config.matmul_precision):
-        return cross_entropy(hidden, table, batch["targets"], batch["weights"], config.vocab_size, config.loss_chunk)
+        return cross_entropy(hidden, table, batch["targets"], batch["loss_weights"], config.vocab_size, config.loss_chunk)
 
 
 def token_log_probabilities(

@@ -20,18 +20,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model import masks
+from gpt_jax.model.dropout import Site
 from gpt_jax.model.transformer import (
-    Dropout,
+    DropoutKey,
     Linear,
     Params,
     TokenEmbedding,
     compute_dtype,
-    describe_module,
     drop,
+    module_param_specs,
     rematerialize,
 )
-from gpt_jax.sharding import constrain
+from gpt_jax.runtime.sharding import constrain
 
 Cache = dict[str, Float[Array, "batch positions units"]]
 """`hidden` (compute dtype) and `cell` (float32): the state after every position."""
@@ -96,11 +96,11 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """A tree like `init`'s with a `Parameter` in place of each array."""
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """A tree like `init`'s with a `ParamSpec` in place of each array."""
     return {
-        "embedding": describe_module(lambda: TokenEmbedding(config, rngs=nnx.Rngs(0))),
-        "lstm": describe_module(lambda: Lstm(config, rngs=nnx.Rngs(0))),
+        "embedding": module_param_specs(lambda: TokenEmbedding(config, rngs=nnx.Rngs(0))),
+        "lstm": module_param_specs(lambda: Lstm(config, rngs=nnx.Rngs(0))),
     }
 
 
@@ -109,19 +109,19 @@ def apply(
     params: Params,
     tokens: Int[Array, "batch time"],
     *,
-    dropout: Dropout | None = None,
+    dropout_key: DropoutKey | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time embed"]:
     """The projected output, in the compute dtype.
 
     Args:
       tokens: ids below `vocab_size`, any number of them in time.
-      dropout: what its masks depend on; None for evaluation.
+      dropout_key: what its masks depend on; None for evaluation.
       segment_ids: examples packed into one row: the state restarts where the number changes.
     """
     restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     state = _zero_state(config, tokens.shape[0])
-    return _forward(config, params, tokens, dropout, restart, state)[0]
+    return _forward(config, params, tokens, dropout_key, restart, state)[0]
 
 
 def apply_cached(
@@ -161,16 +161,16 @@ def _forward(
     config: ModelConfig,
     params: Params,
     tokens: jax.Array,
-    dropout: Dropout | None,
+    dropout_key: DropoutKey | None,
     restart: jax.Array | None,
     state: State,
 ) -> tuple[jax.Array, Cache]:
     with jax.default_matmul_precision(config.matmul_precision):
         x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens]
-        x = drop(x, dropout, config.embed_dropout, 0, masks.Site.EMBEDDING)
+        x = drop(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
         x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
         output, states = nnx.merge(_graph(config), params["lstm"])(x, restart, state)
-        output = drop(output, dropout, config.residual_dropout, 0, masks.Site.RESIDUAL_MLP)
+        output = drop(output, dropout_key, config.residual_dropout, 0, Site.RESIDUAL_MLP)
         return constrain(output, "batch", None, None), states
 
 

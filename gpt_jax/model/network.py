@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import lstm, transformer
-from gpt_jax.model.transformer import Dropout, Params
+from gpt_jax.model.transformer import DropoutKey, Params
 
 Cache = transformer.Cache | lstm.Cache
 
@@ -23,9 +23,9 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     return _chosen(config).init(config, key)
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """A tree like `init`'s with a `transformer.Parameter` in place of each array."""
-    return _chosen(config).describe(config)
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """A tree like `init`'s with a `transformer.ParamSpec` in place of each array."""
+    return _chosen(config).param_specs(config)
 
 
 def count(config: ModelConfig) -> int:
@@ -40,11 +40,11 @@ def apply(
     params: Params,
     tokens: Int[Array, "batch time"],
     *,
-    dropout: Dropout | None = None,
+    dropout_key: DropoutKey | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time embed"]:
     """The last layer's output, in the compute dtype."""
-    return _chosen(config).apply(config, params, tokens, dropout=dropout, segment_ids=segment_ids)
+    return _chosen(config).apply(config, params, tokens, dropout_key=dropout_key, segment_ids=segment_ids)
 
 
 def apply_cached(

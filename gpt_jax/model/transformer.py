@@ -1,7 +1,7 @@
 """The decoder-only Transformer of section 4.1, in Flax NNX, used as pure functions on plain dictionaries of arrays.
 
     params = init(config, key)
-    hidden = apply(config, params, tokens, dropout=Dropout(seed, step, row))
+    hidden = apply(config, params, tokens, dropout_key=DropoutKey(seed, step, example_id))
     scores = logits(config, params, hidden)
 
 Layers are stacked: every array under `params["blocks"]` has a leading axis of `num_layers`, over which `apply` scans. Flax's
@@ -21,23 +21,23 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model import masks
 from gpt_jax.model.attention import attention
-from gpt_jax.sharding import constrain
+from gpt_jax.model.dropout import Site, dropout, mask_stream
+from gpt_jax.runtime.sharding import constrain
 
 Params = dict[str, Any]
 Cache = dict[str, Float[Array, "*layers batch positions heads dim"]]  # of all layers, or inside a block of one
 
 
-class Dropout(NamedTuple):
-    """What the dropout masks of one update depend on, besides the place in the model (masks.py)."""
+class DropoutKey(NamedTuple):
+    """What the dropout masks of one update depend on, besides the place in the model (dropout.py)."""
 
     seed: UInt32[Array, ""] | int
     step: Int[Array, ""] | int
-    row: Int[Array, "batch"]  # the example's number in the global batch
+    example_id: Int[Array, "batch"]  # the example's number in the global batch
 
 
-class Parameter(NamedTuple):
+class ParamSpec(NamedTuple):
     """How one parameter is laid out and treated."""
 
     axes: tuple[str | None, ...]  # logical names, which sharding.RULES turns into mesh axes
@@ -142,21 +142,21 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "batch time embed"],
         layer: Int[Array, ""],
-        dropout: Dropout | None,
+        dropout_key: DropoutKey | None,
         segment_ids: Int[Array, "batch time"] | None = None,
         cache: Cache | None = None,
         start: Int[Array, "batch"] | None = None,
     ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
         config = self.config
         stream = None
-        if dropout is not None and config.attention_dropout:
-            seed, step, row = dropout
-            stream = masks.stream(seed, step, layer, masks.Site.ATTENTION, row[:, None], jnp.arange(config.num_heads))
+        if dropout_key is not None and config.attention_dropout:
+            seed, step, example_id = dropout_key
+            stream = mask_stream(seed, step, layer, Site.ATTENTION, example_id[:, None], jnp.arange(config.num_heads))
             stream = constrain(stream, "batch", "heads", None)
         mixed, cache = self.attention(x, stream, segment_ids, cache, start)
-        mixed = drop(mixed, dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_ATTENTION)
+        mixed = drop(mixed, dropout_key, config.residual_dropout, layer, Site.RESIDUAL_ATTENTION)
         x = self.attention_norm(x + constrain(mixed, "batch", None, None))
-        changed = drop(self.mlp(x), dropout, config.residual_dropout, layer, masks.Site.RESIDUAL_MLP)
+        changed = drop(self.mlp(x), dropout_key, config.residual_dropout, layer, Site.RESIDUAL_MLP)
         return self.mlp_norm(x + constrain(changed, "batch", None, None)), cache
 
 
@@ -191,18 +191,18 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     return {"embedding": nnx.to_pure_dict(nnx.state(embedding, nnx.Param)), "blocks": blocks}
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
-    """A tree like `init`'s with a `Parameter` in place of each array."""
+def param_specs(config: ModelConfig) -> dict[str, Any]:
+    """A tree like `init`'s with a `ParamSpec` in place of each array."""
     return {
-        "embedding": describe_module(lambda: Embedding(config, rngs=nnx.Rngs(0))),
-        "blocks": describe_module(lambda: Block(config, rngs=nnx.Rngs(0)), (None,)),
+        "embedding": module_param_specs(lambda: Embedding(config, rngs=nnx.Rngs(0))),
+        "blocks": module_param_specs(lambda: Block(config, rngs=nnx.Rngs(0)), (None,)),
     }
 
 
-def describe_module(create: Callable[[], nnx.Module], prefix: tuple[str | None, ...] = ()) -> dict[str, Any]:
-    """A `Parameter` for each of a module's parameters; `prefix` names the axes that stacking puts before its own."""
+def module_param_specs(create: Callable[[], nnx.Module], prefix: tuple[str | None, ...] = ()) -> dict[str, Any]:
+    """A `ParamSpec` for each of a module's parameters; `prefix` names the axes that stacking puts before its own."""
     state = nnx.state(nnx.eval_shape(create), nnx.Param)
-    as_parameter = lambda p: Parameter(prefix + p.get_metadata()["axes"], p.get_metadata()["decay"])  # noqa: E731
+    as_parameter = lambda p: ParamSpec(prefix + p.get_metadata()["axes"], p.get_metadata()["decay"])  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(as_parameter, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
@@ -211,18 +211,18 @@ def apply(
     params: Params,
     tokens: Int[Array, "batch time"],
     *,
-    dropout: Dropout | None = None,
+    dropout_key: DropoutKey | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time embed"]:
     """The last block's output, in the compute dtype. There is no final layer norm.
 
     Args:
       tokens: ids below `vocab_size`; at most `context_length` of them in time.
-      dropout: what its masks depend on; None for evaluation.
+      dropout_key: what its masks depend on; None for evaluation.
       segment_ids: examples packed into one row: attention and positions restart where the number changes.
     """
     with jax.default_matmul_precision(config.matmul_precision):
-        hidden, _ = _forward(config, params, tokens, _positions(tokens, segment_ids), dropout, segment_ids, None, None)
+        hidden, _ = _forward(config, params, tokens, _positions(tokens, segment_ids), dropout_key, segment_ids, None, None)
     return hidden
 
 
@@ -273,7 +273,7 @@ def _forward(
     params: Params,
     tokens: jax.Array,
     positions: jax.Array,
-    dropout: Dropout | None,
+    dropout_key: DropoutKey | None,
     segment_ids: jax.Array | None,
     cache: Cache | None,
     start: jax.Array | None,
@@ -282,14 +282,14 @@ def _forward(
     # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
     table = constrain(embedding["tokens"], "vocab", None)
     x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
-    x = drop(x, dropout, config.embed_dropout, 0, masks.Site.EMBEDDING)
+    x = drop(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
     x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
 
     graph = _block_graph(config)
 
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Cache | None]:
         layer_params, number, layer_cache = scanned
-        return nnx.merge(graph, layer_params)(x, number, dropout, segment_ids, layer_cache, start)
+        return nnx.merge(graph, layer_params)(x, number, dropout_key, segment_ids, layer_cache, start)
 
     return jax.lax.scan(rematerialize(config, layer), x, (params["blocks"], jnp.arange(config.num_layers), cache))
 
@@ -303,12 +303,12 @@ def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[...
     return jax.checkpoint(body, policy=policy, prevent_cse=False)  # inside a scan nothing is shared anyway
 
 
-def drop(x: jax.Array, dropout: Dropout | None, rate: float, layer: jax.Array | int, site: masks.Site) -> jax.Array:
+def drop(x: jax.Array, dropout_key: DropoutKey | None, rate: float, layer: jax.Array | int, site: Site) -> jax.Array:
     """Dropout of activations [batch, time, embed] at one site."""
-    if dropout is None or rate == 0:
+    if dropout_key is None or rate == 0:
         return x
-    seed, step, row = dropout
-    return masks.dropout(x, masks.stream(seed, step, layer, site, row, 0), rate)
+    seed, step, example_id = dropout_key
+    return dropout(x, mask_stream(seed, step, layer, site, example_id, 0), rate)
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
@@ -24,8 +23,6 @@ from jaxtyping import Int32, Int64, Integer
 from gpt_jax.data.windows import epoch_keys, permute
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.transforms import Encoded
-
-Order = Literal["grouped", "random"]
 
 Batch = dict[str, np.ndarray]
 """n examples of S sequences, padded to T tokens: `tokens` int32 [n, S, T], `targets` int32 [n, S, T] (the next token),
@@ -78,7 +75,7 @@ class TaskBatches:
       UserError: the split has fewer examples than one batch.
     """
 
-    def __init__(self, encoded: Encoded, batch_size: int, seed: int, lengths: Sequence[int], order: Order) -> None:
+    def __init__(self, encoded: Encoded, batch_size: int, seed: int, lengths: Sequence[int], bucket_by_length: bool) -> None:
         self._num_examples = len(encoded.lengths)
         self.steps_per_epoch = self._num_examples // batch_size
         if not self.steps_per_epoch:
@@ -91,7 +88,7 @@ class TaskBatches:
         self._lengths = lengths
         self._batch_size = batch_size
         self._seed = seed
-        self._order = order
+        self._bucket_by_length = bucket_by_length
         # Threads that work ahead may be in two epochs. Losing a race costs one of them a second computation, no more.
         self._epoch = functools.lru_cache(maxsize=2)(self._arrange)
 
@@ -112,7 +109,7 @@ class TaskBatches:
     def _arrange(self, epoch: int) -> Int64[np.ndarray, "steps batch_size"]:
         """The examples of each batch of an epoch."""
         order = self._permutation(self._num_examples, 2 * epoch)[: self.steps_per_epoch * self._batch_size]
-        if self._order == "random":
+        if not self._bucket_by_length:
             return order.reshape(-1, self._batch_size)
         order = order[np.argsort(self._longest[order], kind="stable")]
         return order.reshape(-1, self._batch_size)[self._permutation(self.steps_per_epoch, 2 * epoch + 1)]
@@ -169,10 +166,10 @@ def _batch(
     return {
         "tokens": windows[..., :-1],
         "targets": windows[..., 1:],
-        "weights": inside[..., 1:] / np.maximum(next_tokens, 1).astype(np.float32)[..., None],
+        "loss_weights": inside[..., 1:] / np.maximum(next_tokens, 1).astype(np.float32)[..., None],
         "extract": next_tokens,
         "labels": np.where((examples >= 0)[:, None], encoded.labels[examples], 0),
-        "row": (rows[:, None] * num_sequences + np.arange(num_sequences)).astype(np.int32),
+        "example_id": (rows[:, None] * num_sequences + np.arange(num_sequences)).astype(np.int32),
     }
 
 

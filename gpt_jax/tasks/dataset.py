@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gpt_jax.config import TaskConfig, require
+from gpt_jax.config import TaskConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import epoch_keys, permute
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
 from gpt_jax.tasks import registry
 from gpt_jax.tasks.batches import choose_lengths
-from gpt_jax.tasks.layouts import SplitName
+from gpt_jax.tasks.file_layouts import SplitName
+from gpt_jax.tasks.metrics import require_scorable
 from gpt_jax.tasks.readers import Row, Split, read
 from gpt_jax.tasks.registry import Task
-from gpt_jax.tasks.scoring import require_scorable
 from gpt_jax.tasks.transforms import Encoded, Specials, encode
 
 
@@ -115,7 +115,7 @@ def load_dataset(
         log(f"{task.title} {name}: {split.counted(len(used))}; {encoded[name].truncated:,} truncated")
     # Every epoch goes through the training and the validation split. The test split, scored once, need only fit.
     every = [split.longest if name != "test" else np.sort(split.longest)[-1:] for name, split in encoded.items()]
-    lengths = choose_lengths(every, batch_size, config.lengths)
+    lengths = choose_lengths(every, batch_size, config.num_length_buckets)
     return Dataset(task, rows, encoded, lengths, counts, dropped_indices)
 
 

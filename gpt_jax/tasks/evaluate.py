@@ -11,23 +11,25 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from gpt_jax import config_io, sharding
 from gpt_jax.config import DataConfig, FinetuneConfig, FinetuneRunConfig, TaskConfig
-from gpt_jax.data.corpus import open_source
+from gpt_jax.config.load import apply_overrides, config_from_dict
+from gpt_jax.data.sources import open_source
 from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.errors import UserError, nearest
-from gpt_jax.rundir import read_json
+from gpt_jax.runtime import sharding
+from gpt_jax.runtime.mesh import num_shards
+from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.dataset import load_dataset, task_of
+from gpt_jax.tasks.file_layouts import SplitName
 from gpt_jax.tasks.finetune import Scorer, head_of
-from gpt_jax.tasks.layouts import SplitName
+from gpt_jax.tasks.metrics import require_scorable
 from gpt_jax.tasks.readers import Split, read
 from gpt_jax.tasks.registry import Task, named
-from gpt_jax.tasks.scoring import require_scorable
 from gpt_jax.tasks.zero_shot import PROBES, probe, read_winograd
 from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import total_loss
+from gpt_jax.train.restore import load_model
 from gpt_jax.train.step import ByShape, lower_evaluation
-from gpt_jax.train.trained import load_model
 
 BATCH_SIZE = 8
 
@@ -58,12 +60,12 @@ def evaluate_text(path: Path, source: str, text_field: str = "text", max_bytes: 
     tokens: list[int] = []
     size = 0
     for document in open_source(DataConfig(source=source, text_field=text_field)).documents():
-        tokens += [*trained.tokenizer.encode(document), trained.tokenizer.separator]
+        tokens += [*trained.tokenizer.encode(document), trained.tokenizer.eos_id]
         size += len(document.encode("utf-8", "replace"))
         if max_bytes and size >= max_bytes:
             break
     config, mesh = trained.config, trained.mesh
-    batch_size = BATCH_SIZE * sharding.axis_size(mesh, "batch")
+    batch_size = BATCH_SIZE * num_shards(mesh.shape, "batch")
     windows = EvaluationWindows(TokenList(tokens), config.model.context_length, batch_size, 0)
     score = ByShape(lambda batch: lower_evaluation(config, mesh, total_loss, batch=batch))
     rows = sharding.host_rows(mesh, batch_size)
@@ -96,13 +98,13 @@ def evaluate_task(
       UserError: no sound checkpoint of a fine-tuning there, or the task's data do not fit it.
     """
     path = best_checkpoint(path)
-    config = config_io.from_dict(checkpoint.read_config(checkpoint.resolve(path, log)))
+    config = config_from_dict(checkpoint.read_config(checkpoint.resolve(path, log)))
     if not isinstance(config, FinetuneRunConfig):
         raise UserError(f"{path} is a pre-trained model; give --text or --zero-shot, or fine-tune it first")
     for word in overrides:
         if word.startswith("--") and not word.startswith("--task."):
             raise UserError(f"{word}: is not an argument of gpt-jax evaluate; of the config, it takes --task.* fields")
-    task = config_io.override(FinetuneConfig(task=config.task), overrides, "gpt-jax evaluate CHECKPOINT").task
+    task = apply_overrides(FinetuneConfig(task=config.task), overrides, "gpt-jax evaluate CHECKPOINT").task
     learnt, wanted = task_of(config.task), task_of(task)
     if _outputs(learnt) != _outputs(wanted):
         raise UserError(
@@ -110,8 +112,8 @@ def evaluate_task(
             f"({_outputs(wanted)})"
         )
     head = head_of(learnt, config)
-    trained = load_model(path, head.objective())
-    size = config.train.batch_size * sharding.axis_size(trained.mesh, "batch")
+    trained = load_model(path, head.model_fns())
+    size = config.train.batch_size * num_shards(trained.mesh.shape, "batch")
     model = dataclasses.replace(trained.config, train=dataclasses.replace(trained.config.train, batch_size=size))
     dataset = load_dataset(task, trained.tokenizer, config.model.context_length, size, log, (split,))
     scorer = Scorer(model, trained.mesh, head, dataset)
@@ -203,7 +205,7 @@ def zero_shot(
 def _checkpoints(path: Path, every: bool, log: Callable[[str], None]) -> list[checkpoint.Info]:
     """The checkpoints of a pre-trained model that are to be probed."""
     infos = sound_checkpoints(path) if every else [checkpoint.resolve(path, log)]
-    if isinstance(config_io.from_dict(checkpoint.read_config(infos[-1])), FinetuneRunConfig):
+    if isinstance(config_from_dict(checkpoint.read_config(infos[-1])), FinetuneRunConfig):
         raise UserError(f"--zero-shot: {path} is a fine-tuned model; probes are for what pre-training alone has taught")
     return infos
 

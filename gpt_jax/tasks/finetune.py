@@ -14,7 +14,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt_jax import config_io, distributed, sharding
 from gpt_jax.config import (
     FinetuneConfig,
     FinetuneRunConfig,
@@ -24,14 +23,15 @@ from gpt_jax.config import (
     RunConfig,
     TokenizerConfig,
     TransferConfig,
-    require,
 )
+from gpt_jax.config.load import config_from_dict, load_config
 from gpt_jax.data import tokenizers
 from gpt_jax.data.tokenizers import Tokenizer
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
 from gpt_jax.model.transformer import Params
-from gpt_jax.rundir import RunDir, write_atomic
-from gpt_jax.tasks import scoring
+from gpt_jax.runtime import distributed, sharding
+from gpt_jax.runtime.rundir import RunDir, write_atomic
+from gpt_jax.tasks import metrics
 from gpt_jax.tasks.batches import ScoringBatches, TaskBatches
 from gpt_jax.tasks.dataset import Dataset, load_dataset, task_of
 from gpt_jax.tasks.head import Head, transfer
@@ -72,13 +72,17 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         run.require_own()
         run.check(resolved, allow_changes)
         mesh = sharding.make_mesh(resolved.mesh)
-        sharding.check(mesh, resolved.model, resolved.train.batch_size, resolved.train.micro_batches)
+        sharding.check_divisibility(mesh, resolved.model, resolved.train.batch_size, resolved.train.grad_accum_steps)
         with distributed.first_alone("the task's data", log):  # tensorflow-datasets may have to write them
             dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, resolved.train.batch_size, log)
         head = head_of(dataset.task, resolved)
         scorer = Scorer(resolved, mesh, head, dataset)
         batches = TaskBatches(
-            dataset.encoded["train"], resolved.train.batch_size, resolved.train.seed, dataset.lengths, resolved.task.order
+            dataset.encoded["train"],
+            resolved.train.batch_size,
+            resolved.train.seed,
+            dataset.lengths,
+            resolved.task.bucket_by_length,
         )
         scoring_batches = ScoringBatches(dataset.encoded["validation"], resolved.train.batch_size, dataset.lengths)
         padding = {"train": batches.padding_share(), "validation": scoring_batches.padding_share()}
@@ -181,7 +185,7 @@ def find_source(init: TransferConfig, log: Callable[[str], None]) -> Source:
     if Path(init.like).is_dir():
         require(not init.tokenizer, "init.tokenizer", "a checkpoint brings its own tokenizer")
         return _checkpoint_source(Path(init.like), log)._replace(info=None)
-    config = config_io.load(init.like)
+    config = load_config(init.like)
     if not isinstance(config, PretrainConfig):
         raise UserError(f"--init.like: '{init.like}' is a fine-tuning config, which has no architecture")
     kind = config.data.tokenizer.kind
@@ -193,7 +197,7 @@ def find_source(init: TransferConfig, log: Callable[[str], None]) -> Source:
 
 def _checkpoint_source(path: Path, log: Callable[[str], None]) -> Source:
     info = checkpoint.resolve(path, log)
-    model = config_io.from_dict(checkpoint.read_config(info)).model
+    model = config_from_dict(checkpoint.read_config(info)).model
     tokenizer = tokenizers.load(info.path / "tokenizer")
     if model.vocab_size - tokenizer.vocab_size not in (0, len(Specials._fields)):  # the latter: fine-tuned before
         raise UserError(
@@ -230,9 +234,9 @@ class Scorer:
         self._mesh, self._dataset = mesh, dataset
         self._size = config.train.batch_size
         self._rows = sharding.host_rows(mesh, self._size)
-        objective = head.objective()
+        model_fns = head.model_fns()
         self._score = ByShape(
-            lambda batch: lower_evaluation(config, mesh, head.log_probabilities, objective=objective, batch=batch)
+            lambda batch: lower_evaluation(config, mesh, head.log_probabilities, model_fns=model_fns, batch=batch)
         )
 
     def log_probabilities(self, params: Params, split: str) -> np.ndarray:
@@ -251,13 +255,13 @@ class Scorer:
         """The task's metrics, and the mean of the task's loss in nats."""
         task, rows = self._dataset.task, self._dataset.rows[split]
         loss = -(self._dataset.encoded[split].labels * log_probabilities).sum(axis=1).mean()
-        return scoring.score(task, rows, scoring.predict(task, np.exp(log_probabilities))) | {"loss": float(loss)}
+        return metrics.score(task, rows, metrics.predict(task, np.exp(log_probabilities))) | {"loss": float(loss)}
 
     def write(self, params: Params, split: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
         """Scores a split and writes its predictions; returns the scores, none where labels are hidden, and the files.
 
         Raises:
-          UserError: as `scoring.write_glue`.
+          UserError: as `metrics.write_glue`.
         """
         task, rows = self._dataset.task, self._dataset.rows[split]
         values = self.log_probabilities(params, split)
@@ -266,10 +270,10 @@ class Scorer:
         if distributed.is_primary():
             folder.mkdir(parents=True, exist_ok=True)
             files.append(folder / f"{split}.jsonl")
-            scoring.write_predictions(files[0], task, rows, np.exp(values))
-            if not labelled and task.name in scoring.GLUE_FILES:
-                predictions = scoring.predict(task, np.exp(values))
-                files += scoring.write_glue(folder, task, rows, predictions, self._dataset.dropped_indices[split])
+            metrics.write_predictions(files[0], task, rows, np.exp(values))
+            if not labelled and task.name in metrics.GLUE_FILES:
+                predictions = metrics.predict(task, np.exp(values))
+                files += metrics.write_glue(folder, task, rows, predictions, self._dataset.dropped_indices[split])
         return self.scores(values, split) if labelled else {}, files
 
 
@@ -300,22 +304,22 @@ def _plan_work(
         batch_at=lambda step: batches.batch_at(step, rows),
         evaluate=evaluate,
         evidence=lambda step: {"examples": [dataset.rows["train"][i].where for i in batches.examples(step)]},
-        objective=head.objective(),
+        model_fns=head.model_fns(),
         save_evaluated=True,
     )
 
 
 def _fresh_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: Source) -> tuple[State, str]:
     """Random parameters with the source's in the place of those that it has; and a line that says so."""
-    objective = head.objective()
-    state = init_state(config, mesh, objective)
+    model_fns = head.model_fns()
+    state = init_state(config, mesh, model_fns)
     if source.info is None:
         return state, "starting from random parameters"
     pretrained = dataclasses.replace(config, model=source.model)
     trained = checkpoint.restore_part(source.info, abstract_state(pretrained, mesh)["params"])
     move = functools.partial(transfer, blocks=config.init.blocks, entries=min(source.model.vocab_size, config.model.vocab_size))
     with jax.set_mesh(mesh):
-        params = jax.jit(move, out_shardings=state_shardings(config, mesh, objective)["params"])(state["params"], trained)
+        params = jax.jit(move, out_shardings=state_shardings(config, mesh, model_fns)["params"])(state["params"], trained)
     blocks = "" if config.init.blocks == -1 else f"embeddings and the first {config.init.blocks} blocks of "
     return state | {"params": params}, f"starting from {blocks}{source.info.path}"
 
@@ -327,4 +331,4 @@ def _best(run: RunDir, config: FinetuneRunConfig, mesh: Mesh, head: Head, state:
     if step in (-1, int(state["step"])):
         return int(state["step"]), state["params"]
     info = checkpoint.resolve(run.checkpoints / str(step), lambda line: None)
-    return step, checkpoint.restore_part(info, abstract_state(config, mesh, head.objective())["params"])
+    return step, checkpoint.restore_part(info, abstract_state(config, mesh, head.model_fns())["params"])

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model import masks, network
+from gpt_jax.model import network
+from gpt_jax.model.dropout import Site, dropout, mask_stream
 from gpt_jax.model.loss import Batch, cross_entropy
-from gpt_jax.model.transformer import Dropout, Parameter, Params
-from gpt_jax.train.step import Objective
+from gpt_jax.model.transformer import DropoutKey, Params, ParamSpec
+from gpt_jax.train.step import TrainableModel
 
 
 class Head(NamedTuple):
@@ -31,10 +32,10 @@ class Head(NamedTuple):
     dropout: float
     """Rate on the activations before the linear layer, in [0, 1)."""
 
-    def objective(self) -> Objective:
+    def model_fns(self) -> TrainableModel:
         """What `train` minimises: mean over examples of the task's loss + lm_weight x mean over sequences of the mean over their
         next tokens of the language model's loss, all choices included."""
-        return Objective(self.loss, normalize, self.init, self.describe)
+        return TrainableModel(self.loss, normalize, self.init, self.param_specs)
 
     def init(self, config: ModelConfig, key: PRNGKeyArray) -> Params:
         """The network's parameters, and a head N(0, init_stddev) with bias 0."""
@@ -44,12 +45,12 @@ class Head(NamedTuple):
         head = {"kernel": kernel.astype(config.param_dtype), "bias": jnp.zeros(width, config.param_dtype)}
         return network.init(config, network_key) | {"head": head}
 
-    def describe(self, config: ModelConfig) -> Params:
-        """As `network.describe`, with the head."""
-        head = {"kernel": Parameter(("embed", None), decay=True), "bias": Parameter((None,), decay=False)}
-        return network.describe(config) | {"head": head}
+    def param_specs(self, config: ModelConfig) -> Params:
+        """As `network.param_specs`, with the head."""
+        head = {"kernel": ParamSpec(("embed", None), decay=True), "bias": ParamSpec((None,), decay=False)}
+        return network.param_specs(config) | {"head": head}
 
-    def loss(self, config: ModelConfig, params: Params, batch: Batch, dropout: Dropout | None) -> Float[Array, ""]:
+    def loss(self, config: ModelConfig, params: Params, batch: Batch, dropout_key: DropoutKey | None) -> Float[Array, ""]:
         """Sum over examples, whose weights `normalize` has scaled, of both losses.
 
         Args:
@@ -58,16 +59,16 @@ class Head(NamedTuple):
             [batch, outputs] (weighted distributions).
         """
         batch = _fold(batch)
-        if dropout is not None:
-            dropout = dropout._replace(row=batch["row"])
-        hidden = network.apply(config, params, batch["tokens"], dropout=dropout)
-        scores = self._scores(config, params, hidden, batch, dropout)
+        if dropout_key is not None:
+            dropout_key = dropout_key._replace(example_id=batch["example_id"])
+        hidden = network.apply(config, params, batch["tokens"], dropout_key=dropout_key)
+        scores = self._scores(config, params, hidden, batch, dropout_key)
         loss = -(batch["labels"] * jax.nn.log_softmax(scores)).sum()
         if self.lm_weight:
             table = params["embedding"]["tokens"]
             with jax.default_matmul_precision(config.matmul_precision):
                 loss += self.lm_weight * cross_entropy(
-                    hidden, table, batch["targets"], batch["weights"], config.vocab_size, config.loss_chunk
+                    hidden, table, batch["targets"], batch["loss_weights"], config.vocab_size, config.loss_chunk
                 )
         return loss
 
@@ -83,16 +84,16 @@ class Head(NamedTuple):
         params: Params,
         hidden: Float[Array, "folded time embed"],
         batch: Batch,
-        dropout: Dropout | None,
+        dropout_key: DropoutKey | None,
     ) -> Float[Array, "batch outputs"]:
         examples = batch["labels"].shape[0]
         extracted = jnp.take_along_axis(hidden, batch["extract"][:, None, None], axis=1)
         extracted = extracted.reshape(examples, -1, hidden.shape[-1]).astype(jnp.float32)
-        if dropout is not None and self.dropout:
+        if dropout_key is not None and self.dropout:
             # One mask for all sequences of an example, as released.
-            number = dropout.row[:: extracted.shape[1]] // extracted.shape[1]
-            stream = masks.stream(dropout.seed, dropout.step, 0, masks.Site.CLASSIFIER, number, 0)
-            extracted = extracted * masks.dropout(jnp.ones_like(extracted[:, :1]), stream, self.dropout)
+            number = dropout_key.example_id[:: extracted.shape[1]] // extracted.shape[1]
+            stream = mask_stream(dropout_key.seed, dropout_key.step, 0, Site.CLASSIFIER, number, 0)
+            extracted = extracted * dropout(jnp.ones_like(extracted[:, :1]), stream, self.dropout)
         kernel, bias = (params["head"][name].astype(jnp.float32) for name in ("kernel", "bias"))
         with jax.default_matmul_precision(config.matmul_precision):
             if self.choices:
@@ -103,7 +104,7 @@ class Head(NamedTuple):
 def normalize(batch: Batch) -> Batch:
     """Divides the labels by the number of labelled examples and the next tokens' weights by the number of sequences, so that
     losses of micro-batches add up. (A sequence's weights, and an example's labels, add up to 1.)"""
-    scaled = {name: batch[name] / jnp.maximum(batch[name].sum(), 1e-6) for name in ("labels", "weights")}
+    scaled = {name: batch[name] / jnp.maximum(batch[name].sum(), 1e-6) for name in ("labels", "loss_weights")}
     return batch | scaled
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from gpt_jax.config import TaskConfig
 from gpt_jax.errors import UserError, described
 from gpt_jax.tasks import readers_tfds, tables
-from gpt_jax.tasks.layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, Layout, Part, SplitName
+from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, Layout, Part, SplitName
 from gpt_jax.tasks.registry import Task, label_text
 from gpt_jax.tasks.tables import Record
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.console import say
 from gpt_jax.tasks.tables import Record
-from gpt_jax.train.progress import say
 
 
 def records(part: str, label: str, labels: tuple[str, ...], unlabelled: str | None) -> Iterator[Record]:

@@ -34,8 +34,8 @@ from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.model.loss import token_log_probabilities
 from gpt_jax.model.transformer import Params
-from gpt_jax.tasks import scoring
-from gpt_jax.tasks.layouts import SplitName
+from gpt_jax.tasks import metrics
+from gpt_jax.tasks.file_layouts import SplitName
 from gpt_jax.tasks.readers import Row, Split
 
 Choice = tuple[str, str]
@@ -181,7 +181,7 @@ def probe(
         if split != scored:
             threshold = {"threshold": best_threshold(scores[:, 0], labels)}
     if threshold:
-        value = scoring.matthews(labels, (scores[:, 0] >= threshold["threshold"]).astype(np.int64))
+        value = metrics.matthews(labels, (scores[:, 0] >= threshold["threshold"]).astype(np.int64))
     else:
         likeliest = scores == scores.max(axis=1, keepdims=True)
         value = float((likeliest[np.arange(len(labels)), labels] / likeliest.sum(axis=1)).mean())
@@ -237,7 +237,7 @@ def _score_choices(
             ids = encode(continuation)
             if not ids:
                 raise UserError(f"{row.where}: '{continuation.strip()}' becomes no token, so there is nothing to score")
-            spans.append(Span([tokenizer.separator, *encode(context), *ids], len(ids)))
+            spans.append(Span([tokenizer.eos_id, *encode(context), *ids], len(ids)))
     scores = score_spans(config, params, spans)
     values = scores.total if chosen.whole else scores.mean
     return values.reshape(len(rows), -1), int(scores.truncated.reshape(len(rows), -1).any(axis=1).sum())

@@ -38,8 +38,8 @@ from orbax.checkpoint import v1 as ocp
 
 from gpt_jax.data.windows import PERMUTATION_VERSION
 from gpt_jax.errors import UserError
-from gpt_jax.model import masks
-from gpt_jax.rundir import sha256
+from gpt_jax.model.dropout import MASK_VERSION
+from gpt_jax.runtime.rundir import sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -170,7 +170,7 @@ class Checkpoints:
                 "format_version": FORMAT_VERSION,
                 "step": step,
                 **self._digests,
-                "mask_version": masks.VERSION,
+                "mask_version": MASK_VERSION,
                 "permutation_version": PERMUTATION_VERSION,
                 "metrics": {name: value for name, value in measured.items() if math.isfinite(value)},
                 "process_count": jax.process_count(),

@@ -14,15 +14,15 @@ from jax.sharding import Mesh
 
 from gpt_jax.config import RunConfig
 from gpt_jax.data.pipeline import batches
-from gpt_jax.distributed import StopRequest
 from gpt_jax.errors import Preempted, TrainingError
-from gpt_jax.rundir import RunDir
-from gpt_jax.sharding import place_batch
+from gpt_jax.runtime.distributed import StopRequest
+from gpt_jax.runtime.rundir import RunDir
+from gpt_jax.runtime.sharding import place_batch
 from gpt_jax.train import checkpoint
 from gpt_jax.train.checkpoint import Checkpoints
+from gpt_jax.train.logging import Progress
 from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.progress import Progress
-from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, Objective, State, lower_step
+from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, State, TrainableModel, lower_step
 
 
 class Work(NamedTuple):
@@ -39,7 +39,7 @@ class Work(NamedTuple):
     """(step, params) -> scores, which rank the checkpoints (`checkpoint.best`)."""
     evidence: Callable[[int], dict[str, Any]]
     """What to note of the batch of an update that went wrong."""
-    objective: Objective = LANGUAGE_MODEL
+    model_fns: TrainableModel = LANGUAGE_MODEL
     save_evaluated: bool = False
     """Save at every evaluation too, as the best of them will be chosen."""
 
@@ -74,7 +74,7 @@ def train(
     total, scores = work.horizon.total, {}
     start = int(state["step"])
     saved = start or None  # the newest step on disk: beyond 0 a run starts from a checkpoint
-    update = ByShape(lambda batch: lower_step(config, mesh, horizon=work.horizon, objective=work.objective, batch=batch))
+    update = ByShape(lambda batch: lower_step(config, mesh, horizon=work.horizon, model_fns=work.model_fns, batch=batch))
 
     def account(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}

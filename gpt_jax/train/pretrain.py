@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt_jax import distributed, sharding
 from gpt_jax.config import ModelConfig, PretrainConfig
 from gpt_jax.data.prepare import check_recipe, prepare
 from gpt_jax.data.store import Store
@@ -20,9 +19,10 @@ from gpt_jax.data.windows import EvaluationWindows, Windows
 from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import Batch, language_model_loss
 from gpt_jax.model.transformer import Params
+from gpt_jax.runtime import distributed, sharding
 from gpt_jax.train import checkpoint
+from gpt_jax.train.logging import PEAK_FLOPS, flops_per_token
 from gpt_jax.train.loop import Work
-from gpt_jax.train.progress import PEAK_FLOPS, flops_per_token
 from gpt_jax.train.run import Training, conduct, require_tokenizer, schedule, session
 from gpt_jax.train.step import ByShape, State, abstract_state, init_state, lower_evaluation
 
@@ -38,7 +38,7 @@ def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False)
         begun.run.require_own()
         begun.run.check(config, allow_changes)
         mesh = sharding.make_mesh(config.mesh)
-        sharding.check(mesh, config.model, config.train.batch_size, config.train.micro_batches)
+        sharding.check_divisibility(mesh, config.model, config.train.batch_size, config.train.grad_accum_steps)
         store = open_store(config, workdir, begun.log)
         tokenizer = store.tokenizer()
         work = plan_work(config, mesh, store, tokenizer, begun.log)
@@ -133,17 +133,17 @@ def make_evaluation(
 
 def total_loss(model: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Sum of weight x loss, and sum of weights, of a batch; without dropout."""
-    return language_model_loss(model, params, batch, None), batch["weights"].sum()
+    return language_model_loss(model, params, batch, None), batch["loss_weights"].sum()
 
 
 def samples(config: PretrainConfig, params: Params, tokenizer: Tokenizer, step: int) -> list[str]:
     """Continuations of the config's prompts, drawn from the forty likeliest tokens each time."""
-    prompts = [tokenizer.encode(prompt) or [tokenizer.separator] for prompt in config.train.prompts]
+    prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in config.train.prompts]
     room = config.model.context_length - max(map(len, prompts))
     if room < 1:
         return ["" for _ in prompts]
     count = min(config.train.sample_tokens, room)
-    drawn = generate(config.model, params, prompts, count, top_k=40, stop=tokenizer.separator, seed=step)
+    drawn = generate(config.model, params, prompts, count, top_k=40, stop=tokenizer.eos_id, seed=step)
     return [tokenizer.decode(tokens) for tokens in drawn]
 
 

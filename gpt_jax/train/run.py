@@ -12,18 +12,21 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from gpt_jax import config_io, distributed
-from gpt_jax.config import RunConfig, require, steps_of
+from gpt_jax.config import RunConfig
+from gpt_jax.config.load import config_digest, config_to_dict, flatten_config
+from gpt_jax.config.schema import duration_to_steps
 from gpt_jax.data.tokenizers import Tokenizer, load
-from gpt_jax.errors import Preempted, UserError
+from gpt_jax.errors import Preempted, UserError, require
 from gpt_jax.model import network
 from gpt_jax.model.attention import resolve
 from gpt_jax.model.transformer import compute_dtype
-from gpt_jax.rundir import RunDir, environment, read_json
+from gpt_jax.runtime import distributed
+from gpt_jax.runtime.console import say
+from gpt_jax.runtime.rundir import RunDir, environment, read_json
 from gpt_jax.train import checkpoint
+from gpt_jax.train.logging import Progress
 from gpt_jax.train.loop import Work, train
 from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.progress import Progress, say
 from gpt_jax.train.step import State, abstract_state
 
 
@@ -71,7 +74,7 @@ def session(config: RunConfig, workdir: Path) -> Iterator[Session]:
 def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
     """What all processes of a run must have in common, by the names that a person knows it by."""
     found = environment()
-    fields = config_io.flatten(config)
+    fields = flatten_config(config)
     return {
         "commit": found["commit"] or "unknown",
         **{f"{package}": version for package, version in found["versions"].items()},
@@ -115,7 +118,7 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
     if step:
         info = found or checkpoint.resolve(run.checkpoints / str(step), log)
         require_tokenizer(info, training.tokenizer, "--workdir")
-        state, origin = checkpoint.restore(info, abstract_state(config, mesh, work.objective)), f"resuming at step {step}"
+        state, origin = checkpoint.restore(info, abstract_state(config, mesh, work.model_fns)), f"resuming at step {step}"
     else:
         state, origin = training.fresh()
     run.supersede(step)
@@ -141,8 +144,8 @@ def conduct(config: RunConfig, mesh: Mesh, training: Training, session: Session,
         run.checkpoints,
         keep_latest=config.train.keep_latest,
         keep_best=config.train.keep_best,
-        config_json=json.dumps(config_io.to_dict(config), indent=1),
-        config_digest=config_io.digest(config),
+        config_json=json.dumps(config_to_dict(config), indent=1),
+        config_digest=config_digest(config),
         data_digest=training.data_digest,
         tokenizer=run.tokenizer,
     )
@@ -178,7 +181,9 @@ def schedule(config: RunConfig, context_length: int | None, epoch: int) -> tuple
     train = config.train
 
     def updates(duration: str, field: str, total: int | None = None) -> float:
-        return steps_of(duration, field, batch_size=train.batch_size, context_length=context_length, epoch=epoch, total=total)
+        return duration_to_steps(
+            duration, field, batch_size=train.batch_size, context_length=context_length, epoch=epoch, total=total
+        )
 
     total = int(updates(train.duration, "train.duration"))
     require(total > 0, "train.duration", f"'{train.duration}' is less than one update of {train.batch_size} examples")

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.model import network, transformer
 from gpt_jax.model.loss import Batch, language_model_loss, normalize
-from gpt_jax.sharding import constrain, named
+from gpt_jax.runtime.sharding import constrain, named_sharding
 from gpt_jax.train.optimizer import Horizon, learning_rate, make_optimizer
 
 # Plain nested dictionaries of arrays: params, optimizer, step (updates made, int32) and ok (bool: no update was ever non-finite).
@@ -29,30 +29,30 @@ State = dict[str, Any]
 Abstract = dict[str, jax.ShapeDtypeStruct]
 
 
-class Objective(NamedTuple):
+class TrainableModel(NamedTuple):
     """What is minimised. Pre-training's is `LANGUAGE_MODEL`; the loop and the step know no other property of a task."""
 
-    loss: Callable[[ModelConfig, transformer.Params, Batch, transformer.Dropout | None], jax.Array]
+    loss: Callable[[ModelConfig, transformer.Params, Batch, transformer.DropoutKey | None], jax.Array]
     """(config, params, batch, dropout) -> float32 []: a sum over the batch's examples, whose weights `normalize` has scaled."""
     normalize: Callable[[Batch], Batch]
     """Scales a global batch's weights so that the losses of its micro-batches add up to the loss of the whole."""
     init: Callable[[ModelConfig, jax.Array], transformer.Params]
     """(config, key) -> parameters."""
     describe: Callable[[ModelConfig], Any]
-    """config -> a tree like the parameters' with a `transformer.Parameter` for each."""
+    """config -> a tree like the parameters' with a `transformer.ParamSpec` for each."""
 
 
-LANGUAGE_MODEL = Objective(language_model_loss, normalize, network.init, network.describe)
+LANGUAGE_MODEL = TrainableModel(language_model_loss, normalize, network.init, network.param_specs)
 
 
-def state_shardings(config: RunConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+def state_shardings(config: RunConfig, mesh: Mesh, model_fns: TrainableModel = LANGUAGE_MODEL) -> State:
     """A `NamedSharding` for each array of the state; the optimiser's moments lie like their parameters."""
-    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
-    description = objective.describe(config.model)
-    params = jax.tree.map(lambda parameter: named(mesh, parameter.axes), description, is_leaf=is_parameter)
+    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
+    description = model_fns.describe(config.model)
+    params = jax.tree.map(lambda parameter: named_sharding(mesh, parameter.axes), description, is_leaf=is_parameter)
     everywhere = NamedSharding(mesh, PartitionSpec())
-    optimizer = _optimizer(config, Horizon(1, 0), objective)
-    shapes = jax.eval_shape(lambda: objective.init(config.model, jax.random.key(0)))
+    optimizer = _optimizer(config, Horizon(1, 0), model_fns)
+    shapes = jax.eval_shape(lambda: model_fns.init(config.model, jax.random.key(0)))
     moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
@@ -63,18 +63,18 @@ def state_shardings(config: RunConfig, mesh: Mesh, objective: Objective = LANGUA
     return {"params": params, "optimizer": flax.serialization.to_state_dict(moments), "step": everywhere, "ok": everywhere}
 
 
-def init_state(config: RunConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+def init_state(config: RunConfig, mesh: Mesh, model_fns: TrainableModel = LANGUAGE_MODEL) -> State:
     """Random parameters and zero moments, made under jit on the devices that keep them: no host ever holds the whole."""
-    create = functools.partial(_create, config, objective)
+    create = functools.partial(_create, config, model_fns)
     with jax.set_mesh(mesh):
-        return jax.jit(create, out_shardings=state_shardings(config, mesh, objective))(np.uint32(config.train.seed))
+        return jax.jit(create, out_shardings=state_shardings(config, mesh, model_fns))(np.uint32(config.train.seed))
 
 
-def abstract_state(config: RunConfig, mesh: Mesh, objective: Objective = LANGUAGE_MODEL) -> State:
+def abstract_state(config: RunConfig, mesh: Mesh, model_fns: TrainableModel = LANGUAGE_MODEL) -> State:
     """The state's shapes, dtypes and shardings, without the arrays."""
-    shapes = jax.eval_shape(functools.partial(_create, config, objective), np.uint32(0))
+    shapes = jax.eval_shape(functools.partial(_create, config, model_fns), np.uint32(0))
     with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(with_sharding, shapes, state_shardings(config, mesh, objective))
+    return jax.tree.map(with_sharding, shapes, state_shardings(config, mesh, model_fns))
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Abstract:
@@ -82,13 +82,13 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Abstract:
     size, time = config.train.batch_size, config.model.context_length
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=named(mesh, ("batch", None)[: len(shape)]))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, ("batch", None)[: len(shape)]))
 
     return {
         "tokens": array(jnp.int32, size, time),
         "targets": array(jnp.int32, size, time),
-        "weights": array(jnp.float32, size, time),
-        "row": array(jnp.int32, size),
+        "loss_weights": array(jnp.float32, size, time),
+        "example_id": array(jnp.int32, size),
     }
 
 
@@ -97,7 +97,7 @@ def lower_step(
     mesh: Mesh,
     *,
     horizon: Horizon | None = None,
-    objective: Objective = LANGUAGE_MODEL,
+    model_fns: TrainableModel = LANGUAGE_MODEL,
     batch: Abstract | None = None,
 ) -> jax.stages.Lowered:
     """Traces and lowers the update for a mesh, whose devices need not be attached. `.compile()` makes it callable.
@@ -111,15 +111,15 @@ def lower_step(
       batch: abstract arrays of a batch; None: those of pre-training.
     """
     config = _for_devices(config, mesh)
-    shardings = state_shardings(config, mesh, objective)
+    shardings = state_shardings(config, mesh, model_fns)
     everywhere = NamedSharding(mesh, PartitionSpec())
     step = jax.jit(
-        functools.partial(_update, config, horizon or Horizon(1, 0), objective),
+        functools.partial(_update, config, horizon or Horizon(1, 0), model_fns),
         out_shardings=(shardings, dict.fromkeys(("loss", "grad_norm", "learning_rate", "ok"), everywhere)),
         donate_argnums=0,
     )
     with jax.set_mesh(mesh):
-        return step.lower(abstract_state(config, mesh, objective), batch or abstract_batch(config, mesh))
+        return step.lower(abstract_state(config, mesh, model_fns), batch or abstract_batch(config, mesh))
 
 
 def lower_evaluation(
@@ -127,14 +127,14 @@ def lower_evaluation(
     mesh: Mesh,
     function: Callable[[ModelConfig, transformer.Params, Batch], Any],
     *,
-    objective: Objective = LANGUAGE_MODEL,
+    model_fns: TrainableModel = LANGUAGE_MODEL,
     batch: Abstract | None = None,
 ) -> jax.stages.Lowered:
     """Traces and lowers what scores parameters. The compiled function maps (params, batch) to `function(model, params, batch)`,
     whose arrays are whole on every device.
     """
     config = _for_devices(config, mesh)
-    params = abstract_state(config, mesh, objective)["params"]
+    params = abstract_state(config, mesh, model_fns)["params"]
     evaluate = jax.jit(functools.partial(function, config.model), out_shardings=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
         return evaluate.lower(params, batch or abstract_batch(config, mesh))
@@ -167,9 +167,9 @@ def _for_devices(config: RunConfig, mesh: Mesh) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype, loss_chunk=chunk))
 
 
-def _create(config: RunConfig, objective: Objective, seed: jax.Array) -> State:
-    params = objective.init(config.model, jax.random.key(seed))
-    moments = _optimizer(config, Horizon(1, 0), objective).init(params)
+def _create(config: RunConfig, model_fns: TrainableModel, seed: jax.Array) -> State:
+    params = model_fns.init(config.model, jax.random.key(seed))
+    moments = _optimizer(config, Horizon(1, 0), model_fns).init(params)
     return {
         "params": params,
         "optimizer": flax.serialization.to_state_dict(moments),
@@ -179,19 +179,19 @@ def _create(config: RunConfig, objective: Objective, seed: jax.Array) -> State:
 
 
 def _update(
-    config: RunConfig, horizon: Horizon, objective: Objective, state: State, batch: Batch
+    config: RunConfig, horizon: Horizon, model_fns: TrainableModel, state: State, batch: Batch
 ) -> tuple[State, dict[str, jax.Array]]:
     params, step = state["params"], state["step"]
-    batch = objective.normalize(batch)
+    batch = model_fns.normalize(batch)
 
     def loss_of(params: transformer.Params, part: Batch) -> jax.Array:
-        return objective.loss(config.model, params, part, transformer.Dropout(config.train.seed, step, part["row"]))
+        return model_fns.loss(config.model, params, part, transformer.DropoutKey(config.train.seed, step, part["example_id"]))
 
-    loss, gradients = _accumulate(jax.value_and_grad(loss_of), params, batch, config.train.micro_batches)
+    loss, gradients = _accumulate(jax.value_and_grad(loss_of), params, batch, config.train.grad_accum_steps)
     norm = optax.tree.norm(gradients)
     ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    optimizer = _optimizer(config, horizon, objective)
+    optimizer = _optimizer(config, horizon, model_fns)
     moments = flax.serialization.from_state_dict(jax.eval_shape(optimizer.init, params), state["optimizer"])
     updates, moments = optimizer.update(gradients, moments, params)
     new = {
@@ -226,7 +226,7 @@ def _accumulate(
     return jax.lax.scan(add, zero, strided)[0]
 
 
-def _optimizer(config: RunConfig, horizon: Horizon, objective: Objective) -> optax.GradientTransformation:
-    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
-    decay = jax.tree.map(lambda parameter: parameter.decay, objective.describe(config.model), is_leaf=is_parameter)
+def _optimizer(config: RunConfig, horizon: Horizon, model_fns: TrainableModel) -> optax.GradientTransformation:
+    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
+    decay = jax.tree.map(lambda parameter: parameter.decay, model_fns.describe(config.model), is_leaf=is_parameter)
     return make_optimizer(config.optim, horizon, decay)

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
-from gpt_jax.config_io import from_dict, to_dict
+from gpt_jax.config.load import from_dict, to_dict
 from gpt_jax.data import store as store_module
+from gpt_jax.data.dedup import is_held_out
 from gpt_jax.data.prepare import check_recipe, prepare
 from gpt_jax.data.store import Store
-from gpt_jax.data.texts import is_held_out
 from gpt_jax.errors import UserError
 
 WORDS = ["the", "of", "and", "to", "in", "is", "you", "that", "it", "was", "for", "are", "with", "they", "have", "been"]
@@ -175,7 +175,7 @@ def test_a_finished_store_is_verified_and_left_alone(source, tmp_path):
 DIE_SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from gpt_jax.config_io import from_dict
+from gpt_jax.config.load import from_dict
 from gpt_jax.data.prepare import prepare
 
 module, name = {"fsync": os, "replace": os, "rmtree": shutil}[sys.argv[3]], sys.argv[3]

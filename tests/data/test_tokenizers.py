@@ -98,7 +98,7 @@ def test_released_vocabulary_gives_the_released_ids(english):
     wrong = [case["text"] for case in golden if tokenizer.encode(case["text"]) != case["ids"]]
     assert len(golden) == 240
     assert wrong == []
-    assert tokenizer.separator == 40_477
+    assert tokenizer.eos_id == 40_477
 
 
 @pytest.mark.parametrize(
@@ -186,9 +186,9 @@ def test_any_text_comes_back(kind, pieces):
     for text in ["", "\n", " ", "\u2581", " \n  a", *(random_text(rng) for _ in range(500))]:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
-        assert tokenizer.separator not in ids
+        assert tokenizer.eos_id not in ids
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
-        assert tokenizer.decode([*ids, tokenizer.separator]) == text
+        assert tokenizer.decode([*ids, tokenizer.eos_id]) == text
 
 
 @pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
@@ -209,7 +209,7 @@ def test_pieces_of_a_trained_model(pieces):
     processor = sentencepiece.SentencePieceProcessor(model_proto=pieces.contents[0])
     assert [processor.id_to_piece(i) for i in (0, 1, 2, 3, 258)] == ["<unk>", "</s>", "\n", "<0x00>", "<0xFF>"]
     assert processor.get_piece_size() == pieces.vocab_size == 310
-    assert pieces.separator == 1
+    assert pieces.eos_id == 1
     assert pieces.encode("😀") == [3 + byte for byte in "😀".encode()]
     assert pieces.encode("\n\n") == [2, 2]
     assert len(pieces.encode("the cat")) < len("the cat")
@@ -284,7 +284,7 @@ def test_a_saved_tokenizer_is_the_same_one(kind, tmp_path, pieces):
     tokenizer.save(tmp_path / "a/b")
     for other in (load(tmp_path / "a/b"), pickle.loads(pickle.dumps(tokenizer))):
         assert type(other) is type(tokenizer)
-        assert (other.kind, other.vocab_size, other.separator) == (kind, tokenizer.vocab_size, tokenizer.separator)
+        assert (other.kind, other.vocab_size, other.eos_id) == (kind, tokenizer.vocab_size, tokenizer.eos_id)
         assert other.fingerprint == tokenizer.fingerprint
         assert other.decode(ids) == tokenizer.decode(ids)
     manifest = json.loads((tmp_path / "a/b/tokenizer.json").read_text())

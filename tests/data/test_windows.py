@@ -183,13 +183,13 @@ def test_batch_has_its_documented_form():
     assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
         "tokens": (np.int32, (2, 8)),
         "targets": (np.int32, (2, 8)),
-        "weights": (np.float32, (2, 8)),
-        "row": (np.int32, (2,)),
+        "loss_weights": (np.float32, (2, 8)),
+        "example_id": (np.int32, (2,)),
     }
     assert (batch["targets"] == batch["tokens"] + 1).all()
-    assert (batch["weights"] == 1).all()
-    assert batch["row"].tolist() == [4, 1]
-    for name in ("tokens", "targets", "weights"):
+    assert (batch["loss_weights"] == 1).all()
+    assert batch["example_id"].tolist() == [4, 1]
+    for name in ("tokens", "targets", "loss_weights"):
         with pytest.raises(ValueError, match="read-only"):
             batch[name][0, 0] = 0
 
@@ -235,18 +235,20 @@ def test_a_text_shorter_than_a_window_is_a_users_mistake(kind):
 def test_evaluation_scores_every_next_token_once(total, batch_size):
     windows = EvaluationWindows(Numbered(total), 8, batch_size, limit=0)
     batches = [windows.batch_at(step, np.arange(batch_size)) for step in range(windows.num_batches)]
-    assert all(batch["tokens"].shape == (batch_size, 8) and batch["row"].tolist() == list(range(batch_size)) for batch in batches)
+    assert all(
+        batch["tokens"].shape == (batch_size, 8) and batch["example_id"].tolist() == list(range(batch_size)) for batch in batches
+    )
     assert all((batch["targets"] == batch["tokens"] + 1).all() for batch in batches)
-    scored = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in batches])
+    scored = np.concatenate([batch["targets"][batch["loss_weights"] == 1] for batch in batches])
     assert scored.tolist() == list(range(1, total))
-    assert sum(batch["weights"].sum() for batch in batches) == total - 1
-    assert batches[-1]["weights"].any()
+    assert sum(batch["loss_weights"].sum() for batch in batches) == total - 1
+    assert batches[-1]["loss_weights"].any()
 
 
 def test_evaluation_stops_at_its_limit():
     windows = EvaluationWindows(Numbered(1000), 8, 4, limit=6)
     assert (windows.num_windows, windows.num_batches) == (6, 2)
-    weights = np.concatenate([windows.batch_at(step, np.arange(4))["weights"] for step in range(2)])
+    weights = np.concatenate([windows.batch_at(step, np.arange(4))["loss_weights"] for step in range(2)])
     assert weights.sum(axis=1).tolist() == [8, 8, 8, 8, 8, 8, 0, 0]
     assert EvaluationWindows(Numbered(20), 8, 4, limit=6).num_windows == 3
 

@@ -44,7 +44,7 @@ def fine_tuned(pretrained, tmp_path_factory):
                 labels=labels,
                 train=str(folder / f"{kind}-train.tsv"),
                 validation=str(folder / f"{kind}-validation.tsv"),
-                lengths=1,
+                num_length_buckets=1,
             ),
             init=TransferConfig(str(pretrained)),
         )

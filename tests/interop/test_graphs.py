@@ -15,7 +15,7 @@ import pytest
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.interop import files, graphs
+from gpt_jax.interop import graphs, tensor_files
 from gpt_jax.model import network
 from gpt_jax.model.transformer import Params
 from gpt_jax.tasks.head import Head
@@ -162,7 +162,7 @@ def test_the_signature_tells_inputs_and_outputs_in_order(tmp_path: Path) -> None
     assert signature["outputs"] == [{"name": "log_probabilities", "dtype": "float32", "shape": ["batch", 3]}]
     assert signature["limits"] == ["time <= 12"]
     assert signature["platforms"] == ["cpu", "cuda", "tpu"]
-    known = files.read_safetensors(tmp_path).known
+    known = tensor_files.read_safetensors(tmp_path).known
     assert {each["name"]: (tuple(each["shape"]), each["dtype"]) for each in parameters} == {
         name: (tensor.shape, tensor.dtype.name) for name, tensor in known.items()
     }

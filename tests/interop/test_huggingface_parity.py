@@ -17,18 +17,18 @@ import jax
 import numpy as np
 import pytest
 
-from gpt_jax import sharding
 from gpt_jax.config import LoopConfig, ModelConfig, OptimConfig, RunConfig
-from gpt_jax.interop import exports, files, huggingface, layouts, weights
+from gpt_jax.interop import export, huggingface, param_map, tensor_files, weights
 from gpt_jax.model import decode, network
+from gpt_jax.runtime import sharding
 from gpt_jax.tasks.batches import ScoringBatches
 from gpt_jax.tasks.evaluate import evaluate_task
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.readers import Row
 from gpt_jax.tasks.transforms import Specials, encode
 from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, Objective, init_state, lower_step, state_shardings
-from gpt_jax.train.trained import load_model
+from gpt_jax.train.restore import load_model
+from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, TrainableModel, init_state, lower_step, state_shardings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when it is first imported
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -59,14 +59,14 @@ class Pair(NamedTuple):
     """One model twice."""
 
     model: ModelConfig
-    objective: Objective
+    model_fns: TrainableModel
     params: Any
-    pieces: list[layouts.Piece]
+    pieces: list[param_map.Piece]
     theirs: Any
 
     def named(self, tree: Any) -> dict[str, np.ndarray]:
         """Our parameters, or their gradients, under Hugging Face's names."""
-        arrays = layouts.paths(jax.device_get(tree))
+        arrays = param_map.paths(jax.device_get(tree))
         return {piece.name: piece.to(piece.of(arrays[piece.path])) for piece in self.pieces}
 
     def loss_and_gradients(self, batch: dict[str, np.ndarray]) -> tuple[float, Any]:
@@ -74,8 +74,8 @@ class Pair(NamedTuple):
 
         @jax.jit
         def compute(params: Any, batch: Any) -> Any:
-            normalized = self.objective.normalize(batch)
-            return jax.value_and_grad(lambda params: self.objective.loss(self.model, params, normalized, None))(params)
+            normalized = self.model_fns.normalize(batch)
+            return jax.value_and_grad(lambda params: self.model_fns.loss(self.model, params, normalized, None))(params)
 
         loss, gradients = compute(self.params, batch)
         return float(loss), gradients
@@ -89,16 +89,16 @@ class Pair(NamedTuple):
 
 def make_pair(model: ModelConfig, head: Head | None, folder: Path, orders: int = 1) -> Pair:
     """Random weights, and theirs loaded from the folder that we write of them."""
-    objective = head.objective() if head else LANGUAGE_MODEL
-    pair = Pair(model, objective, draw(model, objective), layouts.pieces("huggingface", model, head), None)
+    model_fns = head.model_fns() if head else LANGUAGE_MODEL
+    pair = Pair(model, model_fns, draw(model, model_fns), param_map.pieces("huggingface", model, head), None)
     known, tensors = weights.described(pair.pieces, "float32"), pair.named(pair.params)
     if huggingface.architecture(head) == huggingface.CLASSIFIER:
         linear, norm = jax.device_get((pair.params["head"], pair.params["blocks"]["mlp_norm"]))
         score = huggingface.score_weight(linear["kernel"], linear["bias"] / orders, norm["gain"][-1], norm["bias"][-1])
-        tensors[huggingface.SCORE], known[huggingface.SCORE] = score, files.Tensor(score.shape, score.dtype)
-    files.write_safetensors(folder, known, iter(tensors.items()), most_bytes=200_000_000)
+        tensors[huggingface.SCORE], known[huggingface.SCORE] = score, tensor_files.Tensor(score.shape, score.dtype)
+    tensor_files.write_safetensors(folder, known, iter(tensors.items()), most_bytes=200_000_000)
     task = types.SimpleNamespace(labels="abc") if head else None
-    config = huggingface.model_config(RunConfig(model), types.SimpleNamespace(separator=0), task, head, "float32")
+    config = huggingface.model_config(RunConfig(model), types.SimpleNamespace(eos_id=0), task, head, "float32")
     (folder / "config.json").write_text(json.dumps(config))
     return pair._replace(theirs=load(getattr(transformers, huggingface.architecture(head)), folder))
 
@@ -111,7 +111,7 @@ def load(kind: Any, folder: Path) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def draw(model: ModelConfig, objective: Objective) -> Any:
+def draw(model: ModelConfig, model_fns: TrainableModel) -> Any:
     """Parameters as at the start of a training, but gains are 1 + 0.1 N and biases 0.1 N."""
 
     def spread(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ def draw(model: ModelConfig, objective: Objective) -> Any:
         name = jax.tree_util.keystr(path)
         return leaf + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(name.encode())), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(spread, objective.init(model, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(spread, model_fns.init(model, jax.random.key(0)))
 
 
 def largest_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
@@ -148,7 +148,7 @@ def next_tokens(tokens):
     """A batch with the loss that theirs has: of every token but the first."""
     counted = np.broadcast_to(np.arange(tokens.shape[1]) < tokens.shape[1] - 1, tokens.shape).astype(np.float32)
     row = np.arange(len(tokens), dtype=np.int32)
-    return {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "weights": counted, "row": row}
+    return {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "loss_weights": counted, "example_id": row}
 
 
 def their_loss(theirs, tokens):
@@ -360,7 +360,7 @@ def test_a_step_with_classes_is_theirs(classifier):
 
 def exported(run, folder):
     """An export of a run, and what was found when it was verified."""
-    found = exports.export(run, "huggingface", folder, print)
+    found = export.export(run, "huggingface", folder, print)
     assert found == json.loads((folder / "parity.json").read_text())
     assert found["verified_with"] == f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
     return found

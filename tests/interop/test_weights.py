@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gpt_jax import sharding
 from gpt_jax.config import MeshConfig, ModelConfig, PretrainConfig
 from gpt_jax.errors import UserError
-from gpt_jax.interop import files, layouts, weights
+from gpt_jax.interop import param_map, tensor_files, weights
+from gpt_jax.runtime import sharding
 from gpt_jax.tasks.head import Head
 from gpt_jax.train import checkpoint
 from gpt_jax.train.step import abstract_state, init_state
@@ -54,12 +54,12 @@ def saved(config, tmp_path_factory):
 
 def test_the_openai_layout_has_the_released_shapes_in_their_order(shared_data):
     released = json.loads((shared_data("gpt1-bpe") / "params_shapes.json").read_text())
-    assert [list(piece.shape) for piece in layouts.pieces("openai", ModelConfig())] == released
+    assert [list(piece.shape) for piece in param_map.pieces("openai", ModelConfig())] == released
 
 
 def test_hugging_face_tensors_are_these_slices_of_ours(saved):
     info, params = saved
-    found = dict(weights.stream(info, layouts.pieces("huggingface", MODEL), "float32"))
+    found = dict(weights.stream(info, param_map.pieces("huggingface", MODEL), "float32"))
     embed, blocks = MODEL.embed_dim, params["blocks"]
     kernel, bias = blocks["attention"]["qkv"]["kernel"][2], blocks["attention"]["qkv"]["bias"][2]
     for part, begin in enumerate((0, embed, 2 * embed)):  # query, key, value; head h has columns h * 8 to h * 8 + 7 of each
@@ -81,22 +81,22 @@ def test_hugging_face_tensors_are_these_slices_of_ours(saved):
 
 
 def write(layout, info, folder, dtype="float32", most_bytes=10**9):
-    pieces = layouts.pieces(layout, MODEL)
+    pieces = param_map.pieces(layout, MODEL)
     known, tensors = weights.described(pieces, dtype), weights.stream(info, pieces, dtype)
     if layout == "huggingface":
-        files.write_safetensors(folder, known, tensors, most_bytes)
+        tensor_files.write_safetensors(folder, known, tensors, most_bytes)
     elif layout == "openai":
-        files.write_openai(folder, known, tensors)
+        tensor_files.write_openai(folder, known, tensors)
     else:
-        files.write_npz(folder / "params.npz", tensors)
+        tensor_files.write_npz(folder / "params.npz", tensors)
 
 
 def read(layout, folder):
     if layout == "huggingface":
-        return files.read_safetensors(folder)
+        return tensor_files.read_safetensors(folder)
     if layout == "openai":
-        return files.read_openai(folder, [piece.name for piece in layouts.pieces("openai", MODEL)])
-    return files.read_npz(folder / "params.npz")
+        return tensor_files.read_openai(folder, [piece.name for piece in param_map.pieces("openai", MODEL)])
+    return tensor_files.read_npz(folder / "params.npz")
 
 
 @pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}], ids=str)
@@ -105,7 +105,7 @@ def test_parameters_come_back_bit_for_bit_on_any_mesh(layout, axes, saved, confi
     info, params = saved
     write(layout, info, tmp_path)
     mesh = sharding.make_mesh(MeshConfig(**({"data": 1} | axes)))
-    back = weights.assemble(read(layout, tmp_path), layouts.pieces(layout, MODEL), config, mesh)
+    back = weights.assemble(read(layout, tmp_path), param_map.pieces(layout, MODEL), config, mesh)
     wanted = abstract_state(config, mesh)["params"]
     assert jax.tree.structure(back) == jax.tree.structure(params)
     for ours, theirs, abstract in zip(*map(jax.tree.leaves, (params, back, wanted)), strict=True):
@@ -155,7 +155,7 @@ def test_the_library_reads_safetensors_in_one_file_and_in_several(dtype, saved, 
 
 
 def test_npz_has_the_papers_names_and_a_fine_tuned_head():
-    names = [piece.name for piece in layouts.pieces("npz", MODEL, HEAD)]
+    names = [piece.name for piece in param_map.pieces("npz", MODEL, HEAD)]
     assert names[:2] == ["W_e", "W_p"]
     assert set(names[-2:]) == {"W_y", "b_y"}
     assert "h2/attn/c_attn/w" in names
@@ -163,10 +163,10 @@ def test_npz_has_the_papers_names_and_a_fine_tuned_head():
 
 def test_an_lstm_fits_into_npz_only(tmp_path):
     model = ModelConfig(kind="lstm", vocab_size=300, embed_dim=16, lstm_units=32, context_length=16)
-    assert "lstm/recurrent" in [piece.name for piece in layouts.pieces("npz", model)]
+    assert "lstm/recurrent" in [piece.name for piece in param_map.pieces("npz", model)]
     for layout in ("huggingface", "openai"):
         with pytest.raises(UserError, match="LSTM"):
-            layouts.pieces(layout, model)
+            param_map.pieces(layout, model)
 
 
 MEMORY = """
@@ -174,29 +174,29 @@ import resource, sys
 from pathlib import Path
 import jax.numpy as jnp
 from gpt_jax.config import ModelConfig
-from gpt_jax.interop import files, layouts, weights
+from gpt_jax.interop import tensor_files, param_map, weights
 from gpt_jax.train import checkpoint
 
 folder, format_ = Path(sys.argv[1]), sys.argv[2]
 model = ModelConfig(num_layers=4)
 if format_ == "save":
     import jax
-    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), layouts.parameter_shapes(model))
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), param_map.parameter_shapes(model))
     options = dict(keep_latest=1, keep_best=0, config_json="{}", config_digest="", data_digest="", tokenizer=None)
     with checkpoint.Checkpoints(folder / "checkpoints", **options) as saver:
         saver.save(1, {"params": params}, {})
 else:
-    pieces = layouts.pieces(format_, model)
+    pieces = param_map.pieces(format_, model)
     known = weights.described(pieces, "float32")
     info = checkpoint.resolve(folder / "checkpoints" / "1", print)
     checkpoint.read_array(checkpoint.open_arrays(info)["blocks"]["mlp"]["up"]["kernel"][0])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if format_ == "npz":
-        files.write_npz(folder / "params.npz", weights.stream(info, pieces, "float32"))
+        tensor_files.write_npz(folder / "params.npz", weights.stream(info, pieces, "float32"))
     elif format_ == "openai":
-        files.write_openai(folder, known, weights.stream(info, pieces, "float32"))
+        tensor_files.write_openai(folder, known, weights.stream(info, pieces, "float32"))
     else:
-        files.write_safetensors(folder, known, weights.stream(info, pieces, "float32"), 10**9)
+        tensor_files.write_safetensors(folder, known, weights.stream(info, pieces, "float32"), 10**9)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print((after - before) * 1024, max(tensor.nbytes for tensor in known.values()))
 """
@@ -222,14 +222,14 @@ def test_writing_takes_the_memory_of_the_largest_tensor(tmp_path):
 
 
 def test_all_differences_are_listed_at_once(config):
-    pieces = layouts.pieces("huggingface", MODEL)
+    pieces = param_map.pieces("huggingface", MODEL)
     known = weights.described(pieces, "float32")
     del known["transformer.h.0.ln_1.bias"]
-    known["transformer.h.1.ln_1.bias"] = files.Tensor((31,), np.dtype(np.float32))
-    known["transformer.h.2.ln_1.bias"] = files.Tensor((32,), np.dtype(np.int8))
-    known["surplus"] = files.Tensor((2,), np.dtype(np.float32))
+    known["transformer.h.1.ln_1.bias"] = tensor_files.Tensor((31,), np.dtype(np.float32))
+    known["transformer.h.2.ln_1.bias"] = tensor_files.Tensor((32,), np.dtype(np.int8))
+    known["surplus"] = tensor_files.Tensor((2,), np.dtype(np.float32))
     with pytest.raises(UserError) as caught:
-        weights.check(files.Tensors("FOLDER", known, dict.get), pieces)
+        weights.check(tensor_files.Tensors("FOLDER", known, dict.get), pieces)
     message = str(caught.value)
     assert "transformer.h.0.ln_1.bias [32] is missing" in message
     assert "transformer.h.1.ln_1.bias is [31], not [32]" in message
@@ -300,16 +300,16 @@ def test_a_flipped_bit_in_npz_is_noticed(saved, config, tmp_path):
     (tmp_path / "params.npz").write_bytes(content)
     mesh = sharding.make_mesh(MeshConfig(data=8))
     with pytest.raises(UserError, match="altered"):
-        weights.assemble(read("npz", tmp_path), layouts.pieces("npz", MODEL), config, mesh)
+        weights.assemble(read("npz", tmp_path), param_map.pieces("npz", MODEL), config, mesh)
 
 
 def test_numbers_that_are_not_finite_are_refused(saved, config, tmp_path):
     info, _ = saved
-    pieces = layouts.pieces("npz", MODEL)
+    pieces = param_map.pieces("npz", MODEL)
     tensors = (
         (name, np.full_like(array, np.nan) if name == "h1/ln_2/g" else array)
         for name, array in weights.stream(info, pieces, "float32")
     )
-    files.write_npz(tmp_path / "params.npz", tensors)
+    tensor_files.write_npz(tmp_path / "params.npz", tensors)
     with pytest.raises(UserError, match="h1/ln_2/g holds numbers that are not finite"):
         weights.assemble(read("npz", tmp_path), pieces, config, sharding.make_mesh(MeshConfig(data=8)))

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax import checkout, config_io
-from gpt_jax.checkout import Checkout
+from gpt_jax.config.load import config_folder
 from gpt_jax.errors import UserError
 from gpt_jax.launch import command, gke, local, tpu_vm
 from gpt_jax.launch import supervise as supervision
 from gpt_jax.launch.job import Job
+from gpt_jax.runtime.git_info import Checkout
 
 
 def launch(*words):
@@ -136,7 +136,7 @@ def test_uncommitted_changes_are_warned_of(submitted, monkeypatch, capsys, words
 def test_a_config_that_git_does_not_track_does_not_reach_a_tpu_vm(submitted, monkeypatch, tmp_path):
     (tmp_path / "configs" / "my").mkdir(parents=True)
     for name in ("my/own", "old"):
-        (tmp_path / "configs" / f"{name}.py").write_text((config_io.config_folder() / "smoke.py").read_text())
+        (tmp_path / "configs" / f"{name}.py").write_text((config_folder() / "smoke.py").read_text())
     monkeypatch.setattr(config_io, "config_folder", lambda: tmp_path / "configs")
     source = Checkout(tmp_path, "c0ffee", b"", ("configs/my/own.py",))
     monkeypatch.setattr(checkout, "find", lambda: source)

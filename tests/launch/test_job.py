@@ -8,9 +8,9 @@ import typing
 
 import pytest
 
-from gpt_jax import config_io
 from gpt_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
-from gpt_jax.data import corpus
+from gpt_jax.config.load import apply_overrides, load_config
+from gpt_jax.data import sources
 from gpt_jax.errors import UserError
 from gpt_jax.launch import accelerators, job
 from gpt_jax.launch.job import Checked, Job
@@ -196,7 +196,7 @@ def test_what_cannot_be_is_refused_in_one_line(fields, said):
 
 
 def test_all_that_are_left_are_found_over_slices_and_hosts():
-    mesh = config_io.load("gpt1_1b5").mesh
+    mesh = load_config("gpt1_1b5").mesh
     sizes = job.mesh_sizes(dataclasses.replace(mesh, slice=2, data=-1, tensor=8), accelerators.find("v5e-16"), 2)
     assert sizes == {"slice": 2, "data": 2, "fsdp": 1, "tensor": 8}
     sizes = job.mesh_sizes(dataclasses.replace(mesh, slice=1, data=2, fsdp=-1), accelerators.find("cpu-4"), 3)
@@ -254,7 +254,7 @@ def reach(volumes=False, **fields):
 
 
 def config_of(given):
-    return config_io.override(config_io.load(given.config), list(given.overrides), "gpt-jax")
+    return apply_overrides(load_config(given.config), list(given.overrides), "gpt-jax")
 
 
 @pytest.mark.parametrize("workdir", ["runs/a", "/home/me/runs/a", "./gs:/x", "s3://bucket/a", "~/a"])
@@ -372,7 +372,7 @@ def test_a_configs_own_paths_count(tmp_path, monkeypatch):
 @pytest.mark.parametrize("config", ["{}", "/mnt/disk/own.py"])
 def test_a_config_that_is_a_file_of_this_machine_is_not_seen(tmp_path, monkeypatch, config):
     config, real = config.format(own_config(tmp_path, store="gs://data/store")), tmp_path / "own.py"
-    load = config_io.load
+    load = load_config
     monkeypatch.setattr(config_io, "load", lambda name: load(str(real)))
     assert f"--config: '{config}' is a file of this machine" in reach(config=config, overrides=STORE)
     assert reach(config="/gcs/runs/own.py", overrides=STORE) == ""
@@ -383,7 +383,7 @@ def test_a_pre_training_has_text_to_read(tmp_path):
     with pytest.raises(UserError) as raised:
         job.check(make())
     with pytest.raises(UserError) as training:
-        corpus.open_source(PretrainConfig().data)
+        sources.open_source(PretrainConfig().data)
     assert str(raised.value) == str(training.value)
     for words in (STORE, ("--data.source", "gs://data/text")):
         job.check(make(overrides=words))

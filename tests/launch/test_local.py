@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt_jax import config_io
+from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError
 from gpt_jax.launch import accelerators, local
 from gpt_jax.launch.job import Checked, Job, check
@@ -30,7 +30,7 @@ print("devices", os.environ["JAX_NUM_CPU_DEVICES"], "words", *sys.argv[1:], file
 
 
 def on(name):
-    return Checked(config_io.load("smoke"), accelerators.find(name))
+    return Checked(load_config("smoke"), accelerators.find(name))
 
 
 @pytest.fixture

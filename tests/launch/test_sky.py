@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError
 from gpt_jax.launch import sky
 from gpt_jax.launch.job import Job, check
+from gpt_jax.runtime.git_info import Checkout
 
 checked = functools.cache(check)  # which takes a good part of a second
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt_jax.checkout import Checkout
 from gpt_jax.errors import UserError
 from gpt_jax.launch import job as jobs
 from gpt_jax.launch import supervise, tpu_vm, tpu_watch
@@ -27,6 +26,7 @@ from gpt_jax.launch.gcloud import Done
 from gpt_jax.launch.job import Checked, Job
 from gpt_jax.launch.supervise import Fate
 from gpt_jax.launch.tpu_watch import Do, Seen, Timing, decide, together
+from gpt_jax.runtime.git_info import Checkout
 
 fake_gcloud, tiny = (
     SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(name)))) for name in ("fake_gcloud.py", "tiny.py")

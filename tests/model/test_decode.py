@@ -11,7 +11,7 @@ from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model import decode, transformer
 from gpt_jax.model.decode import generate, sample
-from gpt_jax.sharding import make_mesh
+from gpt_jax.runtime.sharding import make_mesh
 
 TINY = ModelConfig(vocab_size=60, context_length=48, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=32)
 PROMPTS = [[5, 9, 2], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]]

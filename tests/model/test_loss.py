@@ -13,8 +13,8 @@ import pytest
 from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.model import network
 from gpt_jax.model.loss import cross_entropy, language_model_loss, normalize, token_log_probabilities
-from gpt_jax.model.transformer import Dropout, Parameter
-from gpt_jax.sharding import make_mesh, named
+from gpt_jax.model.transformer import DropoutKey, Parameter
+from gpt_jax.runtime.sharding import make_mesh
 
 BATCH, TIME, EMBED, VOCAB, PADDED = 8, 12, 16, 150, 256
 
@@ -109,21 +109,26 @@ TINY = ModelConfig(vocab_size=VOCAB, context_length=TIME, num_layers=1, embed_di
 
 
 def test_normalized_weights_add_to_one(example):
-    weights = jax.jit(normalize)({"weights": example[3], "row": np.arange(BATCH)})["weights"]
+    weights = jax.jit(normalize)({"loss_weights": example[3], "example_id": np.arange(BATCH)})["loss_weights"]
     np.testing.assert_allclose(weights, example[3] / example[3].sum(dtype=np.float64), rtol=1e-6)
-    assert not jax.jit(normalize)({"weights": np.zeros((2, 3), np.float32)})["weights"].any(), "and no division by zero"
+    assert not jax.jit(normalize)({"loss_weights": np.zeros((2, 3), np.float32)})["loss_weights"].any(), "and no division by zero"
 
 
 def test_micro_batches_add_to_the_whole(example):
     """Losses of rows j::4, with dropout, and with weights that differ from part to part."""
     tokens, weights = example[2:]
-    batch = {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": weights, "row": np.arange(BATCH, dtype=np.int32)}
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "loss_weights": weights,
+        "example_id": np.arange(BATCH, dtype=np.int32),
+    }
     batch = jax.jit(normalize)(batch)
     params = random_params(TINY)
 
     @jax.jit
     def loss(params, batch):
-        return language_model_loss(TINY, params, batch, Dropout(3, 4, batch["row"]))
+        return language_model_loss(TINY, params, batch, DropoutKey(3, 4, batch["example_id"]))
 
     whole = loss(params, batch)
     parts = [loss(params, {name: array[j::4] for name, array in batch.items()}) for j in range(4)]
@@ -161,7 +166,7 @@ def test_token_log_probabilities_on_a_mesh(example, kind):
     params = random_params(config)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
-    shardings = jax.tree.map(lambda leaf: named(mesh, leaf.axes), network.describe(config), is_leaf=is_parameter)
+    shardings = jax.tree.map(lambda leaf: named_sharding(mesh, leaf.axes), network.param_specs(config), is_leaf=is_parameter)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
         actual = jax.jit(functools.partial(token_log_probabilities, config))(placed, tokens, targets)

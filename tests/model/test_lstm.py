@@ -10,10 +10,10 @@ import optax
 import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
-from gpt_jax.model import lstm, masks, network, transformer
+from gpt_jax.model import dropout, lstm, network, transformer
 from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import language_model_loss
-from gpt_jax.sharding import make_mesh, named
+from gpt_jax.runtime.sharding import make_mesh
 
 TINY = ModelConfig(
     kind="lstm",
@@ -27,7 +27,7 @@ TINY = ModelConfig(
     loss_chunk=8,
 )
 SEED, STEP, ROWS = 11, 22, np.array([5, 3], np.int32)
-DROPOUT = transformer.Dropout(SEED, STEP, ROWS)
+DROPOUT = transformer.DropoutKey(SEED, STEP, ROWS)
 
 apply = jax.jit(network.apply, static_argnums=0)
 
@@ -38,8 +38,8 @@ def sigmoid(x):
 
 def kept(shape, rate, site):
     """What dropout multiplies an array [2, time, channels] by, whose rows are number ROWS."""
-    stream = np.asarray(masks.stream(SEED, STEP, 0, site, ROWS, 0))
-    return masks.keep(stream, np.arange(shape[1]), np.arange(shape[2]), rate) / (1 - round(rate * 65536) / 65536)
+    stream = np.asarray(dropout.stream(SEED, STEP, 0, site, ROWS, 0))
+    return dropout.keep(stream, np.arange(shape[1]), np.arange(shape[2]), rate) / (1 - round(rate * 65536) / 65536)
 
 
 def by_hand(params, tokens, dropout=False):
@@ -47,7 +47,7 @@ def by_hand(params, tokens, dropout=False):
     params = jax.tree.map(lambda array: np.asarray(array, np.float64), params)
     layer = params["lstm"]
     x = params["embedding"]["tokens"][tokens]
-    x = x * kept(x.shape, 0.1, masks.Site.EMBEDDING) if dropout else x
+    x = x * kept(x.shape, 0.1, dropout.Site.EMBEDDING) if dropout else x
     hidden = cell = np.zeros((len(tokens), 20))
     outputs = []
     for t in range(tokens.shape[1]):
@@ -59,7 +59,7 @@ def by_hand(params, tokens, dropout=False):
         hidden = sigmoid(o) * np.tanh(cell)
         outputs.append(hidden @ layer["output"]["kernel"] + layer["output"]["bias"])
     output = np.stack(outputs, axis=1)
-    return output * kept(output.shape, 0.3, masks.Site.RESIDUAL_MLP) if dropout else output
+    return output * kept(output.shape, 0.3, dropout.Site.RESIDUAL_MLP) if dropout else output
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +165,16 @@ BATCH = 8
 def batch():
     tokens = np.random.default_rng(2).integers(0, 50, (BATCH, 24)).astype(np.int32)
     weights = np.full((BATCH, 24), 1 / (BATCH * 24), np.float32)
-    return {"tokens": tokens, "targets": np.roll(tokens, -1, 1), "weights": weights, "row": np.arange(BATCH, dtype=np.int32)}
+    return {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "loss_weights": weights,
+        "example_id": np.arange(BATCH, dtype=np.int32),
+    }
 
 
 def loss(config, params, batch):
-    return language_model_loss(config, params, batch, transformer.Dropout(3, 4, batch["row"]))
+    return language_model_loss(config, params, batch, transformer.DropoutKey(3, 4, batch["example_id"]))
 
 
 value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
@@ -217,8 +222,8 @@ def test_micro_batches_add_to_the_whole(params, batch, gradients):
 
 def test_equal_on_a_mesh(params, batch, gradients):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
-    shardings = jax.tree.map(lambda leaf: named(mesh, leaf.axes), network.describe(TINY), is_leaf=is_parameter)
+    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
+    shardings = jax.tree.map(lambda leaf: named_sharding(mesh, leaf.axes), network.param_specs(TINY), is_leaf=is_parameter)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
         assert placed["lstm"]["recurrent"].addressable_shards[0].data.shape == (20, 4, 10)
@@ -270,9 +275,9 @@ def test_initial_values():
 
 def test_description_fits_the_parameters():
     shapes = jax.eval_shape(functools.partial(lstm.init, TINY), jax.random.key(0))
-    described = network.describe(TINY)
+    described = network.param_specs(TINY)
     sizes = {"embed": 12, "mlp": 20, "vocab": 128}
-    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
+    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
     for (path, parameter), (at, shape) in zip(
         jax.tree_util.tree_leaves_with_path(described, is_leaf=is_parameter),
         jax.tree_util.tree_leaves_with_path(shapes),

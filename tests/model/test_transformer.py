@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
-from gpt_jax.model import masks, network, transformer
+from gpt_jax.model import dropout, network, transformer
 from gpt_jax.model.loss import language_model_loss
-from gpt_jax.sharding import make_mesh, named
+from gpt_jax.runtime.sharding import make_mesh
 
 TINY = ModelConfig(
     vocab_size=50,
@@ -52,8 +52,8 @@ def softmax(x):
 def kept(shape, rate, layer, site):
     """What dropout multiplies an array [batch, heads, queries, keys] or [batch, time, channels] by; its rows are number ROWS."""
     rows, heads = (ROWS[:, None], np.arange(shape[1])) if len(shape) == 4 else (ROWS, 0)
-    stream = np.asarray(masks.stream(SEED, STEP, layer, site, rows, heads))
-    return masks.keep(stream, np.arange(shape[-2]), np.arange(shape[-1]), rate) / (1 - round(rate * 65536) / 65536)
+    stream = np.asarray(dropout.stream(SEED, STEP, layer, site, rows, heads))
+    return dropout.keep(stream, np.arange(shape[-2]), np.arange(shape[-1]), rate) / (1 - round(rate * 65536) / 65536)
 
 
 def drop(x, rate, layer, site):
@@ -108,7 +108,7 @@ def tokens():
     return np.random.default_rng(1).integers(0, 50, (2, 24)).astype(np.int32)
 
 
-DROPOUT = transformer.Dropout(SEED, STEP, ROWS)
+DROPOUT = transformer.DropoutKey(SEED, STEP, ROWS)
 
 
 def test_forward_pass(params, tokens):
@@ -133,7 +133,7 @@ def test_output_is_tied_to_the_embeddings_and_crops_the_padding(params, tokens):
 def test_gradients_are_those_of_the_paper(params, tokens):
     """The derivative along random directions, against differences of the NumPy transcription, with dropout on."""
     targets = np.roll(tokens, 1, axis=1)
-    batch = {"tokens": tokens, "targets": targets, "weights": np.full((2, 24), 1 / 48, np.float32)}
+    batch = {"tokens": tokens, "targets": targets, "loss_weights": np.full((2, 24), 1 / 48, np.float32)}
     value, gradients = jax.jit(jax.value_and_grad(functools.partial(language_model_loss, TINY)))(params, batch, DROPOUT)
     np.testing.assert_allclose(value, negative_log_likelihood(wide(params), tokens, targets, dropout=True), rtol=1e-5)
     draw = np.random.default_rng(3)
@@ -217,9 +217,9 @@ def test_param_dtype():
 
 def test_initial_values_do_not_depend_on_the_mesh():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
-    description = transformer.describe(TINY)
-    shardings = jax.tree.map(lambda parameter: named(mesh, parameter.axes), description, is_leaf=is_parameter)
+    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
+    description = transformer.param_specs(TINY)
+    shardings = jax.tree.map(lambda parameter: named_sharding(mesh, parameter.axes), description, is_leaf=is_parameter)
     with jax.set_mesh(mesh):
         spread = jax.jit(functools.partial(transformer.init, TINY), out_shardings=shardings)(jax.random.key(7))
     kernel = spread["blocks"]["mlp"]["up"]["kernel"]
@@ -229,7 +229,7 @@ def test_initial_values_do_not_depend_on_the_mesh():
 
 def test_description_fits_the_parameters():
     shapes = leaves_by_name(jax.eval_shape(functools.partial(transformer.init, TINY), jax.random.key(0)))
-    described = leaves_by_name(transformer.describe(TINY), is_leaf=lambda leaf: isinstance(leaf, transformer.Parameter))
+    described = leaves_by_name(transformer.param_specs(TINY), is_leaf=lambda leaf: isinstance(leaf, transformer.ParamSpec))
     assert {name: len(parameter.axes) for name, parameter in described.items()} == {name: x.ndim for name, x in shapes.items()}
     # Decay falls on matrices and embeddings, never on biases and gains, whatever dimensions stacking gives them.
     decayed = {name for name, parameter in described.items() if parameter.decay}
@@ -248,7 +248,7 @@ def test_bfloat16_activations_float32_parameters(params, tokens):
     hidden = apply(config, params, tokens)
     assert hidden.dtype == jnp.bfloat16
     assert np.abs(np.asarray(hidden, np.float64) - paper(wide(params), tokens)).mean() < 0.02
-    batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens), "weights": jnp.ones((2, 24))}
+    batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens), "loss_weights": jnp.ones((2, 24))}
     gradients = jax.eval_shape(jax.grad(functools.partial(language_model_loss, config)), params, batch, None)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
     assert jax.eval_shape(functools.partial(transformer.logits, config), params, hidden).dtype == jnp.float32
@@ -264,7 +264,7 @@ def test_auto_is_float32_on_a_cpu(params, tokens):
 @pytest.mark.parametrize("precision", ["highest", "high", "default"])
 def test_matmul_precision_reaches_every_product(precision, params, tokens):
     config = dataclasses.replace(TINY, matmul_precision=precision)
-    batch = {"tokens": tokens, "targets": tokens, "weights": np.ones((2, 24), np.float32)}
+    batch = {"tokens": tokens, "targets": tokens, "loss_weights": np.ones((2, 24), np.float32)}
     loss = jax.jit(jax.value_and_grad(functools.partial(language_model_loss, config)))
     logits = jax.jit(functools.partial(transformer.logits, config))
     for lowered in (loss.lower(params, batch, DROPOUT), logits.lower(params, np.zeros((2, 24, 16), np.float32))):
@@ -281,7 +281,7 @@ def test_remat_saves_memory_and_changes_no_number():
     shapes = jax.eval_shape(functools.partial(transformer.init, base), jax.random.key(0))
     params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 10, shapes)
     tokens, direction = draw.integers(0, 50, (4, 32)).astype(np.int32), draw.normal(size=(4, 32, 32)).astype(np.float32)
-    dropout = transformer.Dropout(SEED, STEP, np.arange(4, dtype=np.int32))
+    dropout = transformer.DropoutKey(SEED, STEP, np.arange(4, dtype=np.int32))
     results, memory = {}, {}
     for remat in ("off", "dots", "full"):
         config = dataclasses.replace(base, remat=remat)

@@ -53,28 +53,28 @@ def test_a_batch_by_hand():
         [pad, pad],
     ]
     third = np.float32(1 / 3)
-    assert batch["weights"].tolist() == [
+    assert batch["loss_weights"].tolist() == [
         [[0.5, 0.5, 0, 0, 0, 0], [0.25, 0.25, 0.25, 0.25, 0, 0]],
         [[third, third, third, 0, 0, 0], [0.5, 0.5, 0, 0, 0, 0]],
         [pad, pad],
     ]
     assert batch["extract"].tolist() == [[2, 4], [3, 2], [0, 0]]
     assert batch["labels"].tolist() == [[0, 1, 0], [1, 0, 0], [0, 0, 0]]
-    assert batch["row"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert batch["example_id"].tolist() == [[0, 1], [2, 3], [4, 5]]
     assert {name: array.dtype.name for name, array in batch.items()} == {
         "tokens": "int32",
         "targets": "int32",
-        "weights": "float32",
+        "loss_weights": "float32",
         "extract": "int32",
         "labels": "float32",
-        "row": "int32",
+        "example_id": "int32",
     }
 
 
-@pytest.mark.parametrize("order", ["grouped", "random"])
-def test_training_batches_hold_their_examples(order):
+@pytest.mark.parametrize("bucket_by_length", [True, False])
+def test_training_batches_hold_their_examples(bucket_by_length):
     encoded = numbered(random_lengths(50, sequences=3))
-    batches = TaskBatches(encoded, 8, 0, [10, 20, 30], order)
+    batches = TaskBatches(encoded, 8, 0, [10, 20, 30], bucket_by_length)
     for step in range(12):
         batch = batches.batch_at(step, np.arange(8))
         longest = 0
@@ -89,17 +89,17 @@ def test_training_batches_hold_their_examples(order):
                 assert batch["tokens"][row, s, batch["extract"][row, s]] == ids[-1]
                 longest = max(longest, length)
         assert batch["tokens"].shape == (8, 3, -(-longest // 10) * 10)
-        np.testing.assert_allclose(batch["weights"].sum(axis=2), 1, rtol=1e-6)
-        assert ((batch["weights"] > 0) == (batch["targets"] > 0)).all()
+        np.testing.assert_allclose(batch["loss_weights"].sum(axis=2), 1, rtol=1e-6)
+        assert ((batch["loss_weights"] > 0) == (batch["targets"] > 0)).all()
 
 
 # -- epochs -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["grouped", "random"])
+@pytest.mark.parametrize("bucket_by_length", [True, False])
 @pytest.mark.parametrize("count", [8, 15, 16, 67])
-def test_an_epoch_has_no_example_twice_and_leaves_out_the_remainder(order, count):
-    batches = TaskBatches(numbered(random_lengths(count)), 8, 0, [30], order)
+def test_an_epoch_has_no_example_twice_and_leaves_out_the_remainder(bucket_by_length, count):
+    batches = TaskBatches(numbered(random_lengths(count)), 8, 0, [30], bucket_by_length)
     assert batches.steps_per_epoch == count // 8
     for epoch in range(5):
         examples = epoch_of(batches, epoch).ravel()
@@ -107,24 +107,24 @@ def test_an_epoch_has_no_example_twice_and_leaves_out_the_remainder(order, count
         assert set(examples) <= set(range(count))
 
 
-@pytest.mark.parametrize("order", ["grouped", "random"])
-def test_every_epoch_leaves_out_others(order):
+@pytest.mark.parametrize("bucket_by_length", [True, False])
+def test_every_epoch_leaves_out_others(bucket_by_length):
     """With 7 of 15 left out, 20 epochs miss an example with a chance of 15 * (7/15)^20: one in 300,000."""
-    batches = TaskBatches(numbered(random_lengths(15)), 8, 0, [30], order)
+    batches = TaskBatches(numbered(random_lengths(15)), 8, 0, [30], bucket_by_length)
     assert set(np.concatenate([epoch_of(batches, epoch).ravel() for epoch in range(20)])) == set(range(15))
 
 
-@pytest.mark.parametrize("order", ["grouped", "random"])
-def test_epochs_and_seeds_differ(order):
+@pytest.mark.parametrize("bucket_by_length", [True, False])
+def test_epochs_and_seeds_differ(bucket_by_length):
     encoded = numbered(random_lengths(400))
-    epochs = [epoch_of(TaskBatches(encoded, 8, seed, [30], order), epoch) for seed in (0, 1) for epoch in (0, 1)]
+    epochs = [epoch_of(TaskBatches(encoded, 8, seed, [30], bucket_by_length), epoch) for seed in (0, 1) for epoch in (0, 1)]
     for one, other in itertools.combinations(epochs, 2):
         assert (one == other).mean() < 0.05
 
 
 def test_grouped_batches_are_of_one_length_in_an_order_of_their_own():
     encoded = numbered(random_lengths(400))
-    first, second = (epoch_of(TaskBatches(encoded, 8, 0, [30], "grouped"), epoch) for epoch in (0, 1))
+    first, second = (epoch_of(TaskBatches(encoded, 8, 0, [30], True), epoch) for epoch in (0, 1))
     for examples in (first, second):
         shortest, longest = encoded.longest[examples].min(axis=1), encoded.longest[examples].max(axis=1)
         by_length = np.lexsort([longest, shortest])
@@ -136,14 +136,14 @@ def test_grouped_batches_are_of_one_length_in_an_order_of_their_own():
 
 def test_random_batches_are_of_any_length():
     encoded = numbered(random_lengths(400))
-    examples = epoch_of(TaskBatches(encoded, 8, 0, [30], "random"), 0)
+    examples = epoch_of(TaskBatches(encoded, 8, 0, [30], False), 0)
     assert np.ptp(encoded.longest[examples], axis=1).mean() > 15
 
 
 def test_order_follows_the_documented_definition():
     """Never to be changed: a resumed fine-tuning must see what it would have seen. (`permute` is frozen elsewhere.)"""
     encoded = numbered(random_lengths(67, longest=8))
-    grouped, random = (TaskBatches(encoded, 8, 2**32 - 1, [8], order) for order in ("grouped", "random"))
+    grouped, random = (TaskBatches(encoded, 8, 2**32 - 1, [8], bucket_by_length) for bucket_by_length in (True, False))
 
     def permutation(size, number):
         keys = epoch_keys(2**32 - 1, np.full(size, number, np.uint64))
@@ -160,30 +160,30 @@ def test_order_follows_the_documented_definition():
 # -- who asks, and when -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["grouped", "random"])
-def test_a_batch_depends_on_its_step_alone(order):
-    """Not on what was asked for before: threads ask in any order, and a resumed run begins in the middle."""
+@pytest.mark.parametrize("bucket_by_length", [True, False])
+def test_a_batch_depends_on_its_step_alone(bucket_by_length):
+    """Not on what was asked for before: threads ask in any bucket_by_length, and a resumed run begins in the middle."""
     encoded = numbered(random_lengths(67, sequences=2))
     lengths = [10, 20, 30]
     rows = np.arange(8)
     steps = range(30)
-    in_order = TaskBatches(encoded, 8, 5, lengths, order)
+    in_order = TaskBatches(encoded, 8, 5, lengths, bucket_by_length)
     expected = [in_order.batch_at(step, rows) for step in steps]
     for step in (29, 3, 17, 3, 0):
         assert_equal(in_order.batch_at(step, rows), expected[step])
-        assert_equal(TaskBatches(encoded, 8, 5, lengths, order).batch_at(step, rows), expected[step])
-    shared = TaskBatches(encoded, 8, 5, lengths, order)
+        assert_equal(TaskBatches(encoded, 8, 5, lengths, bucket_by_length).batch_at(step, rows), expected[step])
+    shared = TaskBatches(encoded, 8, 5, lengths, bucket_by_length)
     with ThreadPoolExecutor(4) as pool:
         for batch, step in zip(pool.map(lambda step: shared.batch_at(step, rows), steps), steps, strict=True):
             assert_equal(batch, expected[step])
 
 
-@pytest.mark.parametrize("order", ["grouped", "random"])
-def test_hosts_get_their_rows_of_the_same_batch(order):
+@pytest.mark.parametrize("bucket_by_length", [True, False])
+def test_hosts_get_their_rows_of_the_same_batch(bucket_by_length):
     """Padded like the whole, also where the longest sequence is another host's."""
     encoded = numbered(random_lengths(67, sequences=2))
     lengths = list(range(3, 31))
-    training = TaskBatches(encoded, 8, 5, lengths, order)
+    training = TaskBatches(encoded, 8, 5, lengths, bucket_by_length)
     scoring = ScoringBatches(encoded, 8, lengths)
     for batches, steps in ((training, range(20)), (scoring, range(scoring.num_batches))):
         for step in steps:
@@ -195,7 +195,7 @@ def test_hosts_get_their_rows_of_the_same_batch(order):
 
 def test_fewer_examples_than_a_batch_are_a_users_mistake():
     with pytest.raises(UserError, match=r"^--train\.batch-size: 8 is more than the 7 examples[^\n]*$"):
-        TaskBatches(numbered(random_lengths(7)), 8, 0, [30], "grouped")
+        TaskBatches(numbered(random_lengths(7)), 8, 0, [30], True)
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------------
@@ -253,11 +253,11 @@ def test_padding_share_by_hand():
     """Longest first, two a batch: 5 and 4 tokens padded to 5; 3 tokens and an empty row padded to 4."""
     encoded = numbered([[5], [4], [3]])
     assert ScoringBatches(encoded, 2, [4, 5]).padding_share() == pytest.approx(6 / 18)
-    assert TaskBatches(encoded, 3, 0, [6], "random").padding_share() == pytest.approx(6 / 18)
+    assert TaskBatches(encoded, 3, 0, [6], False).padding_share() == pytest.approx(6 / 18)
 
 
 def test_padding_share_is_that_of_the_batches():
-    batches = TaskBatches(numbered(random_lengths(67, sequences=2)), 8, 0, [10, 20, 30], "grouped")
+    batches = TaskBatches(numbered(random_lengths(67, sequences=2)), 8, 0, [10, 20, 30], True)
     for epoch in (0, 3):
         made = [batches.batch_at(epoch * batches.steps_per_epoch + number, np.arange(8)) for number in range(8)]
         padding = sum((batch["tokens"] == 0).sum() for batch in made)
@@ -281,7 +281,7 @@ def test_eight_lengths_leave_little_padding(shared_data, task, columns, header):
     training, validation = (glue(folder / name, columns, header) for name in ("train.tsv", "dev.tsv"))
     lengths = choose_lengths([training.longest, validation.longest], 32, 8)
     assert len(lengths) <= 8
-    batches = TaskBatches(training, 32, 0, lengths, "grouped")
+    batches = TaskBatches(training, 32, 0, lengths, True)
     assert max(batches.padding_share(epoch) for epoch in range(3)) <= 0.15
     scoring = ScoringBatches(validation, 32, lengths)
     assert {scoring.batch_at(step, np.arange(1))["tokens"].shape[2] for step in range(scoring.num_batches)} <= set(lengths)

@@ -27,7 +27,7 @@ def test_lengths_are_those_of_the_splits_that_every_epoch_goes_through(table):
         train=table("train.tsv", [5] * 4 + [10] * 4),
         validation=table("dev.tsv", [20] * 4),
         test=table("test.tsv", [4, 8, 15, 30] * 50),
-        lengths=4,
+        num_length_buckets=4,
     )
     dataset = load_dataset(task, Bytes(), 64, 4, lambda line: None)
     assert dataset.lengths == (5 + special, 10 + special, 20 + special, 30 + special)

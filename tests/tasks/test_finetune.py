@@ -21,7 +21,7 @@ from gpt_jax.config import (
 from gpt_jax.data import tokenizers
 from gpt_jax.data.tokenizers import Bytes
 from gpt_jax.errors import UserError
-from gpt_jax.present import show_spread
+from gpt_jax.experiments.bench import show_spread
 from gpt_jax.tasks import evaluate
 from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.finetune import find_source, finetune, finetune_seeds, resolve, spread
@@ -38,7 +38,7 @@ def make_config(task, init, **task_fields):
         train=FinetuneLoopConfig(
             batch_size=8, duration="4 epochs", eval_every="2 epochs", save_every="4 steps", keep_latest=9, tensorboard=False
         ),
-        task=TaskConfig(**task, lengths=2, **task_fields),
+        task=TaskConfig(**task, num_length_buckets=2, **task_fields),
         init=init,
     )
 
@@ -179,7 +179,7 @@ def test_a_hidden_test_of_glue_is_predicted_and_not_scored(config, tmp_path, cap
         rows = [f"src\t{k % 2}\t\t{'ab'[k % 2] * (k + 3)}" for k in range(size)]
         (folder / f"{split}.tsv").write_text("\n".join(rows) + "\n")
     (folder / "test.tsv").write_text("index\tsentence\n0\taaaa\n1\tbbbb\n2\tbaba\n")
-    task = TaskConfig(name="cola", path=str(folder), lengths=1)
+    task = TaskConfig(name="cola", path=str(folder), num_length_buckets=1)
     run = tmp_path / "run"
     train = dataclasses.replace(config.train, duration="2 steps")
     result = finetune(dataclasses.replace(config, task=task, train=train), run)

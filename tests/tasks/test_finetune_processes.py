@@ -22,7 +22,7 @@ def config():
         data=PipelineConfig(pipeline="threads"),
         optim=OptimConfig(peak_lr=0.01, schedule="linear", warmup="10%", clip_norm=1.0),
         train=FinetuneLoopConfig(batch_size=8, duration="2 epochs", save_every="1 steps", keep_latest=2, tensorboard=False),
-        task=TaskConfig(**{task!r}, lengths=2),
+        task=TaskConfig(**{task!r}, num_length_buckets=2),
         init=TransferConfig({run!r}),
     )
 """

@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax import sharding
 from gpt_jax.config import LoopConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
 from gpt_jax.model import network
-from gpt_jax.model.transformer import Dropout
+from gpt_jax.runtime import sharding
 from gpt_jax.tasks.head import Head, normalize, transfer
 from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.step import init_state, lower_step
@@ -31,10 +30,10 @@ def random_batch(head, sequences, seed=0):
     batch = {
         "tokens": tokens[..., :-1],
         "targets": tokens[..., 1:],
-        "weights": (real / (lengths - 1)[..., None]).astype(np.float32),
+        "loss_weights": (real / (lengths - 1)[..., None]).astype(np.float32),
         "extract": (lengths - 1).astype(np.int32),
         "labels": labels,
-        "row": np.arange(EXAMPLES * sequences, dtype=np.int32).reshape(EXAMPLES, sequences),
+        "example_id": np.arange(EXAMPLES * sequences, dtype=np.int32).reshape(EXAMPLES, sequences),
     }
     return {name: jnp.asarray(array) for name, array in batch.items()}
 
@@ -87,14 +86,14 @@ def test_the_choices_of_a_question_share_the_classifiers_mask():
     labels = np.eye(4, dtype=np.float32)[np.arange(EXAMPLES) % 4] / EXAMPLES
 
     def loss(step):
-        return head.loss(model, params, batch | {"labels": labels}, Dropout(0, step, batch["row"]))
+        return head.loss(model, params, batch | {"labels": labels}, DropoutKey(0, step, batch["example_id"]))
 
     assert loss(0) == pytest.approx(np.log(4), rel=1e-5)  # equal scores, whatever was dropped
     classes = CLASSES._replace(dropout=0.5, lm_weight=0.0)
     params = classes.init(model, jax.random.key(0))
     one = {name: array[:, :1] if array.ndim > 1 and name != "labels" else array for name, array in batch.items()}
     one["labels"] = np.eye(3, dtype=np.float32)[np.zeros(EXAMPLES, int)] / EXAMPLES
-    values = {float(classes.loss(model, params, one, Dropout(0, step, one["row"]))) for step in range(4)}
+    values = {float(classes.loss(model, params, one, DropoutKey(0, step, one["example_id"]))) for step in range(4)}
     assert len(values) == 4
 
 
@@ -107,14 +106,14 @@ def test_parts_and_meshes_do_not_change_an_update(parts, mesh):
     # With the usual epsilon the first update is hardly more than each gradient's sign, so that its size would not show.
     optim = OptimConfig(peak_lr=1e-2, warmup="0 steps", epsilon=1e-2)
     results = []
-    for micro_batches, shape in ((1, MeshConfig(data=1)), (parts, mesh)):
-        config = RunConfig(model=MODEL, optim=optim, train=LoopConfig(batch_size=EXAMPLES, micro_batches=micro_batches))
+    for grad_accum_steps, shape in ((1, MeshConfig(data=1)), (parts, mesh)):
+        config = RunConfig(model=MODEL, optim=optim, train=LoopConfig(batch_size=EXAMPLES, grad_accum_steps=grad_accum_steps))
         devices = sharding.make_mesh(shape, jax.devices()[: 1 if shape.data == 1 else 8])
-        objective = CHOICES.objective()
+        model_fns = CHOICES.model_fns()
         placed = sharding.place_batch(devices, jax.device_get(batch), EXAMPLES)
         abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in placed.items()}
-        step = lower_step(config, devices, horizon=Horizon(10, 0), objective=objective, batch=abstract).compile()
-        state, metrics = step(init_state(config, devices, objective), placed)
+        step = lower_step(config, devices, horizon=Horizon(10, 0), model_fns=model_fns, batch=abstract).compile()
+        state, metrics = step(init_state(config, devices, model_fns), placed)
         assert metrics["learning_rate"] == pytest.approx(optim.peak_lr)
         results.append((float(metrics["loss"]), float(metrics["grad_norm"]), jax.device_get(state["params"])))
     (loss, norm, params), (same_loss, same_norm, same_params) = results

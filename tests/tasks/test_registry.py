@@ -2,10 +2,10 @@
 
 import pytest
 
-from gpt_jax import config_io
 from gpt_jax.config import FinetuneConfig, TaskConfig
+from gpt_jax.config.load import config_folder, load_config
 from gpt_jax.errors import UserError
-from gpt_jax.tasks import registry, scoring
+from gpt_jax.tasks import metrics, registry
 from gpt_jax.tasks.registry import ABLATION_AVERAGES, ABLATIONS, TASKS
 
 
@@ -42,7 +42,7 @@ def test_published_figures(name, metric, group, figure, published_on):
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_metrics_exist_and_the_first_is_the_paper_s(task):
-    assert set(task.metrics) <= set(scoring.METRICS)
+    assert set(task.metrics) <= set(metrics.METRICS)
     assert {metric for metric, _ in task.published} == {task.metrics[0]}
     assert len(set(task.labels)) == len(task.labels) >= 2
 
@@ -66,8 +66,8 @@ def test_an_unknown_task_is_answered_with_the_nearest():
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_each_task_has_a_config_with_the_paper_s_settings_and_figures(task):
-    assert config_io.load(f"finetune/{task.name}") == FinetuneConfig(task=TaskConfig(name=task.name))
-    header = (config_io.config_folder() / "finetune" / f"{task.name}.py").read_text()
+    assert load_config(f"finetune/{task.name}") == FinetuneConfig(task=TaskConfig(name=task.name))
+    header = (config_folder() / "finetune" / f"{task.name}.py").read_text()
     assert f"    gpt-jax finetune finetune/{task.name} --init.from RUN --task.path " in header
     for figure in task.published.values():
         assert str(figure) in header.split()

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from gpt_jax import config_io
+from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.data.prepare import prepare
 
 CONFIG = """
@@ -54,7 +54,7 @@ def config_file(text):
     """The path of a config for a run of 20 steps on a store of that text, which is ready."""
     path = text.with_name("tiny.py")
     path.write_text(CONFIG.format(source=text, store=text.with_name("store")))
-    prepare(config_io.load(str(path)), text.with_name("store"), lambda line: None)
+    prepare(load_config(str(path)), text.with_name("store"), lambda line: None)
     return path
 
 
@@ -63,6 +63,6 @@ def tiny(config_file):
     """A function from overrides, as on the command line, to that config."""
 
     def override(*arguments):
-        return config_io.override(config_io.load(str(config_file)), list(arguments), "pytest")
+        return apply_overrides(load_config(str(config_file)), list(arguments), "pytest")
 
     return override

@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import pytest
 
-from gpt_jax import sharding
-from gpt_jax.distributed import StopRequest
 from gpt_jax.errors import Preempted, TrainingError
-from gpt_jax.rundir import RunDir
+from gpt_jax.runtime import sharding
+from gpt_jax.runtime.distributed import StopRequest
+from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.train import checkpoint
 from gpt_jax.train.checkpoint import Checkpoints
+from gpt_jax.train.logging import Progress
 from gpt_jax.train.loop import Work, train
 from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.progress import Progress
 from gpt_jax.train.step import abstract_state, init_state
 
 
@@ -24,7 +24,12 @@ def random_batch(step):
     rng = np.random.default_rng(step)
     tokens = rng.integers(0, 257, (8, 17), dtype=np.int32)
     weights = np.ones((8, 16), np.float32)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "row": np.arange(8, dtype=np.int32)}
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": weights,
+        "example_id": np.arange(8, dtype=np.int32),
+    }
 
 
 def start(config, folder, *, total=20, state=None, batch_at=random_batch, evaluate=lambda step, params: {}, every=5):
@@ -106,7 +111,7 @@ def test_a_bad_update_ends_the_training_with_the_last_good_state(tiny, tmp_path,
 
     def batch_at(step):
         batch = random_batch(step)
-        return batch | {"weights": batch["weights"] * np.float32("nan")} if step == bad - 1 else batch
+        return batch | {"loss_weights": batch["loss_weights"] * np.float32("nan")} if step == bad - 1 else batch
 
     config = tiny()
     with pytest.raises(TrainingError, match=rf"update {bad} is not finite \(loss nan.*checkpoint {bad - 1},"):
@@ -139,7 +144,7 @@ def test_records_are_on_the_disk_before_the_checkpoint_of_their_step_is_sealed(t
 
     def batch_at(step):
         batch = random_batch(step)
-        return batch | {"weights": batch["weights"] * np.float32("nan")} if step == 12 else batch
+        return batch | {"loss_weights": batch["loss_weights"] * np.float32("nan")} if step == 12 else batch
 
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(checkpoint, "_seal", note_seal)

@@ -90,8 +90,8 @@ def test_the_first_update_of_a_warm_up_changes_nothing(kind):
 @pytest.mark.parametrize("kind", ["adam_gpt1", "adamw"])
 def test_decay_falls_on_matrices_and_embeddings_alone(kind):
     model = ModelConfig(vocab_size=50, context_length=8, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=16, loss_chunk=8)
-    description = transformer.describe(model)
-    is_parameter = lambda leaf: isinstance(leaf, transformer.Parameter)  # noqa: E731
+    description = transformer.param_specs(model)
+    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
     decay = jax.tree.map(lambda parameter: parameter.decay, description, is_leaf=is_parameter)
     optimizer = make_optimizer(OptimConfig(kind=kind, peak_lr=1.0, warmup="0 steps"), Horizon(10, 0), decay)
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from gpt_jax import sharding
 from gpt_jax.data.store import Store
 from gpt_jax.errors import UserError
 from gpt_jax.model import transformer
+from gpt_jax.runtime import sharding
 from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import pretrain
 from gpt_jax.train.step import abstract_state

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.cli import main
-from gpt_jax.train.progress import Progress
+from gpt_jax.train.logging import Progress
 
 OPTIONS = ("--train.eval-every", "4 steps")
 OFTEN = ("--train.save-every", "1 steps")  # so that many kills fall into a save

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax import sharding
 from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from gpt_jax.model import transformer
+from gpt_jax.runtime import sharding
+from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.pretrain import total_loss
 from gpt_jax.train.step import init_state, lower_evaluation, lower_step, state_shardings
@@ -27,12 +28,12 @@ MESHES = {
 }
 
 
-def make_config(micro_batches=1):
+def make_config(grad_accum_steps=1):
     return PretrainConfig(
         model=MODEL,
         data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")),
         optim=OptimConfig(peak_lr=3e-3, warmup="4 steps", clip_norm=1.0),
-        train=TrainConfig(batch_size=16, micro_batches=micro_batches),
+        train=TrainConfig(batch_size=16, grad_accum_steps=grad_accum_steps),
     )
 
 
@@ -45,7 +46,12 @@ def batch_at(step):
     rng = np.random.default_rng(step)
     tokens = np.cumsum(rng.choice([1, 1, 1, 7], size=(16, 17)), axis=1).astype(np.int32) % MODEL.vocab_size
     weights = (rng.random((16, 16)) < 0.9).astype(np.float32)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights, "row": np.arange(16, dtype=np.int32)}
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": weights,
+        "example_id": np.arange(16, dtype=np.int32),
+    }
 
 
 @contextlib.contextmanager
@@ -65,9 +71,9 @@ def compilations():
 
 
 @functools.cache
-def compiled(mesh_name, micro_batches):
+def compiled(mesh_name, grad_accum_steps):
     """The executable, and how many programs were compiled for it."""
-    lowered = lower_step(make_config(micro_batches), make_mesh(mesh_name), horizon=Horizon(STEPS, 4))
+    lowered = lower_step(make_config(grad_accum_steps), make_mesh(mesh_name), horizon=Horizon(STEPS, 4))
     with compilations() as seen:
         executable = lowered.compile()
     return executable, len(seen)
@@ -83,9 +89,9 @@ def place(state, mesh):
     return jax.device_put(state, state_shardings(make_config(), mesh))
 
 
-def run(mesh_name, micro_batches, batches, state=None):
+def run(mesh_name, grad_accum_steps, batches, state=None):
     """Runs updates from the initial state or another; returns the metrics of each and the last state, as NumPy arrays."""
-    mesh, (update, _) = make_mesh(mesh_name), compiled(mesh_name, micro_batches)
+    mesh, (update, _) = make_mesh(mesh_name), compiled(mesh_name, grad_accum_steps)
     state = place(state or initial(), mesh)
     metrics = []
     for batch in batches:
@@ -100,7 +106,7 @@ def trained(mesh_name):
 
 
 def paths(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, transformer.Parameter))
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, transformer.ParamSpec))
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
@@ -125,12 +131,12 @@ def test_every_mesh_gives_the_losses_of_a_single_device(mesh_name):
         assert got["learning_rate"] == expected["learning_rate"]
 
 
-@pytest.mark.parametrize(("mesh_name", "micro_batches"), [("single", 4), ("2 x 2 x 2", 2)])
-def test_micro_batches_give_the_update_of_the_whole_batch(mesh_name, micro_batches):
+@pytest.mark.parametrize(("mesh_name", "grad_accum_steps"), [("single", 4), ("2 x 2 x 2", 2)])
+def test_micro_batches_give_the_update_of_the_whole_batch(mesh_name, grad_accum_steps):
     """Dropout is on: a micro-batch must see its rows' own masks. Weights differ between parts: they count as in the whole."""
     batches = [batch_at(0), batch_at(1), batch_at(2)]
     whole, state = run("single", 1, batches)
-    parts, same_state = run(mesh_name, micro_batches, batches)
+    parts, same_state = run(mesh_name, grad_accum_steps, batches)
     for expected, got in zip(whole, parts, strict=True):
         np.testing.assert_allclose(got["loss"], expected["loss"], rtol=1e-6)
         np.testing.assert_allclose(got["grad_norm"], expected["grad_norm"], rtol=1e-5)
@@ -186,8 +192,8 @@ def test_an_update_leaves_the_state_where_it_was(mesh_name):
 def assert_spread(state, mesh):
     """Every array lies in as many pieces as its logical axes say, moments like their parameters; no device holds the whole."""
     parameters = paths(state["params"])
-    for name, parameter in paths(transformer.describe(MODEL)).items():
-        pieces = math.prod(sharding.axis_size(mesh, axis) for axis in parameter.axes if axis)
+    for name, parameter in paths(transformer.param_specs(MODEL)).items():
+        pieces = math.prod(num_shards(mesh.shape, axis) for axis in parameter.axes if axis)
         assert pieces == mesh.size / mesh.shape["data"] or name.endswith(("bias", "gain", "positions")), name
         for shard in parameters[name].addressable_shards:
             assert shard.data.size * pieces == parameters[name].size, name
@@ -213,31 +219,31 @@ def test_evaluation_sums_the_losses_of_the_targets_that_count(mesh_name):
 
     scores = np.asarray(logits(initial()["params"]), np.float64)
     losses = np.log(np.exp(scores).sum(axis=-1)) - np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
-    assert weight == batch["weights"].sum()
-    np.testing.assert_allclose(total, (losses * batch["weights"]).sum(), rtol=1e-5)
+    assert weight == batch["loss_weights"].sum()
+    np.testing.assert_allclose(total, (losses * batch["loss_weights"]).sum(), rtol=1e-5)
 
 
 # -- the guard --------------------------------------------------------------------------------------------------------------
 
 
 def nan_weight(batch):
-    weights = batch["weights"].copy()
+    weights = batch["loss_weights"].copy()
     weights[5, 3] = np.nan
-    return batch | {"weights": weights}
+    return batch | {"loss_weights": weights}
 
 
 def infinite_weight(batch):
-    weights = batch["weights"].copy()
+    weights = batch["loss_weights"].copy()
     weights[15, 0] = np.inf
-    return batch | {"weights": weights}
+    return batch | {"loss_weights": weights}
 
 
 @pytest.mark.parametrize("spoil", [nan_weight, infinite_weight])
-@pytest.mark.parametrize(("mesh_name", "micro_batches"), [("single", 1), ("2 x 2 x 2", 2)])
-def test_a_bad_batch_leaves_the_state_as_it_was_and_so_do_all_later_ones(mesh_name, micro_batches, spoil):
+@pytest.mark.parametrize(("mesh_name", "grad_accum_steps"), [("single", 1), ("2 x 2 x 2", 2)])
+def test_a_bad_batch_leaves_the_state_as_it_was_and_so_do_all_later_ones(mesh_name, grad_accum_steps, spoil):
     good = [batch_at(0), batch_at(1)]
-    _, before = run(mesh_name, micro_batches, good)
-    metrics, after = run(mesh_name, micro_batches, [*good, spoil(batch_at(2)), batch_at(3), batch_at(4)])
+    _, before = run(mesh_name, grad_accum_steps, good)
+    metrics, after = run(mesh_name, grad_accum_steps, [*good, spoil(batch_at(2)), batch_at(3), batch_at(4)])
     assert [bool(values["ok"]) for values in metrics] == [True, True, False, False, False]
     assert before["ok"]
     assert not after["ok"]
@@ -256,7 +262,7 @@ def test_an_infinite_parameter_stops_the_training_too():
 @pytest.mark.parametrize("kind", ["adam_gpt1", "adamw"])
 def test_bfloat16_parameters_train_with_float32_moments(kind):
     """b2 = 0.999 is 1 in bfloat16, so moments of that type would never forget; and a state must keep its types."""
-    config = make_config(micro_batches=2)
+    config = make_config(grad_accum_steps=2)
     model, optim = dataclasses.replace(MODEL, param_dtype="bfloat16"), dataclasses.replace(config.optim, kind=kind)
     config = dataclasses.replace(config, model=model, optim=optim)
     mesh = make_mesh("single")

@@ -1,0 +1,240 @@
+"""Configs as data: their fields, their digest and their JSON; reading them from files and overriding them on the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import re
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import tyro
+
+from gpt_jax.config.schema import Effect, FinetuneConfig, FinetuneRunConfig, PretrainConfig, RunConfig
+from gpt_jax.errors import UserError, nearest
+
+# -- fields that were renamed -----------------------------------------------------------------------------------------------
+
+CONFIG_VERSION = 2
+"""Version of the field names below, recorded in config.json. Version 1 had the names on the left of `RENAMED_FIELDS`."""
+
+
+class Renamed(NamedTuple):
+    """What a field of an earlier version is called now, and what its old values have become."""
+
+    name: str
+    values: Mapping[Any, Any] = {}
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{old} is now {new}" for old, new in self.values.items())
+        return f"--{self.name}" + (f" ({values})" if values else "")
+
+
+RENAMED_FIELDS: dict[str, Renamed] = {
+    "train.micro-batches": Renamed("train.grad-accum-steps"),
+    "task.lengths": Renamed("task.num-length-buckets"),
+    "task.order": Renamed("task.bucket-by-length", {"grouped": True, "random": False}),
+}
+"""Fields of version 1 by their dotted names. Recorded configs are translated by this table wherever they are read."""
+
+
+def upgrade_field(name: str, value: Any) -> tuple[str, Any]:
+    """Returns the current name and value of a field recorded under any version's dotted name."""
+    renamed = RENAMED_FIELDS.get(name)
+    return (name, value) if renamed is None else (renamed.name, renamed.values.get(value, value))
+
+
+# -- configs as data --------------------------------------------------------------------------------------------------------
+
+
+def flatten_config(config: Any, prefix: str = "") -> dict[str, tuple[Any, Effect]]:
+    """Maps the dotted name of each field (as on the command line) to its value and what it affects."""
+    leaves: dict[str, tuple[Any, Effect]] = {}
+    for field in dataclasses.fields(config):
+        name = prefix + _option_name(field.name)
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            leaves |= flatten_config(value, name + ".")
+        else:
+            leaves[name] = (value, field.metadata["affects"])
+    return leaves
+
+
+def config_digest(config: Any) -> str:
+    """Returns a hexadecimal SHA-256 of the config's `result` fields: configs with equal digests compute the same numbers."""
+    fields = {name: value for name, (value, affects) in flatten_config(config).items() if affects == "result"}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Returns the config as nested dictionaries, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json") -> RunConfig:
+    """Rebuilds a run's config from `config_to_dict`'s JSON, which an earlier version may have written.
+
+    Fields that did not exist when it was written take their defaults.
+
+    Args:
+      values: the nested dictionaries.
+      where: the file that they come from, for error messages.
+
+    Raises:
+      UserError: a field is unknown in every version, or its value is not allowed.
+    """
+    kind = FinetuneRunConfig if "task" in values else PretrainConfig
+    known = flatten_config(kind())
+    current: dict[str, Any] = {}
+    for old_name, old_value in _leaves(values, set(known) | set(RENAMED_FIELDS)):
+        name, value = upgrade_field(old_name, old_value)
+        if name not in known:
+            raise UserError(f"{where}: no field of a config is named '{old_name}'; {nearest(name, known)}")
+        current[name] = tuple(value) if isinstance(value, list) else value
+    return _build(kind, current)
+
+
+def _leaves(values: Mapping[str, Any], known: set[str], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Yields the dotted name and the value of each field in nested dictionaries."""
+    for key, value in values.items():
+        name = prefix + _option_name(key)
+        if isinstance(value, dict) and name not in known:
+            yield from _leaves(value, known, name + ".")
+        else:
+            yield name, value
+
+
+def _build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Makes a config of the given dataclass from values by their dotted names."""
+    arguments: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        name = prefix + _option_name(field.name)
+        if dataclasses.is_dataclass(field.default):
+            arguments[field.name] = _build(type(field.default), values, name + ".")
+        elif name in values:
+            arguments[field.name] = values[name]
+    return kind(**arguments)
+
+
+def _option_name(field: str) -> str:
+    return field.rstrip("_").replace("_", "-")
+
+
+# -- config files -----------------------------------------------------------------------------------------------------------
+
+
+def config_folder() -> Path:
+    """The folder of the configs that come with the package (configs/ in the repository)."""
+    spec = importlib.util.find_spec("gpt_jax.configs")
+    assert spec is not None
+    return Path(next(iter(spec.submodule_search_locations or ())))
+
+
+def config_names() -> list[str]:
+    """The bare names of the configs that come with the package."""
+    folder = config_folder()
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.py") if path.stem != "__init__")
+
+
+def load_config(name: str) -> Any:
+    """Loads a config by its path ("my/config.py") or its bare name under configs/ ("smoke", "finetune/cola").
+
+    Raises:
+      UserError: no such config, or the file has no `config()` that returns a config.
+    """
+    path = Path(name)
+    if path.suffix != ".py":
+        path = config_folder() / f"{name}.py"
+        if not path.is_file():
+            raise UserError(f"no config is named '{name}'; {nearest(name, config_names())} Or give the path of a .py file")
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file")
+    spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        if not callable(getattr(module, "config", None)):
+            raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig or FinetuneConfig")
+        value = module.config()
+    except UserError:
+        raise
+    except Exception as error:  # Whatever a user's file does wrong becomes one line.
+        raise UserError(f"{path}: {type(error).__name__}: {error}{_renamed_argument(error)}") from error
+    if not isinstance(value, PretrainConfig | FinetuneConfig):
+        raise UserError(f"{path}: config() returned a {type(value).__name__}, not a PretrainConfig or FinetuneConfig")
+    return value
+
+
+def _renamed_argument(error: Exception) -> str:
+    """Names what an unknown argument of a config's dataclass is called now; empty for any other error."""
+    match = re.search("unexpected keyword argument '(\\w+)'", str(error))
+    old = next((old for old in RENAMED_FIELDS if match and old.split(".")[1] == _option_name(match[1])), None)
+    return f"; {old} was renamed: use {RENAMED_FIELDS[old]}" if old else ""
+
+
+def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
+    """Applies command-line overrides such as `--optim.peak-lr 1e-4` to a config.
+
+    Names are checked first and values one at a time, so that each mistake is one line; `--help` prints every field.
+
+    Raises:
+      UserError: a name that does not exist (the nearest are offered), a value of the wrong type, or a rule across fields.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        tyro.cli(type(config), default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
+    flags: list[list[str]] = []
+    known = flatten_config(config)
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, *value = argument[2:].split("=", 1)
+            name = name.replace("_", "-")
+            if name in RENAMED_FIELDS:
+                raise UserError(f"--{name}: was renamed; use {RENAMED_FIELDS[name]}")
+            if name not in known:
+                sections = sorted({key.split(".")[0] for key in known})
+                options = [key for key in known if key.startswith(name.split(".")[0] + ".")] or [*known, *sections]
+                hint = nearest(name, options) if name not in sections else "it is a section: give one of its fields"
+                raise UserError(f"--{name}: no such field; {hint}")
+            flags.append(["--" + name, *value])
+        elif flags:
+            flags[-1].append(argument)
+        else:
+            raise UserError(f"'{argument}' stands before any --field; overrides are written --section.field value")
+    for flag in flags:
+        try:
+            _parse(config, flag)
+        except SystemExit:
+            raise UserError(f"{flag[0]}: {_expectation(config, flag)}") from None
+        except UserError:
+            pass  # A rule across fields may hold only once all overrides are in.
+    return _parse(config, [word for flag in flags for word in flag])
+
+
+def _parse(config: Any, arguments: list[str]) -> Any:
+    """Lets tyro apply overrides; its own messages are boxes of several lines, so they are swallowed."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(
+            type(config), default=config, args=arguments, config=(tyro.conf.FlagConversionOff,), console_outputs=False
+        )
+
+
+def _expectation(config: Any, flag: list[str]) -> str:
+    """Says what a field would have accepted, for a value that it did not."""
+    kind: Any = type(config)
+    for part in flag[0][2:].split("."):
+        kind = {_option_name(name): hint for name, hint in typing.get_type_hints(kind).items()}[part]
+    given = " ".join(flag[1:])
+    if not given:
+        return "needs a value"
+    if typing.get_origin(kind) is Literal:
+        return f"'{given}' is not one of {', '.join(map(str, typing.get_args(kind)))}"
+    expected = {int: "a whole number", float: "a number", bool: "True or False", str: "one text (quote it)"}
+    return f"'{given}' is not {expected.get(kind, 'a list of texts')}"

@@ -1,0 +1,564 @@
+"""The configuration of a run: frozen dataclasses whose defaults are the paper's settings.
+
+Section numbers refer to "Improving Language Understanding by Generative Pre-Training" (2018). Each field says what it affects:
+`result` (the numbers of the run), `speed` (how fast it goes, where, and how often it saves) or `display`. A run's folder refuses
+to resume only when a `result` field differs. Every rule that needs nothing but the config is checked on construction.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import tyro
+
+from gpt_jax.errors import require
+
+Effect = Literal["result", "speed", "display"]
+
+
+class Range(NamedTuple):
+    """The values that a number may have, in words and as a test."""
+
+    words: str
+    contains: Callable[[float], bool]
+
+
+POSITIVE = Range("be positive", lambda x: 0 < x < math.inf)
+NOT_NEGATIVE = Range("be at least 0", lambda x: 0 <= x < math.inf)
+FRACTION = Range("lie in [0, 1)", lambda x: 0 <= x < 1)
+SEED = Range("lie in [0, 2^32)", lambda x: 0 <= x < 2**32)
+
+
+def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
+    """A config field with its default, what it affects, and the range of its values."""
+    return dataclasses.field(default=default, metadata={"affects": affects, "within": within})
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Base class of the parts of a config; checks the ranges of their fields.
+
+    Raises:
+      UserError: a value is out of range; the message names the field as on the command line.
+    """
+
+    section: ClassVar[str]
+    """The part's dotted name."""
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            within, value = spec.metadata.get("within"), getattr(self, spec.name)
+            if within is not None:
+                require(within.contains(value), f"{self.section}.{spec.name}", f"must {within.words}, not {value}")
+
+
+# -- durations --------------------------------------------------------------------------------------------------------------
+
+DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(steps?|epochs?|tokens|%)?\s*", re.IGNORECASE)
+
+
+def duration_to_steps(
+    duration: str, field: str, *, batch_size: int, context_length: int | None, epoch: int, total: int | None = None
+) -> float:
+    """Converts "2000 steps", "3 epochs", "6e6 tokens" or "0.2%" (of the whole run) to a number of updates, fractions included.
+
+    Args:
+      duration: a number and a unit; without a unit, steps.
+      field: the dotted name for error messages.
+      batch_size: examples in one update, over all hosts.
+      context_length: tokens in one example; None where examples differ.
+      epoch: examples in one epoch.
+      total: updates in the whole run, where "%" is allowed.
+
+    Raises:
+      UserError: the duration cannot be parsed, or its unit makes no sense for this field.
+    """
+    number, unit = parse_duration(duration, field)
+    if unit == "%":
+        require(
+            total is not None,
+            field,
+            f"'{duration}' is a share of the run, which makes no sense here; give steps, tokens or epochs",
+        )
+        assert total is not None
+        return number * total / 100
+    if unit == "epochs":
+        return number * epoch / batch_size
+    if unit == "tokens":
+        require(context_length is not None, field, "examples differ in their number of tokens; give steps or epochs")
+        assert context_length is not None
+        return number / (batch_size * context_length)
+    return number
+
+
+def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "epochs", "tokens", "%"]]:
+    """Splits a duration into its number and its unit.
+
+    Raises:
+      UserError: it is not a number followed by a known unit.
+    """
+    match = DURATION.fullmatch(duration)
+    require(
+        match is not None,
+        field,
+        f"'{duration}' is not a duration; write for example '2000 steps', '3 epochs', '6e6 tokens' or '0.2%'",
+    )
+    assert match is not None
+    unit: Any = {"s": "steps", "e": "epochs", "t": "tokens", "%": "%"}[(match[2] or "steps")[0].lower()]
+    return float(match[1]), unit
+
+
+# -- the parts of a config --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig(Section):
+    """How text becomes token ids. The number of entries is `model.vocab_size`."""
+
+    section = "data.tokenizer"
+
+    kind: Literal["sentencepiece", "gpt1", "bytes"] = field("gpt1", affects="result")
+    """`gpt1`: the released vocabulary of 40,478 entries (section 4.1: 40,000 merges); `sentencepiece`: a BPE trained on the run's
+    own text, with byte fallback; `bytes`: one entry for each byte and an end-of-document entry (257), for tests."""
+    path: str = field("", affects="result")
+    """Folder of a ready-made tokenizer. `gpt1` needs one with the released encoder_bpe_40000.json and vocab_40000.bpe;
+    `sentencepiece` trains a tokenizer if this is empty."""
+    normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = field("nmt_nfkc", affects="result")
+    """SentencePiece's normalization of text before it is split (`_cf` folds case; `identity` keeps every character). It is fixed
+    when the tokenizer is trained; the other kinds do not use it."""
+    sample_bytes: int = field(50_000_000, affects="result", within=POSITIVE)
+    """Bytes of text that a SentencePiece model is trained on, spread evenly over the documents. > 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig(Section):
+    """How batches are made ahead of the training step that needs them."""
+
+    section = "data"
+
+    pipeline: Literal["auto", "tf", "threads"] = field("auto", affects="speed")
+    """What makes and prefetches the batches: `tf` (tf.data), `threads` (without tensorflow), or `auto`, which is `tf` where
+    tensorflow is installed. The batches are the same."""
+    prefetch: int = field(4, affects="speed", within=POSITIVE)
+    """Batches kept ready ahead of the training step. > 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(PipelineConfig):
+    """Which text to train on, and the token store made from it."""
+
+    source: str = field("", affects="result")
+    """What to read: a text file (.txt, .gz, .jsonl; any other name is read as plain text), a folder, a glob, `tfds:NAME` for a
+    tensorflow-datasets set, or `builtin:docs` for the documentation installed on this machine. Empty: whatever an existing store
+    holds."""
+    text_field: str = field("text", affects="result")
+    """Field of a .jsonl object or of a tensorflow-datasets example that holds the text."""
+    max_bytes: int = field(0, affects="result", within=NOT_NEGATIVE)
+    """Keep this many bytes of text, taking documents in the order of their hash so that the choice is even; 0: all of it."""
+    validation_share: float = field(0.01, affects="result", within=FRACTION)
+    """Share of the documents held out for validation, chosen by the hash of their text. In [0, 1); 0 holds none out."""
+    store: str = field("", affects="speed")
+    """Folder of the token store; empty: `store/` inside the run's folder. Its place does not matter: a run is tied to the store's
+    digest."""
+    shard_bytes: int = field(64_000_000, affects="result", within=POSITIVE)
+    """Approximate bytes of text behind one file of the store. > 0."""
+    processes: int = field(0, affects="speed", within=NOT_NEGATIVE)
+    """Processes that tokenize; 0: one for each core."""
+    verify: bool = field(True, affects="speed")
+    """Check every shard's checksum when a store is opened (about 1.5 GB/s on a core). Sizes are always checked."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(Section):
+    """How a model of any architecture is regularized and computed (section 4.1). The defaults are the paper's."""
+
+    section = "model"
+
+    embed_dropout: float = field(0.1, affects="result", within=FRACTION)
+    """Dropout rate on the sum of token and position embeddings, in [0, 1) (section 4.1: 0.1)."""
+    attention_dropout: float = field(0.1, affects="result", within=FRACTION)
+    """Dropout rate on attention probabilities, in [0, 1) (section 4.1: 0.1)."""
+    residual_dropout: float = field(0.1, affects="result", within=FRACTION)
+    """Dropout rate on both residual branches, in [0, 1) (section 4.1: 0.1)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = field("auto", affects="result")
+    """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and
+    the loss are always computed in float32."""
+    param_dtype: Literal["float32", "bfloat16"] = field("float32", affects="result")
+    """Type of the stored parameters. The optimizer computes, and keeps its moments, in float32."""
+    matmul_precision: Literal["default", "high", "highest"] = field("default", affects="result")
+    """Precision of float32 matrix products on hardware that would otherwise shorten them (TPUs, GPUs with TF32)."""
+    remat: Literal["off", "dots", "full"] = field("off", affects="speed")
+    """What the backward pass recomputes instead of keeping: `off` nothing, `dots` everything except the outputs of matrix
+    products with parameters, `full` each block from its input."""
+    attention: Literal["auto", "plain"] = field("auto", affects="speed")
+    """Implementation of attention. `plain`: probabilities as one array, on any device. `auto`: the fastest that runs here."""
+    loss_chunk: int = field(0, affects="speed", within=NOT_NEGATIVE)
+    """Time steps whose logits exist at once in the loss; 0: 128 on accelerators, and on a CPU as many as fit its cache."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(ModelOptions):
+    """The model of section 4.1, "Model specifications", or the LSTM of section 5. The defaults are the paper's."""
+
+    kind: Literal["transformer", "lstm"] = field("transformer", affects="result")
+    """The decoder-only Transformer, or a single-layer LSTM in its place (section 5, "Ablation studies"). Of the following fields
+    the LSTM uses only `vocab_size`, `context_length`, `embed_dim`, `init_stddev` and `lstm_units`."""
+    vocab_size: int = field(40_478, affects="result", within=POSITIVE)
+    """Entries of the vocabulary (the logical size). Arrays are padded up to a multiple of 128."""
+    context_length: int = field(512, affects="result", within=POSITIVE)
+    """Tokens that the model sees at once, each with a learned position (section 4.1: 512)."""
+    num_layers: int = field(12, affects="result", within=POSITIVE)
+    """Transformer blocks (section 4.1: 12)."""
+    embed_dim: int = field(768, affects="result", within=POSITIVE)
+    """Width of the residual stream (section 4.1: 768)."""
+    num_heads: int = field(12, affects="result", within=POSITIVE)
+    """Attention heads; must divide `embed_dim` (section 4.1: 12)."""
+    mlp_dim: int = field(3072, affects="result", within=POSITIVE)
+    """Inner width of the position-wise feed-forward network (section 4.1: 3072)."""
+    init_stddev: float = field(0.02, affects="result", within=POSITIVE)
+    """Standard deviation of the normal initialization of weights and embeddings (section 4.1: 0.02)."""
+    layer_norm_epsilon: float = field(1e-5, affects="result", within=POSITIVE)
+    """Term added to the variance in layer normalization (released code: 1e-5)."""
+    lstm_units: int = field(2048, affects="result", within=POSITIVE)
+    """Units of the LSTM (section 5: 2048)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.kind == "lstm" or self.embed_dim % self.num_heads == 0,
+            "model.num_heads",
+            f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head (64 in the paper)."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding array: `vocab_size` rounded up to a multiple of 128, the width of a TPU's matrix unit."""
+        return -(-self.vocab_size // 128) * 128
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters, without the rows that pad the vocabulary (the paper's Transformer: 116,534,784)."""
+        width, embeddings = self.embed_dim, self.vocab_size * self.embed_dim
+        if self.kind == "lstm":
+            gates = 4 * self.lstm_units * (width + self.lstm_units + 1)
+            return embeddings + gates + (self.lstm_units + 1) * width
+        attention = (width + 1) * 3 * width + (width + 1) * width
+        mlp = (width + 1) * self.mlp_dim + (self.mlp_dim + 1) * width
+        layer_norms = 2 * 2 * width
+        return embeddings + self.context_length * width + self.num_layers * (attention + mlp + layer_norms)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(Section):
+    """The optimizer and its schedule (section 4.1). The defaults are those of pre-training."""
+
+    section = "optim"
+
+    kind: Literal["adam_gpt1", "adamw"] = field("adam_gpt1", affects="result")
+    """`adam_gpt1`: Adam as released, with epsilon outside the bias correction and decay scaled by the rate; `adamw`: Optax's."""
+    peak_lr: float = field(2.5e-4, affects="result", within=POSITIVE)
+    """Learning rate at the top of the schedule (section 4.1: 2.5e-4)."""
+    schedule: Literal["cosine", "linear"] = field("cosine", affects="result")
+    """Shape after warm-up: `cosine` to 0 over all of the run (section 4.1), or `linear` to 0 (section 4.1, fine-tuning)."""
+    warmup: str = field("2000 steps", affects="result")
+    """Duration of the linear warm-up from 0 (section 4.1: 2,000 updates); "%" is a share of the run."""
+    b1: float = field(0.9, affects="result", within=FRACTION)
+    """Decay of Adam's first moment, in [0, 1) (released code: 0.9)."""
+    b2: float = field(0.999, affects="result", within=FRACTION)
+    """Decay of Adam's second moment, in [0, 1) (released code: 0.999)."""
+    epsilon: float = field(1e-8, affects="result", within=POSITIVE)
+    """Adam's epsilon (released code: 1e-8)."""
+    weight_decay: float = field(0.01, affects="result", within=NOT_NEGATIVE)
+    """Decay of matrices and embeddings, never of biases and gains (section 4.1: w = 0.01)."""
+    clip_norm: float = field(0.0, affects="result", within=NOT_NEGATIVE)
+    """Largest global gradient norm; larger gradients are scaled down to it. 0: off (the paper's pre-training has none)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_duration(self.warmup, "optim.warmup")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig(Section):
+    """How long to train, in what batches, and what to keep on the way."""
+
+    section = "train"
+
+    batch_size: int = field(64, affects="result", within=POSITIVE)
+    """Examples in one update over all devices and hosts (section 4.1: 64). In pre-training an example is one window."""
+    duration: str = field("100 epochs", affects="result")
+    """Length of the run (section 4.1: 100 epochs), in steps, tokens or epochs."""
+    seed: int = field(0, affects="result", within=SEED)
+    """Seed of initialization, of the order of examples and of dropout, in [0, 2^32)."""
+    grad_accum_steps: int = field(1, affects="speed", within=POSITIVE)
+    """Micro-batches that a batch is split into to save memory; must divide `batch_size`. The update is the whole batch's."""
+    eval_every: str = field("1000 steps", affects="speed")
+    """How often the validation split is scored; it is scored at the end too."""
+    save_every: str = field("1000 steps", affects="speed")
+    """How often a checkpoint is written; one is written at the end too."""
+    keep_latest: int = field(3, affects="speed", within=POSITIVE)
+    """Number of newest checkpoints kept. > 0."""
+    keep_best: int = field(1, affects="speed", within=NOT_NEGATIVE)
+    """Number of checkpoints with the best validation score kept in addition; 0: none."""
+    log_seconds: float = field(10.0, affects="display", within=POSITIVE)
+    """Seconds between log lines where standard error is not a terminal."""
+    tensorboard: bool = field(True, affects="display")
+    """Write TensorBoard's event files beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.batch_size % self.grad_accum_steps == 0,
+            "train.grad_accum_steps",
+            f"{self.grad_accum_steps} does not divide train.batch-size {self.batch_size}",
+        )
+        for name in ("duration", "eval_every", "save_every"):
+            number, unit = parse_duration(getattr(self, name), f"train.{name}")
+            require(number > 0, f"train.{name}", f"must be positive, not '{getattr(self, name)}'")
+            require(
+                name != "duration" or unit != "%",
+                "train.duration",
+                "a share of itself makes no sense; give steps, tokens or epochs",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """The training loop of pre-training, and what is scored and shown of a language model."""
+
+    eval_windows: int = field(1024, affects="result", within=NOT_NEGATIVE)
+    """Largest number of validation windows scored, from the beginning of the split; 0: all of them."""
+    prompts: tuple[str, ...] = field(("The", "It was", "In the"), affects="display")
+    """Texts that are continued at every evaluation, to be read."""
+    sample_tokens: int = field(40, affects="display", within=NOT_NEGATIVE)
+    """Tokens of each continuation; 0: none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneLoopConfig(LoopConfig):
+    """The training loop of fine-tuning, with the settings of section 4.1, "Fine-tuning details"."""
+
+    batch_size: int = field(32, affects="result", within=POSITIVE)
+    """Examples in one update over all devices and hosts (section 4.1: 32). A question with all its choices is one example."""
+    duration: str = field("3 epochs", affects="result")
+    """Length of the run (section 4.1: 3 epochs), in steps or epochs; the last partial batch of an epoch is dropped."""
+    eval_every: str = field("1 epochs", affects="result")
+    """How often the validation split is scored and a checkpoint written; the best of these is chosen. Also done at the end."""
+    save_every: str = field("1 epochs", affects="speed")
+    """How often an additional checkpoint is written, so that less is lost when the run is killed."""
+    keep_latest: int = field(1, affects="speed", within=POSITIVE)
+    """Number of newest checkpoints kept. > 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.keep_best > 0, "train.keep_best", "must be positive: the best checkpoint is scored at the end")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Number of devices along each mesh axis; at most one is -1, which stands for all devices that are left."""
+
+    slice: int = field(1, affects="speed")
+    """TPU slices joined by the data-center network; each holds a whole copy of the model."""
+    data: int = field(-1, affects="speed")
+    """Copies of the model within a slice; each takes its share of the batch."""
+    fsdp: int = field(1, affects="speed")
+    """Devices that share the batch and the storage of the parameters and of the optimizer's state."""
+    tensor: int = field(1, affects="speed")
+    """Devices that split heads, feed-forward width and vocabulary between them."""
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            require(size == -1 or size > 0, f"mesh.{name}", f"must be positive, or -1 for all that are left, not {size}")
+        require(list(sizes.values()).count(-1) <= 1, "mesh", "only one axis can be -1, all that are left")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig(Section):
+    """Several processes of one run. On TPU pods, SLURM and Kubernetes all of this is detected."""
+
+    section = "distributed"
+
+    coordinator: str = field("", affects="speed")
+    """HOST:PORT of process 0; empty: detected, or a single process."""
+    num_processes: int = field(0, affects="speed", within=NOT_NEGATIVE)
+    """Number of processes, with `coordinator`."""
+    process_id: int = field(-1, affects="speed")
+    """Number of this process, counted from 0, with `coordinator`."""
+    timeout_seconds: int = field(300, affects="speed", within=POSITIVE)
+    """Seconds to wait for the other processes at the start."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.coordinator:
+            return
+        require(":" in self.coordinator, "distributed.coordinator", f"'{self.coordinator}' is not HOST:PORT")
+        require(self.num_processes > 0, "distributed.num_processes", "must be given with distributed.coordinator")
+        require(
+            0 <= self.process_id < self.num_processes,
+            "distributed.process_id",
+            f"must lie in [0, {self.num_processes}), not {self.process_id}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class InitConfig:
+    """Where the initial parameters come from."""
+
+    from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="result")
+    """A run's folder (its newest sound checkpoint) or one checkpoint's folder whose parameters to start from; empty: random."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TransferConfig(InitConfig):
+    """Where the initial parameters of a fine-tuning come from, and with them its architecture and its tokenizer."""
+
+    from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="result")
+    """A run's folder (its newest sound checkpoint) or one checkpoint's folder, or `none`: random parameters (section 5, Table 5,
+    "w/o pre-training")."""
+    like: str = field("", affects="result")
+    """With `--init.from none`: the run or checkpoint whose architecture and tokenizer to take, or the name of a pre-training
+    config whose architecture to take."""
+    tokenizer: str = field("", affects="result")
+    """With the name of a config in `like`: the folder of a tokenizer of that config's kind."""
+    blocks: int = field(-1, affects="result")
+    """Number of pre-trained blocks transferred, counted from the input, in addition to the embeddings; -1: all (section 5,
+    "Impact of number of layers transferred"). The other blocks start at random."""
+
+    def __post_init__(self) -> None:
+        require(self.blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {self.blocks}")
+        require(self.from_ != "none" or self.blocks == -1, "init.blocks", "with --init.from none there are no blocks to transfer")
+        require(
+            self.from_ == "none" or not self.like,
+            "init.like",
+            "goes with --init.from none; a checkpoint brings its own architecture and tokenizer",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig(Section):
+    """A labeled task, and how its examples become the model's input (section 3.3, Figure 1)."""
+
+    section = "task"
+
+    name: str = field("", affects="result")
+    """A task of the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a task of
+    your own, described by the fields from `kind` to `labels`."""
+    path: str = field("", affects="speed")
+    """Folder with the named task's files in their original layout; empty: tensorflow-datasets."""
+    kind: Literal["classification", "entailment", "similarity", "multiple_choice"] = field("classification", affects="result")
+    """Input transformation of your own task: one text; premise, hypothesis; two texts in both orders; a context and answers."""
+    train: str = field("", affects="speed")
+    """Training rows of your own task: a .tsv, .csv or .jsonl file with named columns."""
+    validation: str = field("", affects="speed")
+    """Validation rows of your own task, by which the best checkpoint is chosen."""
+    test: str = field("", affects="speed")
+    """Test rows of your own task; may be empty, and may lack labels."""
+    texts: tuple[str, ...] = field(("text",), affects="result")
+    """Names of your own task's text columns in the order of the transformation: the text; premise, hypothesis; the two texts; the
+    context and then each answer."""
+    label: str = field("label", affects="result")
+    """Name of the column with the label. In a multiple choice it is the answer's number from 0, or a member of `labels`."""
+    labels: tuple[str, ...] = field((), affects="result")
+    """The label set in the order of the classifier's outputs; empty: the labels of the training rows, sorted."""
+    max_train: int = field(0, affects="result", within=NOT_NEGATIVE)
+    """Use this many training rows, an even choice that is the same for every seed; 0: all of them."""
+    max_tokens: int = field(0, affects="result", within=NOT_NEGATIVE)
+    """Longest input in tokens, special tokens included; longer ones are truncated and counted. 0: the model's context."""
+    truncation: Literal["longest", "released"] = field("longest", affects="result")
+    """`longest`: tokens are taken off the end of whichever segment is longest; `released`: every segment is cut at
+    `max_tokens` / 2 - 2 tokens, as in the released code."""
+    bucket_by_length: bool = field(True, affects="result")
+    """Put examples of similar length into one batch, so that little of it is padding; False: batches in random order."""
+    num_length_buckets: int = field(8, affects="speed", within=POSITIVE)
+    """Largest number of lengths that batches are padded to, each compiled once for training and once for scoring. > 0."""
+    lm_weight: float = field(0.5, affects="result", within=NOT_NEGATIVE)
+    """Weight of the auxiliary language-model loss (section 4.1: lambda = 0.5); 0: off."""
+    classifier_dropout: float = field(0.1, affects="result", within=FRACTION)
+    """Dropout rate before the classifier, in [0, 1) (section 4.1: 0.1)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        own = bool(self.train or self.validation or self.test)
+        require(
+            not (self.name and own),
+            "task.name",
+            f"'{self.name}' is a task of the paper; leave out either it or --task.train, --task.validation and --task.test",
+        )
+        for name in ("kind", "texts", "label", "labels"):
+            given = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            require(not (self.name and given), f"task.{name}", f"describes a task of your own, and '{self.name}' is known")
+        require(not (own and self.path), "task.path", "is for the paper's tasks; your own task has --task.train and so on")
+        num_texts = {"classification": 1, "entailment": 2, "similarity": 2}.get(self.kind)
+        if own and num_texts is not None:
+            require(
+                len(self.texts) == num_texts, "task.texts", f"{self.kind} takes {num_texts} text columns, not {len(self.texts)}"
+            )
+        elif own:
+            require(
+                len(self.texts) >= 3, "task.texts", "multiple_choice takes the context's column and those of at least two answers"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every training run has: a model, batches, an optimizer, a length, devices and initial parameters."""
+
+    model: ModelConfig = ModelConfig()
+    data: PipelineConfig = PipelineConfig()
+    optim: OptimConfig = OptimConfig()
+    train: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = DistributedConfig()
+    init: InitConfig = InitConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """Pre-training on unlabeled text (section 3.1). The defaults are the paper's settings."""
+
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    def __post_init__(self) -> None:
+        fixed = {"gpt1": 40_478, "bytes": 257}.get(self.data.tokenizer.kind)
+        require(
+            fixed is None or self.model.vocab_size == fixed,
+            "model.vocab_size",
+            f"the {self.data.tokenizer.kind} tokenizer has {fixed} entries, not {self.model.vocab_size}",
+        )
+        require(
+            self.mesh.tensor == -1 or self.model.kind == "lstm" or self.model.num_heads % self.mesh.tensor == 0,
+            "mesh.tensor",
+            f"{self.mesh.tensor} does not divide model.num-heads {self.model.num_heads}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(RunConfig):
+    """Fine-tuning on a labeled task (section 3.2). The defaults are the settings of section 4.1, "Fine-tuning details"."""
+
+    # The architecture is the checkpoint's.
+    model: ModelOptions = ModelOptions()  # type: ignore[assignment]
+    optim: OptimConfig = OptimConfig(peak_lr=6.25e-5, schedule="linear", warmup="0.2%", clip_norm=1.0)
+    train: FinetuneLoopConfig = FinetuneLoopConfig()
+    init: TransferConfig = TransferConfig()
+    task: TaskConfig = TaskConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneRunConfig(FinetuneConfig):
+    """A fine-tuning whose architecture is known, as its folder records it."""
+
+    model: ModelConfig = ModelConfig()

@@ -1,0 +1,73 @@
+"""What a person sees in the terminal: lines, a live progress line, durations and tables."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+Log = Callable[[str], None]
+"""Takes one line for a person to read."""
+
+
+def say(line: str) -> None:
+    """Prints a line to standard error, below a live progress line if there is one."""
+    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + line + "\n")
+    sys.stderr.flush()
+
+
+class ProgressLine:
+    """One line that is redrawn in place on a terminal; elsewhere a new line every `seconds`.
+
+    Args:
+      seconds: time between lines where standard error is not a terminal.
+      log: where those lines go.
+    """
+
+    def __init__(self, seconds: float, log: Log = say):
+        self._live = sys.stderr.isatty()
+        self._interval = 0.2 if self._live else seconds
+        self._log = log
+        self._shown = time.monotonic()
+
+    def show(self, line: Callable[[], str], last: bool = False) -> None:
+        """Shows `line()` if it is time to, and always if it is the last one."""
+        now = time.monotonic()
+        if not last and now - self._shown < self._interval:
+            return
+        self._shown = now
+        if self._live:
+            sys.stderr.write("\r\x1b[K" + line())
+            sys.stderr.flush()
+        else:
+            self._log(line())
+
+    def clear(self) -> None:
+        """Removes the line from a terminal."""
+        if self._live:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a duration as "8 s", "3:05 min" or "2:07 h"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60}:{seconds % 60:02d} min"
+    return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
+
+
+def format_table(rows: Sequence[Sequence[object]], align: str = "") -> str:
+    """Returns a table as text, its columns aligned and two spaces apart.
+
+    Args:
+      rows: the header and then the rows, all of the same number of cells.
+      align: one character for each column, "<" or ">"; empty: the first column to the left, the others to the right.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    align = align or "<" + ">" * (len(widths) - 1)
+    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)

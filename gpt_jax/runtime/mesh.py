@@ -1,0 +1,94 @@
+"""The shape of the device mesh and the table that maps logical axes to it, without JAX: what is checked before a run is started.
+
+Model code names what an axis of an array means ("batch", "embed", "heads", ...); `RULES` alone says which mesh axes split it.
+The mesh always has the same four axes, of size 1 where unused, so that one program serves a laptop and a pod.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from gpt_jax.config import MeshConfig, ModelConfig
+from gpt_jax.errors import require
+
+AXES = ("slice", "data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("slice", "data", "fsdp"),  # examples
+    "embed": ("fsdp",),  # a parameter's residual-stream dimension: storage is shared, the value is gathered where it is used
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def resolve_mesh(config: MeshConfig, num_devices: int, where: str = "") -> dict[str, int]:
+    """Returns the size of each mesh axis, with -1 replaced by the devices that are left.
+
+    Args:
+      config: the sizes asked for.
+      num_devices: devices of the whole run.
+      where: the hardware that has them, for messages (" on 2 x v5e-16").
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    devices = f"there {'is 1 device' if num_devices == 1 else f'are {num_devices} devices'}{where}"
+    for axis, size in sizes.items():
+        if size == -1:
+            require(num_devices % fixed == 0, "mesh", f"the other axes multiply to {fixed}, and {devices}")
+            sizes[axis] = num_devices // fixed
+    shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+    require(
+        math.prod(sizes.values()) == num_devices,
+        "mesh",
+        f"{shape} asks for {fixed} devices, and {devices}; set one axis to -1 to take all that are left",
+    )
+    return sizes
+
+
+def num_shards(sizes: Mapping[str, int], axis: str) -> int:
+    """Returns the number of parts that a mesh of these sizes splits a logical axis into."""
+    return math.prod(sizes[name] for name in RULES[axis])
+
+
+def check_batch(sizes: Mapping[str, int], batch_size: int, grad_accum_steps: int) -> None:
+    """Checks that a batch, cut into micro-batches, divides over the mesh.
+
+    Raises:
+      UserError: it does not; the message names batch sizes that would.
+    """
+    unit = num_shards(sizes, "batch") * grad_accum_steps
+    lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit
+    require(
+        batch_size % unit == 0,
+        "train.batch_size",
+        f"{batch_size} does not divide over slice x data x fsdp = {num_shards(sizes, 'batch')}"
+        + (f" in {grad_accum_steps} micro-batches" if grad_accum_steps > 1 else "")
+        + f"; {f'{lower} or ' if lower else ''}{upper} would",
+    )
+
+
+def check_model(sizes: Mapping[str, int], model: ModelConfig) -> None:
+    """Checks that the model's dimensions divide over the mesh.
+
+    Raises:
+      UserError: one does not; the message names mesh sizes that would.
+    """
+    dimensions = {"embed_dim": (model.embed_dim, "embed"), "vocab_size": (model.padded_vocab_size, "vocab")}
+    if model.kind == "lstm":
+        dimensions |= {"lstm_units": (model.lstm_units, "mlp")}
+    else:
+        dimensions |= {"num_heads": (model.num_heads, "heads"), "mlp_dim": (model.mlp_dim, "mlp")}
+    for name, (dimension, axis) in dimensions.items():
+        size = num_shards(sizes, axis)
+        fitting = [k for k in range(1, size) if dimension % k == 0]
+        require(
+            dimension % size == 0,
+            f"mesh.{RULES[axis][0]}",
+            f"{size} does not divide model.{name.replace('_', '-')} {dimension}; {', '.join(map(str, fitting[-3:]))} would",
+        )

@@ -1,0 +1,293 @@
+"""A run's folder: its config, its record, its result; and the one way files are written.
+
+    config.json        resolved config; commit, versions, flags, devices    metrics.jsonl    one JSON object a line
+    checkpoints/STEP/  what training can go on from                         result.json      final scores
+    tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so that a run is whole
+    uncommitted.diff   what differed from the commit, if anything did
+
+Every record of metrics.jsonl has `step` (updates made), `time` (seconds since the epoch), `attempt` (1 for the first start) and
+`kind`: "train", "eval", "event" or "final". Floats are written so that equal text means equal bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.config.load import config_digest, config_from_dict, config_to_dict, flatten_config
+from gpt_jax.errors import UserError
+from gpt_jax.runtime import git_info
+
+PACKAGES = (
+    *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece"),
+    # Compilers and runtimes of accelerators, which come apart from jaxlib.
+    *("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
+)
+"""What the numbers of a run may depend on."""
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a whole file or nothing: to a temporary name beside it, synced, then renamed."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        with explain_full_disk(path):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staged(out: Path, field: str) -> Iterator[Path]:
+    """A hidden folder that takes the name `out` at the end of the body, or is gone.
+
+    Raises:
+      UserError: `out` holds something already, or cannot be made; `field` is the option that named it. No space left.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--{field}: {out} holds something already; name a folder that is empty or not there")
+    if out == Path.cwd():
+        raise UserError(f"--{field}: {out} is the folder that you are in; name one below it")
+    staging = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--{field}: {out} cannot be made ({error.strerror})") from None
+        with explain_full_disk(out):
+            yield staging
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path) -> Iterator[None]:
+    """Turns "no space left" into the one line a user needs."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{path}: no space left on the device; free some and run the same command again") from error
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class RunDir:
+    """The folder of one run. Only the primary process writes; the others hold the same object and write nothing."""
+
+    def __init__(self, path: Path, primary: bool = True):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.tensorboard = path / "tensorboard"
+        self.tokenizer = path / "tokenizer"
+        self.result = path / "result.json"
+        self._record = path / "metrics.jsonl"
+        self.attempt = 1
+        self._primary = primary
+        self._metrics: Any = None
+
+    def check(self, config: Any, allow_changes: bool = False) -> None:
+        """Refuses a folder that holds another config's run. One in which nothing was trained yet holds none.
+
+        Raises:
+          UserError: `result` fields differ and `allow_changes` is off (the fields are named), or the folder is no run.
+        """
+        if not self._trained():
+            return
+        file = self.path / "config.json"
+        if not file.exists():
+            raise UserError(f"{self.path} holds a run but no config.json; name another --workdir")
+        stored = read_json(file)
+        old = flatten_config(config_from_dict(stored["config"]))
+        changed = [
+            f"--{name} {_show(value)} (was {_show(old[name][0])})"
+            for name, (value, effect) in flatten_config(config).items()
+            if effect == "result" and name in old and value != old[name][0]
+        ]
+        if changed and not allow_changes:
+            raise UserError(
+                f"{self.path} holds a run of another config; it differs in {', '.join(changed)}. "
+                "Name another --workdir, or say --allow-changes if it is meant"
+            )
+
+    def require_own(self) -> None:
+        """Refuses a folder whose model was imported: its checkpoint has no optimiser's state to go on with.
+
+        Raises:
+          UserError: it was.
+        """
+        file = self.path / "config.json"
+        if file.exists() and (source := read_json(file).get("imported_from")):
+            raise UserError(
+                f"{self.path} holds a model imported from {source}; name another --workdir and --init.from {self.path}"
+            )
+
+    def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
+        """Refuses data that are not those the run has been trained on.
+
+        Raises:
+          UserError: they differ and `allow_changes` is off.
+        """
+        if not self._trained():
+            return
+        stored = read_json(self.path / "config.json")["data_digest"]
+        if stored != data_digest and not allow_changes:
+            raise UserError(
+                f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]}); give it back "
+                "its own, or name another --workdir"
+            )
+
+    def open(self, config: Any, data_digest: str, **facts: Any) -> None:
+        """Starts an attempt: writes config.json, with `facts` beside the config, and uncommitted.diff; opens the record."""
+        if not self._primary:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        facts |= {
+            "digest": config_digest(config),
+            "data_digest": data_digest,
+            **environment(),
+            "config": config_to_dict(config),
+        }
+        write_atomic(self.path / "config.json", json.dumps(facts, indent=1) + "\n")
+        if diff := git_info.find().diff:
+            write_atomic(self.path / "uncommitted.diff", diff)
+        else:
+            (self.path / "uncommitted.diff").unlink(missing_ok=True)
+        self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
+        self._append()
+
+    def _trained(self) -> bool:
+        return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
+
+    def supersede(self, step: int) -> None:
+        """Moves records past `step`, where training goes on from, to metrics.superseded.jsonl; and a line that was cut off."""
+        if not self._primary:
+            return
+        kept: list[str] = []
+        moved: list[str] = []
+        before = self._record.read_text(encoding="utf-8")
+        for line in before.splitlines():
+            record = _parse(line)
+            (kept if record is not None and record["step"] <= step else moved).append(line + "\n")
+        if moved:
+            with open(self.path / "metrics.superseded.jsonl", "a", encoding="utf-8") as superseded:
+                superseded.writelines(moved)
+                superseded.flush()
+                os.fsync(superseded.fileno())
+        if "".join(kept) != before:  # differs by a missing line end, too
+            self._metrics.close()
+            write_atomic(self._record, "".join(kept))
+            self._append()
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """Appends one line to metrics.jsonl."""
+        if self._metrics is not None:
+            head = {"kind": kind, "step": step, "time": round(time.time(), 3), "attempt": self.attempt}
+            with explain_full_disk(self._record):
+                self._metrics.write(json.dumps(head | values) + "\n")
+
+    def sync(self) -> None:
+        """Makes the record durable up to here. It is closed for that: to a bucket that is mounted with Cloud Storage FUSE a file
+        is uploaded when it is closed, and until then its lines are lost with the machine.
+
+        Raises:
+          UserError: no space left.
+        """
+        if self._metrics is not None:
+            self.close()
+            self._append()
+
+    def _append(self) -> None:
+        self._metrics = open(self._record, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole records so far."""
+        lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
+        return [record for record in map(_parse, lines) if record is not None]
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Writes result.json, the run's final scores, once the record is durable: nothing is added to a run that has them."""
+        if self._primary:
+            self.sync()
+            write_atomic(self.result, json.dumps(result, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Closes the record once it is on the disk.
+
+        Raises:
+          UserError: no space left.
+        """
+        if self._metrics is not None:
+            metrics, self._metrics = self._metrics, None
+            with explain_full_disk(self._record), metrics:
+                metrics.flush()
+                os.fsync(metrics.fileno())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file is not there, or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it holds no object")
+        return value
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def environment() -> dict[str, Any]:
+    """What produced a run: commit, versions of what is installed, flags, command."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "commit": git_info.find().version,
+        "versions": versions,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        "command": sys.argv,
+    }
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # the process was killed while it wrote this line
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def _show(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else str(value)

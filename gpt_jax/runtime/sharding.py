@@ -1,0 +1,128 @@
+"""The mesh of devices, shardings by logical axis names (`mesh.RULES`), and what the model may ask of the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gpt_jax.config import MeshConfig, ModelConfig
+from gpt_jax.errors import require
+from gpt_jax.runtime.mesh import AXES, RULES, check_batch, check_model, num_shards, resolve_mesh
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the four-axis mesh over `devices` (all of this run's, by default).
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = resolve_mesh(config, len(devices))
+    inner = (1, *list(sizes.values())[1:])
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        require(sizes["slice"] == slices, "mesh.slice", f"the devices are on {slices} slices, so it must be {slices}")
+        outer = (sizes["slice"], 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+    elif devices[0].platform == "tpu":
+        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices)
+    else:
+        grid = np.asarray(devices).reshape(tuple(sizes.values()))
+    # Explicit axes, jax.make_mesh's default, would make every gather and einsum of the model name its output sharding.
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_divisibility(mesh: Mesh, model: ModelConfig, batch_size: int, grad_accum_steps: int) -> None:
+    """Checks that the model and the batch divide over the mesh.
+
+    Raises:
+      UserError: they do not; the message names sizes that would.
+    """
+    check_batch(mesh.shape, batch_size, grad_accum_steps)
+    check_model(mesh.shape, model)
+
+
+def spec(names: Sequence[str | None]) -> PartitionSpec:
+    """The partition of an array whose axes have these logical names (None: whole on every device)."""
+    return PartitionSpec(*(RULES.get(name) if name else None for name in names))
+
+
+def named_sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
+    """Returns the sharding over a mesh of an array whose axes have these logical names (None: whole on every device)."""
+    return NamedSharding(mesh, spec(names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Pins the sharding of an intermediate array by its logical axes; nothing happens where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def per_shard(function: Callable[..., Any], in_names: Sequence[Any], out_names: Any) -> Callable[..., Any]:
+    """Runs `function` on each device's own piece of its arguments (shard_map); on whole arrays where no mesh is set.
+
+    Args:
+      function: sees local arrays; it combines them over devices with `all_sum`, `all_max` and `shard_index`.
+      in_names: logical axis names of each argument.
+      out_names: logical axis names of the result, or a tuple of them for a tuple of results.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    is_names = lambda x: isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)  # noqa: E731
+    specs = jax.tree.map(spec, (tuple(in_names), out_names), is_leaf=is_names)
+    # Replication of the results is promised by the all_sum calls, and differentiation never goes through this function.
+    return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
+
+
+def all_sum(x: jax.Array, axis: str) -> jax.Array:
+    """Inside `per_shard`: the sum over the devices that split a logical axis."""
+    return x if _unsplit(axis) else jax.lax.psum(x, RULES[axis])
+
+
+def all_max(x: jax.Array, axis: str) -> jax.Array:
+    """Inside `per_shard`: the maximum over the devices that split a logical axis."""
+    return x if _unsplit(axis) else jax.lax.pmax(x, RULES[axis])
+
+
+def shard_index(axis: str) -> jax.Array | int:
+    """Inside `per_shard`: which part of a logical axis this device holds."""
+    return 0 if _unsplit(axis) else jax.lax.axis_index(RULES[axis])
+
+
+def _unsplit(axis: str) -> bool:
+    """Whether one device holds all of a logical axis. Not every compiler removes a collective of a device with itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or num_shards(mesh.shape, axis) == 1
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------------
+
+
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """int64 [n]: the rows of the global batch that this process's devices need, ascending."""
+    slices = named_sharding(mesh, ("batch",)).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
+
+
+def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
+    """Puts this host's rows (`host_rows` of them) of a global batch onto its devices, split along the first axis."""
+    rows = host_rows(mesh, batch_size)
+
+    def place(local: np.ndarray) -> jax.Array:
+        sharding = named_sharding(mesh, ("batch", *[None] * (local.ndim - 1)))
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
+            wanted = np.arange(batch_size)[index[0]]
+            first = int(np.searchsorted(rows, wanted[0]))
+            return local[first : first + len(wanted)]  # A device's rows are consecutive, so they are here too.
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
+
+    return {name: place(array) for name, array in batch.items()}

@@ -1,0 +1,38 @@
+"""Being told to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+
+class StopSignals:
+    """Counts SIGTERM and SIGINT while it is entered, instead of being ended by them.
+
+    Outside the main thread, where Python allows no signal handlers, it counts nothing.
+
+    Args:
+      second_interrupt_kills: give Ctrl-C back its usual effect after the first signal, so that a second one stops at once.
+    """
+
+    def __init__(self, second_interrupt_kills: bool = False) -> None:
+        self.count = 0
+        self._second_interrupt_kills = second_interrupt_kills
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self._second_interrupt_kills:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

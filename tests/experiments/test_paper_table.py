@@ -1,0 +1,187 @@
+"""`gpt-jax report --paper`: each figure beside the right one of the paper's, and what a run did differently."""
+
+import dataclasses
+import json
+
+import pytest
+
+from gpt_jax.config import (
+    FinetuneConfig,
+    FinetuneLoopConfig,
+    ModelConfig,
+    OptimConfig,
+    PretrainConfig,
+    TaskConfig,
+    TransferConfig,
+)
+from gpt_jax.config.load import to_dict
+from gpt_jax.errors import UserError
+from gpt_jax.experiments import paper_table
+
+PAPERS_MODEL = ModelConfig(vocab_size=40_478 + 3, compute_dtype="float32")  # with start, delimiter and extract
+PAPERS_INPUT = {"bucket_by_length": False, "truncation": "released"}
+
+
+def write_run(folder, name, result, *, model=PAPERS_MODEL, init="runs/gpt1", **changes):
+    """A finished fine-tuning of a task of that name, with the paper's settings but for `changes`."""
+    task = changes.pop("task", TaskConfig(name=name, **PAPERS_INPUT))
+    config = FinetuneConfig(model=model, init=TransferConfig(from_=init), task=task, **changes)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"commit": "", "config": to_dict(config)}))
+    (folder / "result.json").write_text(json.dumps({"task": name} | result))
+    return folder
+
+
+def shown(capsys, *runs):
+    paper_table.show(runs)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 130
+    return lines
+
+
+def cells(lines, number):
+    """The table's cells of one run; its columns are two spaces apart at least."""
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines if line.startswith(f"[{number}]  ")]
+
+
+def differences(lines, path):
+    """What is said after "PATH: ", unwrapped."""
+    start = next(i for i, line in enumerate(lines) if f" {path}:" in line)
+    stop = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith("    ")), len(lines))
+    return " ".join(line.strip() for line in lines[start:stop]).split(": ", 1)[1]
+
+
+def test_a_run_stands_beside_the_papers_figure_for_its_row(tmp_path, capsys):
+    result = {"step": 801, "seconds": 1.5, "validation": {"matthews": 0.1234, "accuracy": 0.6918}}
+    run = write_run(tmp_path / "none", "cola", result, init="none")
+    lines = shown(capsys, run)
+    assert cells(lines, 1) == [
+        ["[1]", "CoLA", "Transformer w/o pre-training", "matthews", "12.3", "dev split", "18.9", "test server"],
+        ["[1]", "CoLA", "Transformer w/o pre-training", "accuracy", "69.2", "dev split", "-"],
+    ]
+    assert differences(lines, run) == "none"
+
+
+LSTM = dataclasses.replace(PAPERS_MODEL, kind="lstm", num_layers=1)
+NO_LM = TaskConfig(name="rte", lm_weight=0.0, **PAPERS_INPUT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "paper"),
+    [
+        ({}, "Transformer w/ aux LM (full)", ["56.0", "test server"]),
+        ({"init": "none"}, "Transformer w/o pre-training", ["53.8", "test server"]),
+        ({"task": NO_LM}, "Transformer w/o aux LM", ["54.4", "test server"]),
+        ({"model": LSTM}, "LSTM w/ aux LM", ["54.6", "test server"]),
+        ({"model": LSTM, "task": NO_LM}, "LSTM w/o aux LM", ["-"]),
+        ({"init": "none", "task": NO_LM}, "Transformer w/o pre-training or aux LM", ["-"]),
+    ],
+)
+def test_rows_of_table_5(tmp_path, capsys, changes, row, paper):
+    lines = shown(capsys, write_run(tmp_path / "run", "rte", {"validation": {"accuracy": 0.5}}, **changes))
+    assert cells(lines, 1) == [["[1]", "RTE", row, "accuracy", "50.0", "dev split", *paper]]
+    assert "lm-weight" not in "\n".join(lines)
+    assert "lstm-units" not in "\n".join(lines)
+    assert "num-layers" not in "\n".join(lines)
+
+
+def test_groups_and_test_splits(tmp_path, capsys):
+    validation = {"accuracy": 0.5, "accuracy/middle": 0.625, "accuracy/high": 0.4, "loss": 3.0}
+    run = write_run(tmp_path / "race", "race", {"validation": validation, "test": {"accuracy/high": 0.3}})
+    assert [line[3:] for line in cells(shown(capsys, run), 1)] == [
+        ["accuracy", "50.0", "dev split", "59.0", "test split"],
+        ["accuracy/middle", "62.5", "dev split", "62.9", "test split"],
+        ["accuracy/high", "40.0", "dev split", "57.4", "test split"],
+        ["accuracy/high", "30.0", "test split", "57.4", "test split"],
+    ]
+
+
+def test_several_seeds_show_their_median_and_spread(tmp_path, capsys):
+    spread = {"median": 0.2, "mean": 0.25, "min": 0.1, "max": 0.45, "std": 0.18, "values": [0.45, 0.1, 0.2]}
+    folder = write_run(tmp_path / "seeds", "cola", {"seeds": [0, 1, 2], "validation": {"matthews": spread}})
+    lines = shown(capsys, folder)
+    assert cells(lines, 1)[0][3:5] == ["matthews", "20.0 (10.0 to 45.0)"]
+    assert differences(lines, f"{folder} (3 seeds)") == "init.from runs/gpt1 (paper: 100 epochs of BooksCorpus)"
+
+
+def test_settings_that_are_not_the_papers_are_named(tmp_path, capsys):
+    model = dataclasses.replace(PAPERS_MODEL, num_layers=4, embed_dim=384, num_heads=6, remat="full", lstm_units=7)
+    run = write_run(
+        tmp_path / "small",
+        "sst2",
+        {"validation": {"accuracy": 0.8}},
+        model=model,
+        optim=OptimConfig(peak_lr=1e-4, schedule="linear", warmup="0.2%", clip_norm=1.0),
+        train=FinetuneLoopConfig(batch_size=16, duration="3 epochs", seed=7, eval_every="1 epochs", keep_latest=2),
+        task=TaskConfig(name="sst2", path="glue", max_train=8000),
+    )
+    assert differences(shown(capsys, run), run) == (
+        "init.from runs/gpt1 (paper: 100 epochs of BooksCorpus), model.num-layers 4 (paper 12), model.embed-dim 384 (paper 768), "
+        "model.num-heads 6 (paper 12), optim.peak-lr 0.0001 (paper 6.25e-05), train.batch-size 16 (paper 32), "
+        "task.max-train 8000 (paper all), task.truncation longest (paper released), task.bucket-by-length True (paper False)"
+    )
+
+
+def test_the_type_that_a_device_settles_is_the_one_compared(tmp_path, capsys):
+    """ "auto" computes in float32 on a CPU, as the paper does, and in bfloat16 elsewhere."""
+    model = dataclasses.replace(PAPERS_MODEL, compute_dtype="auto")
+    for platform, expected in (("cpu", "none"), ("gpu", "model.compute-dtype bfloat16 (paper float32)")):
+        run = write_run(tmp_path / platform, "rte", {"validation": {"accuracy": 0.5}}, init="none", model=model)
+        stored = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(stored | {"platform": platform}))
+        assert differences(shown(capsys, run), run) == expected
+
+
+EIGHT = {
+    "cola": {"matthews": 0.4},
+    "sst2": {"accuracy": 0.9},
+    "mrpc": {"f1": 0.8, "accuracy": 0.6},
+    "stsb": {"pearson": 0.8, "spearman": 0.7},
+    "qqp": {"f1": 0.7, "accuracy": 0.9},
+    "mnli": {"accuracy": 0.5, "accuracy/matched": 0.9, "accuracy/mismatched": 0.7},
+    "qnli": {"accuracy": 0.8},
+    "rte": {"accuracy": 0.6},
+}
+
+
+def test_averages_are_printed_where_every_part_was_measured(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, name, {"validation": scores}) for name, scores in EIGHT.items()]
+    lines = shown(capsys, *runs)
+    full = "Transformer w/ aux LM (full), dev split"
+    table_5 = (40 + 90 + 80 + 80 + 70 + 80 + 80 + 60) / 8
+    glue = (40 + 90 + 70 + 75 + 80 + 80 + 80 + 60) / 8
+    assert [line for line in lines if " mean " in f" {line}"] == [
+        f"mean of eight tasks as in Table 5, {full}: {table_5:.1f} (paper 74.7, test server)",
+        f"official GLUE mean but for WNLI, {full}: {glue:.1f} (paper 72.8 with WNLI, test server)",
+    ]
+    assert cells(lines, 6)[0][3:] == ["accuracy", "50.0", "dev split", "81.8", "test server"]
+    assert not [line for line in shown(capsys, *runs[1:]) if " mean " in f" {line}"]
+
+
+def test_no_average_is_taken_over_two_runs_of_one_task(tmp_path, capsys):
+    """Which of them would count?"""
+    runs = [write_run(tmp_path / name, name, {"validation": scores}) for name, scores in EIGHT.items()]
+    again = write_run(tmp_path / "again", "rte", {"validation": {"accuracy": 0.9}})
+    assert not [line for line in shown(capsys, *runs, again) if " mean " in f" {line}"]
+
+
+def test_averages_are_not_taken_over_runs_of_different_rows(tmp_path, capsys):
+    runs = [
+        write_run(tmp_path / name, name, {"validation": scores}, init="none" if name == "rte" else "runs/gpt1")
+        for name, scores in EIGHT.items()
+    ]
+    assert not [line for line in shown(capsys, *runs) if " mean " in f" {line}"]
+
+
+def test_folders_that_are_no_fine_tuning_run(tmp_path):
+    with pytest.raises(UserError, match=r"^[^\n]*nothing: no result\.json[^\n]*fine-tuning runs$"):
+        paper_table.show([tmp_path / "nothing"])
+    pretrained = tmp_path / "pretrained"
+    pretrained.mkdir()
+    (pretrained / "result.json").write_text("{}")
+    (pretrained / "config.json").write_text(json.dumps({"config": to_dict(PretrainConfig())}))
+    with pytest.raises(UserError, match=r"^[^\n]*pretrained is a pre-training run[^\n]*$"):
+        paper_table.show([pretrained])
+    own = write_run(tmp_path / "own", "", {"validation": {"accuracy": 1.0}}, task=TaskConfig(train="my.tsv"))
+    with pytest.raises(UserError, match=r"^[^\n]*own: its task is your own[^\n]*$"):
+        paper_table.show([own])

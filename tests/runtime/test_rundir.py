@@ -1,0 +1,258 @@
+"""A run's folder: one config, one text, a record that survives being cut off, files that are whole."""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from gpt_jax.config import DataConfig, OptimConfig, PretrainConfig, TrainConfig
+from gpt_jax.errors import UserError
+from gpt_jax.runtime.rundir import RunDir, environment, read_json, write_atomic
+
+CONFIG = PretrainConfig(data=DataConfig(source="text.txt"), train=TrainConfig(duration="100 steps"))
+
+
+def attempt(folder, config=CONFIG, digest="d0" * 32, *, allow_changes=False, steps=(), from_step=0):
+    """One start of a run that records these steps; returns its number."""
+    run = RunDir(folder)
+    run.check(config, allow_changes)
+    run.check_data(digest, allow_changes)
+    run.open(config, digest)
+    try:
+        run.supersede(from_step)
+        for step in steps:
+            run.record("train", step, loss=1 / (step + 2))
+    finally:
+        run.close()
+    return run.attempt
+
+
+def test_config_json_says_what_was_run_and_with_what(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_some_flag")
+    attempt(tmp_path / "new" / "run")
+    stored = json.loads((tmp_path / "new" / "run" / "config.json").read_text())
+    assert stored["config"]["data"]["source"] == "text.txt"
+    assert stored["config"]["train"]["duration"] == "100 steps"
+    assert stored["config"]["optim"]["peak_lr"] == 2.5e-4
+    assert stored["data_digest"] == "d0" * 32
+    assert len(stored["digest"]) == 64
+    assert stored["xla_flags"] == "--xla_some_flag"
+    assert stored["libtpu_init_args"] == "--xla_tpu_some_flag"
+    assert {"python", "jax", "flax", "optax", "numpy"} <= set(stored["versions"])
+    assert "commit" in stored
+
+
+@pytest.mark.parametrize("package", ["libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"])
+def test_the_environment_has_the_versions_of_what_drives_the_accelerators(monkeypatch, package):
+    """Of those that are installed."""
+
+    def version(name):
+        if name != package:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    versions = environment()["versions"]
+    del versions["python"]
+    assert versions == {package: "1.2.3"}
+
+
+def test_records_carry_kind_step_time_and_attempt(tmp_path):
+    assert attempt(tmp_path, steps=[1, 2]) == 1
+    assert attempt(tmp_path, steps=[3], from_step=2) == 2
+    first, second, third = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [first["kind"], first["step"], first["attempt"], first["loss"]] == ["train", 1, 1, 1 / 3]
+    assert abs(first["time"] - os.stat(tmp_path / "metrics.jsonl").st_mtime) < 60
+    assert (second["attempt"], third["attempt"]) == (1, 2)
+    assert RunDir(tmp_path).records() == [first, second, third]
+
+
+# -- one config -------------------------------------------------------------------------------------------------------------
+
+
+def test_another_config_is_refused_and_its_differences_named(tmp_path):
+    attempt(tmp_path, steps=[1])
+    other = dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1e-3), train=TrainConfig(duration="200 steps"))
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError) as caught:
+        attempt(tmp_path, other, steps=[2])
+    message = str(caught.value)
+    assert "--optim.peak-lr 0.001 (was 0.00025), --train.duration '200 steps' (was '100 steps')." in message
+    assert "--allow-changes" in message
+    assert "\n" not in message
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert [record["step"] for record in RunDir(tmp_path).records()] == [1]
+    # What is allowed once is the run's config from then on.
+    attempt(tmp_path, other, allow_changes=True, from_step=1)
+    attempt(tmp_path, other, from_step=1)
+    with pytest.raises(UserError, match=r"--optim.peak-lr 0.00025 \(was 0.001\)"):
+        attempt(tmp_path)
+
+
+def test_fields_of_speed_and_display_may_differ(tmp_path):
+    attempt(tmp_path, steps=[1])
+    data = dataclasses.replace(CONFIG.data, prefetch=9, store="elsewhere", pipeline="threads")
+    train = dataclasses.replace(CONFIG.train, log_seconds=1.0, save_every="7 steps", grad_accum_steps=2, prompts=("Hello",))
+    assert attempt(tmp_path, dataclasses.replace(CONFIG, data=data, train=train), steps=[2], from_step=1) == 2
+
+
+def test_fields_that_did_not_exist_when_a_run_began_do_not_stop_it(tmp_path):
+    attempt(tmp_path, steps=[1])
+    stored = read_json(tmp_path / "config.json")
+    del stored["config"]["optim"]["clip_norm"]
+    write_atomic(tmp_path / "config.json", json.dumps(stored))
+    attempt(tmp_path)
+
+
+def test_a_start_that_trained_nothing_ties_the_folder_to_nothing(tmp_path):
+    """A first try with a wrong field must not make the corrected one an error."""
+    attempt(tmp_path, dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1.0)), digest="e1" * 32)
+    attempt(tmp_path, steps=[1])
+    with pytest.raises(UserError, match="another config"):
+        attempt(tmp_path, dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1.0)))
+
+
+def test_another_token_store_is_refused(tmp_path):
+    attempt(tmp_path, steps=[1])
+    with pytest.raises(UserError, match=r"trained on other data \(digest d0d0d0d0d0d0, these have e1e1e1e1e1e1\)"):
+        attempt(tmp_path, digest="e1" * 32)
+    attempt(tmp_path, digest="e1" * 32, allow_changes=True)
+
+
+def test_a_folder_with_checkpoints_but_no_config_is_refused(tmp_path):
+    (tmp_path / "checkpoints" / "40").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no config.json; name another --workdir"):
+        attempt(tmp_path)
+
+
+def test_a_config_json_that_is_no_json_is_named(tmp_path):
+    attempt(tmp_path, steps=[1])
+    (tmp_path / "config.json").write_text('{"config": {')
+    with pytest.raises(UserError, match=r"config.json is not valid JSON"):
+        attempt(tmp_path)
+
+
+# -- the record -------------------------------------------------------------------------------------------------------------
+
+
+def test_records_past_the_step_gone_on_from_are_moved_not_lost(tmp_path):
+    attempt(tmp_path, steps=[1, 2, 3, 4])
+    attempt(tmp_path, steps=[3, 4, 5], from_step=2)
+    attempt(tmp_path, steps=[5], from_step=4)
+    kept = [(record["step"], record["attempt"]) for record in RunDir(tmp_path).records()]
+    assert kept == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3)]
+    moved = [json.loads(line) for line in (tmp_path / "metrics.superseded.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["attempt"]) for record in moved] == [(3, 1), (4, 1), (5, 2)]
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_line_that_was_cut_off_does_not_spoil_the_record(tmp_path, cut):
+    attempt(tmp_path, steps=[1, 2, 3])
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-cut])
+    # Without its line end alone the last record is whole.
+    assert [record["step"] for record in RunDir(tmp_path).records()] == ([1, 2, 3] if cut == 1 else [1, 2])
+    attempt(tmp_path, steps=[3, 4], from_step=2)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_cut_off_line_is_noticed_where_nothing_is_superseded(tmp_path):
+    attempt(tmp_path, steps=[1, 2])
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(file.read_bytes()[:-1])
+    attempt(tmp_path, steps=[3], from_step=2)
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_floats_are_written_to_the_last_bit(tmp_path):
+    run = RunDir(tmp_path)
+    run.open(CONFIG, "")
+    values = [0.1 + 0.2, 1e-45, 3.4028234663852886e38, 5.551115123125783e-17]
+    run.record("eval", 1, values=values)
+    run.close()
+    assert RunDir(tmp_path).records()[0]["values"] == values
+
+
+@pytest.mark.parametrize("end", [RunDir.sync, RunDir.close, lambda run: run.write_result({"loss": 1.0})])
+def test_the_record_is_brought_to_the_disk_and_closed(tmp_path, monkeypatch, end):
+    """Closed, since that is when a file on a mounted bucket is uploaded."""
+    run = RunDir(tmp_path)
+    run.open(CONFIG, "")
+    run.record("train", 1, loss=1.0)
+    opened, file, synced = run._metrics, tmp_path / "metrics.jsonl", []
+
+    def fsync(descriptor):
+        if os.path.samestat(os.fstat(descriptor), file.stat()):
+            synced.append(file.read_text())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    end(run)
+    assert opened.closed
+    (content,) = synced
+    assert json.loads(content)["step"] == 1
+    run.close()
+
+
+def test_a_record_goes_on_after_it_was_brought_to_the_disk(tmp_path):
+    run = RunDir(tmp_path)
+    run.open(CONFIG, "")
+    for step in (1, 2, 3):
+        run.record("train", step, loss=1.0)
+        run.sync()
+        assert [record["step"] for record in RunDir(tmp_path).records()] == list(range(1, step + 1))
+    run.close()
+    run.close()
+    assert [record["attempt"] for record in RunDir(tmp_path).records()] == [1, 1, 1]
+
+
+def test_only_the_primary_process_writes(tmp_path):
+    run = RunDir(tmp_path / "run", primary=False)
+    run.open(CONFIG, "")
+    run.supersede(0)
+    run.record("train", 1, loss=1.0)
+    run.sync()
+    run.write_result({"loss": 1.0})
+    run.close()
+    assert not (tmp_path / "run").exists()
+
+
+# -- whole files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    write_atomic(path, "old")
+
+    def fail(descriptor):
+        assert path.read_text() == "old"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, "new")
+    assert path.read_text() == "old"
+    monkeypatch.undo()
+    write_atomic(path, b"newer")
+    assert path.read_text() == "newer"
+    assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / ".result.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"result.json: no space left on the device; free some") as caught:
+        write_atomic(tmp_path / "result.json", "{}")
+    assert "\n" not in str(caught.value)
+    run = RunDir(tmp_path)
+    run.open(CONFIG, "")
+    file = run._metrics.fileno()
+    with open("/dev/full", "wb") as full:
+        os.dup2(full.fileno(), file)
+    for write in (lambda: run.record("train", 1, loss=1.0), run.sync):  # what could not be written is tried again
+        with pytest.raises(UserError, match=r"metrics.jsonl: no space left on the device"):
+            write()
+    run.close()

@@ -1,0 +1,267 @@
+"""The mesh, what divides over it, which rows a device gets, and what the compiled step sends between devices."""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from gpt_jax.errors import UserError
+from gpt_jax.model import transformer
+from gpt_jax.runtime import sharding
+from gpt_jax.runtime.sharding import check_divisibility, constrain, host_rows, make_mesh, per_shard, place_batch
+from gpt_jax.train.optimizer import Horizon
+from gpt_jax.train.step import lower_step
+
+MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
+
+# -- the mesh ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MeshConfig(), (1, 8, 1, 1)),
+        (MeshConfig(slice=2, data=1, fsdp=-1), (2, 1, 4, 1)),
+        (MeshConfig(data=2, fsdp=2, tensor=2), (1, 2, 2, 2)),
+        (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
+    ],
+)
+def test_mesh(config, sizes):
+    mesh = make_mesh(config)
+    assert dict(mesh.shape) == dict(zip(("slice", "data", "fsdp", "tensor"), sizes, strict=True))
+    assert list(mesh.devices.ravel()) == jax.devices()
+
+
+def test_mesh_of_one_device():
+    assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (MeshConfig(data=3), "--mesh: data=3 asks for 3 devices and there are 8; set one axis to -1 to take all that are left"),
+        (MeshConfig(data=4, tensor=4), "--mesh: data=4 x tensor=4 asks for 16 devices and there are 8; set one axis to -1 .*"),
+        (MeshConfig(fsdp=3), "--mesh: data=-1 x fsdp=3: 3 does not divide the 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_devices(config, message):
+    with pytest.raises(UserError) as error:
+        make_mesh(config)
+    assert re.fullmatch(message, str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "batch_size", "grad_accum_steps", "message"),
+    [
+        (MeshConfig(), {}, 20, 1, "--train.batch-size: 20 does not divide over slice x data x fsdp = 8; 16 or 24 would"),
+        (MeshConfig(), {}, 5, 1, "--train.batch-size: 5 does not divide over slice x data x fsdp = 8; 8 would"),
+        (MIXED, {}, 10, 1, "--train.batch-size: 10 does not divide over slice x data x fsdp = 4; 8 or 12 would"),
+        (
+            MeshConfig(),
+            {},
+            24,
+            2,
+            "--train.batch-size: 24 does not divide over slice x data x fsdp = 8 in 2 micro-batches; 16 or 32 would",
+        ),
+        (
+            MeshConfig(data=1, tensor=8),
+            {"num_heads": 4},
+            8,
+            1,
+            "--mesh.tensor: 8 does not divide model.num-heads 4; 1, 2, 4 would",
+        ),
+        (
+            MeshConfig(data=1, tensor=8),
+            {"num_heads": 8, "embed_dim": 48, "mlp_dim": 100},
+            8,
+            1,
+            "--mesh.tensor: 8 does not divide model.mlp-dim 100; 2, 4, 5 would",
+        ),
+        (MeshConfig(data=1, fsdp=8), {"embed_dim": 36}, 8, 1, "--mesh.fsdp: 8 does not divide model.embed-dim 36; 3, 4, 6 would"),
+    ],
+)
+def test_what_does_not_divide_over_the_mesh(mesh, model, batch_size, grad_accum_steps, message):
+    with pytest.raises(UserError) as error:
+        check_divisibility(make_mesh(mesh), ModelConfig(**model), batch_size, grad_accum_steps)
+    assert str(error.value) == message
+
+
+def test_what_divides_over_the_mesh():
+    check_divisibility(make_mesh(MIXED), ModelConfig(), 64, 4)
+    # 1,001 entries do not divide by 8; padded to 1,024 they do.
+    check_divisibility(make_mesh(MeshConfig(data=1, tensor=8)), ModelConfig(vocab_size=1001, num_heads=8), 8, 1)
+
+
+def test_a_vocabulary_that_does_not_divide():
+    six = make_mesh(MeshConfig(data=1, tensor=6), jax.devices()[:6])
+    with pytest.raises(UserError, match=r"--mesh\.tensor: 6 does not divide model\.vocab-size 40576; 1, 2, 4 would"):
+        check(six, ModelConfig(), 8, 1)
+
+
+# -- names of axes ----------------------------------------------------------------------------------------------------------
+
+
+def test_names_become_mesh_axes():
+    assert sharding.spec(("batch", None, "embed")) == PartitionSpec(("slice", "data", "fsdp"), None, "fsdp")
+    assert sharding.spec(("heads", "mlp", "vocab"))[1] == sharding.spec(("mlp",))[0]
+    mesh = make_mesh(MIXED)
+    assert sharding.named_sharding(mesh, ("vocab", "embed")).shard_shape((128, 16)) == (64, 8)
+    assert sharding.named_sharding(mesh, ("batch", None)).shard_shape((8, 6)) == (2, 6)
+
+
+def test_without_a_mesh_nothing_happens():
+    x = jnp.arange(6.0)
+    assert constrain(x, "batch") is x
+    assert per_shard(sum, (("batch",),), ()) is sum
+    assert sharding.all_sum(x, "batch") is x
+    assert sharding.all_max(x, "vocab") is x
+    assert sharding.shard_index("vocab") == 0
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MIXED, MeshConfig(data=1, tensor=8)], ids=str)
+def test_per_shard_combines_over_devices(config):
+    """Rows over "batch", columns over "vocab": sums, maxima and part numbers against those of the whole array."""
+
+    def local(x):
+        columns = sharding.shard_index("vocab") * x.shape[1] + jnp.arange(x.shape[1])
+        everything = sharding.all_sum(sharding.all_sum(x.sum(), "batch"), "vocab")
+        return sharding.all_max(x.max(1), "vocab"), sharding.all_sum(x.sum(0), "batch"), x * columns, everything
+
+    x = np.random.default_rng(0).integers(-50, 50, (8, 16)).astype(np.int32)
+    with jax.set_mesh(make_mesh(config)):
+        results = jax.jit(per_shard(local, (("batch", "vocab"),), (("batch",), ("vocab",), ("batch", "vocab"), ())))(x)
+    jax.tree.map(np.testing.assert_array_equal, results, (x.max(1), x.sum(0), x * np.arange(16), x.sum()))
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MIXED, MeshConfig(slice=2, data=2, fsdp=2)], ids=str)
+def test_each_device_gets_its_rows(config):
+    mesh = make_mesh(config)
+    assert host_rows(mesh, 16).tolist() == list(range(16))
+    batch = {"tokens": np.arange(16 * 5, dtype=np.int32).reshape(16, 5), "example_id": np.arange(16, dtype=np.int32)}
+    placed = place_batch(mesh, batch, 16)
+    for name, array in placed.items():
+        assert array.shape == batch[name].shape
+        np.testing.assert_array_equal(array, batch[name])
+        copies = mesh.shape["tensor"]  # which lie next to each other in the mesh
+        for number, device in enumerate(mesh.devices.ravel()):
+            (piece,) = [shard.data for shard in array.addressable_shards if shard.device == device]
+            rows = 16 * copies // 8
+            first = number // copies * rows
+            np.testing.assert_array_equal(piece, batch[name][first : first + rows])
+
+
+# -- what the compiled step computes and sends ------------------------------------------------------------------------------
+
+# Sizes that no two kinds of array share: 64 examples (8 a device) of 48 tokens, 1,152 entries padded, width 80.
+MODEL = ModelConfig(vocab_size=1100, context_length=48, num_layers=3, embed_dim=80, num_heads=4, mlp_dim=224, loss_chunk=12)
+BATCH = 64
+
+
+class Collective(NamedTuple):
+    """A collective operation of a compiled program."""
+
+    kind: str
+    shapes: list[tuple[int, ...]]  # of its results, on one device
+    times: int  # how often it runs: the product of the trip counts of the loops around it
+
+
+def collectives(text):
+    """All of them in an optimised program's text, which lists computations one after the other, the main one as ENTRY."""
+    computations, entry = {}, ""
+    for line in text.splitlines():
+        if start := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            lines = computations[start[2]] = []
+            entry = start[2] if start[1] else entry
+        elif line.startswith("  "):
+            lines.append(line)
+
+    def visit(computation, times):
+        for line in computations[computation]:
+            _, result, kind = re.match(r"\s+(ROOT )?%?[\w.-]+ = (.*?) ([a-z][a-z-]*)\(", line).groups()
+            if re.match("all-gather|all-reduce|all-to-all|collective-|reduce-scatter|ragged-all", kind):
+                shapes = [tuple(map(int, filter(None, sizes.split(",")))) for sizes in re.findall(r"\w\[([\d,]*)\]", result)]
+                found.append(Collective(kind, shapes, times))
+                continue
+            trips = int(re.search(r'known_trip_count":\{"n":"(\d+)"', line)[1]) if kind == "while" else 1
+            for called in re.findall(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.-]+)", line):
+                visit(called, times * trips)
+
+    found = []
+    visit(entry, 1)
+    return found
+
+
+@functools.cache
+def compiled(config):
+    """The update for a mesh (None: for one device) and what it sends."""
+    mesh = make_mesh(config) if config else make_mesh(MeshConfig(), jax.devices()[:1])
+    whole = PretrainConfig(
+        model=MODEL, data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")), train=TrainConfig(batch_size=BATCH)
+    )
+    program = lower_step(whole, mesh, horizon=Horizon(10, 2)).compile()
+    return program, collectives(program.as_text())
+
+
+def parameter_shapes():
+    """Of the embeddings, and of one layer's parameters."""
+    shapes = jax.eval_shape(functools.partial(transformer.init, MODEL), jax.random.key(0))
+    embedding, blocks = jax.tree.leaves(shapes["embedding"]), jax.tree.leaves(shapes["blocks"])
+    return [leaf.shape for leaf in embedding], [leaf.shape[1:] for leaf in blocks]
+
+
+def test_data_parallel_step_divides_the_work_and_sends_gradients_only():
+    program, sent = compiled(MeshConfig(data=8))
+    alone, sent_alone = compiled(None)
+    assert sent_alone == []
+    # Loops have the same length in both programs, and a loop's body counts once in both.
+    assert program.cost_analysis()["flops"] < 1.1 / 8 * alone.cost_analysis()["flops"]
+
+    assert {collective.kind for collective in sent} == {"all-reduce"}
+    # Each layer's own gradients inside the loop over layers; nothing in the loss's loop over chunks of time.
+    assert {collective.times for collective in sent} == {1, MODEL.num_layers}
+    embedding, blocks = parameter_shapes()
+    in_loop = [shape for collective in sent if collective.times > 1 for shape in collective.shapes]
+    assert sorted(map(math.prod, in_loop)) == sorted(map(math.prod, blocks))
+    # Besides: the table's two gradients, of the lookup and of the loss; the positions'; the loss and its normalisation.
+    outside = [math.prod(shape) for collective in sent if collective.times == 1 for shape in collective.shapes]
+    table, positions = 1152 * 80, 48 * 80
+    assert sorted(embedding) == [(48, 80), (1152, 80)]
+    assert sorted(outside) == [1, 1, positions, table, table]
+
+
+@pytest.mark.parametrize("config", [MeshConfig(data=1, fsdp=8), MIXED], ids=["fsdp=8", "data=2 x fsdp=2 x tensor=2"])
+def test_sharded_step_gathers_parameters_and_never_the_batch(config):
+    program, sent = compiled(config)
+    assert program.cost_analysis()["flops"] < 1.1 / 8 * compiled(None)[0].cost_analysis()["flops"]
+    assert {collective.kind for collective in sent} <= {"all-reduce", "all-gather", "reduce-scatter"}
+
+    def shares(shape):
+        """The sizes that a parameter has on a device once it is gathered over fsdp, and is still split over tensor or not."""
+        return {math.prod(shape), math.prod(shape) // config.tensor}
+
+    embedding, blocks = parameter_shapes()
+    parameters = set().union(*map(shares, embedding + blocks))
+    gathered = [shape for collective in sent if collective.kind == "all-gather" for shape in collective.shapes]
+    assert gathered
+    assert {math.prod(shape) for shape in gathered} <= parameters, gathered
+
+    # What is summed is a parameter's gradient (or a part of it), a number, or, where heads, width and vocabulary are split, one
+    # activation of this device's own examples.
+    examples = BATCH // (config.data * config.fsdp)
+    activations = {examples * time * width for time in (48, 12) for width in (80, 1)} if config.tensor > 1 else set()
+    pieces = {size // config.fsdp for size in parameters}
+    summed = {math.prod(shape) for collective in sent if collective.kind == "all-reduce" for shape in collective.shapes}
+    assert summed <= parameters | pieces | activations | {1}
+    assert not any(shape[:1] == (BATCH,) for collective in sent for shape in collective.shapes)
+    if config.tensor == 1:  # nothing in the loss's loop over chunks of time
+        assert {collective.times for collective in sent} == {1, MODEL.num_layers}
