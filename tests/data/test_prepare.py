@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
-from gpt_jax.config.load import from_dict, to_dict
+from gpt_jax.config.load import config_from_dict, config_to_dict
 from gpt_jax.data import store as store_module
 from gpt_jax.data.dedup import is_held_out
 from gpt_jax.data.prepare import check_recipe, prepare
@@ -189,7 +189,7 @@ def die(*arguments, **options):
     return function(*arguments, **options)
 
 setattr(module, name, die)
-prepare(from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), print)
+prepare(config_from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), print)
 """
 
 
@@ -219,7 +219,7 @@ def group_is_gone(group: int, seconds: float = 60.0) -> bool:
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(source, tmp_path, call, number, processes, shards):
     config = make_config(source, processes=processes)
     prepare(make_config(source), tmp_path / "whole", quiet)
-    arguments = [json.dumps(to_dict(config)), str(tmp_path / "store"), call, str(number)]
+    arguments = [json.dumps(config_to_dict(config)), str(tmp_path / "store"), call, str(number)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
         [sys.executable, "-c", DIE_SCRIPT, *arguments], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
@@ -372,7 +372,7 @@ def test_the_recipe_is_checked_without_the_text(source, tmp_path):
     source.unlink()
     check_recipe(store, config)
     check_recipe(store, make_config("", shard_bytes=7, max_bytes=9))
-    same = from_dict(to_dict(config) | {"train": {"batch_size": 8}})
+    same = config_from_dict(config_to_dict(config) | {"train": {"batch_size": 8}})
     check_recipe(
         store, dataclasses.replace(same, data=dataclasses.replace(same.data, processes=7, store="elsewhere", prefetch=9))
     )

@@ -14,7 +14,7 @@ from gpt_jax.config import (
     TaskConfig,
     TransferConfig,
 )
-from gpt_jax.config.load import to_dict
+from gpt_jax.config.load import config_to_dict
 from gpt_jax.errors import UserError
 from gpt_jax.experiments import paper_table
 
@@ -27,7 +27,7 @@ def write_run(folder, name, result, *, model=PAPERS_MODEL, init="runs/gpt1", **c
     task = changes.pop("task", TaskConfig(name=name, **PAPERS_INPUT))
     config = FinetuneConfig(model=model, init=TransferConfig(from_=init), task=task, **changes)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"commit": "", "config": to_dict(config)}))
+    (folder / "config.json").write_text(json.dumps({"commit": "", "config": config_to_dict(config)}))
     (folder / "result.json").write_text(json.dumps({"task": name} | result))
     return folder
 
@@ -179,7 +179,7 @@ def test_folders_that_are_no_fine_tuning_run(tmp_path):
     pretrained = tmp_path / "pretrained"
     pretrained.mkdir()
     (pretrained / "result.json").write_text("{}")
-    (pretrained / "config.json").write_text(json.dumps({"config": to_dict(PretrainConfig())}))
+    (pretrained / "config.json").write_text(json.dumps({"config": config_to_dict(PretrainConfig())}))
     with pytest.raises(UserError, match=r"^[^\n]*pretrained is a pre-training run[^\n]*$"):
         paper_table.show([pretrained])
     own = write_run(tmp_path / "own", "", {"validation": {"accuracy": 1.0}}, task=TaskConfig(train="my.tsv"))

@@ -13,7 +13,7 @@ import pytest
 from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.model import network
 from gpt_jax.model.loss import cross_entropy, language_model_loss, normalize, token_log_probabilities
-from gpt_jax.model.transformer import DropoutKey, Parameter
+from gpt_jax.model.transformer import DropoutKey, ParamSpec
 from gpt_jax.runtime.sharding import make_mesh
 
 BATCH, TIME, EMBED, VOCAB, PADDED = 8, 12, 16, 150, 256
@@ -165,7 +165,7 @@ def test_token_log_probabilities_on_a_mesh(example, kind):
     tokens, targets = example[2], np.roll(example[2], 1, axis=0)
     params = random_params(config)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    is_parameter = lambda leaf: isinstance(leaf, Parameter)  # noqa: E731
+    is_parameter = lambda leaf: isinstance(leaf, ParamSpec)  # noqa: E731
     shardings = jax.tree.map(lambda leaf: named_sharding(mesh, leaf.axes), network.param_specs(config), is_leaf=is_parameter)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
