@@ -199,7 +199,12 @@ def _build(config: PretrainConfig, folder: Path, source: sources.Source, log: Ca
         "format": FORMAT,
         "version": VERSION,
         "dtype": token_dtype(tokenizer.vocab_size).name,
-        "tokenizer": {name: getattr(tokenizer, name) for name in ("kind", "fingerprint", "vocab_size", "separator")},
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "separator": tokenizer.eos_id,
+        },
         "recipe": recipe,
         "dropped": texts().dropped,
         "splits": splits,

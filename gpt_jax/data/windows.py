@@ -31,16 +31,27 @@ import math
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Int32, Int64, Integer, UInt64
+from jaxtyping import Float32, Int32, Int64, Integer, UInt64
 
 from gpt_jax.errors import UserError
 
 PERMUTATION_VERSION = 1
 ROUNDS = 12
 
-Batch = dict[str, np.ndarray]
-"""What leaves `data`: `tokens` int32 [n, T], `targets` int32 [n, T] (the tokens one further on), `weights` float32 [n, T] (of
-each target in the loss), `row` int32 [n] (the example's number in the global batch). Read-only: the arrays may share memory."""
+NumpyBatch = dict[str, np.ndarray]
+"""A batch of n windows of T tokens, in the shapes and dtypes that `element_spec` returns. Its arrays are read-only because they
+may share memory.
+
+    tokens        int32 [n, T]
+    targets       int32 [n, T]    the token that follows each of `tokens`
+    loss_weights  float32 [n, T]  the weight of each target in the loss
+    example_id    int32 [n]       the row of each window in the global batch
+"""
+
+Batch = NumpyBatch
+
+ElementSpec = dict[str, tuple[tuple[int | None, ...], np.dtype]]
+"""The shape and dtype of each array of a batch, by key. None stands for an axis whose length varies between batches."""
 
 
 class Tokens(Protocol):
@@ -119,13 +130,16 @@ class Windows:
         self._batch_size = batch_size
         self._seed = seed
 
-    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> Batch:
+    def element_spec(self, num_rows: int) -> ElementSpec:
+        """Returns the shapes and dtypes of a batch of `num_rows` rows, in the order of the keys of `batch_at`."""
+        return _element_spec(num_rows, self._context_length)
+
+    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
         """The given rows, numbers in [0, batch_size), of the global batch of `step`. All weights are 1."""
         _, window, offset = self._locate(step, rows)
         starts = offset + window * self._context_length
-        batch = _read(self._tokens, starts, self._context_length, rows)
-        batch["loss_weights"] = np.broadcast_to(np.float32(1), batch["tokens"].shape)
-        return batch
+        loss_weights = np.broadcast_to(np.float32(1), (rows.size, self._context_length))
+        return _read_batch(self._tokens, starts, loss_weights, rows)
 
     def window_numbers(
         self, step: int, rows: Integer[np.ndarray, " n"]
@@ -172,15 +186,17 @@ class EvaluationWindows:
         self._context_length = context_length
         self._batch_size = batch_size
 
-    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> Batch:
+    def element_spec(self, num_rows: int) -> ElementSpec:
+        """Returns the shapes and dtypes of a batch of `num_rows` rows, in the order of the keys of `batch_at`."""
+        return _element_spec(num_rows, self._context_length)
+
+    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
         """The given rows of batch `step`, a number in [0, num_batches). Weights are 1 or 0."""
         window = step * self._batch_size + rows.astype(np.int64)
         starts = np.minimum(window * self._context_length, self._last_start)
-        batch = _read(self._tokens, starts, self._context_length, rows)
         position = starts[:, None] + np.arange(self._context_length)
         counts = (position >= window[:, None] * self._context_length) & (window < self.num_windows)[:, None]
-        batch["loss_weights"] = counts.astype(np.float32)
-        return batch
+        return _read_batch(self._tokens, starts, counts.astype(np.float32), rows)
 
 
 def _require_one_window(total: int, context_length: int, what: str, remedy: str) -> None:
@@ -191,10 +207,30 @@ def _require_one_window(total: int, context_length: int, what: str, remedy: str)
         )
 
 
-def _read(tokens: Tokens, starts: Int64[np.ndarray, " n"], context_length: int, rows: Integer[np.ndarray, " n"]) -> Batch:
-    """A batch without its weights, from one read. `tokens` and `targets` are views: at this size a fresh array costs more in page
+def _element_spec(num_rows: int, context_length: int) -> ElementSpec:
+    shape = (num_rows, context_length)
+    return {
+        "tokens": (shape, np.dtype(np.int32)),
+        "targets": (shape, np.dtype(np.int32)),
+        "loss_weights": (shape, np.dtype(np.float32)),
+        "example_id": ((num_rows,), np.dtype(np.int32)),
+    }
+
+
+def _read_batch(
+    tokens: Tokens,
+    starts: Int64[np.ndarray, " n"],
+    loss_weights: Float32[np.ndarray, "n T"],
+    rows: Integer[np.ndarray, " n"],
+) -> NumpyBatch:
+    """Reads a batch at once. `tokens` and `targets` are views of one array, because at this size a fresh array costs more in page
     faults than the read itself.
     """
-    windows = tokens.read(starts, context_length + 1)
+    windows = tokens.read(starts, loss_weights.shape[1] + 1)
     windows.setflags(write=False)
-    return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "example_id": rows.astype(np.int32)}
+    return {
+        "tokens": windows[:, :-1],
+        "targets": windows[:, 1:],
+        "loss_weights": loss_weights,
+        "example_id": rows.astype(np.int32),
+    }

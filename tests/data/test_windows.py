@@ -194,6 +194,17 @@ def test_batch_has_its_documented_form():
             batch[name][0, 0] = 0
 
 
+@pytest.mark.parametrize("windows", [Windows(Numbered(1000), 8, 6, seed=0), EvaluationWindows(Numbered(1000), 8, 6, limit=0)])
+def test_element_spec_describes_every_batch(windows):
+    for rows in (np.arange(6), np.array([4, 1])):
+        for step in (0, 20):
+            batch = windows.batch_at(step, rows)
+            assert list(windows.element_spec(rows.size).items()) == [
+                (name, (array.shape, array.dtype)) for name, array in batch.items()
+            ]
+    assert list(windows.element_spec(2)) == ["tokens", "targets", "loss_weights", "example_id"]
+
+
 def test_hosts_get_their_rows_of_the_same_batch():
     whole = Windows(Numbered(5000), 8, 12, seed=2).batch_at(40, np.arange(12))
     hosts = [Windows(Numbered(5000), 8, 12, seed=2).batch_at(40, rows) for rows in np.split(np.arange(12), 3)]
