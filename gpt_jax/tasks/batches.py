@@ -14,21 +14,16 @@ Padding is token 0 after a sequence's end: causal attention keeps it from the re
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from gpt_jax.data.windows import epoch_keys, permute
+from gpt_jax.data.windows import ElementSpec, NumpyBatch, epoch_keys, permute
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.transforms import Encoded
-
-Batch = dict[str, np.ndarray]
-"""n examples of S sequences, padded to T tokens: `tokens` int32 [n, S, T], `targets` int32 [n, S, T] (the next token),
-`weights` float32 [n, S, T] (1 / (length - 1) on each real next token, so that every sequence's add up to 1), `extract` int32
-[n, S] (position of the extract token), `labels` float32 [n, K] (a distribution over the outputs), `row` int32 [n, S] (global
-number of the sequence: row of the batch * S + s). All but `row` are zeros for rows that only fill a batch up."""
 
 
 def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int, most: int) -> tuple[int, ...]:
@@ -61,21 +56,95 @@ def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int,
     return tuple(sorted({int(ends[i]) for i in chosen} - {0}))
 
 
-class TaskBatches:
+class _PaddedBatches(abc.ABC):
+    """Batches of the examples of one split; a subclass decides which examples each batch has."""
+
+    def __init__(self, encoded: Encoded, lengths: Sequence[int]) -> None:
+        self._encoded = encoded
+        self._lengths = np.asarray(lengths)
+
+    @abc.abstractmethod
+    def examples(self, step: int) -> Int64[np.ndarray, " batch_size"]:
+        """Returns the number within the split of the example in each row of batch `step`; -1 where a row is only filler."""
+
+    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
+        """Returns the given rows, numbers in [0, batch_size), of the global batch of `step`.
+
+        The padded length T follows from the whole batch, so it is the same on every host.
+
+        Returns:
+          For n rows with examples of S sequences each:
+
+            tokens        int32 [n, S, T]
+            targets       int32 [n, S, T]: the next token
+            loss_weights  float32 [n, S, T]: 1 / (length - 1) at each real next token, so that every sequence's add up to 1
+            extract       int32 [n, S]: the position of the extract token
+            labels        float32 [n, K]: a distribution over the outputs
+            example_id    int32 [n, S]: the global number of the sequence, row of the batch * S + s
+
+          In a row that only fills up the batch, everything but `example_id` is zero.
+        """
+        encoded, examples = self._encoded, self.examples(step)
+        padded = int(self._padded_lengths(self._lengths_of(examples).max()))
+        examples = examples[rows]
+        lengths = self._lengths_of(examples)
+        position = np.arange(padded + 1)
+        inside = position < lengths[..., None]
+        windows = np.where(inside, encoded.tokens[np.where(inside, encoded.begins[examples][..., None] + position, 0)], 0)
+        next_tokens = np.maximum(lengths - 1, 0)
+        num_sequences = lengths.shape[1]
+        return {
+            "tokens": windows[..., :-1],
+            "targets": windows[..., 1:],
+            "loss_weights": inside[..., 1:] / np.maximum(next_tokens, 1).astype(np.float32)[..., None],
+            "extract": next_tokens,
+            "labels": np.where((examples >= 0)[:, None], encoded.labels[examples], 0),
+            "example_id": (rows[:, None] * num_sequences + np.arange(num_sequences)).astype(np.int32),
+        }
+
+    def element_spec(self, num_rows: int) -> ElementSpec:
+        """Returns the shape and dtype of each array of a batch of `num_rows` rows; the padded length is None."""
+        sequences = (num_rows, self._encoded.lengths.shape[1])
+        int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
+        return {
+            "tokens": ((*sequences, None), int32),
+            "targets": ((*sequences, None), int32),
+            "loss_weights": ((*sequences, None), float32),
+            "extract": (sequences, int32),
+            "labels": ((num_rows, self._encoded.labels.shape[1]), float32),
+            "example_id": (sequences, int32),
+        }
+
+    def _padding_share(self, examples: Int64[np.ndarray, "steps batch_size"]) -> float:
+        lengths = self._lengths_of(examples)
+        padded = self._padded_lengths(lengths.max(axis=(1, 2)))
+        return 1 - float(lengths.sum(dtype=np.int64) / (padded.sum() * lengths[0].size))
+
+    def _lengths_of(self, examples: Int64[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape S"]:
+        """Returns the lengths of the examples' sequences; 0 for example -1."""
+        return np.where(examples[..., None] >= 0, self._encoded.lengths[examples], 0)
+
+    def _padded_lengths(self, longest: Integer[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
+        """Returns the smallest allowed length that holds each of these sequences."""
+        return self._lengths[np.searchsorted(self._lengths, longest)]
+
+
+class TaskBatches(_PaddedBatches):
     """The training split as batches, each example at most once an epoch, in an order of its own every epoch.
 
     Args:
       encoded: the split.
       batch_size: examples in one global batch.
-      seed: of the order, in [0, 2^64).
-      lengths: what sequences may be padded to (`choose_lengths`), rising.
-      order: `grouped`: a batch holds examples of about one length; `random`: any.
+      seed: seed of the order, in [0, 2^64).
+      lengths: the lengths that sequences may be padded to (`choose_lengths`), ascending.
+      bucket_by_length: whether a batch holds examples of about one length, or of any.
 
     Raises:
       UserError: the split has fewer examples than one batch.
     """
 
     def __init__(self, encoded: Encoded, batch_size: int, seed: int, lengths: Sequence[int], bucket_by_length: bool) -> None:
+        super().__init__(encoded, lengths)
         self._num_examples = len(encoded.lengths)
         self.steps_per_epoch = self._num_examples // batch_size
         if not self.steps_per_epoch:
@@ -83,35 +152,27 @@ class TaskBatches:
                 f"--train.batch-size: {batch_size} is more than the {self._num_examples} examples of the training split; "
                 f"lower it or add examples"
             )
-        self._encoded = encoded
-        self._longest = encoded.longest
-        self._lengths = lengths
         self._batch_size = batch_size
         self._seed = seed
         self._bucket_by_length = bucket_by_length
-        # Threads that work ahead may be in two epochs. Losing a race costs one of them a second computation, no more.
+        # Prefetching threads may be in two epochs at once. Computing an epoch twice is harmless.
         self._epoch = functools.lru_cache(maxsize=2)(self._arrange)
 
-    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> Batch:
-        """The given rows, numbers in [0, batch_size), of the global batch of `step`."""
-        epoch, number = divmod(step, self.steps_per_epoch)
-        return _batch(self._encoded, self._lengths, self._epoch(epoch)[number], rows)
-
     def examples(self, step: int) -> Int64[np.ndarray, " batch_size"]:
-        """The number in the split of each row's example: what to name when a step goes wrong."""
+        """Returns the number within the split of the example in each row of batch `step`."""
         epoch, number = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[number]
 
     def padding_share(self, epoch: int = 0) -> float:
-        """Share of the tokens of an epoch's batches that are padding."""
-        return _padding_share(self._encoded, self._lengths, self._epoch(epoch))
+        """Returns the share of padding among the tokens of an epoch's batches."""
+        return self._padding_share(self._epoch(epoch))
 
     def _arrange(self, epoch: int) -> Int64[np.ndarray, "steps batch_size"]:
-        """The examples of each batch of an epoch."""
+        """Returns the examples of each batch of an epoch."""
         order = self._permutation(self._num_examples, 2 * epoch)[: self.steps_per_epoch * self._batch_size]
         if not self._bucket_by_length:
             return order.reshape(-1, self._batch_size)
-        order = order[np.argsort(self._longest[order], kind="stable")]
+        order = order[np.argsort(self._encoded.longest[order], kind="stable")]
         return order.reshape(-1, self._batch_size)[self._permutation(self.steps_per_epoch, 2 * epoch + 1)]
 
     def _permutation(self, size: int, number: int) -> Int64[np.ndarray, " size"]:
@@ -119,71 +180,28 @@ class TaskBatches:
         return permute(np.arange(size, dtype=np.uint64), size, keys).astype(np.int64)
 
 
-class ScoringBatches:
-    """All examples of a split exactly once, the longest first, so that rows which fill the last batch up cost least.
+class ScoringBatches(_PaddedBatches):
+    """All examples of a split exactly once, the longest first, so that the rows that fill up the last batch cost least.
 
-    A split of few batches tends to have more padding than the training split: all lengths are in these few.
+    A split of few batches tends to have more padding than the training split, because its few batches cover all lengths.
 
     Args:
       encoded: the split.
       batch_size: examples in one global batch.
-      lengths: what sequences may be padded to (`choose_lengths`), rising.
+      lengths: the lengths that sequences may be padded to (`choose_lengths`), ascending.
     """
 
     def __init__(self, encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> None:
+        super().__init__(encoded, lengths)
         order = np.argsort(-encoded.longest, kind="stable")
         self.num_batches = -(-order.size // batch_size)
         self._examples = np.full((self.num_batches, batch_size), -1, np.int64)
         self._examples.flat[: order.size] = order
-        self._encoded = encoded
-        self._lengths = lengths
-
-    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> Batch:
-        """The given rows, numbers in [0, batch_size), of batch `step`, a number in [0, num_batches)."""
-        return _batch(self._encoded, self._lengths, self._examples[step], rows)
 
     def examples(self, step: int) -> Int64[np.ndarray, " batch_size"]:
-        """The number in the split of each row's example; -1 where the row only fills the batch up."""
+        """Returns the number within the split of the example in each row of batch `step`; -1 where a row is only filler."""
         return self._examples[step]
 
     def padding_share(self) -> float:
-        """Share of the tokens of all batches that are padding."""
-        return _padding_share(self._encoded, self._lengths, self._examples)
-
-
-def _batch(
-    encoded: Encoded, lengths: Sequence[int], examples: Int64[np.ndarray, " batch_size"], rows: Integer[np.ndarray, " n"]
-) -> Batch:
-    """These rows of the batch of `examples`. Its length follows from all of them: every host must pad to the same."""
-    padded = int(_padded(lengths, _lengths_of(encoded, examples).max()))
-    examples = examples[rows]
-    real = _lengths_of(encoded, examples)
-    position = np.arange(padded + 1)
-    inside = position < real[..., None]
-    windows = np.where(inside, encoded.tokens[np.where(inside, encoded.begins[examples][..., None] + position, 0)], 0)
-    next_tokens = np.maximum(real - 1, 0)
-    num_sequences = real.shape[1]
-    return {
-        "tokens": windows[..., :-1],
-        "targets": windows[..., 1:],
-        "loss_weights": inside[..., 1:] / np.maximum(next_tokens, 1).astype(np.float32)[..., None],
-        "extract": next_tokens,
-        "labels": np.where((examples >= 0)[:, None], encoded.labels[examples], 0),
-        "example_id": (rows[:, None] * num_sequences + np.arange(num_sequences)).astype(np.int32),
-    }
-
-
-def _padding_share(encoded: Encoded, lengths: Sequence[int], examples: Int64[np.ndarray, "steps batch_size"]) -> float:
-    real = _lengths_of(encoded, examples)
-    padded = _padded(lengths, real.max(axis=(1, 2)))
-    return 1 - float(real.sum(dtype=np.int64) / (padded.sum() * real[0].size))
-
-
-def _lengths_of(encoded: Encoded, examples: Int64[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape S"]:
-    """Lengths of the examples' sequences; 0 for example -1."""
-    return np.where(examples[..., None] >= 0, encoded.lengths[examples], 0)
-
-
-def _padded(lengths: Sequence[int], longest: Integer[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
-    """The smallest length that holds the longest sequence."""
-    return np.asarray(lengths)[np.searchsorted(lengths, longest)]
+        """Returns the share of padding among the tokens of all batches."""
+        return self._padding_share(self._examples)

@@ -93,6 +93,24 @@ def test_training_batches_hold_their_examples(bucket_by_length):
         assert ((batch["loss_weights"] > 0) == (batch["targets"] > 0)).all()
 
 
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_batches_have_the_shapes_and_dtypes_of_their_element_spec(sequences):
+    encoded = numbered(random_lengths(21, sequences), num_outputs=4)
+    for batches in (TaskBatches(encoded, 8, 0, [10, 20, 30], True), ScoringBatches(encoded, 8, [10, 20, 30])):
+        spec = batches.element_spec(5)
+        for step in range(2):
+            batch = batches.batch_at(step, np.arange(3, 8))
+            actual = {name: (array.shape, array.dtype) for name, array in batch.items()}
+            padded = {
+                name: (tuple(batch["tokens"].shape[2] if size is None else size for size in shape), dtype)
+                for name, (shape, dtype) in spec.items()
+            }
+            assert list(spec) == list(batch)
+            assert actual == padded
+        assert spec["tokens"][0] == (5, sequences, None)
+        assert spec["labels"][0] == (5, 4)
+
+
 # -- epochs -----------------------------------------------------------------------------------------------------------------
 
 
