@@ -1,114 +1,199 @@
-"""Makes batches ahead of the step that needs them, with tf.data or with plain threads. Training needs tensorflow here alone.
+"""Makes batches ahead of the step that needs them, with tf.data or with plain threads.
 
-A batch is a pure function of its step, so neither has any state worth saving: to resume is to start at another step.
+A batch is a pure function of its step, so neither way has a state worth saving: to resume is to start at another step. Of the
+modules that training needs, only this one imports tensorflow, and only when a dataset is made.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import os
 import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
-from gpt_jax.data.windows import Batch
-from gpt_jax.errors import UserError
+import numpy as np
+from jaxtyping import Integer
 
-Kind = Literal["auto", "tf", "threads"]
+from gpt_jax.data.windows import ElementSpec, NumpyBatch
+from gpt_jax.errors import UserError, require
 
 WORKERS = 4
-"""Batches in the making at once. Waiting for the disk or the network overlaps; the index arithmetic holds the interpreter."""
-
-GROUP = 4
-"""Batches that tf.data has made at a time: every call from it into Python costs as much as a batch of 64 windows."""
-
-_open: weakref.WeakSet[Generator[tuple[int, Batch], None, None]] = weakref.WeakSet()
+"""Batches made at the same time. Waiting for the disk or the network overlaps; the index arithmetic holds the interpreter lock."""
 
 
-@atexit.register
-def _close_all() -> None:
-    """Without this a program that leaves a loop early may never end: tensorflow waits for calls that can no longer run Python."""
-    for generator in list(_open):
-        generator.close()
+class BatchSource(Protocol):
+    """The batches of a run as a function of the step, such as `windows.Windows` or `tasks.batches.TaskBatches`."""
+
+    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
+        """Returns the given rows of the global batch of `step`. Called from several threads at once."""
+
+    def element_spec(self, num_rows: int) -> ElementSpec:
+        """Returns the shape and dtype of each array in a batch of `num_rows` rows; None stands for a length that varies."""
 
 
-def batches(
-    batch_at: Callable[[int], Batch], start: int, stop: int, *, kind: Kind, prefetch: int
-) -> Generator[tuple[int, Batch], None, None]:
-    """Yields (step, batch_at(step)) for steps start, ..., stop - 1 in order, made ahead in other threads.
+DatasetFn = Callable[[BatchSource, int, int, np.ndarray], Any]
+"""(source, start_step, end_step, rows) -> a tf.data.Dataset, as `make_dataset`."""
 
-    `batch_at` is called from several threads at once and may be called up to `prefetch` + (`WORKERS` + 1) x `GROUP` steps beyond
-    the step last taken. What it raises is raised here, unchanged, when its step is reached. `close()` ends the threads and waits
+
+def make_dataset(source: BatchSource, start_step: int, end_step: int, rows: Integer[np.ndarray, " n"]) -> Any:
+    """Returns a `tf.data.Dataset` whose elements are this host's batches of steps start_step, ..., end_step - 1, in order.
+
+    Its `element_spec` names the shapes and dtypes. Anything that tf.data does to a dataset works on it: printing, mapping,
+    iterating. Maps over the arrays of a batch keep a run exact; `shuffle`, `filter` and `repeat` give that up, because a resumed
+    run builds the dataset anew at its first step.
+
+    Args:
+      source: makes the batch of a step.
+      start_step: the first step.
+      end_step: the step after the last.
+      rows: rows of the global batch that this host needs (`sharding.host_rows`).
+
+    Raises:
+      UserError: tensorflow is not installed.
+    """
+    tf = import_tensorflow()
+    spec = source.element_spec(len(rows))
+    dtypes = [tf.as_dtype(dtype) for _, dtype in spec.values()]
+
+    def make_batch(step: Any) -> list[np.ndarray]:
+        batch = source.batch_at(int(step), rows)
+        return [batch[name] for name in spec]
+
+    def as_tensors(step: Any) -> dict[str, Any]:
+        tensors = dict(zip(spec, tf.numpy_function(make_batch, [step], dtypes), strict=True))
+        return {name: tf.ensure_shape(tensor, spec[name][0]) for name, tensor in tensors.items()}
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    dataset = tf.data.Dataset.range(start_step, end_step).map(as_tensors, num_parallel_calls=WORKERS, deterministic=True)
+    return dataset.with_options(options)
+
+
+def iterate_batches(
+    source: BatchSource,
+    start_step: int,
+    end_step: int,
+    rows: Integer[np.ndarray, " n"],
+    *,
+    kind: Literal["auto", "tf", "threads"],
+    prefetch: int,
+    dataset_fn: DatasetFn | None = None,
+) -> Generator[NumpyBatch, None, None]:
+    """Yields this host's batches of steps start_step, ..., end_step - 1 as NumPy arrays, made ahead in other threads.
+
+    An exception that `batch_at` raises is raised here, unchanged, when its step is reached. `close()` ends the threads and waits
     for them.
 
     Args:
-      batch_at: makes the batch of a step.
-      start: the first step.
-      stop: the step after the last.
-      kind: `tf`: tf.data; `threads`: no tensorflow needed; `auto`: `tf` where tensorflow is installed. The batches are equal.
+      source, start_step, end_step, rows: as for `make_dataset`.
+      kind: `tf`: tf.data; `threads`: without tensorflow; `auto`: `tf` where tensorflow is installed. The batches are equal.
       prefetch: batches kept ready. > 0.
+      dataset_fn: makes the dataset in place of `make_dataset`; needs tensorflow.
 
     Raises:
-      UserError: `kind` is "tf" and tensorflow is not installed.
+      UserError: tensorflow is needed and not installed, or the dataset's elements are not batches.
     """
-    installed = importlib.util.find_spec("tensorflow") is not None
-    if kind == "tf" and not installed:
-        raise UserError("--data.pipeline: tf needs tensorflow, which is not installed; install tensorflow-cpu or use threads")
-    drive = _tf if installed and kind != "threads" else _threads
-    generator = drive(batch_at, start, stop, prefetch)
-    _open.add(generator)
+    if kind == "tf" or dataset_fn is not None or (kind == "auto" and importlib.util.find_spec("tensorflow") is not None):
+        require(kind != "threads", "data.pipeline", "threads cannot run a dataset_fn; use tf")
+        generator = _iterate_dataset(source, start_step, end_step, rows, prefetch, dataset_fn or make_dataset)
+    else:
+        generator = _iterate_threads(source, start_step, end_step, rows, prefetch)
+    _open_generators.add(generator)
     return generator
 
 
-def _threads(batch_at: Callable[[int], Batch], start: int, stop: int, prefetch: int) -> Generator[tuple[int, Batch], None, None]:
+def _iterate_threads(
+    source: BatchSource, start_step: int, end_step: int, rows: np.ndarray, prefetch: int
+) -> Generator[NumpyBatch, None, None]:
     pool = ThreadPoolExecutor(min(prefetch, WORKERS), thread_name_prefix="batches")
-    ahead = deque(pool.submit(batch_at, step) for step in range(start, min(start + prefetch, stop)))
+    steps = range(start_step, end_step)
+    pending = deque(pool.submit(source.batch_at, step, rows) for step in steps[:prefetch])
     try:
-        for step in range(start, stop):
-            batch = ahead.popleft().result()
-            if step + prefetch < stop:
-                ahead.append(pool.submit(batch_at, step + prefetch))
-            yield step, batch
+        for step in steps:
+            batch = pending.popleft().result()
+            if step + prefetch < end_step:
+                pending.append(pool.submit(source.batch_at, step + prefetch, rows))
+            yield batch
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _tf(batch_at: Callable[[int], Batch], start: int, stop: int, prefetch: int) -> Generator[tuple[int, Batch], None, None]:
-    """tf.data schedules, orders and prefetches the calls. Only step numbers cross: turning arrays into tensors and back would
-    copy every batch twice, bind its names and types in advance, and turn what `batch_at` raises into an error of tensorflow's.
+def _iterate_dataset(
+    source: BatchSource, start_step: int, end_step: int, rows: np.ndarray, prefetch: int, dataset_fn: DatasetFn
+) -> Generator[NumpyBatch, None, None]:
+    tf = import_tensorflow()
+    recorder = _ErrorRecorder(source)
+    dataset = dataset_fn(recorder, start_step, end_step, rows)
+    _check_elements(tf, dataset, source.element_spec(len(rows)))
+    iterator = dataset.prefetch(prefetch).as_numpy_iterator()
+    while True:
+        try:
+            batch = next(iterator)
+        except StopIteration:
+            return
+        except tf.errors.OpError:
+            if recorder.errors:  # tensorflow has turned it into an error of its own.
+                raise recorder.errors[min(recorder.errors)] from None
+            raise
+        yield batch
+
+
+class _ErrorRecorder:
+    """A source that keeps what `batch_at` raises, by step."""
+
+    def __init__(self, source: BatchSource):
+        self._source = source
+        self.element_spec = source.element_spec
+        self.errors: dict[int, Exception] = {}
+
+    def batch_at(self, step: int, rows: np.ndarray) -> NumpyBatch:
+        try:
+            return self._source.batch_at(step, rows)
+        except Exception as error:
+            self.errors[step] = error
+            raise
+
+
+def _check_elements(tf: Any, dataset: Any, spec: ElementSpec) -> None:
+    """Checks that the elements of a dataset, which a caller may have made, hold every array of a batch."""
+    elements = dataset.element_spec
+    if not isinstance(elements, dict):
+        raise UserError(f"dataset_fn: the elements must be dictionaries with {', '.join(spec)}, not {elements}")
+    for name, (shape, dtype) in spec.items():
+        wanted = tf.TensorSpec(shape, dtype)
+        if name not in elements or not elements[name].is_compatible_with(wanted):
+            raise UserError(f"dataset_fn: '{name}' must be {wanted}, not {elements.get(name, 'missing')}")
+
+
+def import_tensorflow() -> Any:
+    """Imports tensorflow quietly and hides accelerators from it, all of whose memory it would take from JAX.
+
+    Raises:
+      UserError: it is not installed.
     """
-    tf = _tensorflow()
-    made: dict[int, Batch | Exception] = {}
-
-    def make(first: Any) -> Any:
-        for step in range(int(first), min(int(first) + GROUP, stop)):
-            try:
-                made[step] = batch_at(step)
-            except Exception as error:
-                made[step] = error
-        return first
-
-    groups = -(-prefetch // GROUP)
-    dataset = tf.data.Dataset.range(start, stop, GROUP).map(
-        lambda first: tf.numpy_function(make, [first], tf.int64), num_parallel_calls=min(groups + 1, WORKERS), deterministic=True
-    )
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    for first in map(int, dataset.prefetch(groups).with_options(options).as_numpy_iterator()):
-        for step in range(first, min(first + GROUP, stop)):
-            batch = made.pop(step)
-            if isinstance(batch, Exception):
-                raise batch
-            yield step, batch
-
-
-def _tensorflow() -> Any:
-    """Imports tensorflow quietly and keeps it off the GPUs, all of whose memory it would take from JAX."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    import tensorflow as tf
-
-    tf.config.set_visible_devices([], "GPU")
+    try:
+        import tensorflow as tf
+    except ModuleNotFoundError:
+        raise UserError(
+            "--data.pipeline: tf needs tensorflow, which is not installed; install tensorflow-cpu or use threads"
+        ) from None
+    with contextlib.suppress(RuntimeError):  # The caller has already used tensorflow, and has chosen its devices.
+        for kind in ("GPU", "TPU"):
+            tf.config.set_visible_devices([], kind)
     return tf
+
+
+_open_generators: weakref.WeakSet[Generator[NumpyBatch, None, None]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_generators() -> None:
+    """Closes what a program has left open: tensorflow would wait forever for calls that can no longer run Python."""
+    for generator in list(_open_generators):
+        generator.close()

@@ -1,4 +1,4 @@
-"""Causal self-attention: one function, with interchangeable implementations that must agree (section 4.1)."""
+"""Causal self-attention: one function with interchangeable implementations, which must agree (section 4.1)."""
 
 from __future__ import annotations
 
@@ -25,28 +25,31 @@ def attention(
     query_offset: Int[Array, "batch"] | Int[Array, ""] | int | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads dim"]:
-    """Scaled dot-product attention under a causal mask, with dropout on the probabilities.
+    """Computes scaled dot-product attention under a causal mask, with dropout on the probabilities.
 
-    Query i stands at position `query_offset + i` and sees the keys at positions up to its own; so the same function serves
-    training (as many queries as keys) and decoding from a cache (fewer queries than keys).
+    Query i stands at position `query_offset + i` and attends to the keys at positions up to its own. The same function therefore
+    serves training (as many queries as keys) and decoding from a cache (fewer queries than keys).
 
     Args:
       query, key, value: compute dtype.
       stream: dropout mask streams of `mask_stream` for this layer; None switches dropout off. Decoding has none: with a stream
         there must be as many queries as keys.
       rate: dropout rate on the probabilities, a Python number in [0, 1).
-      segment_ids: a query sees only keys of its own segment (packed examples); needs as many queries as keys.
-      query_offset: position of the first query, for all rows or for each; None: keys - queries.
+      segment_ids: numbers of packed examples; a query attends only to keys of its own segment. Needs as many queries as keys.
+      query_offset: position of the first query, for all rows or for each row; None: keys - queries.
       implementation: "plain", or "auto" for the fastest that runs here.
 
     Returns:
-      Sums of values weighted by probabilities, in the compute dtype. Softmax is computed in float32.
+      Sums of values weighted by probabilities, in the compute dtype. The softmax is computed in float32.
+
+    Raises:
+      ValueError: there is a stream, and the numbers of queries and keys differ.
     """
-    return IMPLEMENTATIONS[resolve(implementation)](query, key, value, stream, rate, segment_ids, query_offset)
+    return IMPLEMENTATIONS[resolve_attention(implementation)](query, key, value, stream, rate, segment_ids, query_offset)
 
 
-def resolve(implementation: str) -> str:
-    """The implementation that "auto" stands for on this machine (the run's header names it)."""
+def resolve_attention(implementation: str) -> str:
+    """Returns the implementation that "auto" stands for on this machine (the run's header names it)."""
     return "plain" if implementation == "auto" else implementation
 
 
@@ -59,7 +62,7 @@ def _plain(
     segment_ids: jax.Array | None,
     query_offset: jax.Array | int | None,
 ) -> jax.Array:
-    """The definition: probabilities as one [batch, heads, queries, keys] array."""
+    """Implements the definition, with the probabilities as one [batch, heads, queries, keys] array."""
     queries, keys = query.shape[1], key.shape[1]
     if stream is not None and queries != keys:
         raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
@@ -68,7 +71,7 @@ def _plain(
     if segment_ids is not None:
         allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
     if allowed.ndim == 3:
-        allowed = allowed[:, None]  # the same for all heads
+        allowed = allowed[:, None]  # the same for every head
 
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
     probabilities = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1)

@@ -12,8 +12,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.model import network
-from gpt_jax.model.transformer import Params
+from gpt_jax.model.network import network
+from gpt_jax.model.transformer import Params, logits
 from gpt_jax.runtime.sharding import constrain
 
 
@@ -29,16 +29,16 @@ def generate(
     stop: int | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continues prompts of differing length.
+    """Continues prompts, which may differ in length.
 
     Args:
       prompts: token ids, at least one each.
-      num_tokens: most tokens appended to each prompt.
-      temperature: scores are divided by it; 0 takes the likeliest token each time (greedy).
-      top_k: only the k likeliest tokens can be drawn; 0: all.
-      top_p: only the likeliest tokens whose probabilities add up to top_p can be drawn, in (0, 1].
-      stop: a token that ends a continuation (it is not returned); None: none does.
-      seed: the same seed gives the same text, row by row.
+      num_tokens: largest number of tokens appended to each prompt.
+      temperature: divisor of the scores; 0 always takes the likeliest token (greedy).
+      top_k: number of likeliest tokens to draw from; 0: all.
+      top_p: total probability of the likeliest tokens to draw from, in (0, 1].
+      stop: token that ends a continuation and is not returned; None: there is none.
+      seed: equal seeds give equal text, row by row.
 
     Returns:
       The continuations without their prompts.
@@ -48,17 +48,17 @@ def generate(
     """
     longest = max(map(len, prompts), default=0)
     if not prompts or min(map(len, prompts)) == 0:
-        raise UserError("a prompt is empty: the model needs at least one token to go on from")
+        raise UserError("a prompt is empty; the model needs at least one token to continue")
     if longest + num_tokens > config.context_length:
         raise UserError(
             f"a prompt of {longest} tokens and {num_tokens} new ones exceed the model's context of {config.context_length}; "
-            f"ask for at most {max(config.context_length - longest, 0)} or shorten the prompt"
+            f"ask for at most {max(config.context_length - longest, 0)} new tokens or shorten the prompt"
         )
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or num_tokens < 1 or not 0 <= seed < 2**32:
         raise UserError(
             "generation needs temperature >= 0, top-k >= 0, 0 < top-p <= 1, 0 <= seed < 2^32 and at least one new token"
         )
-    # Prompts are padded at the end, to a multiple of 32 (as far as the context allows): close lengths share one program.
+    # Prompts are padded at the end to a multiple of 32, as far as the context allows, so that similar lengths share one program.
     width = min(-(-longest // 32) * 32, config.context_length - num_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -88,16 +88,16 @@ def _generate(
     stop: Int[Array, ""],
     seed: Array,
 ) -> Int[Array, "batch new"]:
-    """Prompt first, all at once; then a token at a time until `num_tokens` or until every row has stopped."""
+    """Processes the prompt at once, then draws one token at a time, up to `num_tokens` or until every row has stopped."""
     batch, width = tokens.shape
     key = jax.random.key(seed)
-    cache = network.empty_cache(config, batch, width + num_tokens)
-    hidden, cache = network.apply_cached(config, params, tokens, cache, jnp.zeros(batch, jnp.int32))
-    # A row's padding was written into the cache behind its prompt; the row's own tokens overwrite it before they can see it.
+    cache = network(config).empty_cache(config, batch, width + num_tokens)
+    hidden, cache = network(config).apply_cached(config, params, tokens, cache, jnp.zeros(batch, jnp.int32))
+    # Padding was written into the cache behind each prompt; the row's own tokens overwrite it before any query can reach it.
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
 
     def pick(hidden: jax.Array, number: jax.Array | int) -> jax.Array:
-        scores = network.logits(config, params, hidden)[:, 0]
+        scores = logits(config, params, hidden)[:, 0]
         return sample(scores, jax.random.fold_in(key, number), temperature, top_k, top_p)
 
     first = pick(last, 0)
@@ -110,12 +110,12 @@ def _generate(
     def extend(carry: tuple) -> tuple:
         number, cache, drawn, finished = carry
         previous = jax.lax.dynamic_slice_in_dim(drawn, number - 1, 1, axis=1)
-        hidden, cache = network.apply_cached(config, params, previous, cache, lengths + number - 1)
-        token = pick(hidden, number)  # a row that has stopped goes on until all have; `generate` cuts it off
+        hidden, cache = network(config).apply_cached(config, params, previous, cache, lengths + number - 1)
+        token = pick(hidden, number)  # A stopped row continues until all have stopped; `generate` cuts it off.
         return number + 1, cache, drawn.at[:, number].set(token), finished | (token == stop)
 
     drawn = jax.lax.while_loop(unfinished, extend, (jnp.int32(1), cache, drawn, first == stop))[2]
-    return constrain(drawn, None, None)  # whole on every host
+    return constrain(drawn, None, None)  # All hosts return the whole result.
 
 
 def sample(
@@ -125,15 +125,20 @@ def sample(
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
 ) -> Int[Array, "batch"]:
-    """Draws a token a row from softmax(scores / temperature), cut to the top k and to the nucleus of mass p; 0 is greedy."""
+    """Draws a token for each row from softmax(scores / temperature), restricted to the top k and to the nucleus of mass p.
+
+    A temperature of 0 takes the likeliest token.
+    """
     scaled = scores / jnp.where(temperature > 0, temperature, 1.0)
     descending = -jnp.sort(-scaled, axis=-1)
     probabilities = jax.nn.softmax(jnp.where(jnp.arange(scores.shape[-1]) < top_k, descending, -jnp.inf), axis=-1)
-    # A token is in the nucleus if those before it do not reach p yet; so the first always is.
+    # A token is in the nucleus if the tokens before it do not reach p yet, so the first one always is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    within = (before < top_p) | (top_p == 1)  # sums of float32 may reach 1 before the last token
+    within = (before < top_p) | (top_p == 1)  # A float32 sum may reach 1 before the last token.
     allowed = (within & (probabilities > 0)).sum(axis=-1, keepdims=True)
     lowest = jnp.take_along_axis(descending, allowed - 1, axis=-1)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores.shape[0]))  # a row's draw does not depend on the others
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        key, jnp.arange(scores.shape[0])
+    )  # A row's draw does not depend on the others.
     drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled >= lowest, scaled, -jnp.inf))
     return jnp.where(temperature > 0, drawn, scores.argmax(axis=-1)).astype(jnp.int32)

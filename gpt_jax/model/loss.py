@@ -1,9 +1,9 @@
 """Next-token cross-entropy over the vocabulary, in chunks of time (section 3.1, equation 1).
 
-A batch x time x vocabulary array of float32 logits would be the largest of the whole training step. Here the logits of only
-`chunk` time steps exist at once. The batch axis stays whole: cutting it, or flattening batch and time, would gather the batch
-on every device. The gradients are worked out in the forward pass, chunk by chunk, while the logits are at hand: so the
-vocabulary-sized product is done three times for value and gradients, not four, and nothing of that size is kept.
+A batch x time x vocabulary array of float32 logits would be the largest array of the training step. Here the logits of only
+`chunk` time steps exist at once. The batch axis stays whole, because cutting it, or flattening batch and time, would gather the
+batch on every device. The gradients are computed in the forward pass, chunk by chunk, while the logits are there. The
+vocabulary-sized product is therefore computed three times for value and gradients, not four, and nothing of that size is kept.
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model import network
-from gpt_jax.model.transformer import DropoutKey, Params
+from gpt_jax.model.dropout import DropoutKey
+from gpt_jax.model.network import network
+from gpt_jax.model.transformer import Params
 from gpt_jax.runtime.sharding import all_max, all_sum, constrain, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
 
 CACHED_ROWS = 256
-"""Tokens whose logits a CPU works on at once: few enough for its cache, and enough for the table's gradient, all of which is read
-and written for every chunk (docs/benchmarks.md has what that gains)."""
+"""Tokens whose logits a CPU computes at once: few enough for its cache, and enough to make up for the table's gradient, which is
+read and written whole for every chunk (docs/benchmarks.md has the measurements)."""
 
 
 def normalize(batch: Batch) -> Batch:
-    """Divides the loss weights by their sum over the global batch, so that losses of micro-batches simply add up."""
+    """Divides the loss weights by their sum over the global batch, so that the losses of micro-batches add up to that of the whole."""
     return batch | {"loss_weights": batch["loss_weights"] / jnp.maximum(batch["loss_weights"].sum(), 1e-6)}
 
 
 def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropout_key: DropoutKey | None) -> Float[Array, ""]:
-    """Sum of weight x negative log-likelihood (nats) of the batch's targets: their mean once `normalize` was applied.
+    """Returns the sum of weight x negative log-likelihood (nats) of the targets, which is their mean after `normalize`.
 
     Args:
-      batch: tokens and targets int32 [batch, time], weights float32 [batch, time], optionally segment_ids [batch, time].
-      dropout_key: what its masks depend on; None for evaluation.
+      batch: tokens and targets int32 [batch, time], loss_weights float32 [batch, time], optionally segment_ids [batch, time].
+      dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
     """
-    hidden = network.apply(config, params, batch["tokens"], dropout_key=dropout_key, segment_ids=batch.get("segment_ids"))
+    hidden = network(config).apply(config, params, batch["tokens"], dropout_key=dropout_key, segment_ids=batch.get("segment_ids"))
     table = params["embedding"]["tokens"]
     with jax.default_matmul_precision(config.matmul_precision):
         return cross_entropy(hidden, table, batch["targets"], batch["loss_weights"], config.vocab_size, config.loss_chunk)
@@ -48,13 +49,13 @@ def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropo
 def token_log_probabilities(
     config: ModelConfig, params: Params, tokens: Int[Array, "batch time"], targets: Int[Array, "batch time"]
 ) -> Float[Array, "batch time"]:
-    """log softmax(logits)[target] (nats) at every position, float32, without dropout; `loss_chunk` time steps at once."""
-    hidden = network.apply(config, params, tokens)
+    """Returns log softmax(logits)[target] (nats) at every position, float32, without dropout; `loss_chunk` time steps at once."""
+    hidden = network(config).apply(config, params, tokens)
     table = constrain(params["embedding"]["tokens"], "vocab", None).astype(hidden.dtype)
     entries = jnp.arange(table.shape[0])
     batch, time = tokens.shape
     starts, chunk = _chunks(time, config.loss_chunk, tokens.shape[0])
-    hidden, targets = _fill(hidden, len(starts) * chunk), _fill(targets, len(starts) * chunk)
+    hidden, targets = _pad_time(hidden, len(starts) * chunk), _pad_time(targets, len(starts) * chunk)
 
     def one_chunk(start: jax.Array) -> jax.Array:
         x, target = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets))
@@ -68,19 +69,19 @@ def token_log_probabilities(
     return constrain(jnp.moveaxis(pieces, 0, 1).reshape(batch, -1)[:, :time], "batch", None)
 
 
-def _chunks(time: int, most: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
-    """Starts and common length of the fewest chunks of at most `most` steps that cover `time`; the last may reach beyond it.
+def _chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
+    """Returns starts and common length of the fewest chunks of at most `longest` steps that cover `time`.
 
-    If `most` is 0, a chunk has about `CACHED_ROWS` tokens of a batch of this size.
+    The last chunk may reach beyond `time`. If `longest` is 0, a chunk has about `CACHED_ROWS` tokens of a batch of this size.
     """
-    most = most or max(CACHED_ROWS // batch, 1)
-    number = -(-time // most)
+    longest = longest or max(CACHED_ROWS // batch, 1)
+    number = -(-time // longest)
     length = -(-time // number)
     return jnp.arange(number) * length, length
 
 
-def _fill(array: jax.Array, time: int) -> jax.Array:
-    """Zeros behind axis 1 up to a length of `time`, which weigh nothing; the array itself where it has that length."""
+def _pad_time(array: jax.Array, time: int) -> jax.Array:
+    """Pads axis 1 with zeros, which have no weight, up to a length of `time`."""
     missing = time - array.shape[1]
     return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)) if missing else array
 
@@ -94,10 +95,10 @@ def cross_entropy(
     vocab_size: int,
     chunk: int,
 ) -> Float[Array, ""]:
-    """sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
+    """Returns sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
 
-    Differentiable in `hidden` and `table` (weights and targets are data). The product is computed in the type of `hidden`
-    with float32 results, at most `chunk` time steps of it at once (0: `CACHED_ROWS` tokens).
+    It is differentiable in `hidden` and `table`; weights and targets are data. The product is computed in the type of `hidden`
+    with float32 results, at most `chunk` time steps at once (0: about `CACHED_ROWS` tokens).
     """
     return _over_shards(hidden, table, targets, weights, vocab_size, chunk, False)
 
@@ -119,7 +120,7 @@ cross_entropy.defvjp(_forward, _backward)
 def _over_shards(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, chunk: int, gradients: bool
 ) -> Any:
-    """Each device takes its own examples and its own part of the vocabulary."""
+    """Computes the loss, and its gradients if asked for, with each device taking its own examples and part of the vocabulary."""
     by_example, by_token, by_entry = ("batch", None, None), ("batch", None), ("vocab", None)
     out_names = ((), by_example, by_entry) if gradients else ()
     local = functools.partial(_local, vocab_size=vocab_size, chunk=chunk, gradients=gradients)
@@ -129,28 +130,28 @@ def _over_shards(
 def _local(
     hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, *, vocab_size: int, chunk: int, gradients: bool
 ) -> Any:
-    """Loss, and if asked its gradients, of this device's examples; sums over devices make them those of the whole."""
+    """Computes the loss, and its gradients if asked for, of this device's examples, and adds them up over the devices."""
     entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
     time = hidden.shape[1]
     starts, chunk = _chunks(time, chunk, hidden.shape[0])
-    hidden, targets, weights = (_fill(array, len(starts) * chunk) for array in (hidden, targets, weights))
+    hidden, targets, weights = (_pad_time(array, len(starts) * chunk) for array in (hidden, targets, weights))
 
     def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, table_gradient = carry
         x, target, weight = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets, weights))
         scores = jnp.einsum("bte,ve->btv", x, narrow, preferred_element_type=jnp.float32)
-        scores = jnp.where(entries < vocab_size, scores, -jnp.inf)  # rows that only pad the table
+        scores = jnp.where(entries < vocab_size, scores, -jnp.inf)  # These rows only pad the table.
         highest = all_max(scores.max(axis=-1, keepdims=True), "vocab")
         exponentials = jnp.exp(scores - highest)
-        normaliser = all_sum(exponentials.sum(axis=-1, keepdims=True), "vocab")
+        normalizer = all_sum(exponentials.sum(axis=-1, keepdims=True), "vocab")
         is_target = entries == target[..., None]
-        # A comparison instead of an index: the target may lie in another device's part of the vocabulary.
+        # Compared, not indexed: the target may lie in another device's part of the vocabulary.
         target_score = all_sum(jnp.where(is_target, scores - highest, 0).sum(axis=-1), "vocab")
-        total = total + (weight * (jnp.log(normaliser[..., 0]) - target_score)).sum()
+        total = total + (weight * (jnp.log(normalizer[..., 0]) - target_score)).sum()
         if not gradients:
             return (total, table_gradient), jnp.zeros(())
-        score_gradient = (weight[..., None] * (exponentials / normaliser - is_target)).astype(hidden.dtype)
+        score_gradient = (weight[..., None] * (exponentials / normalizer - is_target)).astype(hidden.dtype)
         table_gradient = table_gradient + jnp.einsum("btv,bte->ve", score_gradient, x, preferred_element_type=jnp.float32)
         x_gradient = all_sum(jnp.einsum("btv,ve->bte", score_gradient, narrow, preferred_element_type=jnp.float32), "vocab")
         return (total, table_gradient), x_gradient.astype(hidden.dtype)

@@ -2,10 +2,10 @@
 
     embeddings, dropout -> LSTM -> projection to the embeddings' width, dropout -> softmax over the transposed embeddings
 
-The paper gives the number of units and no more. Ours: token embeddings `embed_dim` wide, tied with the output layer as the
-Transformer's are, and therefore a projection from the units back to that width; no positions, which the recurrence
-makes needless; dropout at the Transformer's rates. Over the mesh axis "tensor" the units are split and their outputs
-gathered at every step: that saves memory, not time.
+The paper gives the number of units and nothing else. In this implementation the token embeddings are `embed_dim` wide and tied with
+the output layer, like the Transformer's, and a projection leads from the units back to that width. There are no positions, since
+the recurrence makes them unnecessary. Dropout has the Transformer's rates. The mesh axis "tensor" splits the units, whose outputs
+are gathered at every step: this saves memory, not time.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model.dropout import Site
+from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout
 from gpt_jax.model.transformer import (
-    DropoutKey,
     Linear,
     Params,
     TokenEmbedding,
     compute_dtype,
-    drop,
     module_param_specs,
     rematerialize,
 )
 from gpt_jax.runtime.sharding import constrain
 
 Cache = dict[str, Float[Array, "batch positions units"]]
-"""`hidden` (compute dtype) and `cell` (float32): the state after every position."""
-State = tuple[Float[Array, "batch units"], Float[Array, "batch units"]]  # the same after one position
+"""The state after every position: `hidden` (compute dtype) and `cell` (float32)."""
+State = tuple[Float[Array, "batch units"], Float[Array, "batch units"]]
+"""The state after one position: hidden and cell."""
 
 
 class Lstm(nnx.Module):
-    """i, f, o = sigmoid, g = tanh of x @ input + h @ recurrent + bias; c = f c + i g; h = o tanh(c); no peepholes.
+    """One LSTM layer: i, f, o = sigmoid, g = tanh of x @ input + h @ recurrent + bias; c = f c + i g; h = o tanh(c); no peepholes.
 
     Kernels are N(0, 1 / inputs) and the forget gate's bias is 1. At the paper's sizes that is close to the Transformer's
-    N(0, 0.02); at smaller ones 0.02 would all but extinguish the signal, which no layer normalisation lifts again.
+    N(0, 0.02). At smaller sizes 0.02 would nearly extinguish the signal, and there is no layer normalization to raise it again.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -57,7 +56,7 @@ class Lstm(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch time embed"], restart: Bool[Array, "batch time"] | None, state: State
     ) -> tuple[Float[Array, "batch time embed"], Cache]:
-        """Output, and the state after every position. `restart`: where the state is forgotten before the step."""
+        """Returns the output, and the state after every position. Where `restart` is True, the state is reset before the step."""
         recurrent = self.recurrent[...].astype(x.dtype)
 
         def step(state: State, now: tuple[jax.Array, jax.Array | None]) -> tuple[State, State]:
@@ -71,7 +70,7 @@ class Lstm(nnx.Module):
             state = constrain(hidden, "batch", None), constrain(cell, "batch", "mlp")
             return state, state
 
-        # What the inputs add to the gates is one product for all steps; only the recurrent one has to wait for its turn.
+        # The inputs' share of the gates is one product for all steps; only the recurrent product must be computed step by step.
         projected = constrain(self.input(x), "batch", None, None, "mlp")
         by_time = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (projected, restart))
         _, states = jax.lax.scan(rematerialize(self.config, step), state, by_time)
@@ -80,15 +79,15 @@ class Lstm(nnx.Module):
 
 
 def _with_inputs(config: ModelConfig, inputs: int) -> ModelConfig:
-    """The config under which `Linear` draws a kernel from N(0, 1 / inputs)."""
+    """Returns the config with which `Linear` draws a kernel from N(0, 1 / inputs)."""
     return dataclasses.replace(config, init_stddev=inputs**-0.5)
 
 
-# -- functions on plain dictionaries, with the Transformer's signatures -----------------------------------------------------
+# -- functions on plain dictionaries, with the signatures of `transformer` ----------------------------------------------------
 
 
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Random parameters; the embeddings are N(0, init_stddev)."""
+    """Returns random parameters; the embeddings are N(0, init_stddev)."""
     embedding_key, lstm_key = jax.random.split(key)
     embedding = TokenEmbedding(config, rngs=nnx.Rngs(params=embedding_key))
     lstm = Lstm(config, rngs=nnx.Rngs(params=lstm_key))
@@ -97,7 +96,7 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:
-    """A tree like `init`'s with a `ParamSpec` in place of each array."""
+    """Returns a tree like that of `init`, with a `ParamSpec` in place of each array."""
     return {
         "embedding": module_param_specs(lambda: TokenEmbedding(config, rngs=nnx.Rngs(0))),
         "lstm": module_param_specs(lambda: Lstm(config, rngs=nnx.Rngs(0))),
@@ -112,12 +111,12 @@ def apply(
     dropout_key: DropoutKey | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time embed"]:
-    """The projected output, in the compute dtype.
+    """Returns the projected output, in the compute dtype.
 
     Args:
-      tokens: ids below `vocab_size`, any number of them in time.
-      dropout_key: what its masks depend on; None for evaluation.
-      segment_ids: examples packed into one row: the state restarts where the number changes.
+      tokens: ids below `vocab_size`; `time` has no limit.
+      dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
+      segment_ids: numbers of the examples packed into one row: the state restarts where the number changes.
     """
     restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     state = _zero_state(config, tokens.shape[0])
@@ -131,9 +130,9 @@ def apply_cached(
     cache: Cache,
     start: Int[Array, "batch"],
 ) -> tuple[Float[Array, "batch time embed"], Cache]:
-    """Continues each row from its state after position `start[i]` - 1; returns the new positions' output and the fuller cache.
+    """Continues each row from its state after position `start[i]` - 1; returns the new positions' output and the updated cache.
 
-    States after a row's own length (left there by padding) are never read, and are overwritten as the row grows.
+    States beyond a row's own length, which padding leaves there, are never read and are overwritten as the row grows.
     """
 
     def before(array: jax.Array) -> jax.Array:
@@ -146,13 +145,13 @@ def apply_cached(
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
-    """A cache with room for the states after `positions` tokens a row."""
+    """Returns a cache with room for the states after `positions` tokens in each row."""
     hidden, cell = _zero_state(config, batch)
     return {name: jnp.repeat(array[:, None], positions, axis=1) for name, array in (("hidden", hidden), ("cell", cell))}
 
 
-def _zero_state(config: ModelConfig, batch: Any) -> State:  # a symbol instead of an int where a graph is exported
-    """The state before the first token. The cell, a sum over time, is float32 whatever the compute dtype."""
+def _zero_state(config: ModelConfig, batch: Any) -> State:  # The batch is a symbol instead of an int where a graph is exported.
+    """Returns the state before the first token. The cell is a sum over time, and float32 whatever the compute dtype is."""
     shape = (batch, config.lstm_units)
     return jnp.zeros(shape, compute_dtype(config)), jnp.zeros(shape, jnp.float32)
 
@@ -167,14 +166,14 @@ def _forward(
 ) -> tuple[jax.Array, Cache]:
     with jax.default_matmul_precision(config.matmul_precision):
         x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens]
-        x = drop(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
+        x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
         x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
         output, states = nnx.merge(_graph(config), params["lstm"])(x, restart, state)
-        output = drop(output, dropout_key, config.residual_dropout, 0, Site.RESIDUAL_MLP)
+        output = apply_dropout(output, dropout_key, config.residual_dropout, 0, Site.RESIDUAL_MLP)
         return constrain(output, "batch", None, None), states
 
 
 @functools.cache
 def _graph(config: ModelConfig) -> Any:
-    """Flax's static description of the layer, into which its arrays are merged."""
+    """Returns Flax's static description of the layer, into which its arrays are merged."""
     return nnx.split(nnx.eval_shape(lambda: Lstm(config, rngs=nnx.Rngs(0))))[0]

@@ -5,8 +5,8 @@
     scores = logits(config, params, hidden)
 
 Layers are stacked: every array under `params["blocks"]` has a leading axis of `num_layers`, over which `apply` scans. Flax's
-graph definition stays in this module. `describe` gives each parameter's logical axes, from which everyone else derives
-shardings, and whether weight decay falls on it.
+graph definition stays in this module. `param_specs` gives the logical axes of each parameter, from which all shardings are derived,
+and whether weight decay applies to it.
 """
 
 from __future__ import annotations
@@ -22,33 +22,29 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.attention import attention
-from gpt_jax.model.dropout import Site, dropout, mask_stream
+from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
 from gpt_jax.runtime.sharding import constrain
 
 Params = dict[str, Any]
-Cache = dict[str, Float[Array, "*layers batch positions heads dim"]]  # of all layers, or inside a block of one
-
-
-class DropoutKey(NamedTuple):
-    """What the dropout masks of one update depend on, besides the place in the model (dropout.py)."""
-
-    seed: UInt32[Array, ""] | int
-    step: Int[Array, ""] | int
-    example_id: Int[Array, "batch"]  # the example's number in the global batch
+Cache = dict[str, Any]
+"""Keys and values of earlier positions, by "key" and "value": [layers, batch, positions, heads, dim], or without layers inside a
+block. The LSTM keeps its states instead (lstm.py)."""
 
 
 class ParamSpec(NamedTuple):
     """How one parameter is laid out and treated."""
 
-    axes: tuple[str | None, ...]  # logical names, which sharding.RULES turns into mesh axes
-    decay: bool  # weight decay falls on matrices and embeddings, not on biases and gains
+    axes: tuple[str | None, ...]
+    """Logical names, which `mesh.RULES` turns into mesh axes."""
+    decay: bool
+    """Whether weight decay applies: to matrices and embeddings, not to biases and gains."""
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------------
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias over one or several input and output dimensions; kernel N(0, init_stddev), bias 0."""
+    """Affine map x @ kernel + bias over one or several input and output dimensions; kernel N(0, init_stddev), bias 0."""
 
     def __init__(self, config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
         shape = (*inputs.values(), *outputs.values())
@@ -65,19 +61,19 @@ class Linear(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalisation over the last axis with gain and bias, computed in float32."""
+    """Layer normalization over the last axis with gain and bias, computed in float32."""
 
     def __init__(self, config: ModelConfig):
-        # Named by no axis: a few thousand numbers are not worth splitting.
+        # Not split over devices: a few thousand numbers are not worth it.
         self.gain = nnx.Param(jnp.ones(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
         self.bias = nnx.Param(jnp.zeros(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
         self.epsilon = config.layer_norm_epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        centred = wide - wide.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-        return (centred * jax.lax.rsqrt(variance + self.epsilon) * self.gain[...] + self.bias[...]).astype(x.dtype)
+        centered = wide - wide.mean(axis=-1, keepdims=True)
+        variance = jnp.square(centered).mean(axis=-1, keepdims=True)
+        return (centered * jax.lax.rsqrt(variance + self.epsilon) * self.gain[...] + self.bias[...]).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -129,7 +125,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """n = LN(x + attention(x)); h = LN(n + mlp(n)): normalisation after the sum, as in the original Transformer."""
+    """One layer: n = LN(x + attention(x)); h = LN(n + mlp(n)). Normalization comes after the sum, as in the original Transformer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
@@ -154,9 +150,9 @@ class Block(nnx.Module):
             stream = mask_stream(seed, step, layer, Site.ATTENTION, example_id[:, None], jnp.arange(config.num_heads))
             stream = constrain(stream, "batch", "heads", None)
         mixed, cache = self.attention(x, stream, segment_ids, cache, start)
-        mixed = drop(mixed, dropout_key, config.residual_dropout, layer, Site.RESIDUAL_ATTENTION)
+        mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, layer, Site.RESIDUAL_ATTENTION)
         x = self.attention_norm(x + constrain(mixed, "batch", None, None))
-        changed = drop(self.mlp(x), dropout_key, config.residual_dropout, layer, Site.RESIDUAL_MLP)
+        changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, layer, Site.RESIDUAL_MLP)
         return self.mlp_norm(x + constrain(changed, "batch", None, None)), cache
 
 
@@ -166,12 +162,12 @@ class TokenEmbedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         tokens = config.init_stddev * jax.random.normal(rngs.params(), (config.padded_vocab_size, config.embed_dim))
         real = jnp.arange(config.padded_vocab_size) < config.vocab_size
-        tokens = jnp.where(real[:, None], tokens, 0)  # Rows that only pad the array stay zero: no loss reaches them.
+        tokens = jnp.where(real[:, None], tokens, 0)  # Rows that only pad the array stay zero: no gradient reaches them.
         self.tokens = nnx.Param(tokens.astype(config.param_dtype), axes=("vocab", "embed"), decay=True)
 
 
 class Embedding(TokenEmbedding):
-    """The same with learned positions."""
+    """Token and position embeddings, both learned."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs=rngs)
@@ -183,7 +179,7 @@ class Embedding(TokenEmbedding):
 
 
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Random parameters (to be traced under jit with output shardings, so that no host holds them all)."""
+    """Returns random parameters. Trace it under jit with output shardings, so that no host holds them all."""
     embedding_key, blocks_key = jax.random.split(key)
     embedding = Embedding(config, rngs=nnx.Rngs(params=embedding_key))
     create = lambda key: nnx.to_pure_dict(nnx.state(Block(config, rngs=nnx.Rngs(params=key)), nnx.Param))  # noqa: E731
@@ -192,7 +188,7 @@ def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:
-    """A tree like `init`'s with a `ParamSpec` in place of each array."""
+    """Returns a tree like that of `init`, with a `ParamSpec` in place of each array."""
     return {
         "embedding": module_param_specs(lambda: Embedding(config, rngs=nnx.Rngs(0))),
         "blocks": module_param_specs(lambda: Block(config, rngs=nnx.Rngs(0)), (None,)),
@@ -200,7 +196,7 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
 
 
 def module_param_specs(create: Callable[[], nnx.Module], prefix: tuple[str | None, ...] = ()) -> dict[str, Any]:
-    """A `ParamSpec` for each of a module's parameters; `prefix` names the axes that stacking puts before its own."""
+    """Returns a `ParamSpec` for each parameter of a module; `prefix` names the axes that stacking puts in front."""
     state = nnx.state(nnx.eval_shape(create), nnx.Param)
     as_parameter = lambda p: ParamSpec(prefix + p.get_metadata()["axes"], p.get_metadata()["decay"])  # noqa: E731
     return nnx.to_pure_dict(jax.tree.map(as_parameter, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
@@ -214,12 +210,12 @@ def apply(
     dropout_key: DropoutKey | None = None,
     segment_ids: Int[Array, "batch time"] | None = None,
 ) -> Float[Array, "batch time embed"]:
-    """The last block's output, in the compute dtype. There is no final layer norm.
+    """Returns the last block's output, in the compute dtype. There is no final layer norm.
 
     Args:
-      tokens: ids below `vocab_size`; at most `context_length` of them in time.
-      dropout_key: what its masks depend on; None for evaluation.
-      segment_ids: examples packed into one row: attention and positions restart where the number changes.
+      tokens: ids below `vocab_size`; `time` is at most `context_length`.
+      dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
+      segment_ids: numbers of the examples packed into one row: attention and positions restart where the number changes.
     """
     with jax.default_matmul_precision(config.matmul_precision):
         hidden, _ = _forward(config, params, tokens, _positions(tokens, segment_ids), dropout_key, segment_ids, None, None)
@@ -233,9 +229,10 @@ def apply_cached(
     cache: Cache,
     start: Int[Array, "batch"],
 ) -> tuple[Float[Array, "batch time embed"], Cache]:
-    """Continues rows whose first `start[i]` positions are in the cache; returns the new positions' output and the fuller cache.
+    """Continues rows whose first `start[i]` positions are in the cache; returns the new positions' output and the updated cache.
 
-    Keys and values beyond a row's own length (left there by padding) are never seen, and are overwritten as the row grows.
+    Keys and values beyond a row's own length, which padding leaves there, are never attended to and are overwritten as the row
+    grows.
     """
     with jax.default_matmul_precision(config.matmul_precision):
         positions = start[:, None] + jnp.arange(tokens.shape[1])
@@ -245,23 +242,23 @@ def apply_cached(
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
-    """A key-value cache with room for `positions` tokens a row, in the compute dtype."""
+    """Returns a key-value cache with room for `positions` tokens in each row, in the compute dtype."""
     shape = (config.num_layers, batch, positions, config.num_heads, config.head_dim)
     return {name: jnp.zeros(shape, compute_dtype(config)) for name in ("key", "value")}
 
 
 def logits(config: ModelConfig, params: Params, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch time vocab"]:
-    """Next-token scores over the logical vocabulary in float32, through the transposed token embeddings."""
+    """Returns next-token scores over the logical vocabulary in float32, computed with the transposed token embeddings."""
     table = params["embedding"]["tokens"][: config.vocab_size].astype(hidden.dtype)
     with jax.default_matmul_precision(config.matmul_precision):
         return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
 
 
 def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype:
-    """The type of activations: as configured, or for "auto" bfloat16 on accelerators and float32 on a CPU.
+    """Returns the type of activations: as configured, or for "auto" bfloat16 on accelerators and float32 on a CPU.
 
     Args:
-      platform: "cpu", "gpu" or "tpu"; None: that of this machine's devices.
+      platform: "cpu", "gpu" or "tpu"; None: the platform of this machine's devices.
     """
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
@@ -282,7 +279,7 @@ def _forward(
     # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
     table = constrain(embedding["tokens"], "vocab", None)
     x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
-    x = drop(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
+    x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
     x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
 
     graph = _block_graph(config)
@@ -295,24 +292,16 @@ def _forward(
 
 
 def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[..., Any]:
-    """A scan's body whose backward pass computes again what `config.remat` says."""
+    """Wraps the body of a scan so that its backward pass recomputes what `config.remat` asks for."""
     if config.remat == "off":
         return body
     keep = jax.checkpoint_policies
     policy = keep.dots_with_no_batch_dims_saveable if config.remat == "dots" else keep.nothing_saveable
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # inside a scan nothing is shared anyway
-
-
-def drop(x: jax.Array, dropout_key: DropoutKey | None, rate: float, layer: jax.Array | int, site: Site) -> jax.Array:
-    """Dropout of activations [batch, time, embed] at one site."""
-    if dropout_key is None or rate == 0:
-        return x
-    seed, step, example_id = dropout_key
-    return dropout(x, mask_stream(seed, step, layer, site, example_id, 0), rate)
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # Inside a scan nothing is shared anyway.
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Position of each token: 0, 1, 2, ..., restarting with each segment."""
+    """Returns the position of each token: 0, 1, 2, ..., restarting with each segment."""
     index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     if segment_ids is None:
         return index[0]
@@ -322,5 +311,5 @@ def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
 
 @functools.cache
 def _block_graph(config: ModelConfig) -> Any:
-    """Flax's static description of a block, into which a layer's arrays are merged."""
+    """Returns Flax's static description of a block, into which a layer's arrays are merged."""
     return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
