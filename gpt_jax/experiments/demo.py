@@ -1,4 +1,4 @@
-"""Whole stories told with the parts below: the demo, and what a trained model says."""
+"""The demo (`gpt-jax demo`): a small GPT is pre-trained, sampled from, compared with n-gram models, fine-tuned and exported."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.experiments.synthetic_tasks import make_tasks
 from gpt_jax.interop.export import export
 from gpt_jax.model.decode import generate
-from gpt_jax.runtime.console import format_duration, say
+from gpt_jax.runtime.console import format_duration, format_table, say
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.finetune import finetune
 from gpt_jax.train.pretrain import pretrain
 from gpt_jax.train.restore import load_model
 
-MARGIN = 1.5  # nats by which the demo's model must beat a unigram model, or else something is broken
-TRAIN_ROWS, VALIDATION_ROWS = 240, 160  # of each of the demo's tasks
+MARGIN = 1.5  # nats/token by which the model must beat the unigram model; a sound installation reaches about 2
+TRAIN_ROWS, VALIDATION_ROWS = 240, 160  # per synthetic task
 MAX_TOKENS = {"classification": 48, "entailment": 64, "similarity": 64, "multiple_choice": 64}
 
 
 def demo(workdir: Path) -> int:
-    """Pre-trains a small GPT on the documentation of this machine, samples from it, compares it with counting, and fine-tunes it
-    on four tasks made from the same documentation.
+    """Runs the demo on the documentation installed on this machine and prints its results.
+
+    The model is fine-tuned on four tasks that are made from the same documentation.
 
     Returns:
-      The exit code: 1 if the model is not `MARGIN` nats better than a unigram model of the same tokens.
+      The exit code: 1 if the model's loss is not `MARGIN` nats/token below that of a unigram model, 0 otherwise.
     """
     started = time.monotonic()
     config = load_config("demo")
@@ -46,26 +47,24 @@ def demo(workdir: Path) -> int:
     result = pretrain(config, workdir)
     store = Store.open(workdir / "store", verify=False)
     unigram, bigram = ngram_losses(config, store)
-    per_byte = result["bits_per_byte"] / result["loss"]  # bits a byte for each nat a token: the same for all three models
 
-    say("\nWhat it writes:")
+    say("\nText that the model writes:")
     prompts = list(config.train.prompts)
     for prompt, text in continue_prompts(workdir, prompts, config.train.sample_tokens, temperature=0.8, top_k=40):
         say(f"    {prompt}|{text}".replace("\n", " "))
-    say("\nFour tasks made from the same documentation, each fine-tuned from the model and from nothing:")
-    scores = fine_tune_made_tasks(config, workdir)
+    say("\nFour tasks made from the same documentation, each fine-tuned from the pre-trained model and from random parameters:")
+    scores = finetune_synthetic_tasks(config, workdir)
 
-    say("\nFor other frameworks:")
+    say("\nThe model in the Hugging Face format:")
     exported = workdir / "huggingface"
     parity = read_json(exported / "parity.json") if exported.exists() else export(workdir, "huggingface", exported, say)
 
-    rows = [("model", result["loss"]), ("interpolated bigram", bigram), ("unigram", unigram)]
-    print(f"\n{'validation loss':<24}{'nats/token':>12}{'bits/byte':>12}")
-    for name, loss in rows:
-        print(f"{name:<24}{loss:>12.3f}{loss * per_byte:>12.3f}")
-    print(f"\n{'accuracy, %':<32}{'pre-trained':>12}{'from nothing':>14}{'majority class':>16}")
-    for name, (pretrained, nothing, majority) in scores.items():
-        print(f"{name:<32}{100 * pretrained:>12.1f}{100 * nothing:>14.1f}{100 * majority:>16.1f}")
+    bits_per_byte = result["bits_per_byte"] / result["loss"]  # for each nat/token; equal for all models of these tokens
+    losses = {"model": result["loss"], "interpolated bigram": bigram, "unigram": unigram}
+    loss_rows = [(name, f"{loss:.3f}", f"{loss * bits_per_byte:.3f}") for name, loss in losses.items()]
+    print("\n" + format_table([("validation loss", "nats/token", "bits/byte"), *loss_rows]))
+    score_rows = [(name, *(f"{100 * accuracy:.1f}" for accuracy in accuracies)) for name, accuracies in scores.items()]
+    print("\n" + format_table([("accuracy, %", "pre-trained", "from nothing", "majority class"), *score_rows]))
     print(
         f"\nparameters   {result['parameters']:,}\n"
         f"tokens seen  {result['tokens']:,} (the corpus has {store.split('train').num_tokens:,})\n"
@@ -77,42 +76,38 @@ def demo(workdir: Path) -> int:
         f'next         gpt-jax generate {workdir} --prompt "The function"'
     )
     if result["loss"] > unigram - MARGIN:
-        print(f"\nThe demo failed: the loss must end {MARGIN} nats under the unigram model's.")
+        print(f"\nThe demo failed: the model's loss must be at least {MARGIN} nats/token below that of the unigram model.")
         return 1
     return 0
 
 
-def fine_tune_made_tasks(config: PretrainConfig, workdir: Path) -> dict[str, tuple[float, float, float]]:
-    """Fine-tunes the model in `workdir` on each of `made`'s tasks, in `workdir`/tasks.
+def finetune_synthetic_tasks(config: PretrainConfig, workdir: Path) -> dict[str, tuple[float, float, float]]:
+    """Fine-tunes the model in `workdir` on each synthetic task, in `workdir`/tasks.
 
     Returns:
-      For each task the validation accuracy from the pre-trained model and from random parameters, and the majority class's.
+      For each task the validation accuracies of the model fine-tuned from the pre-trained parameters, of the one fine-tuned from
+      random parameters, and of always predicting the most frequent class.
     """
-    # From the model and from nothing, the same programs are compiled.
+    # The two fine-tunings of a task compile the same programs.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "tasks" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    inits = {"pretrained": TransferConfig(str(workdir)), "nothing": TransferConfig("none", like=str(workdir))}
     passages = InstalledDocs(config.data.max_bytes).passages
-    scores = {}
     held_out = functools.partial(is_held_out, validation_share=config.data.validation_share)
-    for name, task in make_tasks(passages, held_out, workdir / "tasks", TRAIN_ROWS, VALIDATION_ROWS).items():
+    folder, scores = workdir / "tasks", {}
+    for name, task in make_tasks(passages, held_out, folder, TRAIN_ROWS, VALIDATION_ROWS).items():
         tuning = FinetuneConfig(
-            # As in the demo's pre-training: a model this small has nothing to drop.
+            # As in pre-training, a model this small does not gain from dropout.
             model=ModelOptions(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0),
             optim=OptimConfig(peak_lr=1e-3, schedule="linear", warmup="10%", b2=0.98, clip_norm=1.0),
-            train=FinetuneLoopConfig(
-                batch_size=16, duration="2 epochs", eval_every="1 epochs", save_every="1 epochs", tensorboard=False
-            ),
+            train=FinetuneLoopConfig(batch_size=16, duration="2 epochs", tensorboard=False),
             task=dataclasses.replace(task, num_length_buckets=1, max_tokens=MAX_TOKENS[task.kind]),
         )
-        accuracies = []
-        for origin in ("pretrained", "nothing"):
-            whence = TransferConfig(str(workdir)) if origin == "pretrained" else TransferConfig("none", like=str(workdir))
-            folder = workdir / "tasks" / name / origin
-            result = finetune(dataclasses.replace(tuning, init=whence), folder)
-            accuracies.append(result["validation"]["accuracy"])
+        results = [finetune(dataclasses.replace(tuning, init=init), folder / name / origin) for origin, init in inits.items()]
+        pretrained, random = (result["validation"]["accuracy"] for result in results)
         rows = Path(task.validation).read_text(encoding="utf-8").splitlines()
         labels = collections.Counter(json.loads(row)["label"] for row in rows)
-        scores[f"{task.kind}: {name}"] = (accuracies[0], accuracies[1], max(labels.values()) / labels.total())
+        scores[f"{task.kind}: {name}"] = (pretrained, random, max(labels.values()) / labels.total())
     return scores
 
 
@@ -152,33 +147,30 @@ def continue_prompts(
 
 
 def ngram_losses(config: PretrainConfig, store: Store) -> tuple[float, float]:
-    """Validation losses in nats a token of a unigram and an interpolated bigram model of the training tokens.
+    """Returns the validation losses in nats/token of a unigram and of an interpolated bigram model of the training tokens.
 
-    They are scored on the very tokens that the model is scored on. The unigram adds one to each count; the bigram is
-    interpolated with it after Witten and Bell (1991), so that nothing is tuned:
+    They are scored on the same tokens as the model. The unigram model adds one to each count. The bigram model interpolates with
+    it as proposed by Witten and Bell (1991), which needs no tuning:
 
         p(w | h) = (count(h w) + followers(h) p(w)) / (count(h) + followers(h))
+
+    Memory: 8 bytes for each pair of entries of the vocabulary.
     """
     split = store.split("train")
-    train = split.read(np.zeros(1, np.int64), split.num_tokens)[0].astype(np.int64)
+    tokens = split.read(np.zeros(1, np.int64), split.num_tokens)[0].astype(np.int64)
     size = config.model.vocab_size
-    counts = np.bincount(train, minlength=size)
-    unigram = (counts + 1) / (len(train) + size)
-    pairs, pair_counts = np.unique(train[:-1] * size + train[1:], return_counts=True)
-    followers = np.bincount(pairs // size, minlength=size)
-    histories = np.bincount(train[:-1], minlength=size)
-
-    held_out = EvaluationWindows(
-        store.split("validation"), config.model.context_length, config.train.batch_size, config.train.eval_windows
-    )
-    totals = np.zeros(3)
-    for index in range(held_out.num_batches):
-        batch = held_out.batch_at(index, np.arange(config.train.batch_size))
-        history, word = (batch[name].astype(np.int64) for name in ("tokens", "targets"))
-        found = np.minimum(np.searchsorted(pairs, history * size + word), len(pairs) - 1)
-        together = np.where(pairs[found] == history * size + word, pair_counts[found], 0)
-        novel = np.maximum(followers[history], 1)  # after a history never seen, all weight is the unigram's
-        bigram = (together + novel * unigram[word]) / (histories[history] + novel)
-        weights = batch["loss_weights"]
-        totals += [-(weights * np.log(unigram[word])).sum(), -(weights * np.log(bigram)).sum(), weights.sum()]
-    return float(totals[0] / totals[2]), float(totals[1] / totals[2])
+    unigram = (np.bincount(tokens, minlength=size) + 1) / (len(tokens) + size)
+    pairs = np.bincount(tokens[:-1] * size + tokens[1:], minlength=size * size).reshape(size, size)
+    counts = pairs.sum(axis=1)
+    followers = np.maximum((pairs > 0).sum(axis=1), 1)  # 1 gives the unigram model for a history that was never seen
+    validation, batch_size = store.split("validation"), config.train.batch_size
+    windows = EvaluationWindows(validation, config.model.context_length, batch_size, config.train.eval_windows)
+    losses, total_weight = np.zeros(2), 0.0
+    for index in range(windows.num_batches):
+        batch = windows.batch_at(index, np.arange(batch_size))
+        history, word, weights = batch["tokens"], batch["targets"], batch["loss_weights"]
+        bigram = (pairs[history, word] + followers[history] * unigram[word]) / (counts[history] + followers[history])
+        losses -= [(weights * np.log(probability)).sum() for probability in (unigram[word], bigram)]
+        total_weight += weights.sum()
+    unigram_loss, bigram_loss = losses / total_weight
+    return float(unigram_loss), float(bigram_loss)

@@ -1,23 +1,24 @@
-"""What was measured beside what the paper reports for the same task and row: `gpt-jax report --paper RUN...`.
+"""Measured scores beside those that the paper reports for the same task and ablation (`gpt-jax report --paper RUN...`).
 
-A figure of ours is of the development split (validation) or of a test split with labels at hand; the paper's figures for
-the tasks of GLUE are from the benchmark's test server, which has labels that nobody else has. So where a figure is from stands
-beside each, and so do the settings in which a run differs from the paper's.
+Our scores are on the development split (validation), or on a test split with public labels. The paper's scores for GLUE's tasks
+are from the benchmark's test server, whose labels are secret. The table therefore says for each score what it was measured on,
+and a list below it names the settings in which a run differs from the paper.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from gpt_jax.config import FinetuneConfig, ModelConfig, TaskConfig
+from gpt_jax.config import FinetuneRunConfig, ModelConfig, TaskConfig
 from gpt_jax.config.load import config_from_dict, flatten_config
 from gpt_jax.errors import UserError
 from gpt_jax.model.transformer import compute_dtype
+from gpt_jax.runtime.console import format_table
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks import metrics
 from gpt_jax.tasks.registry import ABLATION_AVERAGES, ABLATIONS, GLUE_AVERAGE, TASKS, Task
@@ -25,118 +26,104 @@ from gpt_jax.tasks.transforms import Specials
 
 WIDTH = 130
 FULL = "Transformer w/ aux LM (full)"
-_SPLITS = {"validation": "dev split", "test": "test split"}
+SPLITS = {"validation": "dev split", "test": "test split"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """A finished fine-tuning, of one seed or of several."""
+class FinishedRun:
+    """A finished fine-tuning with one seed or several."""
 
     path: Path
-    task: Task
-    origin: str
-    """Where its parameters come from."""
-    row: str
-    """The row of Table 5 that it corresponds to; one that the table does not have is named in the same way."""
-    differences: list[str]
-    """Settings that are not the paper's."""
-    seeds: int
-    """How many the scores are of."""
+    config: FinetuneRunConfig
+    platform: str | None
+    """Platform on which the run was last started ("cpu", "gpu" or "tpu"); None: unknown."""
+    num_seeds: int
     scores: dict[str, dict[str, list[float]]]
-    """For each split and metric a fraction for each seed."""
+    """Scores by split and metric, a number in [-1, 1] for each seed."""
+
+    @property
+    def task(self) -> Task:
+        """The registry's entry of the run's task."""
+        return TASKS[self.config.task.name]
+
+    @property
+    def row(self) -> str:
+        """Name of the run's row in Table 5; a combination that the table lacks is named in the same way."""
+        architecture = "LSTM" if self.config.model.kind == "lstm" else "Transformer"
+        missing = ["pre-training"] * (self.config.init.from_ == "none") + ["aux LM"] * (self.config.task.lm_weight == 0)
+        if missing:
+            return f"{architecture} w/o {' or '.join(missing)}"
+        return "LSTM w/ aux LM" if architecture == "LSTM" else FULL
 
 
-def show(runs: Sequence[Path]) -> None:
-    """Prints the table, the settings that differ, and the averages of which every part was measured.
+def print_paper_table(paths: Sequence[Path]) -> None:
+    """Prints the table, the settings that differ from the paper's, and the averages over tasks that the runs allow.
 
     Args:
-      runs: folders of fine-tuning runs, or of several seeds of one.
+      paths: folders of fine-tuning runs, each with one seed or several.
 
     Raises:
-      UserError: a folder holds no finished fine-tuning of one of the paper's tasks.
+      UserError: a folder does not hold a finished fine-tuning of one of the paper's tasks.
     """
-    found = [_load(path) for path in runs]
+    runs = [_load_run(path) for path in paths]
     table = [("", "task", "row", "metric", "measured", "on", "paper", "on")]
-    for number, run in enumerate(found, 1):
-        for split, measured in run.scores.items():
-            for metric, values in measured.items():
+    for number, run in enumerate(runs, 1):
+        for split, scores in run.scores.items():
+            for metric, values in scores.items():
                 figure = _published(run, metric)
                 paper = ("-", "") if figure is None else (f"{figure:.1f}", run.task.published_on)
-                table.append((f"[{number}]", run.task.title, run.row, metric, _percent(values), _SPLITS[split], *paper))
-    print("\n".join(_aligned(table)))
-    print("\nAll figures are percentages; of several seeds, the median (lowest to highest). Settings other than the paper's:")
-    for number, run in enumerate(found, 1):
-        seeds = f" ({run.seeds} seeds)" if run.seeds > 1 else ""
-        text = f"[{number}] {run.path}{seeds}: {', '.join(run.differences) or 'none'}"
+                table.append((f"[{number}]", run.task.title, run.row, metric, _in_percent(values), SPLITS[split], *paper))
+    print(format_table(table, "<" * len(table[0])))
+    print(
+        "\nAll scores are percentages; for several seeds, the median (lowest to highest). Settings that differ from the paper's:"
+    )
+    for number, run in enumerate(runs, 1):
+        seeds = f" ({run.num_seeds} seeds)" if run.num_seeds > 1 else ""
+        text = f"[{number}] {run.path}{seeds}: {', '.join(_differences(run)) or 'none'}"
         print(textwrap.fill(text, WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False))
-    averages = list(_averages(found))
-    if averages:
+    if averages := list(_averages(runs)):
         print("\n" + "\n".join(averages))
 
 
-def _load(path: Path) -> Run:
+def _load_run(path: Path) -> FinishedRun:
     if not (path / "result.json").is_file():
-        raise UserError(f"{path}: no result.json there; --paper takes the folders of finished fine-tuning runs")
-    stored = read_json(path / "config.json")
-    config = config_from_dict(stored["config"])
-    if not isinstance(config, FinetuneConfig):
-        raise UserError(f"{path} is a pre-training run; --paper takes the folders of finished fine-tuning runs")
+        raise UserError(f"{path}: has no result.json; --paper takes the folders of finished fine-tuning runs")
+    stored, result = read_json(path / "config.json"), read_json(path / "result.json")
+    config = config_from_dict(stored["config"], path / "config.json")
+    if not isinstance(config, FinetuneRunConfig):
+        raise UserError(f"{path}: is a pre-training run; --paper takes the folders of finished fine-tuning runs")
     if config.task.name not in TASKS:
-        raise UserError(
-            f"{path}: its task is your own, and the paper has no figure for it; --paper takes runs of the paper's tasks"
-        )
-    task = TASKS[config.task.name]
-    result = read_json(path / "result.json")
-    scores = {
-        split: {
-            metric: value["values"] if isinstance(value, dict) else [value]
-            for metric, value in result[split].items()
-            if metric.partition("/")[0] in task.metrics
-        }
-        for split in _SPLITS
-        if split in result
-    }
-    return Run(
-        path,
-        task,
-        config.init.from_,
-        _row(config),
-        _differences(config, stored.get("platform")),
-        len(result.get("seeds", [0])),
-        scores,
-    )
+        raise UserError(f"{path}: is a run of your own task, which the paper does not report; give runs of the paper's tasks")
+    scores: dict[str, dict[str, list[float]]] = {split: {} for split in SPLITS if split in result}
+    for split in scores:
+        for metric, value in result[split].items():
+            if metric.partition("/")[0] in TASKS[config.task.name].metrics:
+                scores[split][metric] = value["values"] if isinstance(value, dict) else [value]
+    return FinishedRun(path, config, stored.get("platform"), len(result.get("seeds", [0])), scores)
 
 
-def _row(config: FinetuneConfig) -> str:
-    """The name of the row in Table 5."""
-    architecture = "LSTM" if _architecture(config).kind == "lstm" else "Transformer"
-    lacks = ["pre-training"] * (config.init.from_ == "none") + ["aux LM"] * (config.task.lm_weight == 0)
-    if lacks:
-        return f"{architecture} w/o {' or '.join(lacks)}"
-    return "LSTM w/ aux LM" if architecture == "LSTM" else FULL
-
-
-def _published(run: Run, metric: str) -> float | None:
-    """The paper's figure in percent; None: it has none for this row and metric."""
+def _published(run: FinishedRun, metric: str) -> float | None:
+    """Returns the paper's score in percent for a run's row and a metric; None if the paper has none."""
     name, _, group = metric.partition("/")
     if run.row == FULL and (name, group) in run.task.published:
         return run.task.published[name, group]
     return ABLATIONS.get(run.row, {}).get(run.task.name) if metric == run.task.metrics[0] else None
 
 
-def _percent(values: Sequence[float]) -> str:
-    middle = f"{100 * statistics.median(values):.1f}"
+def _in_percent(values: Sequence[float]) -> str:
+    middle = f"{100 * median(values):.1f}"
     return middle if len(values) == 1 else f"{middle} ({100 * min(values):.1f} to {100 * max(values):.1f})"
 
 
-def _averages(runs: Sequence[Run]) -> Iterator[str]:
-    """A line for each average over tasks that were fine-tuned alike: one origin, one row, one split, one run a task."""
-    for origin, row, split in dict.fromkeys((run.origin, run.row, split) for run in runs for split in run.scores):
-        alike = [run for run in runs if (run.origin, run.row) == (origin, row) and split in run.scores]
-        scores = {
-            run.task.name: {metric: statistics.median(values) for metric, values in run.scores[split].items()} for run in alike
-        }
-        if len(scores) < len(alike):
+def _averages(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    """Yields a line for each average over tasks. The runs of an average have one pre-trained model, one row and one split.
+
+    No average is taken if two of these runs have the same task, because either might be meant.
+    """
+    for origin, row, split in dict.fromkeys((run.config.init.from_, run.row, split) for run in runs for split in run.scores):
+        group = [run for run in runs if (run.config.init.from_, run.row) == (origin, row) and split in run.scores]
+        scores = {run.task.name: {metric: median(values) for metric, values in run.scores[split].items()} for run in group}
+        if len(scores) < len(group):
             continue
         for name, average in metrics.glue_averages(scores).items():
             paper = ""
@@ -144,50 +131,36 @@ def _averages(runs: Sequence[Run]) -> Iterator[str]:
                 paper = f" (paper {ABLATION_AVERAGES[row]:.1f}, test server)"
             elif name == metrics.GLUE_MEAN and row == FULL:
                 paper = f" (paper {GLUE_AVERAGE:.1f} with WNLI, test server)"
-            yield f"{name}, {row}, {_SPLITS[split]}: {100 * average:.1f}{paper}"
+            yield f"{name}, {row}, {SPLITS[split]}: {100 * average:.1f}{paper}"
 
 
-def _architecture(config: FinetuneConfig) -> ModelConfig:
-    """That of a run, which the checkpoint or `--init.like` has settled."""
-    assert isinstance(config.model, ModelConfig)
-    return config.model
+# Fields that describe the task, the row or the seed rather than a setting, and fields that only one architecture uses.
+NOT_COMPARED = {"model.kind", "init.from", "init.like", "init.tokenizer", "task.name", "train.seed"}
+TRANSFORMER_FIELDS = {"model.num-layers", "model.num-heads", "model.mlp-dim", "model.layer-norm-epsilon"}
+LSTM_FIELDS = {"model.lstm-units"}
+VALUE_NAMES = {("init.blocks", -1): "all", ("task.max-train", 0): "all", ("task.max-tokens", 0): "the context"}
 
 
-# Settings that a Transformer or an LSTM does not have, and those that name the task, the row and the seed.
-_TRANSFORMER_ONLY = {"num-layers", "num-heads", "mlp-dim", "layer-norm-epsilon"}
-_LSTM_ONLY = {"lstm-units"}
-_NO_SETTINGS = {"model.kind", "init.from", "init.like", "init.tokenizer", "task.name", "train.seed"}
-_WORDS = {("init.blocks", -1): "all", ("task.max-train", 0): "all", ("task.max-tokens", 0): "the context"}
+def _differences(run: FinishedRun) -> list[str]:
+    """Returns a phrase for each setting that differs from the paper's, and for the pre-trained model if there is one."""
+    config, init = run.config, run.config.init.from_
+    if run.platform:  # "auto" is the type that this platform chose
+        dtype: Any = compute_dtype(config.model, run.platform).name
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    skipped = NOT_COMPARED | (TRANSFORMER_FIELDS if config.model.kind == "lstm" else LSTM_FIELDS)
+    if config.task.lm_weight == 0:  # the name of the row includes it
+        skipped |= {"task.lm-weight"}
+    # The paper's own settings, also where our defaults differ from them on purpose (docs/paper.md).
+    model = ModelConfig(vocab_size=ModelConfig().vocab_size + len(Specials._fields), compute_dtype="float32")
+    task = TaskConfig(bucket_by_length=False, truncation="released")
+    paper = flatten_config(FinetuneRunConfig(model=model, task=task))
+    differences = [] if init == "none" else [f"init.from {init} (paper: 100 epochs of BooksCorpus)"]
+    for name, (value, affects) in flatten_config(config).items():
+        expected = paper[name][0]
+        if affects == "result" and name not in skipped and value != expected:
+            value, expected = VALUE_NAMES.get((name, value), value), VALUE_NAMES.get((name, expected), expected)
+            differences.append(f"{name} {value} (paper {expected})")
+    return differences
 
 
-def _differences(config: FinetuneConfig, platform: str | None) -> list[str]:
-    """Each setting that is not the paper's, and with pre-trained parameters where they come from.
-
-    Args:
-      platform: "cpu", "gpu" or "tpu", where the run was last started, which settles `--model.compute-dtype auto`; None: unknown.
-    """
-    if platform:
-        settled: Any = compute_dtype(_architecture(config), platform).name
-        config = dataclasses.replace(config, model=dataclasses.replace(_architecture(config), compute_dtype=settled))
-    foreign = _TRANSFORMER_ONLY if _architecture(config).kind == "lstm" else _LSTM_ONLY
-    skipped = _NO_SETTINGS | {f"model.{name}" for name in foreign}
-    if config.task.lm_weight == 0:  # the row says so
-        skipped.add("task.lm-weight")
-    model = ModelConfig()
-    model = dataclasses.replace(model, vocab_size=model.vocab_size + len(Specials._fields))
-    # Where our defaults differ from the paper on purpose (docs/paper.md), its own settings stand here.
-    model = dataclasses.replace(model, compute_dtype="float32")
-    task = dataclasses.replace(TaskConfig(), bucket_by_length=False, truncation="released")
-    papers = flatten_config(dataclasses.replace(FinetuneConfig(), model=model, task=task))
-    pretraining = [] if config.init.from_ == "none" else [f"init.from {config.init.from_} (paper: 100 epochs of BooksCorpus)"]
-    return pretraining + [
-        f"{name} {_WORDS.get((name, value), value)} (paper {_WORDS.get((name, papers[name][0]), papers[name][0])})"
-        for name, (value, effect) in flatten_config(config).items()
-        if effect == "result" and name not in skipped and value != papers[name][0]
-    ]
-
-
-def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose columns start below one another."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+show = print_paper_table  # TEMPORARY

@@ -1,18 +1,20 @@
 """Four small tasks made from the documentation installed on this machine, one for each input transformation of Figure 1.
 
-    package        classification    which package a passage of documentation comes from
-    neighbours     entailment        whether the second sentence follows the first in its text
-    same_text      similarity        whether two sentences come from one text
-    continuation   multiple choice   which of four sentences goes on from the first one
+    package        classification    the package that a passage of documentation comes from
+    neighbors      entailment        whether the second sentence follows the first one in its text
+    same_text      similarity        whether two sentences come from the same text
+    continuation   multiple choice   which of four sentences follows the first one
 
-What is scored comes from documents that pre-training has held out too, so neither training has seen them. Classes are of one
-size, but for the places of `continuation`.
+Validation rows are made from documents that pre-training has held out too, so neither training has seen them. All classes are
+equally frequent, except that the right answers of `continuation` have random positions.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import itertools
 import json
 import random
 import re
@@ -22,103 +24,92 @@ from pathlib import Path
 from gpt_jax.config import TaskConfig
 from gpt_jax.runtime.rundir import write_atomic
 
-CLASSES = 4  # packages told apart
+CLASSES = 4  # number of packages to tell apart
 CHOICES = 4
-SENTENCE_CHARS = range(40, 160)  # sentences of other lengths are passed over: the model of the demo sees 128 tokens
+SENTENCE_CHARS = range(40, 160)  # lengths of the sentences that are used; the demo's model has a context of 128 tokens
 
-Row = dict[str, str]
+Passage = tuple[str, str]
+"""A package and a text of its documentation, as in `sources.InstalledDocs.passages`."""
+Rows = Iterator[dict[str, str]]
 
 
 def make_tasks(
-    passages: Sequence[tuple[str, str]],
-    held_out: Callable[[str], bool],
-    folder: Path,
-    train: int,
-    validation: int,
-    seed: int = 0,
+    passages: Sequence[Passage], held_out: Callable[[str], bool], folder: Path, train: int, validation: int, seed: int = 0
 ) -> dict[str, TaskConfig]:
-    """Writes the tasks as folder/NAME/train.jsonl and validation.jsonl.
+    """Writes the rows of the tasks to folder/NAME/train.jsonl and folder/NAME/validation.jsonl.
 
     Args:
-      passages: (package, text), as `corpus.InstalledDocs.passages` has them.
-      held_out: whether a text was kept from pre-training; the validation rows are made from those that were, the training rows
-        from the others.
-      train, validation: most rows of each split.
-      seed: of the choice of rows; equal arguments write equal files.
+      held_out: whether a text was held out from pre-training. Validation rows are made from these texts, training rows from the
+        others.
+      train, validation: largest number of rows in each split.
+      seed: seed of the choice of rows. Equal arguments write equal files.
 
     Returns:
-      The description of each task by name.
+      The config of each task by name.
     """
-    kinds = {
-        "package": (_package, TaskConfig(kind="classification", texts=("text",))),
-        "neighbours": (_neighbours, TaskConfig(kind="entailment", texts=("first", "second"), labels=("no", "yes"))),
-        "same_text": (_same_text, TaskConfig(kind="similarity", texts=("first", "second"), labels=("no", "yes"))),
-        "continuation": (
-            _continuation,
-            TaskConfig(kind="multiple_choice", texts=("context", *(f"answer {k}" for k in range(CHOICES)))),
-        ),
-    }
     sizes = collections.Counter(package for package, _ in passages)
     largest = sorted(sizes, key=lambda package: (-sizes[package], package))[:CLASSES]
+    pair = TaskConfig(kind="entailment", texts=("first", "second"), labels=("no", "yes"))
+    answers = tuple(f"answer {k}" for k in range(CHOICES))
+    makers: dict[str, tuple[Callable[[Sequence[Passage], random.Random], Rows], TaskConfig]] = {
+        "package": (functools.partial(_package_rows, packages=largest), TaskConfig(kind="classification", texts=("text",))),
+        "neighbors": (_neighbors_rows, pair),
+        "same_text": (_same_text_rows, dataclasses.replace(pair, kind="similarity")),
+        "continuation": (_continuation_rows, TaskConfig(kind="multiple_choice", texts=("context", *answers))),
+    }
     tasks = {}
-    for name, (make, task) in kinds.items():
-        files = {}
-        for split, size in (("train", train), ("validation", validation)):
-            mine = [passage for passage in passages if held_out(passage[1]) == (split == "validation")]
-            if name == "package":
-                mine = [(package, text) for package, text in mine if package in largest]
+    for name, (make_rows, task) in makers.items():
+        files = {split: folder / name / f"{split}.jsonl" for split in ("train", "validation")}
+        for (split, file), num_rows in zip(files.items(), (train, validation), strict=True):
+            chosen = [passage for passage in passages if held_out(passage[1]) == (split == "validation")]
             rng = random.Random(f"{seed} {name} {split}")
-            rng.shuffle(mine)
-            rows = [row for row, _ in zip(make(mine, rng), range(size), strict=False)]
-            files[split] = folder / name / f"{split}.jsonl"
-            files[split].parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(files[split], "".join(json.dumps(row) + "\n" for row in rows))
+            rng.shuffle(chosen)
+            rows = itertools.islice(make_rows(chosen, rng), num_rows)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
         tasks[name] = dataclasses.replace(task, train=str(files["train"]), validation=str(files["validation"]))
     return tasks
 
 
-def _sentences(text: str) -> list[str]:
-    """The sentences of a text that are neither short nor long, in order; a line break inside of one becomes a space."""
-    found = re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
-    return [sentence for sentence in found if len(sentence) in SENTENCE_CHARS]
+def _package_rows(passages: Sequence[Passage], rng: random.Random, packages: Sequence[str]) -> Rows:
+    """Yields a row of each package in turn."""
+    texts_by_package = ([text for package, text in passages if package == label] for label in packages)
+    for texts in zip(*texts_by_package, strict=False):
+        for label, text in zip(packages, texts, strict=True):
+            yield {"text": " ".join(text.split())[: SENTENCE_CHARS.stop], "label": label}
 
 
-def _package(passages: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Row]:
-    """Rows of each package in turn."""
-    by_package = collections.defaultdict(list)
-    for package, text in passages:
-        by_package[package].append(text)
-    for texts in zip(*by_package.values(), strict=False):
-        for package, text in zip(by_package, texts, strict=True):
-            yield {"text": " ".join(text.split())[: SENTENCE_CHARS.stop], "label": package}
+def _neighbors_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
+    texts = _split_texts(passages, 3)
+    for text, other in zip(texts[::2], texts[1::2], strict=False):
+        k = rng.randrange(len(text) - 1)
+        yield {"first": text[k], "second": text[k + 1], "label": "yes"}
+        yield {"first": text[k], "second": rng.choice(other), "label": "no"}
 
 
-def _pairs(passages: Sequence[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
-    """The sentences of two texts at a time; of the first there are three or more."""
-    texts = [sentences for _, text in passages if len(sentences := _sentences(text)) >= 3]
-    yield from zip(texts[::2], texts[1::2], strict=False)
-
-
-def _neighbours(passages: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Row]:
-    for one, other in _pairs(passages):
-        k = rng.randrange(len(one) - 1)
-        yield {"first": one[k], "second": one[k + 1], "label": "yes"}
-        yield {"first": one[k], "second": rng.choice(other), "label": "no"}
-
-
-def _same_text(passages: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Row]:
-    for one, other in _pairs(passages):
-        first, second = rng.sample(one, 2)
+def _same_text_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
+    texts = _split_texts(passages, 3)
+    for text, other in zip(texts[::2], texts[1::2], strict=False):
+        first, second = rng.sample(text, 2)
         yield {"first": first, "second": second, "label": "yes"}
         yield {"first": first, "second": rng.choice(other), "label": "no"}
 
 
-def _continuation(passages: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[Row]:
-    texts = [sentences for _, text in passages if len(sentences := _sentences(text)) >= 2]
-    groups = zip(*(texts[k::CHOICES] for k in range(CHOICES)), strict=False)
-    for right, *wrong in groups:
-        k = rng.randrange(len(right) - 1)
-        place = rng.randrange(CHOICES)
-        answers = [rng.choice(sentences) for sentences in wrong]
-        answers.insert(place, right[k + 1])
-        yield {"context": right[k], "label": str(place)} | {f"answer {k}": answer for k, answer in enumerate(answers)}
+def _continuation_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
+    texts = _split_texts(passages, 2)
+    for text, *others in zip(*(texts[k::CHOICES] for k in range(CHOICES)), strict=False):
+        k = rng.randrange(len(text) - 1)
+        right = rng.randrange(CHOICES)
+        answers = [rng.choice(other) for other in others]
+        answers.insert(right, text[k + 1])
+        yield {"context": text[k], "label": str(right)} | {f"answer {k}": answer for k, answer in enumerate(answers)}
+
+
+def _split_texts(passages: Sequence[Passage], min_sentences: int) -> list[list[str]]:
+    """Returns the sentences of each text in order, without the texts that have too few of them.
+
+    Sentences outside of `SENTENCE_CHARS` are left out. A line break within a sentence becomes a space.
+    """
+    texts = (re.split(r"(?<=[.!?])\s+", " ".join(text.split())) for _, text in passages)
+    usable = ([sentence for sentence in text if len(sentence) in SENTENCE_CHARS] for text in texts)
+    return [text for text in usable if len(text) >= min_sentences]
