@@ -10,7 +10,8 @@ import atexit
 import contextlib
 import importlib.util
 import os
-import weakref
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -61,8 +62,9 @@ def make_dataset(source: BatchSource, start_step: int, end_step: int, rows: Inte
     dtypes = [tf.as_dtype(dtype) for _, dtype in spec.values()]
 
     def make_batch(step: Any) -> list[np.ndarray]:
-        batch = source.batch_at(int(step), rows)
-        return [batch[name] for name in spec]
+        with _calls:
+            batch = source.batch_at(int(step), rows)
+            return [batch[name] for name in spec]
 
     def as_tensors(step: Any) -> dict[str, Any]:
         tensors = dict(zip(spec, tf.numpy_function(make_batch, [step], dtypes), strict=True))
@@ -100,11 +102,8 @@ def iterate_batches(
     """
     if kind == "tf" or dataset_fn is not None or (kind == "auto" and importlib.util.find_spec("tensorflow") is not None):
         require(kind != "threads", "data.pipeline", "threads cannot run a dataset_fn; use tf")
-        generator = _iterate_dataset(source, start_step, end_step, rows, prefetch, dataset_fn or make_dataset)
-    else:
-        generator = _iterate_threads(source, start_step, end_step, rows, prefetch)
-    _open_generators.add(generator)
-    return generator
+        return _iterate_dataset(source, start_step, end_step, rows, prefetch, dataset_fn or make_dataset)
+    return _iterate_threads(source, start_step, end_step, rows, prefetch)
 
 
 def _iterate_threads(
@@ -189,11 +188,38 @@ def import_tensorflow() -> Any:
     return tf
 
 
-_open_generators: weakref.WeakSet[Generator[NumpyBatch, None, None]] = weakref.WeakSet()
+class _CallsFromTensorflow:
+    """Counts the calls that tf.data's threads make into Python, and ends them before the interpreter does.
+
+    A call that comes later would wait forever for the interpreter lock, and the process for the call: a program that leaves a
+    dataset half-way would never end.
+    """
+
+    def __init__(self) -> None:
+        self.started = self.running = 0
+        self.closed = False
+        self._lock = threading.Lock()
+        atexit.register(self.close)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.started, self.running = self.started + 1, self.running + 1
+        if self.closed:
+            self.__exit__()
+            raise RuntimeError("the interpreter is shutting down")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.running -= 1
+
+    def close(self, quiet_seconds: float = 0.1, limit_seconds: float = 30.0) -> None:
+        """Lets new calls fail, and waits until tf.data, whose buffers are bounded, makes no more of them."""
+        self.closed = True
+        deadline = time.monotonic() + limit_seconds
+        started = -1
+        while (self.running or started != self.started) and time.monotonic() < deadline:
+            started = self.started
+            time.sleep(quiet_seconds if started else 0)
 
 
-@atexit.register
-def _close_generators() -> None:
-    """Closes what a program has left open: tensorflow would wait forever for calls that can no longer run Python."""
-    for generator in list(_open_generators):
-        generator.close()
+_calls = _CallsFromTensorflow()

@@ -186,12 +186,19 @@ def test_close_stops_the_work_and_its_threads(kind):
     assert threading.active_count() == before
 
 
-@both_kinds
-def test_a_program_that_leaves_the_loop_by_an_error_ends(kind):
+@pytest.mark.parametrize(
+    "batches",
+    [
+        "iterate_batches(Slow(), 0, 1000, np.arange(1), kind='threads', prefetch=4)",
+        pytest.param("iterate_batches(Slow(), 0, 1000, np.arange(1), kind='tf', prefetch=4)", marks=needs_tensorflow),
+        pytest.param("make_dataset(Slow(), 0, 1000, np.arange(1)).prefetch(4)", marks=needs_tensorflow),
+    ],
+)
+def test_a_program_that_leaves_the_loop_by_an_error_ends(batches):
     result = run_python(f"""
 import time
 import numpy as np
-from gpt_jax.data.pipeline import iterate_batches
+from gpt_jax.data.pipeline import iterate_batches, make_dataset
 
 class Slow:
     def batch_at(self, step, rows):
@@ -200,7 +207,8 @@ class Slow:
     def element_spec(self, num_rows):
         return {{"step": ((1,), np.dtype(np.int64))}}
 
-for batch in iterate_batches(Slow(), 0, 1000, np.arange(1), kind="{kind}", prefetch=4):
+batches = iter({batches})
+for batch in batches:
     raise SystemExit(42)
 """)
     assert result.returncode == 42, result.stderr
