@@ -1,1 +1,1 @@
-"""Configs of the command line: each file's config() is one experiment."""
+"""Configs for the command line. The function config() of each file returns the settings of one run."""

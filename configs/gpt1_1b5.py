@@ -1,12 +1,13 @@
-"""A sibling of GPT-1 with 1,479,539,712 parameters, for work on scale: 36 layers of width 1792, contexts of 1,024 tokens.
+"""A larger GPT-1 with 1,479,539,712 parameters, for work on scale: 36 layers of width 1792 and contexts of 1,024 tokens.
 
-    gpt-jax pretrain gpt1_1b5 --data.store STORE --mesh.fsdp 16 --mesh.data -1 --workdir RUN
+    gpt-jax pretrain gpt1_1b5 --data.store STORE --mesh.fsdp 16 --workdir RUN
 
-Heads keep GPT-1's width of 64 and the feed-forward network its factor of four; everything else is GPT-1's too: normalisation
-after the sums, learned positions, the optimiser. The sizes divide over 2 or 4 devices of `tensor`. The tokenizer is a
-SentencePiece one with 50,000 pieces.
+The rest of the architecture is that of GPT-1: heads of width 64, a feed-forward width of four times the model's, layer
+normalization after each sum, and learned positions. All sizes are divisible by 2 and by 4, for meshes with that many devices on
+the axis `tensor`. The tokenizer is a SentencePiece model with 50,000 pieces.
 
-Time and result: not measured.
+Time: not measured.
+Expect: not measured.
 """
 
 from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig

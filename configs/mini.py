@@ -1,8 +1,11 @@
-"""A GPT of ten million parameters for your own text, sized for an hour or so of a small machine.
+"""A GPT with ten million parameters for your own text, small enough to train on a small machine in about an hour.
 
     gpt-jax pretrain mini --data.source TEXT --workdir RUN
 
-Give it 10 MB of text or more. Time and result: docs/benchmarks.md has a run on 74 MB of novels.
+TEXT should have at least 10 MB. The figures below are those of a run on 74.2 MB of novels (docs/benchmarks.md).
+
+Time: 71 minutes on two cores of a shared cloud machine.
+Expect: a validation loss of 5.193 nats/token, which is a perplexity of 180.0.
 """
 
 from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
@@ -17,10 +20,10 @@ def config() -> PretrainConfig:
             embed_dim=320,
             num_heads=5,
             mlp_dim=1280,
-            # The paper's 0.02 at width 768, scaled with 1 / sqrt(width): post-norm models that are narrow and start smaller than
-            # this stay for a long time where they only know how frequent each token is.
+            # The paper's 0.02 at width 768, scaled with 1 / sqrt(width). A narrow post-norm model that starts with smaller
+            # parameters predicts nothing but token frequencies for a long time.
             init_stddev=0.05,
-            # Less than an epoch of text: nothing can be learnt by heart, so nothing is gained by dropping out.
+            # The run is shorter than one epoch, so the model cannot overfit, and dropout would only slow it down.
             embed_dropout=0.0,
             attention_dropout=0.0,
             residual_dropout=0.0,

@@ -1,1 +1,1 @@
-"""Fine-tuning configs: one for each of the paper's tasks, with its settings."""
+"""Configs for fine-tuning: one for each task of the paper, with its settings, and one for a task of your own."""
