@@ -23,8 +23,9 @@ from gpt_jax.data.windows import Windows
 from gpt_jax.runtime import sharding
 from gpt_jax.runtime.console import format_table, say
 from gpt_jax.tasks.batches import TaskBatches
-from gpt_jax.tasks.dataset import load_dataset, task_of
+from gpt_jax.tasks.dataset import load_dataset
 from gpt_jax.tasks.finetune import find_source, head_of, resolve
+from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.step import ByShape, init_state, lower_step
 
@@ -136,7 +137,7 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> None:
       steps: number of batches of the first epoch that are timed, spread evenly over it.
     """
     source = find_source(config.init, say)
-    resolved = resolve(config, task_of(config.task), source)
+    resolved = resolve(config, task_from_config(config.task), source)
     size, context = resolved.train.batch_size, resolved.model.context_length
     mesh = sharding.make_mesh(resolved.mesh)
     data = load_dataset(resolved.task, source.tokenizer, context, size, say, ("train", "validation"))

@@ -22,7 +22,7 @@ from gpt_jax.runtime.console import format_table
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks import metrics
 from gpt_jax.tasks.registry import ABLATION_AVERAGES, ABLATIONS, GLUE_AVERAGE, TASKS, Task
-from gpt_jax.tasks.transforms import Specials
+from gpt_jax.tasks.transforms import SpecialTokens
 
 WIDTH = 130
 FULL = "Transformer w/ aux LM (full)"
@@ -151,7 +151,7 @@ def _differences(run: FinishedRun) -> list[str]:
     if config.task.lm_weight == 0:  # the name of the row includes it
         skipped |= {"task.lm-weight"}
     # The paper's own settings, also where our defaults differ from them on purpose (docs/paper.md).
-    model = ModelConfig(vocab_size=ModelConfig().vocab_size + len(Specials._fields), compute_dtype="float32")
+    model = ModelConfig(vocab_size=ModelConfig().vocab_size + len(SpecialTokens._fields), compute_dtype="float32")
     task = TaskConfig(bucket_by_length=False, truncation="released")
     paper = flatten_config(FinetuneRunConfig(model=model, task=task))
     differences = [] if init == "none" else [f"init.from {init} (paper: 100 epochs of BooksCorpus)"]

@@ -23,9 +23,9 @@ from gpt_jax.experiments.plots import Curve, plot_curves, require_matplotlib
 from gpt_jax.runtime import distributed
 from gpt_jax.runtime.console import Log, format_table, say
 from gpt_jax.runtime.rundir import write_atomic
-from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.evaluate import sound_checkpoints
 from gpt_jax.tasks.finetune import find_source, finetune_seeds, resolve
+from gpt_jax.tasks.registry import task_from_config
 
 StudyName = Literal["layers", "ablations", "steps"]
 
@@ -110,7 +110,7 @@ def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, ls
     require(not lstm or name == "ablations", "lstm", f"goes with the study 'ablations', not with '{name}'")
     require(name == "steps" or config.init.blocks == -1, "init.blocks", f"the study '{name}' sets this field; leave it out")
     require(seeds > 0, "seeds", f"must be positive, not {seeds}")
-    task = task_of(config.task)
+    task = task_from_config(config.task)
     distributed.start(config.distributed, say)
     log: Log = say if distributed.is_primary() else lambda line: None
     makers: dict[StudyName, Callable[[FinetuneConfig, Log], list[Variant]]]

@@ -29,11 +29,10 @@ from gpt_jax.errors import UserError, VerificationError, nearest
 from gpt_jax.interop import graphs, huggingface, import_, param_map, parity, tensor_files, tokenizer_json, weights
 from gpt_jax.interop.import_ import SIDE
 from gpt_jax.runtime.rundir import sha256, staged
-from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.evaluate import best_checkpoint
 from gpt_jax.tasks.finetune import head_of
 from gpt_jax.tasks.head import Head
-from gpt_jax.tasks.registry import Task
+from gpt_jax.tasks.registry import Task, task_from_config
 from gpt_jax.train import checkpoint
 from gpt_jax.train.restore import Trained, load_model
 from gpt_jax.train.step import LANGUAGE_MODEL
@@ -110,7 +109,7 @@ def find(path: Path, log: Callable[[str], None]) -> Subject:
     config = config_from_dict(checkpoint.read_config(info))
     task = head = None
     if isinstance(config, FinetuneRunConfig):
-        task = task_of(config.task)
+        task = task_from_config(config.task)
         head = head_of(task, config)
     return Subject(info, config, config.model, tokenizers.load(info.path / "tokenizer"), task, head)
 

@@ -25,10 +25,10 @@ from gpt_jax.model import network
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import sharding
 from gpt_jax.runtime.rundir import RunDir, read_json, sha256, staged
-from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.finetune import head_of
 from gpt_jax.tasks.head import Head
-from gpt_jax.tasks.transforms import Specials
+from gpt_jax.tasks.registry import task_from_config
+from gpt_jax.tasks.transforms import SpecialTokens
 from gpt_jax.train import checkpoint
 
 SIDE = "gpt_jax"
@@ -129,8 +129,8 @@ def understand(folder: Path, config: PretrainConfig | None = None, tokenizer: Pa
     assert isinstance(model, ModelConfig)
     head = None
     if isinstance(found, FinetuneRunConfig):
-        head = head_of(task_of(found.task), found)
-    _require_size(folder, model, made, len(Specials._fields) if head else 0)
+        head = head_of(task_from_config(found.task), found)
+    _require_size(folder, model, made, len(SpecialTokens._fields) if head else 0)
     return Source(layout, found, model, made, head)
 
 

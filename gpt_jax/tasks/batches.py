@@ -23,7 +23,7 @@ from jaxtyping import Int32, Int64, Integer
 
 from gpt_jax.data.windows import ElementSpec, NumpyBatch, epoch_keys, permute
 from gpt_jax.errors import UserError
-from gpt_jax.tasks.transforms import Encoded
+from gpt_jax.tasks.transforms import EncodedSplit
 
 
 def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int, most: int) -> tuple[int, ...]:
@@ -34,7 +34,7 @@ def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int,
     batches it is exact up to the shift by the few examples that an epoch leaves out.
 
     Args:
-      splits: for each split that shares the lengths, its examples' longest sequences (`Encoded.longest`).
+      splits: for each split that shares the lengths, its examples' longest sequences (`EncodedSplit.longest`).
       batch_size: examples in a batch.
       most: most lengths. > 0.
     """
@@ -59,12 +59,12 @@ def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int,
 class _PaddedBatches(abc.ABC):
     """Batches of the examples of one split; a subclass decides which examples each batch has."""
 
-    def __init__(self, encoded: Encoded, lengths: Sequence[int]) -> None:
+    def __init__(self, encoded: EncodedSplit, lengths: Sequence[int]) -> None:
         self._encoded = encoded
         self._lengths = np.asarray(lengths)
 
     @abc.abstractmethod
-    def examples(self, step: int) -> Int64[np.ndarray, " batch_size"]:
+    def example_numbers(self, step: int) -> Int64[np.ndarray, " batch_size"]:
         """Returns the number within the split of the example in each row of batch `step`; -1 where a row is only filler."""
 
     def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
@@ -84,7 +84,7 @@ class _PaddedBatches(abc.ABC):
 
           In a row that only fills up the batch, everything but `example_id` is zero.
         """
-        encoded, examples = self._encoded, self.examples(step)
+        encoded, examples = self._encoded, self.example_numbers(step)
         padded = int(self._padded_lengths(self._lengths_of(examples).max()))
         examples = examples[rows]
         lengths = self._lengths_of(examples)
@@ -143,7 +143,7 @@ class TaskBatches(_PaddedBatches):
       UserError: the split has fewer examples than one batch.
     """
 
-    def __init__(self, encoded: Encoded, batch_size: int, seed: int, lengths: Sequence[int], bucket_by_length: bool) -> None:
+    def __init__(self, encoded: EncodedSplit, batch_size: int, seed: int, lengths: Sequence[int], bucket_by_length: bool) -> None:
         super().__init__(encoded, lengths)
         self._num_examples = len(encoded.lengths)
         self.steps_per_epoch = self._num_examples // batch_size
@@ -158,7 +158,7 @@ class TaskBatches(_PaddedBatches):
         # Prefetching threads may be in two epochs at once. Computing an epoch twice is harmless.
         self._epoch = functools.lru_cache(maxsize=2)(self._arrange)
 
-    def examples(self, step: int) -> Int64[np.ndarray, " batch_size"]:
+    def example_numbers(self, step: int) -> Int64[np.ndarray, " batch_size"]:
         """Returns the number within the split of the example in each row of batch `step`."""
         epoch, number = divmod(step, self.steps_per_epoch)
         return self._epoch(epoch)[number]
@@ -191,14 +191,14 @@ class ScoringBatches(_PaddedBatches):
       lengths: the lengths that sequences may be padded to (`choose_lengths`), ascending.
     """
 
-    def __init__(self, encoded: Encoded, batch_size: int, lengths: Sequence[int]) -> None:
+    def __init__(self, encoded: EncodedSplit, batch_size: int, lengths: Sequence[int]) -> None:
         super().__init__(encoded, lengths)
         order = np.argsort(-encoded.longest, kind="stable")
         self.num_batches = -(-order.size // batch_size)
         self._examples = np.full((self.num_batches, batch_size), -1, np.int64)
         self._examples.flat[: order.size] = order
 
-    def examples(self, step: int) -> Int64[np.ndarray, " batch_size"]:
+    def example_numbers(self, step: int) -> Int64[np.ndarray, " batch_size"]:
         """Returns the number within the split of the example in each row of batch `step`; -1 where a row is only filler."""
         return self._examples[step]
 

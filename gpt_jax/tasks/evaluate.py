@@ -19,13 +19,14 @@ from gpt_jax.errors import UserError, nearest
 from gpt_jax.runtime import sharding
 from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.runtime.rundir import read_json
-from gpt_jax.tasks.dataset import load_dataset, task_of
+from gpt_jax.tasks.dataset import load_dataset
 from gpt_jax.tasks.file_layouts import SplitName
 from gpt_jax.tasks.finetune import Scorer, head_of
 from gpt_jax.tasks.metrics import require_scorable
-from gpt_jax.tasks.readers import Split, read
-from gpt_jax.tasks.registry import Task, named
-from gpt_jax.tasks.zero_shot import PROBES, probe, read_winograd
+from gpt_jax.tasks.readers import TaskSplit, read_split
+from gpt_jax.tasks.registry import Task, get_task, task_from_config
+from gpt_jax.tasks.winograd import read_winograd
+from gpt_jax.tasks.zero_shot import PROBES, run_probe
 from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import total_loss
 from gpt_jax.train.restore import load_model
@@ -105,7 +106,7 @@ def evaluate_task(
         if word.startswith("--") and not word.startswith("--task."):
             raise UserError(f"{word}: is not an argument of gpt-jax evaluate; of the config, it takes --task.* fields")
     task = apply_overrides(FinetuneConfig(task=config.task), overrides, "gpt-jax evaluate CHECKPOINT").task
-    learnt, wanted = task_of(config.task), task_of(task)
+    learnt, wanted = task_from_config(config.task), task_from_config(task)
     if _outputs(learnt) != _outputs(wanted):
         raise UserError(
             f"--task.name: the checkpoint's outputs are those of {learnt.title} ({_outputs(learnt)}), not of {wanted.title} "
@@ -118,7 +119,7 @@ def evaluate_task(
     dataset = load_dataset(task, trained.tokenizer, config.model.context_length, size, log, (split,))
     scorer = Scorer(model, trained.mesh, head, dataset)
     if out is None:
-        require_scorable(dataset.task, dataset.rows[split])
+        require_scorable(dataset.task, dataset.splits[split].examples)
         return scorer.scores(scorer.log_probabilities(trained.params, split), split)
     scores, files = scorer.write(trained.params, split, out)
     if files:
@@ -181,20 +182,20 @@ def zero_shot(
     Raises:
       UserError: no such probe, no sound checkpoint, a fine-tuned one, or rows that cannot be read.
     """
-    splits: dict[str, dict[SplitName, Split]] = {}
+    splits: dict[str, dict[SplitName, TaskSplit]] = {}
     for name, source in sources.items():
         if name not in PROBES:
             raise UserError(f"--zero-shot: no probe is named '{name}'; {nearest(name, PROBES)}")
         splits[name] = _probe_rows(name, source)
         for split, read_rows in splits[name].items():
-            log(f"{PROBES[name].title} {split}: {read_rows.counted()}")
+            log(f"{PROBES[name].title} {split}: {read_rows.describe_counts()}")
     kept = [(path, info) for path in paths for info in _checkpoints(path, every_checkpoint, log)]
     results = []
     for path, info in kept:
         trained = load_model(info.path)
         with jax.set_mesh(trained.mesh):
             for name, of_probe in splits.items():
-                found = probe(name, trained.config.model, trained.params, trained.tokenizer, of_probe)
+                found = run_probe(name, trained.config.model, trained.params, trained.tokenizer, of_probe)
                 results.append({"path": str(path), "step": info.step, **found})
                 metric = PROBES[name].metric
                 normalized = "" if found["normalized"] is None else f", normalised {found['normalized']:.3f}"
@@ -210,13 +211,13 @@ def _checkpoints(path: Path, every: bool, log: Callable[[str], None]) -> list[ch
     return infos
 
 
-def _probe_rows(name: str, source: str) -> dict[SplitName, Split]:
+def _probe_rows(name: str, source: str) -> dict[SplitName, TaskSplit]:
     """The splits that a probe needs."""
     chosen = PROBES[name]
     try:
         if chosen.task:
             config = TaskConfig(name=chosen.task, path=source)
-            found = {split: read(named(chosen.task), config, split) for split in chosen.splits}
+            found = {split: read_split(get_task(chosen.task), config, split) for split in chosen.splits}
             return {split: rows for split, rows in found.items() if rows is not None}
         if not source:
             raise UserError(f"{chosen.title} is read from a file: write {name}=FILE")

@@ -33,10 +33,10 @@ from gpt_jax.runtime import distributed, sharding
 from gpt_jax.runtime.rundir import RunDir, write_atomic
 from gpt_jax.tasks import metrics
 from gpt_jax.tasks.batches import ScoringBatches, TaskBatches
-from gpt_jax.tasks.dataset import Dataset, load_dataset, task_of
+from gpt_jax.tasks.dataset import TaskDataset, load_dataset
 from gpt_jax.tasks.head import Head, transfer
-from gpt_jax.tasks.registry import Task
-from gpt_jax.tasks.transforms import Specials
+from gpt_jax.tasks.registry import Task, task_from_config
+from gpt_jax.tasks.transforms import SpecialTokens
 from gpt_jax.train import checkpoint
 from gpt_jax.train.loop import Work
 from gpt_jax.train.run import Training, conduct, schedule, session
@@ -66,7 +66,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
     with session(config, workdir) as begun:
         run, log = begun.run, begun.log
         require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} holds runs of several seeds; name another folder")
-        task = task_of(config.task)  # a misspelt task is said before a checkpoint is looked for
+        task = task_from_config(config.task)  # a misspelt task is said before a checkpoint is looked for
         source = find_source(config.init, log)
         resolved = resolve(config, task, source)
         run.require_own()
@@ -93,7 +93,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
 
         def conclude(state: State, scores: dict[str, float]) -> dict[str, Any]:
             best, params = _best(run, resolved, mesh, head, state)
-            written = [name for name in ("validation", "test") if name in dataset.rows]
+            written = [name for name in ("validation", "test") if name in dataset.splits]
             measured = {name: scorer.write(params, name, run.path / "predictions")[0] for name in written}
             return {
                 "task": resolved.task.name,
@@ -109,7 +109,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
             work=_plan_work(resolved, mesh, head, dataset, batches, scorer, log),
             tokenizer=source.tokenizer,
             data_digest=dataset.digest,
-            title=f"{dataset.task.title}: {len(dataset.rows['train']):,} examples",
+            title=f"{dataset.task.title}: {len(dataset.splits['train'].examples):,} examples",
             unit="examples",
             units_per_step=resolved.train.batch_size,
             flops=0.0,  # examples differ in length
@@ -199,7 +199,7 @@ def _checkpoint_source(path: Path, log: Callable[[str], None]) -> Source:
     info = checkpoint.resolve(path, log)
     model = config_from_dict(checkpoint.read_config(info)).model
     tokenizer = tokenizers.load(info.path / "tokenizer")
-    if model.vocab_size - tokenizer.vocab_size not in (0, len(Specials._fields)):  # the latter: fine-tuned before
+    if model.vocab_size - tokenizer.vocab_size not in (0, len(SpecialTokens._fields)):  # the latter: fine-tuned before
         raise UserError(
             f"{info.path}: its model has {model.vocab_size:,} entries and its tokenizer {tokenizer.vocab_size:,}; they do not go "
             "together, so name another checkpoint"
@@ -211,7 +211,7 @@ def resolve(config: FinetuneConfig, task: Task, source: Source) -> FinetuneRunCo
     """The config with the source's architecture in place of mere options, with room for the special tokens, and with the labels
     of one's own task, which may have been read from its training rows."""
     options = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(ModelOptions)}
-    vocab_size = source.tokenizer.vocab_size + len(Specials._fields)
+    vocab_size = source.tokenizer.vocab_size + len(SpecialTokens._fields)
     model = dataclasses.replace(source.model, **options, vocab_size=vocab_size)
     layers = model.num_layers
     require(config.init.blocks <= layers, "init.blocks", f"the checkpoint has {layers} blocks, not {config.init.blocks}")
@@ -230,7 +230,7 @@ def head_of(task: Task, config: FinetuneRunConfig) -> Head:
 class Scorer:
     """Scores parameters on the splits of a dataset; compiles once for each shape."""
 
-    def __init__(self, config: RunConfig, mesh: Mesh, head: Head, dataset: Dataset):
+    def __init__(self, config: RunConfig, mesh: Mesh, head: Head, dataset: TaskDataset):
         self._mesh, self._dataset = mesh, dataset
         self._size = config.train.batch_size
         self._rows = sharding.host_rows(mesh, self._size)
@@ -247,13 +247,13 @@ class Scorer:
         with jax.set_mesh(self._mesh):
             for step in range(batches.num_batches):
                 batch = sharding.place_batch(self._mesh, batches.batch_at(step, self._rows), self._size)
-                examples = batches.examples(step)
+                examples = batches.example_numbers(step)
                 result[examples[examples >= 0]] = np.asarray(self._score(params, batch))[examples >= 0]
         return result
 
     def scores(self, log_probabilities: np.ndarray, split: str) -> dict[str, float]:
         """The task's metrics, and the mean of the task's loss in nats."""
-        task, rows = self._dataset.task, self._dataset.rows[split]
+        task, rows = self._dataset.task, self._dataset.splits[split].examples
         loss = -(self._dataset.encoded[split].labels * log_probabilities).sum(axis=1).mean()
         return metrics.score(task, rows, metrics.predict(task, np.exp(log_probabilities))) | {"loss": float(loss)}
 
@@ -263,9 +263,9 @@ class Scorer:
         Raises:
           UserError: as `metrics.write_glue`.
         """
-        task, rows = self._dataset.task, self._dataset.rows[split]
+        task, rows = self._dataset.task, self._dataset.splits[split].examples
         values = self.log_probabilities(params, split)
-        labelled = self._dataset.labelled(split)
+        labelled = self._dataset.is_labeled(split)
         files = []
         if distributed.is_primary():
             folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +273,7 @@ class Scorer:
             metrics.write_predictions(files[0], task, rows, np.exp(values))
             if not labelled and task.name in metrics.GLUE_FILES:
                 predictions = metrics.predict(task, np.exp(values))
-                files += metrics.write_glue(folder, task, rows, predictions, self._dataset.dropped_indices[split])
+                files += metrics.write_glue(folder, task, rows, predictions, self._dataset.splits[split].dropped_indices)
         return self.scores(values, split) if labelled else {}, files
 
 
@@ -281,7 +281,7 @@ def _plan_work(
     config: FinetuneRunConfig,
     mesh: Mesh,
     head: Head,
-    dataset: Dataset,
+    dataset: TaskDataset,
     batches: TaskBatches,
     scorer: Scorer,
     log: Callable[[str], None],
@@ -303,7 +303,7 @@ def _plan_work(
         save_every=save_every,
         batch_at=lambda step: batches.batch_at(step, rows),
         evaluate=evaluate,
-        evidence=lambda step: {"examples": [dataset.rows["train"][i].where for i in batches.examples(step)]},
+        evidence=lambda step: {"examples": [dataset.splits["train"].examples[i].where for i in batches.example_numbers(step)]},
         model_fns=head.model_fns(),
         save_evaluated=True,
     )

@@ -1,220 +1,214 @@
-"""The rows of a labelled task: from its files in their original layout, from tensorflow-datasets, or from files of one's own.
+"""Readers of labeled tasks: their files in the released layout, tensorflow-datasets, or the user's own files.
 
-Texts are stripped of white space at both ends and otherwise left alone. A row that is not as it should be is an error that names
-its place; what a release is known to get wrong (`layouts.Layout.drops`) is dropped and counted.
+Texts lose the white space at both ends and are otherwise unchanged. A malformed row is an error that names the row's place. Only
+rows with the known defects of a release (`FileLayout.drops`) are dropped and counted instead.
 """
 
 from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from gpt_jax.config import TaskConfig
 from gpt_jax.errors import UserError, described
-from gpt_jax.tasks import readers_tfds, tables
-from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, Layout, Part, SplitName
+from gpt_jax.tasks import tables
+from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, SPLITS, FileLayout, SplitName
+from gpt_jax.tasks.readers_tfds import read_tfds
 from gpt_jax.tasks.registry import Task, label_text
 from gpt_jax.tasks.tables import Record
 
 ID_COLUMNS = ("index", "idx", "id", "pairID", "InputStoryid")
-"""Columns that identify a row, the one to take first. Where there is none, rows are numbered from 0."""
+"""Columns that identify a row; the first of them that is present counts. Without any, rows are numbered from 0."""
 
 HELD_OUT_SEED = 3535999445
-"""The released code's seed, by which it holds rows of Story Cloze out for validation."""
+"""The seed with which the released code holds rows of Story Cloze out for validation."""
 
 
-class Row(NamedTuple):
-    """A labelled example."""
+class Example(NamedTuple):
+    """A labeled example."""
 
     id: str
     texts: tuple[str, ...]
     """(text,), (premise, hypothesis), (a, b), or (context, answer 0, answer 1, ...)."""
     label: float | None
-    """Index in the task's labels, or the score of a regression; None: hidden."""
+    """The index of the label among the task's labels, or the score in a regression; None if the label is hidden."""
     where: str
-    """"file:line", or "tfds:glue/cola train 17"."""
+    """The example's place: "file:line", or "tfds:glue/cola train 17"."""
     group: str = ""
     """The part of the split that is also scored on its own: "matched" or "mismatched", "middle" or "high"."""
 
 
-class Split(NamedTuple):
-    """The rows of a split."""
+class TaskSplit(NamedTuple):
+    """One split of a task, as it was read."""
 
-    rows: list[Row]
-    read: int
-    """Rows seen: those in `rows` and those dropped."""
+    examples: list[Example]
+    num_rows: int
+    """Number of rows that were read, including those that were dropped or are not used."""
     dropped: dict[str, int]
-    """Rows left out, by reason."""
+    """Numbers of rows that were dropped, by reason."""
     dropped_indices: tuple[int, ...] = ()
-    """The indices in their file of rows left out, where they have one."""
+    """Indices, within their file, of the rows that were dropped and have an index."""
 
-    def counted(self, used: int | None = None) -> str:
-        """The counts in words; `used`: how many of `rows` are, if not all."""
+    def describe_counts(self) -> str:
+        """Returns the counts in words."""
         dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in self.dropped.items() if count)
-        return f"{self.read:,} rows read, {len(self.rows) if used is None else used:,} used{dropped}"
+        return f"{self.num_rows:,} rows read, {len(self.examples):,} used{dropped}"
 
 
-def read(task: Task, config: TaskConfig, split: SplitName) -> Split | None:
+def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | None:
     """Reads one split of a task.
 
     Args:
-      task: `registry.named` or `registry.own` of the config.
-      config: says where the rows are; its `max_train` is not applied here.
-      split: which one. Test splits may lack labels.
+      task: the task of the config (`registry.task_from_config`).
+      config: tells where the rows are. Its `max_train` is not applied here.
+      split: the split. Test splits may lack labels.
 
     Returns:
-      The rows in the order of their files; None: the release, or the user, has no such split.
+      The examples in the order of their files; None if the release, or the user, has no such split.
 
     Raises:
-      UserError: files that are not there, or a release of them without a validation split; or, with file and line, a missing
-        column, a row with too few or too many columns, a label outside the set, a score that is not a number, an empty text, more
-        or fewer answers than the task has, bytes that are not UTF-8.
+      UserError: files are missing, or their release lacks a validation split; or, with file and line: a column is missing, a row
+        has too few or too many columns, a label is not in the label set, a score is not a number, a text is empty, there are more
+        or fewer answers than the task has, or some bytes are not UTF-8.
     """
-    layout, sources = _named_sources(task, config, split) if config.name else _own_sources(config, split)
-    if not sources:
+    layout, groups = (_open_named_task if config.name else _open_own_task)(task, config, split)
+    if not groups:
         return None
-    rows: list[Row] = []
+    examples: list[Example] = []
     dropped: collections.Counter[str] = collections.Counter()
     dropped_indices: list[int] = []
-    seen = 0
-    for group, records in sources:
-        for record in _questions(records, task.labels) if layout.articles else records:
+    num_rows = 0
+    for group, records in groups.items():
+        for record in _split_articles(records, task.labels) if layout.articles else records:
             try:
-                rows.append(_row(task, layout, group, record, seen, split))
-            except _FaultyRow as fault:
-                if fault.reason not in layout.drops:
-                    raise UserError(f"{record.where}: {fault}") from fault
-                dropped[fault.reason] += 1
-                # A row that is broken at a line end has a second piece, which begins with anything; an index does not exceed the
-                # number of rows before it.
-                if (index := _identity(record, seen)).isdecimal() and int(index) <= seen:
+                examples.append(_parse_example(task, layout, group, record, num_rows, split))
+            except _MalformedRow as error:
+                if error.defect not in layout.drops:
+                    raise UserError(f"{record.where}: {error}") from error
+                dropped[error.defect] += 1
+                # A row that is broken at a line end has a second piece, which may begin with any number; but an index is never
+                # greater than the number of rows before it.
+                if (index := _row_id(record, num_rows)).isdecimal() and int(index) <= num_rows:
                     dropped_indices.append(int(index))
-            seen += 1
-    if not rows:
+            num_rows += 1
+    if not examples:
         field = f"task.{'path' if config.name else split}"
-        raise UserError(f"--{field}: the {split} split of {task.title} has no rows ({seen} read, {seen} dropped)")
+        raise UserError(f"--{field}: the {split} split of {task.title} has no usable rows ({num_rows} read, {num_rows} dropped)")
     if layout.held_out and split != "test":
-        rows = _held_out(rows, layout.held_out, split)
-        seen = len(rows)
-    return Split(rows, seen, dict(dropped), tuple(dropped_indices))
+        examples = _hold_out(examples, layout.held_out, split)
+        num_rows = len(examples)
+    return TaskSplit(examples, num_rows, dict(dropped), tuple(dropped_indices))
 
 
-# -- where the rows are -----------------------------------------------------------------------------------------------------
+# -- places -----------------------------------------------------------------------------------------------------------------
 
-Sources = list[tuple[str, Iterable[Record]]]
-"""Groups, and the records in each."""
+RecordGroups = Mapping[str, Iterable[Record]]
+"""The records of a split by group; empty if there is no such split."""
 
 
-def _named_sources(task: Task, config: TaskConfig, split: SplitName) -> tuple[Layout, Sources]:
-    """A task's layout and the records of one of its splits; none where the release, or its user, has no such split."""
+def _open_named_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups]:
+    """Returns the layout of a task of the paper, and the records of one of its splits."""
     if not config.path:
         layout = task.tfds
         assert layout is not None
-        parts: tuple[Part, ...] = getattr(layout, split)
-        unlabelled = "-" if NO_GOLD in layout.drops else None
-        return layout, [(p.group, readers_tfds.records(p.path, layout.label, task.labels, unlabelled)) for p in parts]
-    layout, folder = _locate(task, Path(config.path).expanduser())
-    parts = getattr(layout, split)
-    if split == "validation" and not parts:
+        hidden_label = "-" if NO_GOLD in layout.drops else None
+        parts = layout.paths(split).items()
+        return layout, {group: read_tfds(path, layout.label, task.labels, hidden_label) for group, path in parts}
+    layout, folder = _find_release(task, Path(config.path).expanduser())
+    patterns = layout.paths(split)
+    if split == "validation" and not patterns:
+        in_glue = next(iter(task.files[0].paths(split).values()))
         raise UserError(
             f"--task.path: the release of {task.title} in {folder} has no validation split; give the folder of the GLUE "
-            f"download, where it is {task.files[0].validation[0].path}, or leave --task.path out for tensorflow-datasets"
+            f"download, which has {in_glue}, or leave --task.path out to use tensorflow-datasets"
         )
-    found = [sorted(folder.glob(part.path)) for part in parts]
-    if split == "test" and not any(found):
-        return layout, []
-    for part, paths in zip(parts, found, strict=True):
+    files = {group: sorted(folder.glob(pattern)) for group, pattern in patterns.items()}
+    if split == "test" and not any(files.values()):
+        return layout, {}
+    for group, paths in files.items():
         if not paths:
-            raise UserError(f"--task.path: {folder} has no {part.path}, which the {split} split of {task.title} needs")
+            raise UserError(f"--task.path: {folder} has no {patterns[group]}, which the {split} split of {task.title} needs")
         if len(paths) > 1 and not layout.articles:
             raise UserError(f"--task.path: {folder} has {' and '.join(path.name for path in paths)}; keep one of them")
-    return layout, [(part.group, _records(layout, part, paths, split)) for part, paths in zip(parts, found, strict=True)]
+    return layout, {group: _read_files(layout, paths, split) for group, paths in files.items()}
 
 
-def _locate(task: Task, given: Path) -> tuple[Layout, Path]:
-    """The layout whose files are in the given folder or in the task's own folder below it."""
+def _find_release(task: Task, given: Path) -> tuple[FileLayout, Path]:
+    """Returns the layout whose files are in the given folder, or in the task's own folder below it, and that folder."""
     if not given.is_dir():
         raise UserError(f"--task.path: there is no folder '{given}'")
     for layout in task.files:
         for folder in (given, *(given / name for name in layout.folders)):
-            if any(any(folder.glob(part.path)) for part in (*layout.train, *layout.validation, *layout.test)):
+            if any(any(folder.glob(pattern)) for split in SPLITS for pattern in layout.paths(split).values()):
                 return layout, folder
-    wanted = " or ".join(layout.train[0].path for layout in task.files)
+    wanted = " or ".join(next(iter(layout.paths("train").values())) for layout in task.files)
     places = ", ".join(dict.fromkeys(str(given / name) for layout in task.files for name in ("", *layout.folders)))
-    raise UserError(f"--task.path: no files of {task.title}; looked for {wanted} in {places}")
+    raise UserError(f"--task.path: there are no files of {task.title}; looked for {wanted} in {places}")
 
 
-def _records(layout: Layout, part: Part, paths: list[Path], split: SplitName) -> Iterator[Record]:
+def _read_files(layout: FileLayout, paths: list[Path], split: SplitName) -> Iterator[Record]:
     assert layout.format != "tfds"
-    needed = ARTICLE if layout.articles else (*_columns(layout), *(() if split == "test" else (layout.label,)))
+    required = ARTICLE_FIELDS if layout.articles else layout.text_columns + (() if split == "test" else (layout.label,))
     for path in paths:
-        yield from tables.records(path, layout.format, dict.fromkeys(needed, ""), part.columns)
+        yield from tables.read_table(path, layout.format, dict.fromkeys(required, ""), layout.headers.get(split, ()))
 
 
-def _own_sources(config: TaskConfig, split: SplitName) -> tuple[Layout, Sources]:
-    """The same for a task of the user's own."""
-    layout = Layout("tsv", (), (), (), config.texts, config.label)
-    given = getattr(config, split)
-    if not given:
-        return layout, []
-    path, kind = tables.locate(given, f"task.{split}")
-    needed = dict.fromkeys(config.texts, "task.texts") | ({} if split == "test" else {config.label: "task.label"})
-    return layout, [("", tables.records(path, kind, needed))]
-
-
-def _columns(layout: Layout) -> tuple[str, ...]:
-    """The columns that the texts are in."""
-    return tuple(column for text in layout.texts for column in ((text,) if isinstance(text, str) else text))
+def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups]:
+    """Returns the same for a task of the user's own."""
+    path = getattr(config, split)
+    required = dict.fromkeys(config.texts, "task.texts") | ({} if split == "test" else {config.label: "task.label"})
+    groups = {"": tables.read_own_table(path, f"task.{split}", required)} if path else {}
+    return FileLayout("tsv", path, config.texts, config.label), groups
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------------
 
 
-class _FaultyRow(Exception):
-    """Says what is wrong with a row. `reason` is what it is counted under where a release is known to have such rows."""
+class _MalformedRow(Exception):
+    """An error in a row. `defect` is one of the known defects of releases, or empty."""
 
-    def __init__(self, reason: str, message: str):
+    def __init__(self, defect: str, message: str):
         super().__init__(message)
-        self.reason = reason
+        self.defect = defect
 
 
-def _row(task: Task, layout: Layout, group: str, record: Record, number: int, split: SplitName) -> Row:
+def _parse_example(task: Task, layout: FileLayout, group: str, record: Record, number: int, split: SplitName) -> Example:
     if record.fault:
-        raise _FaultyRow(COLUMNS, record.fault)
-    texts = _texts(layout, record)
+        raise _MalformedRow(COLUMNS, record.fault)
+    texts = _parse_texts(layout, record)
     if JOINED in layout.drops and any("\t" in text for text in texts):
-        raise _FaultyRow(JOINED, "a text with a tab in it")
+        raise _MalformedRow(JOINED, "a text contains a tab")
     label = label_text(record.fields.get(layout.label))
     if label is None and split != "test":
-        raise _FaultyRow("", "no label; only the rows of a test split may lack it")
-    return Row(_identity(record, number), texts, None if label is None else _label(task, label), record.where, group)
+        raise _MalformedRow("", "the label is missing, which is allowed in a test split only")
+    return Example(_row_id(record, number), texts, None if label is None else _parse_label(task, label), record.where, group)
 
 
-def _identity(record: Record, number: int) -> str:
-    """What names a row in its file, or its number in the split."""
+def _row_id(record: Record, number: int) -> str:
+    """Returns what identifies a row in its file, or else its number in the split."""
     return str(next((record.fields[column] for column in ID_COLUMNS if column in record.fields), number))
 
 
-def _texts(layout: Layout, record: Record) -> tuple[str, ...]:
-    for column in _columns(layout):
+def _parse_texts(layout: FileLayout, record: Record) -> tuple[str, ...]:
+    for column in layout.text_columns:
         value = record.fields[column]
         if not isinstance(value, str):
-            raise _FaultyRow("", f"'{column}' holds {described(value)}, not a text")
+            raise _MalformedRow("", f"'{column}' must be a text, not {described(value)}")
         if not value.strip():
-            raise _FaultyRow(EMPTY, f"'{column}' is empty; every text must have something in it besides white space")
+            raise _MalformedRow(EMPTY, f"'{column}' is empty; every text needs at least one character that is not white space")
     joined = (record.fields[t] if isinstance(t, str) else " ".join(record.fields[column] for column in t) for t in layout.texts)
     return tuple(text.strip() for text in joined)
 
 
-def _label(task: Task, label: str) -> float:
-    """The index of a label, or the score that it is."""
+def _parse_label(task: Task, label: str) -> float:
+    """Returns the index of a label, or the score of a regression."""
     if not task.regression:
         if label not in task.labels:
-            reason = NO_GOLD if label == "-" else ""
-            raise _FaultyRow(reason, f"the label is '{label}'; it must be one of {', '.join(task.labels)}")
+            defect = NO_GOLD if label == "-" else ""
+            raise _MalformedRow(defect, f"the label is '{label}'; it must be one of {', '.join(task.labels)}")
         return float(task.labels.index(label))
     low, high = float(task.labels[0]), float(task.labels[-1])
     try:
@@ -222,38 +216,36 @@ def _label(task: Task, label: str) -> float:
     except ValueError:
         score = math.nan
     if not low <= score <= high:
-        raise _FaultyRow("", f"the score is '{label}'; it must be a number from {low:g} to {high:g}")
+        raise _MalformedRow("", f"the score is '{label}'; it must be a number from {low:g} to {high:g}")
     return score
 
 
-def _held_out(rows: list[Row], size: int, split: SplitName) -> list[Row]:
-    """The rows that the released code trains or validates on, in its order."""
+def _hold_out(examples: list[Example], size: int, split: SplitName) -> list[Example]:
+    """Returns the examples that the released code trains on, or validates on, in its order."""
     from sklearn.model_selection import train_test_split
 
-    if len(rows) <= size:
-        raise UserError(f"{rows[0].where}: the file has {len(rows)} rows, of which {size} are held out for validation")
-    train, validation = train_test_split(rows, test_size=size, random_state=HELD_OUT_SEED)
+    if len(examples) <= size:
+        raise UserError(f"{examples[0].where}: the file has {len(examples)} rows, but {size} are to be held out for validation")
+    train, validation = train_test_split(examples, test_size=size, random_state=HELD_OUT_SEED)
     return train if split == "train" else validation
 
 
 # -- articles with questions ------------------------------------------------------------------------------------------------
 
-ARTICLE = ("article", "questions", "options", "answers")
-"""Fields of RACE's records: a text, and three lists with an item for each question."""
+ARTICLE_FIELDS = ("article", "questions", "options", "answers")
+"""Fields of RACE's records: a text, and three lists with one item for each question."""
 
 
-def _questions(records: Iterable[Record], letters: tuple[str, ...]) -> Iterator[Record]:
-    """A record for each question of each article: its context is the article and the question, run together."""
+def _split_articles(records: Iterable[Record], letters: tuple[str, ...]) -> Iterator[Record]:
+    """Yields a record for each question of each article. Its context is the article followed by the question."""
     for record in records:
-        article, *lists = (record.fields[field] for field in ARTICLE)
-        if not isinstance(article, str) or not all(isinstance(each, list) and len(each) == len(lists[0]) for each in lists):
-            raise UserError(f"{record.where}: must hold a text 'article' and lists of equal length {', '.join(ARTICLE[1:])}")
+        article, *lists = (record.fields[field] for field in ARTICLE_FIELDS)
+        if not isinstance(article, str) or not all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists):
+            raise UserError(
+                f"{record.where}: 'article' must be a text, and {', '.join(ARTICLE_FIELDS[1:])} must be lists of equal length"
+            )
         name = record.fields.get("id") or record.fields.get("example_id")
         for number, (question, options, answer) in enumerate(zip(*lists, strict=True)):
             fields = {"id": f"{name}/{number}", "context": f"{article} {question}", "answer": answer}
-            fault = f"{len(options)} options; there must be {len(letters)} for every question"
-            yield Record(
-                f"{record.where} question {number}",
-                fields | dict(zip(letters, options, strict=False)),
-                "" if len(options) == len(letters) else fault,
-            )
+            fault = "" if len(options) == len(letters) else f"{len(options)} options; every question must have {len(letters)}"
+            yield Record(f"{record.where} question {number}", fields | dict(zip(letters, options, strict=False)), fault)

@@ -1,4 +1,4 @@
-"""The rows of a labelled task in tensorflow-datasets."""
+"""The rows of a labeled task in tensorflow-datasets."""
 
 from __future__ import annotations
 
@@ -10,64 +10,64 @@ from gpt_jax.runtime.console import say
 from gpt_jax.tasks.tables import Record
 
 
-def records(part: str, label: str, labels: tuple[str, ...], unlabelled: str | None) -> Iterator[Record]:
-    """The examples of a split, in the order of their `idx` where they have one; the set is downloaded if it is not there yet,
-    and a line on standard error says so.
+def read_tfds(path: str, label: str, labels: tuple[str, ...], hidden_label: str | None) -> Iterator[Record]:
+    """Yields the examples of a split, in the order of their feature `idx` if they have it.
 
-    The items of a list NAME are also there as NAME/0, NAME/1, ...
+    A data set that is not on this machine is downloaded, which a line on standard error announces. If the feature NAME is a list,
+    its items are also in the fields NAME/0, NAME/1, ...
 
     Args:
-      part: "name/config:split".
+      path: "name/config:split".
       label: the feature that holds the label.
-      labels: what takes the place of a class number.
-      unlabelled: what takes the place of -1.
+      labels: the texts that replace class numbers.
+      hidden_label: what replaces the class number -1.
 
     Raises:
-      UserError: the set cannot be had.
+      UserError: the data set cannot be loaded.
     """
-    name, _, split = part.partition(":")
-    builder, examples = _examples(name, split)
+    name, _, split = path.partition(":")
+    builder, examples = _load_examples(name, split)
     features = builder.info.features
     if "idx" in features:
         examples.sort(key=lambda example: example["idx"])
     for number, example in enumerate(examples):
-        fields = {feature: _plain(value) for feature, value in example.items()}
+        fields = {feature: _to_python(value) for feature, value in example.items()}
         for feature, value in tuple(fields.items()):
             if isinstance(value, list):
                 fields |= {f"{feature}/{place}": item for place, item in enumerate(value)}
         if label in features:
             value = example[label]
-            # As a text, a float32 has no more digits than it was given.
-            fields[label] = unlabelled if value < 0 else labels[value] if hasattr(features[label], "names") else str(value)
+            # As text, a float32 has only the digits that it was made from.
+            fields[label] = hidden_label if value < 0 else labels[value] if hasattr(features[label], "names") else str(value)
         yield Record(f"tfds:{name} {split} {fields.get('idx', number)}", fields)
 
 
-def _examples(name: str, split: str) -> tuple[Any, list[dict[str, Any]]]:
-    """The set's builder, and a split's examples."""
+def _load_examples(name: str, split: str) -> tuple[Any, list[dict[str, Any]]]:
+    """Returns the builder of a data set, and the examples of a split."""
     try:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name)
-        if not builder.is_prepared():  # without a network it tries again and again, for minutes
+        if not builder.is_prepared():  # without a network, the attempts go on for minutes
             say(
-                f"tensorflow-datasets downloads {name} ({builder.info.homepage}) into {builder.data_path}; --task.path FOLDER "
-                "reads the task's files instead"
+                f"tensorflow-datasets downloads {name} ({builder.info.homepage}) to {builder.data_path}; to read the task's own "
+                "files instead, give their folder as --task.path"
             )
         builder.download_and_prepare()
-    except Exception as error:  # a missing package, no network, a file to be fetched by hand: there is one way out
+    except Exception as error:  # a missing package, no network, a file to be downloaded by hand: the remedy is the same
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"--task.path: tensorflow-datasets cannot give {name} ({reason}); give the folder of the task's files"
+            f"--task.path: tensorflow-datasets cannot load {name} ({reason}); give the folder of the task's own files"
         ) from error
     return builder, list(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
 
 
-def _plain(value: Any) -> Any:
-    """Texts, numbers and lists in place of NumPy's and TensorFlow's."""
+def _to_python(value: Any) -> Any:
+    """Converts values of NumPy and TensorFlow to texts, numbers and lists."""
     if isinstance(value, bytes):
         return value.decode()
     if hasattr(value, "to_list"):  # a ragged tensor: a list of lists
         value = value.to_list()
     elif hasattr(value, "tolist"):
         value = value.tolist()
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+    return [_to_python(item) for item in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""The labelled tasks as data: what each predicts, how it is scored, where its rows lie, and what the paper reports.
+"""The labeled tasks as data: their labels, metrics and files, and the figures that the paper reports.
 
 Tables and sections are those of "Improving Language Understanding by Generative Pre-Training" (2018). Figures are in percent.
 """
@@ -13,78 +13,87 @@ from typing import Any, Literal
 
 from gpt_jax.config import TaskConfig
 from gpt_jax.errors import UserError, nearest
-from gpt_jax.tasks import file_layouts, tables
-from gpt_jax.tasks.file_layouts import Layout, glue, tfds
+from gpt_jax.tasks import tables
+from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, PAIR, PREMISE, SPLITS, FileLayout, glue, nli, tfds
 
-Kind = Literal["classification", "entailment", "similarity", "multiple_choice"]
+TaskKind = Literal["classification", "entailment", "similarity", "multiple_choice"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A labelled task."""
+    """A labeled task."""
 
     name: str
     title: str
-    kind: Kind
+    kind: TaskKind
     labels: tuple[str, ...]
-    """The label set in the order of the classifier's outputs. Of a multiple choice, what the answers are called; of a regression,
-    the whole numbers that its scores lie between."""
-    metrics: tuple[str, ...]
-    """Names in `scoring.METRICS`; the first chooses the best checkpoint, and is the paper's."""
+    """The labels in the order of the classifier's outputs: names of classes, names of the answers in a multiple choice, or the
+    integers between which the scores of a regression lie."""
+    files: tuple[FileLayout, ...] = ()
+    """The layouts in which the task's files have been released."""
+    tfds: FileLayout | None = None
+    """The layout of the task in tensorflow-datasets; None for a task of the user's own."""
+    metrics: tuple[str, ...] = ("accuracy",)
+    """Names that `metrics.compute_metric` takes. The first is the paper's metric, and chooses the best checkpoint."""
     regression: bool = False
-    """Labels are scores rather than members of `labels`."""
-    files: tuple[Layout, ...] = ()
-    """The layouts that files of this task come in."""
-    tfds: Layout | None = None
-    """The same in tensorflow-datasets; None for a task of the user's own."""
-    published: Mapping[tuple[str, str], float] = dataclasses.field(default_factory=dict)
-    """The paper's figures by metric and group ("": the whole split)."""
-    published_on: Literal["test server", "test split", ""] = ""
-    """What those were measured on: GLUE's server, which keeps the labels of its tests to itself, or a public test split."""
+    """Whether labels are scores rather than members of `labels`."""
+    glue_name: str = ""
+    """The name of the task in the GLUE benchmark; empty for other tasks."""
+
+    @property
+    def published(self) -> Mapping[tuple[str, str], float]:
+        """The paper's figures by metric and group of the split. The group "" is the whole split."""
+        return PUBLISHED.get(self.name, {})
+
+    @property
+    def published_on(self) -> str:
+        """The split that the paper's figures are for. The GLUE benchmark's server keeps the labels of its tests to itself."""
+        return "test server" if self.glue_name else "test split"
 
 
-def named(name: str) -> Task:
-    """The task of that name.
+def get_task(name: str) -> Task:
+    """Returns the task with this name.
 
     Raises:
-      UserError: there is none; the nearest names are offered.
+      UserError: there is no such task; the message offers the nearest names.
     """
     if name not in TASKS:
-        raise UserError(f"--task.name: no task is named '{name}'; {nearest(name, TASKS)}")
+        raise UserError(f"--task.name: there is no task '{name}'; {nearest(name, TASKS)}")
     return TASKS[name]
 
 
-def own(config: TaskConfig) -> Task:
-    """The task that `config` describes by the fields from `kind` to `labels`.
+def task_from_config(config: TaskConfig) -> Task:
+    """Returns the task that a config names, or the one that its fields from `kind` to `labels` describe.
 
     Raises:
-      UserError: nothing describes a task; fewer than two labels, the same one twice, or not one for each answer; or what
-        `tables.records` raises for the training rows, where the labels are theirs.
+      UserError: there is no task of that name; the config describes no task; it has fewer than two labels, a label twice, or a
+        number of labels other than that of the answers; or the labels cannot be read from the training rows.
     """
+    if config.name:
+        return get_task(config.name)
     if not (config.train or config.validation or config.test):
         raise UserError(f"--task.name: name a task ({', '.join(TASKS)}), or give rows of your own with --task.train")
     answers = len(config.texts) - 1 if config.kind == "multiple_choice" else 0
-    labels = config.labels or (tuple(map(str, range(answers))) if answers else _labels_in(config))
+    labels = config.labels or (tuple(map(str, range(answers))) if answers else _labels_of_rows(config))
     if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise UserError(f"--task.labels: two different labels or more are needed; found: {', '.join(labels) or 'none'}")
+        raise UserError(f"--task.labels: give two or more different labels, not {', '.join(labels) or 'none'}")
     if answers and len(labels) != answers:
         raise UserError(f"--task.labels: {len(labels)} labels for the {answers} answers in --task.texts; give one for each")
-    return Task("", "own task", config.kind, labels, metrics=("accuracy",))
+    return Task("", "own task", config.kind, labels)
 
 
-def _labels_in(config: TaskConfig) -> tuple[str, ...]:
-    """The labels of the training rows, sorted: by value if all are whole numbers."""
+def _labels_of_rows(config: TaskConfig) -> tuple[str, ...]:
+    """Returns the labels of the training rows in alphabetical order, or in order of value if all of them are integers."""
     if not config.train:
-        raise UserError("--task.labels: without training rows (--task.train) to take them from, the labels must be given")
-    path, kind = tables.locate(config.train, "task.train")
-    rows = tables.records(path, kind, {config.label: "task.label"})
-    found = {label for row in rows if (label := label_text(row.fields.get(config.label))) is not None}
-    numbers = all(re.fullmatch(r"-?\d+", label) for label in found)
-    return tuple(sorted(found, key=int if numbers else None))
+        raise UserError("--task.labels: give the labels, since there are no training rows (--task.train) to read them from")
+    records = tables.read_own_table(config.train, "task.train", {config.label: "task.label"})
+    labels = {label for record in records if (label := label_text(record.fields.get(config.label))) is not None}
+    integers = all(re.fullmatch(r"-?\d+", label) for label in labels)
+    return tuple(sorted(labels, key=int if integers else None))
 
 
 def label_text(value: Any) -> str | None:
-    """A label as it is written in a file, where JSON may hold it as a number; None: there is none."""
+    """Returns a label as text. In JSON it may be a number. None stands for a missing label."""
     if value is None:
         return None
     return value.strip() if isinstance(value, str) else json.dumps(value)
@@ -94,162 +103,146 @@ def label_text(value: Any) -> str | None:
 
 NLI = ("entailment", "neutral", "contradiction")
 BINARY_NLI = ("entailment", "not_entailment")
+BINARY = ("0", "1")
+SCORES = ("0", "1", "2", "3", "4", "5")
+
+QNLI = ("question", "sentence")
+QQP = ("question1", "question2")
+MATCHED = ("matched", "mismatched")  # MultiNLI: texts of the genres that the training split has, and of others
+MNLI_FILES = (
+    glue("MNLI", PAIR, label="gold_label", split_names=("train", "dev_{group}", "test_{group}"), groups=MATCHED),
+    nli("multinli_1.0", split_names=("train", "dev_{group}", ""), groups=MATCHED),
+)
+MNLI_TFDS = tfds("glue/mnli", PREMISE, ("train", "validation_{group}", "test_{group}"), groups=MATCHED)
+SCITAIL = FileLayout(
+    "tsv",
+    "scitail_1.0_{split}.tsv",
+    PREMISE,
+    headers=dict.fromkeys(SPLITS, (*PREMISE, "label")),
+    folders=("tsv_format", "SciTailV1.1/tsv_format"),
+)
+# As in the released code, the validation file is the training data, and 374 of its rows are held out for validation.
+STORY_CLOZE = FileLayout(
+    "csv",
+    "cloze_test_{split}__spring2016*.csv",
+    (tuple(f"InputSentence{number}" for number in range(1, 5)), "RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2"),
+    label="AnswerRightEnding",
+    split_names=("val", "val", "test"),
+    held_out=374,
+)
+# Its order is not that of the file, so the rows that are held out are not those of the released code.
+STORY_CLOZE_TFDS = tfds(
+    "story_cloze/2016", ("context", "endings/0", "endings/1"), ("validation", "validation", "test"), held_out=374
+)
+RACE = FileLayout(
+    "json",
+    "{split}/{group}/*.txt",
+    ("context", "A", "B", "C", "D"),
+    label="answer",
+    groups=("middle", "high"),  # schools
+    folders=("RACE",),
+    articles=True,
+)
+RACE_TFDS = dataclasses.replace(RACE, format="tfds", path="race/{group}:{split}")
+MRPC = glue("MRPC", ("#1 String", "#2 String"), label="Quality")
+MRPC_ORIGINAL = dataclasses.replace(MRPC, path="msr_paraphrase_{split}.txt", split_names=("train", "", "test"))
+COLA = glue("CoLA", ("sentence",), headers=dict.fromkeys(("train", "validation"), ("source", "label", "mark", "sentence")))
 
 _TASKS = (
-    Task(
-        "snli",
-        "SNLI",
-        "entailment",
-        NLI,
-        metrics=("accuracy",),
-        files=(file_layouts.SNLI,),
-        tfds=file_layouts.SNLI_TFDS,
-        published={("accuracy", ""): 89.9},
-        published_on="test split",
-    ),
-    Task(
-        "mnli",
-        "MultiNLI",
-        "entailment",
-        NLI,
-        metrics=("accuracy",),
-        files=(file_layouts.MNLI, file_layouts.MNLI_ORIGINAL),
-        tfds=file_layouts.MNLI_TFDS,
-        published={("accuracy", "matched"): 82.1, ("accuracy", "mismatched"): 81.4},
-        published_on="test server",
-    ),
-    Task(
-        "qnli",
-        "QNLI",
-        "entailment",
-        BINARY_NLI,
-        metrics=("accuracy",),
-        files=(glue("QNLI", ("question", "sentence")),),
-        tfds=tfds("glue/qnli", ("question", "sentence")),
-        published={("accuracy", ""): 88.1},
-        published_on="test server",
-    ),
-    Task(
-        "rte",
-        "RTE",
-        "entailment",
-        BINARY_NLI,
-        metrics=("accuracy",),
-        files=(glue("RTE", file_layouts.PAIR),),
-        tfds=tfds("glue/rte", file_layouts.PAIR),
-        published={("accuracy", ""): 56.0},
-        published_on="test server",
-    ),
-    Task(
-        "scitail",
-        "SciTail",
-        "entailment",
-        ("entails", "neutral"),
-        metrics=("accuracy",),
-        files=(file_layouts.SCITAIL,),
-        tfds=file_layouts.SCITAIL_TFDS,
-        published={("accuracy", ""): 88.3},
-        published_on="test split",
-    ),
-    Task(
-        "story_cloze",
-        "Story Cloze",
-        "multiple_choice",
-        ("1", "2"),
-        metrics=("accuracy",),
-        files=(file_layouts.STORY_CLOZE,),
-        tfds=file_layouts.STORY_CLOZE_TFDS,
-        published={("accuracy", ""): 86.5},
-        published_on="test split",
-    ),
-    Task(
-        "race",
-        "RACE",
-        "multiple_choice",
-        ("A", "B", "C", "D"),
-        metrics=("accuracy",),
-        files=(file_layouts.RACE,),
-        tfds=file_layouts.RACE_TFDS,
-        published={("accuracy", "middle"): 62.9, ("accuracy", "high"): 57.4, ("accuracy", ""): 59.0},
-        published_on="test split",
-    ),
+    Task("snli", "SNLI", "entailment", NLI, (nli("snli_1.0"),), tfds("snli", PREMISE, drops=(NO_GOLD,))),
+    Task("mnli", "MultiNLI", "entailment", NLI, MNLI_FILES, MNLI_TFDS, glue_name="MNLI"),
+    Task("qnli", "QNLI", "entailment", BINARY_NLI, (glue("QNLI", QNLI),), tfds("glue/qnli", QNLI), glue_name="QNLI"),
+    Task("rte", "RTE", "entailment", BINARY_NLI, (glue("RTE", PAIR),), tfds("glue/rte", PAIR), glue_name="RTE"),
+    # tensorflow-datasets reads SciTail's files as if quotes were special, so that a lone one swallows the rows up to the next: it
+    # has 23,097 training rows where the file has 23,596.
+    Task("scitail", "SciTail", "entailment", ("entails", "neutral"), (SCITAIL,), tfds("sci_tail", PREMISE, drops=(JOINED,))),
+    Task("story_cloze", "Story Cloze", "multiple_choice", ("1", "2"), (STORY_CLOZE,), STORY_CLOZE_TFDS),
+    Task("race", "RACE", "multiple_choice", ("A", "B", "C", "D"), (RACE,), RACE_TFDS),
     Task(
         "mrpc",
         "MRPC",
         "similarity",
-        ("0", "1"),
+        BINARY,
+        (MRPC, MRPC_ORIGINAL),
+        tfds("glue/mrpc", PAIR),
         metrics=("f1", "accuracy"),
-        files=(file_layouts.MRPC, file_layouts.MRPC_ORIGINAL),
-        tfds=tfds("glue/mrpc", file_layouts.PAIR),
-        published={("f1", ""): 82.3},
-        published_on="test server",
+        glue_name="MRPC",
     ),
+    # Earlier releases of QQP have rows that are broken at a line end, and in all of them a question or two are empty.
     Task(
         "qqp",
         "QQP",
         "similarity",
-        ("0", "1"),
+        BINARY,
+        (glue("QQP", QQP, label="is_duplicate", drops=(COLUMNS, EMPTY)),),
+        tfds("glue/qqp", QQP, drops=(EMPTY,)),
         metrics=("f1", "accuracy"),
-        files=(file_layouts.QQP,),
-        tfds=file_layouts.QQP_TFDS,
-        published={("f1", ""): 70.3},
-        published_on="test server",
+        glue_name="QQP",
     ),
     Task(
         "stsb",
         "STS-B",
         "similarity",
-        ("0", "1", "2", "3", "4", "5"),
+        SCORES,
+        (glue("STS-B", PAIR, label="score"),),
+        tfds("glue/stsb", PAIR),
         metrics=("pearson", "spearman"),
         regression=True,
-        files=(glue("STS-B", file_layouts.PAIR, "score"),),
-        tfds=tfds("glue/stsb", file_layouts.PAIR),
-        published={("pearson", ""): 82.0},
-        published_on="test server",
+        glue_name="STS-B",
     ),
     Task(
         "cola",
         "CoLA",
         "classification",
-        ("0", "1"),
+        BINARY,
+        (COLA,),
+        tfds("glue/cola", ("sentence",)),
         metrics=("matthews", "accuracy"),
-        files=(file_layouts.COLA,),
-        tfds=tfds("glue/cola", ("sentence",)),
-        published={("matthews", ""): 45.4},
-        published_on="test server",
+        glue_name="CoLA",
     ),
     Task(
         "sst2",
         "SST-2",
         "classification",
-        ("0", "1"),
-        metrics=("accuracy",),
-        files=(glue("SST-2", ("sentence",)),),
-        tfds=tfds("glue/sst2", ("sentence",)),
-        published={("accuracy", ""): 91.3},
-        published_on="test server",
+        BINARY,
+        (glue("SST-2", ("sentence",)),),
+        tfds("glue/sst2", ("sentence",)),
+        glue_name="SST-2",
     ),
 )
 
 TASKS = {task.name: task for task in _TASKS}
-"""The twelve tasks of section 4.2 by name, with the figures of tables 2 (entailment), 3 (multiple choice) and 4 (the others)."""
+"""The twelve tasks of section 4.2 by name."""
+
+# -- the paper's figures ----------------------------------------------------------------------------------------------------
+
+PUBLISHED: Mapping[str, Mapping[tuple[str, str], float]] = {
+    "mnli": {("accuracy", "matched"): 82.1, ("accuracy", "mismatched"): 81.4},
+    "snli": {("accuracy", ""): 89.9},
+    "scitail": {("accuracy", ""): 88.3},
+    "qnli": {("accuracy", ""): 88.1},
+    "rte": {("accuracy", ""): 56.0},
+    "story_cloze": {("accuracy", ""): 86.5},
+    "race": {("accuracy", "middle"): 62.9, ("accuracy", "high"): 57.4, ("accuracy", ""): 59.0},
+    "cola": {("matthews", ""): 45.4},
+    "sst2": {("accuracy", ""): 91.3},
+    "mrpc": {("f1", ""): 82.3},
+    "stsb": {("pearson", ""): 82.0},
+    "qqp": {("f1", ""): 70.3},
+}
+"""The figures of tables 2 (entailment), 3 (multiple choice) and 4 (the others), as in `Task.published`."""
 
 GLUE_AVERAGE = 72.8
-"""The benchmark's own average of its tasks (Table 4)."""
+"""The GLUE benchmark's own average of its tasks (Table 4)."""
 
-_ABLATION_TASKS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
-_ABLATION_FIGURES = {
-    "Transformer w/ aux LM (full)": (45.4, 91.3, 82.3, 82.0, 70.3, 81.8, 88.1, 56.0),
-    "Transformer w/o pre-training": (18.9, 84.0, 79.4, 30.9, 65.5, 75.7, 71.2, 53.8),
-    "Transformer w/o aux LM": (47.9, 92.0, 84.9, 83.2, 69.8, 81.1, 86.9, 54.4),
-    "LSTM w/ aux LM": (30.3, 90.5, 83.2, 71.8, 68.1, 73.7, 81.1, 54.6),
+_TABLE_5_COLUMNS = ("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte")
+_TABLE_5 = {
+    "Transformer w/ aux LM (full)": (74.7, 45.4, 91.3, 82.3, 82.0, 70.3, 81.8, 88.1, 56.0),
+    "Transformer w/o pre-training": (59.9, 18.9, 84.0, 79.4, 30.9, 65.5, 75.7, 71.2, 53.8),
+    "Transformer w/o aux LM": (75.0, 47.9, 92.0, 84.9, 83.2, 69.8, 81.1, 86.9, 54.4),
+    "LSTM w/ aux LM": (69.1, 30.3, 90.5, 83.2, 71.8, 68.1, 73.7, 81.1, 54.6),
 }
-ABLATIONS = {row: dict(zip(_ABLATION_TASKS, figures, strict=True)) for row, figures in _ABLATION_FIGURES.items()}
-"""Table 5: for each of its rows, the figure of each task in the metric that is the task's first, from the test server."""
-ABLATION_AVERAGES = {
-    "Transformer w/ aux LM (full)": 74.7,
-    "Transformer w/o pre-training": 59.9,
-    "Transformer w/o aux LM": 75.0,
-    "LSTM w/ aux LM": 69.1,
-}
-"""The first column of Table 5: the unweighted mean of its eight figures."""
+ABLATION_AVERAGES = {model: average for model, (average, *_) in _TABLE_5.items()}
+"""The first column of Table 5: the unweighted mean of the other eight."""
+ABLATIONS = {model: dict(zip(_TABLE_5_COLUMNS, figures, strict=True)) for model, (_, *figures) in _TABLE_5.items()}
+"""The figures of Table 5 by model and task, from the test server. Each is in the first of the task's metrics."""

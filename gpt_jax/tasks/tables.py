@@ -1,89 +1,88 @@
-"""Files of labelled rows: tab-separated, comma-separated, JSON lines, and folders of JSON files."""
+"""Files of labeled rows: tab-separated, comma-separated, JSON lines, and single JSON objects."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gpt_jax.errors import UserError, described, nearest
 
-Format = Literal["tsv", "csv", "jsonl", "json"]
-"""`tsv`: no quoting, a tab always separates and a line end always ends a row; `csv`: commas, with quotes; `jsonl`: an object a
-line; `json`: an object a file."""
+TableFormat = Literal["tsv", "csv", "jsonl", "json"]
+"""`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `jsonl` has
+one object a line, `json` one object a file."""
 
 
 class Record(NamedTuple):
-    """One row as it stands in a file."""
+    """One row as it is in a file."""
 
     where: str
-    """What an error message names: "file:line"."""
+    """The place that error messages name: "file:line"."""
     fields: Mapping[str, Any]
-    """Values by the names of their columns; texts, except in JSON."""
+    """The values by column. Except in JSON, all of them are texts."""
     fault: str = ""
-    """What is wrong with the row's columns, so that the names may not fit the values; empty: nothing."""
+    """What is wrong with the number of cells, if it does not match the columns; empty if nothing is."""
 
 
-def locate(path: str, field: str) -> tuple[Path, Format]:
-    """The file that the config's `field` names, and the format that its ending says.
-
-    Raises:
-      UserError: there is no such file, or its ending is not known.
-    """
-    file = Path(path).expanduser()
-    formats: dict[str, Format] = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
-    if file.suffix.lower() not in formats:
-        raise UserError(f"--{field}: '{path}' ends in none of {', '.join(formats)}, which say how a file is read")
-    if not file.is_file():
-        raise UserError(f"--{field}: there is no file '{path}'")
-    return file, formats[file.suffix.lower()]
-
-
-def records(path: Path, kind: Format, needed: Mapping[str, str], columns: tuple[str, ...] = ()) -> Iterator[Record]:
-    """The rows of a file in their order; blank lines are passed over, and so is a byte-order mark.
+def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterator[Record]:
+    """Yields the rows of a user's own file, whose ending determines its format.
 
     Args:
       path: the file.
-      kind: its format.
-      needed: columns that must be there, and the config's field that names each ("" where none does), for error messages.
-      columns: the names of the columns of a table without a header; empty: its first row names them.
+      field: the config field that names the file, for error messages.
+      required: as for `read_table`.
 
     Raises:
-      UserError: with file and line: bytes that are not UTF-8, a missing column, quotes that do not close, malformed JSON.
+      UserError: there is no such file, its ending is unknown, or its content is malformed as described for `read_table`.
     """
-    if kind in ("tsv", "csv"):
-        cells = _tab_separated(path) if kind == "tsv" else _comma_separated(path)
-        yield from _named(path, cells, needed, columns)
-    else:
-        objects = _filled_lines(path) if kind == "jsonl" else iter([(1, "".join(text for _, text in _lines(path)))])
+    file = Path(path).expanduser()
+    formats: dict[str, TableFormat] = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
+    if file.suffix.lower() not in formats:
+        raise UserError(f"--{field}: '{path}' must end in {', '.join(formats)}; the ending determines how the file is read")
+    if not file.is_file():
+        raise UserError(f"--{field}: there is no file '{path}'")
+    yield from read_table(file, formats[file.suffix.lower()], required)
+
+
+def read_table(path: Path, file_format: TableFormat, required: Mapping[str, str], header: Sequence[str] = ()) -> Iterator[Record]:
+    """Yields the rows of a file in their order. Blank lines and a byte-order mark are skipped.
+
+    Args:
+      path: the file.
+      file_format: its format.
+      required: columns that must be present, and for error messages the config field that names each of them ("" if none does).
+      header: the columns of a table without a header row; empty if the first row names them.
+
+    Raises:
+      UserError: some bytes are not UTF-8, a column is missing, quotes do not close, or JSON is malformed; with file and line.
+    """
+    if file_format in ("jsonl", "json"):
+        objects = _filled_lines(path) if file_format == "jsonl" else [(1, "".join(text for _, text in _lines(path)))]
         for line, text in objects:
-            fields = _object(path, line, text)
-            _require(needed, fields, f"{path}:{line}: no field")
+            fields = _parse_object(path, line, text)
+            _require_columns(required, fields, f"{path}:{line}: no field")
             yield Record(f"{path}:{line}", fields)
-
-
-def _named(
-    path: Path, rows: Iterator[tuple[int, list[str]]], needed: Mapping[str, str], columns: tuple[str, ...]
-) -> Iterator[Record]:
-    """Puts the names of the columns to the cells of each row."""
-    header = [name.strip() for name in columns or next(rows, (1, []))[1]]
-    _require(needed, header, f"{path}:1: no column")
+        return
+    rows = _parse_csv(path) if file_format == "csv" else ((line, text.split("\t")) for line, text in _filled_lines(path))
+    columns = [name.strip() for name in header or next(rows, (1, []))[1]]
+    _require_columns(required, columns, f"{path}:1: no column")
     for line, cells in rows:
-        fault = "" if len(cells) == len(header) else f"columns: {len(cells)}; there must be {len(header)}: {', '.join(header)}"
-        yield Record(f"{path}:{line}", dict(zip(header, cells, strict=False)), fault)
+        fault = f"{len(cells)} columns; there must be {len(columns)}: {', '.join(columns)}" if len(cells) != len(columns) else ""
+        yield Record(f"{path}:{line}", dict(zip(columns, cells, strict=False)), fault)
 
 
-def _require(needed: Mapping[str, str], names: Any, complaint: str) -> None:
-    for name, field in needed.items():
+def _require_columns(required: Mapping[str, str], names: Iterable[str], complaint: str) -> None:
+    names = list(names)
+    for name, field in required.items():
         if name not in names:
             hint = nearest(name, names) if names else "there are none"
             raise UserError(f"{complaint} '{name}'{f' (--{field})' if field else ''}; {hint}")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers and their ends. Only a line feed ends one: texts have Unicode's other separators in them."""
+    """Yields the lines with their numbers and line ends. Only a line feed ends a line, since texts contain other separators."""
     with path.open("rb") as file:
         for number, data in enumerate(file, start=1):
             try:
@@ -94,36 +93,32 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not empty, with their numbers and without their ends."""
+    """Yields the lines that are not empty, with their numbers and without their line ends."""
     for number, text in _lines(path):
         if line := text.removesuffix("\n").removesuffix("\r"):
             yield number, line
 
 
-def _tab_separated(path: Path) -> Iterator[tuple[int, list[str]]]:
-    for number, line in _filled_lines(path):
-        yield number, line.split("\t")
-
-
-def _comma_separated(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the number of the line that each begins in: a quoted cell may hold line ends."""
-    taken: list[int] = []  # The reader takes another line only inside of quotes, so these are the lines of one row.
+def _parse_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows with the number of the line in which each begins. A quoted cell may contain line ends."""
+    consumed: list[int] = []  # the lines of the current row: the reader takes more than one only inside quotes
 
     def lines() -> Iterator[str]:
         for number, text in _lines(path):
-            taken.append(number)
+            consumed.append(number)
             yield text
 
     try:
         for cells in csv.reader(lines(), strict=True):
             if cells:
-                yield taken[0], cells
-            taken.clear()
+                yield consumed[0], cells
+            consumed.clear()
     except csv.Error as error:
-        raise UserError(f"{path}:{taken[0]}: {error}; quote a cell that holds commas or quotes, and double its quotes") from error
+        where = f"{path}:{consumed[0]}"
+        raise UserError(f"{where}: {error}; quote cells that contain commas or quotes, and double those quotes") from error
 
 
-def _object(path: Path, line: int, text: str) -> dict[str, Any]:
+def _parse_object(path: Path, line: int, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -14,8 +14,8 @@ from gpt_jax.config.load import config_from_dict
 from gpt_jax.data.tokenizers import Bytes
 from gpt_jax.errors import UserError
 from gpt_jax.interop import export, graphs, huggingface, import_, param_map, tensor_files
-from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.finetune import head_of
+from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train import checkpoint
 from gpt_jax.train.restore import load_model
 from gpt_jax.train.step import LANGUAGE_MODEL
@@ -30,7 +30,7 @@ def parameters(run):
     config = config_from_dict(checkpoint.read_config(checkpoint.resolve(run, quiet)))
     model_fns = LANGUAGE_MODEL
     if isinstance(config, FinetuneRunConfig):
-        model_fns = head_of(task_of(config.task), config).model_fns()
+        model_fns = head_of(task_from_config(config.task), config).model_fns()
     return jax.tree.map(np.asarray, load_model(run, model_fns).params)
 
 

@@ -24,8 +24,8 @@ from gpt_jax.runtime import sharding
 from gpt_jax.tasks.batches import ScoringBatches
 from gpt_jax.tasks.evaluate import evaluate_task
 from gpt_jax.tasks.head import Head
-from gpt_jax.tasks.readers import Row
-from gpt_jax.tasks.transforms import Specials, encode
+from gpt_jax.tasks.readers import Example
+from gpt_jax.tasks.transforms import SpecialTokens, encode_examples
 from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.restore import load_model
 from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, TrainableModel, init_state, lower_step, state_shardings
@@ -273,9 +273,9 @@ def make_examples(model: ModelConfig, kind: Any) -> Examples:
     draw = np.random.default_rng(0)
     number = {"classification": 1, "similarity": 2, "multiple_choice": 4}[kind]
     texts = [[draw.integers(0, start, draw.integers(1, 12)).tolist() for _ in range(number)] for _ in range(4)]
-    rows = [Row("", tuple(" ".join(map(str, text)) for text in example), i % 3, "") for i, example in enumerate(texts)]
+    rows = [Example("", tuple(" ".join(map(str, text)) for text in example), i % 3, "") for i, example in enumerate(texts)]
     words = lambda text: [int(word) for word in text.split()]  # noqa: E731
-    encoded = encode(rows, kind, words, Specials(start, delimiter, extract), 3, max_tokens=64, truncation="longest")
+    encoded = encode_examples(rows, kind, words, SpecialTokens(start, delimiter, extract), 3, max_tokens=64, truncation="longest")
     batches = ScoringBatches(encoded, len(rows), [40])
 
     def figure_1(example: list[list[int]]) -> list[list[int]]:
@@ -285,7 +285,7 @@ def make_examples(model: ModelConfig, kind: Any) -> Examples:
         sequences = [[start, *first, delimiter, *other, extract] for other in others]
         return [*sequences, [start, *others[0], delimiter, *first, extract]] if kind == "similarity" else sequences
 
-    order = batches.examples(0)
+    order = batches.example_numbers(0)
     return Examples(
         batches.batch_at(0, np.arange(len(rows))), [figure_1(texts[i]) for i in order], torch.tensor([i % 3 for i in order])
     )

@@ -23,8 +23,8 @@ from gpt_jax.data.tokenizers import Bytes
 from gpt_jax.errors import UserError
 from gpt_jax.experiments.bench import show_spread
 from gpt_jax.tasks import evaluate
-from gpt_jax.tasks.dataset import task_of
 from gpt_jax.tasks.finetune import find_source, finetune, finetune_seeds, resolve, spread
+from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train import checkpoint
 from gpt_jax.train.optimizer import learning_rate
 from gpt_jax.train.run import schedule
@@ -208,7 +208,7 @@ def test_what_was_taken_over_keeps_its_initialisation(own_task, pretrained):
     source = find_source(TransferConfig("none", like=str(pretrained)), print)
     config = make_config(own_task, TransferConfig("none", like=str(pretrained)))
     different = source._replace(model=dataclasses.replace(source.model, init_stddev=0.3))
-    resolved = resolve(config, task_of(config.task), different)
+    resolved = resolve(config, task_from_config(config.task), different)
     assert resolved.model.init_stddev == 0.3
     assert resolved.model.vocab_size == 257 + 3
     assert resolved.task.labels == ("no", "yes")
