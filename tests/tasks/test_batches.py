@@ -9,7 +9,7 @@ import pytest
 from gpt_jax.data.windows import epoch_keys, permute
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, choose_lengths
-from gpt_jax.tasks.transforms import Encoded
+from gpt_jax.tasks.transforms import EncodedSplit
 
 
 def numbered(lengths, num_outputs=3):
@@ -17,7 +17,7 @@ def numbered(lengths, num_outputs=3):
     lengths = np.array(lengths, np.int32)
     ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
     labels = np.eye(num_outputs, dtype=np.float32)[np.arange(len(lengths)) % num_outputs]
-    return Encoded(np.arange(1, lengths.sum() + 1, dtype=np.int32), ends - lengths, lengths, labels, truncated=0)
+    return EncodedSplit(np.arange(1, lengths.sum() + 1, dtype=np.int32), ends - lengths, lengths, labels, num_truncated=0)
 
 
 def random_lengths(count, sequences=1, longest=30, seed=0):
@@ -26,7 +26,9 @@ def random_lengths(count, sequences=1, longest=30, seed=0):
 
 def epoch_of(batches, epoch):
     """int64 [steps, batch_size]: the examples of an epoch."""
-    return np.array([batches.examples(epoch * batches.steps_per_epoch + number) for number in range(batches.steps_per_epoch)])
+    return np.array(
+        [batches.example_numbers(epoch * batches.steps_per_epoch + number) for number in range(batches.steps_per_epoch)]
+    )
 
 
 def assert_equal(one, other):
@@ -78,7 +80,7 @@ def test_training_batches_hold_their_examples(bucket_by_length):
     for step in range(12):
         batch = batches.batch_at(step, np.arange(8))
         longest = 0
-        for row, example in enumerate(batches.examples(step)):
+        for row, example in enumerate(batches.example_numbers(step)):
             np.testing.assert_array_equal(batch["labels"][row], encoded.labels[example])
             for s, length in enumerate(encoded.lengths[example]):
                 begin = encoded.begins[example, s]
@@ -224,7 +226,7 @@ def test_scoring_covers_every_example_once(count):
     encoded = numbered(random_lengths(count, sequences=2))
     batches = ScoringBatches(encoded, 8, [10, 20, 30])
     assert batches.num_batches == -(-count // 8)
-    examples = np.concatenate([batches.examples(step) for step in range(batches.num_batches)])
+    examples = np.concatenate([batches.example_numbers(step) for step in range(batches.num_batches)])
     assert np.sort(examples[:count]).tolist() == list(range(count))
     assert (examples[count:] == -1).all()
     assert (np.diff(encoded.longest[examples[:count]]) <= 0).all()

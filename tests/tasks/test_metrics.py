@@ -8,14 +8,14 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.tasks import metrics
-from gpt_jax.tasks.readers import Row
+from gpt_jax.tasks.readers import Example
 from gpt_jax.tasks.registry import TASKS
 
 
-def rows_of(labels, groups=None):
+def examples_of(labels, groups=None):
     """Rows with these labels, as the readers make them."""
     groups = groups or [""] * len(labels)
-    return [Row(str(i), ("text",), labels[i], f"dev.tsv:{i + 1}", groups[i]) for i in range(len(labels))]
+    return [Example(str(i), ("text",), labels[i], f"dev.tsv:{i + 1}", groups[i]) for i in range(len(labels))]
 
 
 # -- predictions ------------------------------------------------------------------------------------------------------------
@@ -39,11 +39,11 @@ PREDICTED = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])
 
 
 def test_metrics_of_a_confusion_matrix():
-    assert metrics.METRICS["accuracy"](GOLD, PREDICTED) == pytest.approx(7 / 10)
-    assert metrics.METRICS["f1"](GOLD, PREDICTED) == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
+    assert metrics.compute_metric("accuracy", GOLD, PREDICTED) == pytest.approx(7 / 10)
+    assert metrics.compute_metric("f1", GOLD, PREDICTED) == pytest.approx(2 * 3 / (2 * 3 + 1 + 2))
     # The other class has 4 true positives, 2 false positives, 1 false negative.
-    assert metrics.METRICS["f1"](1 - GOLD, 1 - PREDICTED) == pytest.approx(2 * 4 / (2 * 4 + 2 + 1))
-    assert metrics.METRICS["matthews"](GOLD, PREDICTED) == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
+    assert metrics.compute_metric("f1", 1 - GOLD, 1 - PREDICTED) == pytest.approx(2 * 4 / (2 * 4 + 2 + 1))
+    assert metrics.compute_metric("matthews", GOLD, PREDICTED) == pytest.approx((3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 5 * 6))
 
 
 def test_correlations_by_hand():
@@ -51,21 +51,21 @@ def test_correlations_by_hand():
     # Deviations from the means 2.75 and 4: (-1.75, -0.75, 0.25, 2.25) and (-2, -3, -1, 6); ranks 1 2 3 4 and 2 1 3 4.
     product = 1.75 * 2 + 0.75 * 3 - 0.25 * 1 + 2.25 * 6
     squares = (1.75**2 + 0.75**2 + 0.25**2 + 2.25**2) * (4 + 9 + 1 + 36)
-    assert metrics.METRICS["pearson"](gold, predicted) == pytest.approx(product / math.sqrt(squares))
-    assert metrics.METRICS["spearman"](gold, predicted) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert metrics.compute_metric("pearson", gold, predicted) == pytest.approx(product / math.sqrt(squares))
+    assert metrics.compute_metric("spearman", gold, predicted) == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
 def test_equal_values_share_their_mean_rank():
     # Ranks 1, 2, 3 and 1.5, 1.5, 3; deviations (-1, 0, 1) and (-0.5, -0.5, 1).
-    assert metrics.METRICS["spearman"](np.array([0.0, 1.0, 2.0]), np.array([4.0, 4.0, 5.0])) == pytest.approx(
+    assert metrics.compute_metric("spearman", np.array([0.0, 1.0, 2.0]), np.array([4.0, 4.0, 5.0])) == pytest.approx(
         1.5 / math.sqrt(2 * 1.5)
     )
 
 
 def test_opposite_predictions_score_minus_one():
-    assert metrics.METRICS["matthews"](GOLD, 1 - GOLD) == pytest.approx(-1)
+    assert metrics.compute_metric("matthews", GOLD, 1 - GOLD) == pytest.approx(-1)
     for metric in ("pearson", "spearman"):
-        assert metrics.METRICS[metric](np.array([0.0, 1.0]), np.array([0.3, 0.2])) == pytest.approx(-1)
+        assert metrics.compute_metric(metric, np.array([0.0, 1.0]), np.array([0.3, 0.2])) == pytest.approx(-1)
 
 
 @pytest.mark.parametrize(
@@ -74,12 +74,12 @@ def test_opposite_predictions_score_minus_one():
 def test_predictions_that_are_all_the_same_score_0(metric, constant):
     """Warnings are errors in these tests, so this also says that nothing is printed."""
     gold = GOLD.astype(type(constant))
-    assert metrics.METRICS[metric](gold, np.full_like(gold, constant)) == 0
+    assert metrics.compute_metric(metric, gold, np.full_like(gold, constant)) == 0
 
 
 def test_predictions_almost_all_the_same_are_scored_in_silence():
     nearly = 2.5 + np.arange(10) * 1e-15
-    assert math.isfinite(metrics.METRICS["pearson"](GOLD.astype(float), nearly))
+    assert math.isfinite(metrics.compute_metric("pearson", GOLD.astype(float), nearly))
 
 
 # -- a split's scores -------------------------------------------------------------------------------------------------------
@@ -87,31 +87,34 @@ def test_predictions_almost_all_the_same_are_scored_in_silence():
 
 def test_score_is_also_given_for_each_group():
     task = TASKS["mnli"]
-    rows = rows_of([0.0, 1.0, 2.0, 0.0, 1.0], ["matched", "mismatched", "matched", "mismatched", "mismatched"])
+    rows = examples_of([0.0, 1.0, 2.0, 0.0, 1.0], ["matched", "mismatched", "matched", "mismatched", "mismatched"])
     scores = metrics.score(task, rows, np.array([0, 1, 0, 0, 2]))
     assert scores == pytest.approx({"accuracy": 3 / 5, "accuracy/matched": 1 / 2, "accuracy/mismatched": 2 / 3})
 
 
 def test_rows_without_groups_have_every_metric_once():
-    scores = metrics.score(TASKS["mrpc"], rows_of(GOLD.astype(float).tolist()), PREDICTED)
+    scores = metrics.score(TASKS["mrpc"], examples_of(GOLD.astype(float).tolist()), PREDICTED)
     assert scores == pytest.approx({"accuracy": 0.7, "f1": 6 / 9})
-    scores = metrics.score(TASKS["stsb"], rows_of([0.0, 2.5, 5.0]), np.array([1.0, 2.0, 3.0]))
+    scores = metrics.score(TASKS["stsb"], examples_of([0.0, 2.5, 5.0]), np.array([1.0, 2.0, 3.0]))
     assert scores == pytest.approx({"pearson": 1, "spearman": 1})
 
 
-def test_a_split_of_one_class_is_refused_where_a_metric_needs_two():
-    with pytest.raises(UserError, match=r"^dev\.tsv:1 to dev\.tsv:3: the split has one class only[^\n]*matthews[^\n]*two[^\n]*$"):
-        metrics.require_scorable(TASKS["cola"], rows_of([1.0, 1.0, 1.0]))
-    with pytest.raises(UserError, match=r"^dev\.tsv:1 to dev\.tsv:1: the split has one score only, 2\.5,[^\n]*pearson[^\n]*$"):
-        metrics.score(TASKS["stsb"], rows_of([2.5]), np.array([3.0]))
-    assert metrics.score(TASKS["sst2"], rows_of([1.0, 1.0]), np.array([1, 0])) == {"accuracy": 0.5}
+def test_a_split_of_one_class_is_refused_if_a_metric_needs_two():
+    message = r"^dev\.tsv:1 to dev\.tsv:3: the split has one class only, '1', but CoLA's matthews need at least two; [^\n]*$"
+    with pytest.raises(UserError, match=message):
+        metrics.require_scorable(TASKS["cola"], examples_of([1.0, 1.0, 1.0]))
+    message = r"^dev\.tsv:1 to dev\.tsv:1: the split has one score only, 2\.5, but STS-B's pearson and spearman need [^\n]*$"
+    with pytest.raises(UserError, match=message):
+        metrics.score(TASKS["stsb"], examples_of([2.5]), np.array([3.0]))
+    assert metrics.score(TASKS["sst2"], examples_of([1.0, 1.0]), np.array([1, 0])) == {"accuracy": 0.5}
 
 
 def test_hidden_labels_are_not_scored():
-    with pytest.raises(UserError, match=r"^dev\.tsv:1: the label is hidden[^\n]*; predictions can be written with --out FOLDER$"):
-        metrics.score(TASKS["sst2"], rows_of([None, None]), np.array([1, 0]))
-    with pytest.raises(UserError, match=r"^dev\.tsv:2: the label is hidden[^\n]*; give all of its rows a label, or none$"):
-        metrics.score(TASKS["sst2"], rows_of([1.0, None]), np.array([1, 0]))
+    message = r"^dev\.tsv:1: the label is hidden, so this split cannot be scored; add --out FOLDER to write predictions instead$"
+    with pytest.raises(UserError, match=message):
+        metrics.score(TASKS["sst2"], examples_of([None, None]), np.array([1, 0]))
+    with pytest.raises(UserError, match=r"^dev\.tsv:2: the label is hidden[^\n]*; label all of its rows, or none$"):
+        metrics.score(TASKS["sst2"], examples_of([1.0, None]), np.array([1, 0]))
 
 
 # -- averages ---------------------------------------------------------------------------------------------------------------
@@ -149,7 +152,7 @@ def test_an_average_exists_only_if_all_its_parts_do():
 
 def test_predictions_file_byte_for_byte(tmp_path):
     file = tmp_path / "predictions.jsonl"
-    rows = [Row("a/ü", ("p", "h"), 1.0, "f:1"), Row("7", ("p", "h"), None, "f:2")]
+    rows = [Example("a/ü", ("p", "h"), 1.0, "f:1"), Example("7", ("p", "h"), None, "f:2")]
     task = TASKS["rte"]
     metrics.write_predictions(file, task, rows, np.array([[0.7, 0.3], [0.1, 0.9]], np.float32))
     first, second = task.labels
@@ -165,7 +168,7 @@ def test_predictions_file_byte_for_byte(tmp_path):
 
 def test_predictions_of_a_regression_are_numbers(tmp_path):
     probabilities = np.array([[0, 0, 1 / 3, 2 / 3, 0, 0]], np.float32)
-    metrics.write_predictions(tmp_path / "p", TASKS["stsb"], rows_of([2.8]), probabilities)
+    metrics.write_predictions(tmp_path / "p", TASKS["stsb"], examples_of([2.8]), probabilities)
     written = json.loads((tmp_path / "p").read_text())
     assert (written["gold"], written["prediction"]) == (2.8, pytest.approx(8 / 3))
     assert (np.array(written["probabilities"], np.float32) == probabilities).all()
@@ -182,7 +185,7 @@ def test_predictions_of_a_regression_are_numbers(tmp_path):
     ],
 )
 def test_glue_files_byte_for_byte(tmp_path, name, file, predictions, lines):
-    rows = rows_of([None] * len(predictions))
+    rows = examples_of([None] * len(predictions))
     written = metrics.write_glue(tmp_path, TASKS[name], rows, np.array(predictions))
     assert written == [tmp_path / file]
     assert written[0].read_bytes() == ("index\tprediction\n" + "\n".join(lines) + "\n").encode()
@@ -192,7 +195,7 @@ def test_glue_files_byte_for_byte(tmp_path, name, file, predictions, lines):
 def test_glue_files_name_entailment(tmp_path, name):
     task = TASKS[name]
     predictions = np.array([task.labels.index("not_entailment"), task.labels.index("entailment")])
-    (file,) = metrics.write_glue(tmp_path, task, rows_of([None, None]), predictions)
+    (file,) = metrics.write_glue(tmp_path, task, examples_of([None, None]), predictions)
     assert file == tmp_path / f"{task.title}.tsv"
     assert file.read_bytes() == b"index\tprediction\n0\tnot_entailment\n1\tentailment\n"
 
@@ -200,9 +203,9 @@ def test_glue_files_name_entailment(tmp_path, name):
 def test_multinli_has_two_glue_files_with_rows_in_the_order_of_their_index(tmp_path):
     task = TASKS["mnli"]
     rows = [
-        Row("1", ("p", "h"), None, "m:2", "matched"),
-        Row("0", ("p", "h"), None, "m:1", "matched"),
-        Row("0", ("p", "h"), None, "mm:1", "mismatched"),
+        Example("1", ("p", "h"), None, "m:2", "matched"),
+        Example("0", ("p", "h"), None, "m:1", "matched"),
+        Example("0", ("p", "h"), None, "mm:1", "mismatched"),
     ]
     predictions = np.array([task.labels.index(label) for label in ("neutral", "entailment", "contradiction")])
     metrics.write_glue(tmp_path, task, rows, predictions)
@@ -213,17 +216,17 @@ def test_multinli_has_two_glue_files_with_rows_in_the_order_of_their_index(tmp_p
 
 def test_a_row_that_was_dropped_gets_the_first_label_in_a_glue_file(tmp_path):
     """Or else the server would take the rows after it for others, or miss those at the end."""
-    first, _, third = rows_of([None, None, None])
+    first, _, third = examples_of([None, None, None])
     (file,) = metrics.write_glue(tmp_path, TASKS["qqp"], [first, third], np.array([1, 1]), (1, 3, 4))
     assert file.read_bytes() == b"index\tprediction\n0\t1\n1\t0\n2\t1\n3\t0\n4\t0\n"
 
 
 def test_glue_files_are_of_glue_test_splits_only(tmp_path):
-    hidden = rows_of([None, None])
-    with pytest.raises(UserError, match=r"^--task\.name: SNLI is no task of GLUE[^\n]*MRPC[^\n]*$"):
+    hidden = examples_of([None, None])
+    with pytest.raises(UserError, match=r"^--task\.name: SNLI is not in GLUE[^\n]*MRPC[^\n]*$"):
         metrics.write_glue(tmp_path, TASKS["snli"], hidden, np.zeros(2, int))
-    with pytest.raises(UserError, match=r"^dev\.tsv:2: the index '0' stands there twice; CoLA\.tsv needs [^\n]*$"):
+    with pytest.raises(UserError, match=r"^dev\.tsv:2: the index '0' occurs twice; CoLA\.tsv needs [^\n]*$"):
         metrics.write_glue(tmp_path, TASKS["cola"], [hidden[0], hidden[1]._replace(id="0")], np.zeros(2, int))
-    with pytest.raises(UserError, match=r"^dev\.tsv:1: the index 'gj04' is no number; [^\n]*$"):
+    with pytest.raises(UserError, match=r"^dev\.tsv:1: the index 'gj04' is not a number; [^\n]*$"):
         metrics.write_glue(tmp_path, TASKS["cola"], [hidden[0]._replace(id="gj04")], np.zeros(1, int))
     assert not list(tmp_path.iterdir())

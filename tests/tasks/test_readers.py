@@ -13,7 +13,7 @@ import pytest
 from gpt_jax.config import TaskConfig
 from gpt_jax.errors import UserError
 from gpt_jax.tasks import registry
-from gpt_jax.tasks.readers import Row, read
+from gpt_jax.tasks.readers import Example, read_split
 
 
 def write(path, *lines, end="\n"):
@@ -23,11 +23,11 @@ def write(path, *lines, end="\n"):
 
 
 def split_of(name, path, split="train"):
-    return read(registry.named(name), TaskConfig(name=name, path=str(path)), split)
+    return read_split(registry.get_task(name), TaskConfig(name=name, path=str(path)), split)
 
 
 def rows_of(name, path, split="train"):
-    return split_of(name, path, split).rows
+    return split_of(name, path, split).examples
 
 
 def contents(rows):
@@ -48,11 +48,11 @@ def test_cola_has_four_columns_without_a_header_and_a_test_with_one(tmp_path):
     write(tmp_path / "train.tsv", 'gj04\t1\t\tHe said "so.', "gj04\t0\t*\t The more  does Bill smoke. ", "", 'ks\t1\t\tA "b"" c.')
     write(tmp_path / "test.tsv", "index\tsentence", "0\tBill whistled.", "1\tIs it?")
     split = split_of("cola", tmp_path)
-    assert contents(split.rows) == [(('He said "so.',), 1), (("The more  does Bill smoke.",), 0), (('A "b"" c.',), 1)]
-    assert [row.where for row in split.rows] == [f"{tmp_path}/train.tsv:{line}" for line in (1, 2, 4)]
-    assert [row.id for row in split.rows] == ["0", "1", "2"]
-    assert (split.read, split.dropped) == (3, {})
-    assert rows_of("cola", tmp_path, "test")[1] == Row("1", ("Is it?",), None, f"{tmp_path}/test.tsv:3")
+    assert contents(split.examples) == [(('He said "so.',), 1), (("The more  does Bill smoke.",), 0), (('A "b"" c.',), 1)]
+    assert [row.where for row in split.examples] == [f"{tmp_path}/train.tsv:{line}" for line in (1, 2, 4)]
+    assert [row.id for row in split.examples] == ["0", "1", "2"]
+    assert (split.num_rows, split.dropped) == (3, {})
+    assert rows_of("cola", tmp_path, "test")[1] == Example("1", ("Is it?",), None, f"{tmp_path}/test.tsv:3")
 
 
 def test_a_folder_above_the_task_s_own_will_do_and_so_will_line_ends_of_two_characters(tmp_path):
@@ -87,8 +87,8 @@ def test_mrpc_as_first_released_has_labelled_tests_and_no_validation_split(tmp_p
     assert contents(rows_of("mrpc", tmp_path)) == [(("a", "b"), 1), (("c", "d"), 0)]
     assert contents(rows_of("mrpc", tmp_path, "test")) == [(("e", "f"), 0)]
     assert refused("mrpc", tmp_path, "validation") == (
-        f"--task.path: the release of MRPC in {tmp_path} has no validation split; give the folder of the GLUE download, where "
-        "it is dev.tsv, or leave --task.path out for tensorflow-datasets"
+        f"--task.path: the release of MRPC in {tmp_path} has no validation split; give the folder of the GLUE download, which "
+        "has dev.tsv, or leave --task.path out to use tensorflow-datasets"
     )
 
 
@@ -103,8 +103,8 @@ def test_qqp_s_known_defects_are_dropped_and_counted(tmp_path):
     )
     write(tmp_path / "test.tsv", "id\tquestion1\tquestion2", "3\tWhy?\tWhen?")
     split = split_of("qqp", tmp_path)
-    assert [row[:3] for row in split.rows] == [("133273", ("How is it?", "How was it?"), 1)]
-    assert (split.read, split.dropped) == (4, {"wrong number of columns": 2, "empty text": 1})
+    assert [row[:3] for row in split.examples] == [("133273", ("How is it?", "How was it?"), 1)]
+    assert (split.num_rows, split.dropped) == (4, {"wrong number of columns": 2, "empty text": 1})
     assert [row[:3] for row in rows_of("qqp", tmp_path, "test")] == [("3", ("Why?", "When?"), None)]
 
 
@@ -174,12 +174,12 @@ def test_pairs_without_a_gold_label_are_dropped_and_counted(tmp_path, name, trai
     for file in validation:
         write(tmp_path / file, nli("entailment", 5))
     split = split_of(name, tmp_path)
-    assert [row[:3] for row in split.rows] == [
+    assert [row[:3] for row in split.examples] == [
         ("1r1c", ("A\u2028man 1.", 'A "man".'), 1),
         ("3r1c", ("A\u2028man 3.", 'A "man".'), 2),
     ]
-    assert split.rows[1].where == f"{tmp_path / train}:3"
-    assert (split.read, split.dropped) == (4, {"no gold label": 2})
+    assert split.examples[1].where == f"{tmp_path / train}:3"
+    assert (split.num_rows, split.dropped) == (4, {"no gold label": 2})
     assert [row.label for row in rows_of(name, tmp_path, "validation")] == [0] * len(validation)
     assert split_of(name, tmp_path, "test") is None
 
@@ -209,19 +209,21 @@ def test_story_cloze_holds_out_the_rows_that_the_released_code_does(tmp_path, na
     train, validation = split_of("story_cloze", tmp_path), split_of("story_cloze", tmp_path, "validation")
     # What scikit-learn's train_test_split does with that seed, in NumPy's frozen generator.
     order = np.random.RandomState(3535999445).permutation(1871)
-    assert [row.id for row in validation.rows] == [f"id-{number}" for number in order[:374]]
-    assert [row.id for row in train.rows] == [f"id-{number}" for number in order[374:]]
-    assert (train.read, validation.read, train.dropped) == (1497, 374, {})
-    first = next(row for row in train.rows if row.id == "id-0")
+    assert [row.id for row in validation.examples] == [f"id-{number}" for number in order[:374]]
+    assert [row.id for row in train.examples] == [f"id-{number}" for number in order[374:]]
+    assert (train.num_rows, validation.num_rows, train.dropped) == (1497, 374, {})
+    first = next(row for row in train.examples if row.id == "id-0")
     assert first.texts == ('One, 0. Two.  He said "three". Four.', "Good end.", "Bad end.")
-    assert [row.label for row in validation.rows] == [float(number % 2) for number in order[:374]]
+    assert [row.label for row in validation.examples] == [float(number % 2) for number in order[:374]]
 
 
 def test_story_cloze_tests_on_the_test_file(tmp_path):
     write(tmp_path / "cloze_test_test__spring2016.csv", STORY_HEADER, story(0, 2))
     assert [row.label for row in rows_of("story_cloze", tmp_path, "test")] == [1]
     write(tmp_path / "cloze_test_val__spring2016.csv", STORY_HEADER, story(0))
-    assert "cloze_test_val__spring2016.csv:2: the file has 1 rows, of which 374 are held out" in refused("story_cloze", tmp_path)
+    assert "cloze_test_val__spring2016.csv:2: the file has 1 rows, but 374 are to be held out for validation" in refused(
+        "story_cloze", tmp_path
+    )
     write(tmp_path / "cloze_test_val__spring2016 - copy.csv", STORY_HEADER, story(0))
     assert refused("story_cloze", tmp_path).endswith("; keep one of them")
 
@@ -258,12 +260,12 @@ def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
     [
         (
             {"options": [["snow", "rain", "hail"], ["a", "b", "c", "d"]]},
-            ":1 question 0: 3 options; there must be 4 for every question",
+            ":1 question 0: 3 options; every question must have 4",
         ),
         ({"answers": ["B", "E"]}, ":1 question 1: the label is 'E'; it must be one of A, B, C, D"),
-        ({"answers": ["B"]}, ":1: must hold a text 'article' and lists of equal length questions, options, answers"),
+        ({"answers": ["B"]}, ":1: 'article' must be a text, and questions, options, answers must be lists of equal length"),
         ({"options": [["snow", "rain", "hail", " "], ["a", "b", "c", "d"]]}, ":1 question 0: 'D' is empty; "),
-        ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' holds a number, not a text"),
+        ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' must be a text, not a number"),
     ],
 )
 def test_articles_that_are_not_as_they_should_be(tmp_path, changes, message):
@@ -286,11 +288,11 @@ def test_articles_that_are_no_json(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("1\tA.\tentailment", "columns: 3; there must be 4: index, sentence1, sentence2, label"),
-        ("1\tA.\tB.\tC.\tentailment", "columns: 5; there must be 4: index, sentence1, sentence2, label"),
+        ("1\tA.\tentailment", "3 columns; there must be 4: index, sentence1, sentence2, label"),
+        ("1\tA.\tB.\tC.\tentailment", "5 columns; there must be 4: index, sentence1, sentence2, label"),
         ("1\tA.\tB.\tneutral", "the label is 'neutral'; it must be one of entailment, not_entailment"),
         ("1\tA.\tB.\t-", "the label is '-'; it must be one of entailment, not_entailment"),
-        ("1\tA.\t \u00a0\tentailment", "'sentence2' is empty; every text must have something in it besides white space"),
+        ("1\tA.\t \u00a0\tentailment", "'sentence2' is empty; every text needs at least one character that is not white space"),
     ],
 )
 def test_rows_that_are_not_as_they_should_be(tmp_path, row, message):
@@ -318,7 +320,10 @@ def test_json_lines_that_are_none(tmp_path):
         ("[1]", ":2: a list, not a JSON object with named fields"),
         ("null", ":2: null, not a JSON object with named fields"),
         ('{"sentence1": "A", "sentence2": "B"}', ":2: no field 'gold_label'; known: sentence1, sentence2"),
-        ('{"sentence1": "A", "sentence2": "B", "gold_label": null}', ":2: no label; only the rows of a test split may lack it"),
+        (
+            '{"sentence1": "A", "sentence2": "B", "gold_label": null}',
+            ":2: the label is missing, which is allowed in a test split only",
+        ),
     ]:
         write(path, nli("neutral", 1), line)
         assert refused("snli", tmp_path) == f"{path}{message}"
@@ -335,11 +340,11 @@ def test_another_task_s_files(tmp_path):
 
 def test_files_that_are_not_there(tmp_path):
     assert refused("rte", tmp_path / "absent") == f"--task.path: there is no folder '{tmp_path}/absent'"
-    message = f"--task.path: no files of RTE; looked for train.tsv in {tmp_path}, {tmp_path}/RTE"
+    message = f"--task.path: there are no files of RTE; looked for train.tsv in {tmp_path}, {tmp_path}/RTE"
     assert refused("rte", tmp_path) == message
     write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel")
     assert refused("rte", tmp_path, "validation").endswith("has no dev.tsv, which the validation split of RTE needs")
-    assert refused("rte", tmp_path) == "--task.path: the train split of RTE has no rows (0 read, 0 dropped)"
+    assert refused("rte", tmp_path) == "--task.path: the train split of RTE has no usable rows (0 read, 0 dropped)"
     assert split_of("rte", tmp_path, "test") is None
 
 
@@ -348,7 +353,7 @@ def test_files_that_are_not_there(tmp_path):
 
 def own_split(split="train", **fields):
     config = TaskConfig(**fields)
-    return read(registry.own(config), config, split)
+    return read_split(registry.task_from_config(config), config, split)
 
 
 def test_own_files_of_every_format(tmp_path):
@@ -357,9 +362,9 @@ def test_own_files_of_every_format(tmp_path):
     write(tmp_path / "my.jsonl", '{"text": "a", "label": "bad"}', "", '{"text": "b"}')
     files = {"train": str(tmp_path / "my.tsv"), "validation": str(tmp_path / "my.csv"), "test": str(tmp_path / "my.jsonl")}
     labels = ("good", "bad")
-    assert contents(own_split(**files).rows) == [(('"quoted',), 1), (("comma, dot.",), 0)]
-    assert [row.id for row in own_split(**files).rows] == ["x1", "x2"]
-    validation = own_split("validation", **files, labels=labels).rows
+    assert contents(own_split(**files).examples) == [(('"quoted',), 1), (("comma, dot.",), 0)]
+    assert [row.id for row in own_split(**files).examples] == ["x1", "x2"]
+    validation = own_split("validation", **files, labels=labels).examples
     assert contents(validation) == [(('two\n\nlines, "quoted"',), 0), (("plain",), 1)]
     assert [row.where for row in validation] == [f"{tmp_path}/my.csv:2", f"{tmp_path}/my.csv:5"]
     assert own_split("validation", train=files["train"]) is None
@@ -369,7 +374,7 @@ def test_own_tests_may_lack_labels(tmp_path):
     write(tmp_path / "train.csv", "a,b,same", "x,y,1", "x,z,0")
     write(tmp_path / "test.csv", "a,b", "x,y")
     fields = {"train": str(tmp_path / "train.csv"), "kind": "similarity", "texts": ("a", "b"), "label": "same"}
-    assert contents(own_split("test", test=str(tmp_path / "test.csv"), **fields).rows) == [(("x", "y"), None)]
+    assert contents(own_split("test", test=str(tmp_path / "test.csv"), **fields).examples) == [(("x", "y"), None)]
     with pytest.raises(UserError, match=r"test.csv:1: no column 'same' \(--task.label\); known: a, b$"):
         own_split("validation", validation=str(tmp_path / "test.csv"), **fields)
 
@@ -377,7 +382,7 @@ def test_own_tests_may_lack_labels(tmp_path):
 def test_own_multiple_choice(tmp_path):
     write(tmp_path / "train.jsonl", '{"c": "It rains.", "x": "Wet.", "y": "Dry.", "z": "Red.", "label": 2}')
     fields = {"train": str(tmp_path / "train.jsonl"), "kind": "multiple_choice", "texts": ("c", "x", "y", "z")}
-    assert contents(own_split(**fields).rows) == [(("It rains.", "Wet.", "Dry.", "Red."), 2)]
+    assert contents(own_split(**fields).examples) == [(("It rains.", "Wet.", "Dry.", "Red."), 2)]
     with pytest.raises(UserError, match=r"train.jsonl:1: the label is '2'; it must be one of a, b, c$"):
         own_split(**fields, labels=("a", "b", "c"))
 
@@ -385,13 +390,13 @@ def test_own_multiple_choice(tmp_path):
 def test_own_files_that_are_not_as_they_should_be(tmp_path):
     path = tmp_path / "my.csv"
     for lines, message in [
-        (["text,label", "a,1", "b,2,3"], ":3: columns: 3; there must be 2: text, label"),
+        (["text,label", "a,1", "b,2,3"], ":3: 3 columns; there must be 2: text, label"),
         (
             ["text,label", "a,1", '"b,2'],
-            ":3: unexpected end of data; quote a cell that holds commas or quotes, and double its quotes",
+            ":3: unexpected end of data; quote cells that contain commas or quotes, and double those quotes",
         ),
         (["words,label", "a,1", "b,2"], ":1: no column 'text' (--task.texts); known: words, label"),
-        (["text,label", "a,1", ",2"], ":3: 'text' is empty; every text must have something in it besides white space"),
+        (["text,label", "a,1", ",2"], ":3: 'text' is empty; every text needs at least one character that is not white space"),
         (["text,label", "a,1", "b,0", "c,x"], ":4: the label is 'x'; it must be one of 1, 0"),
     ]:
         write(path, *lines)
@@ -409,16 +414,16 @@ def test_own_files_that_are_not_as_they_should_be(tmp_path):
 def test_the_real_files_are_read_whole(shared_data, name, train, validation, test):
     folder = shared_data("glue")
     for split, count in (("train", train), ("validation", validation), ("test", test)):
-        read_split = split_of(name, folder, split)
-        assert (len(read_split.rows), read_split.read, read_split.dropped) == (count, count, {})
-        labels = collections.Counter(row.label for row in read_split.rows)
+        content = split_of(name, folder, split)
+        assert (len(content.examples), content.num_rows, content.dropped) == (count, count, {})
+        labels = collections.Counter(row.label for row in content.examples)
         assert labels.keys() == ({None} if split == "test" else {0.0, 1.0})
 
 
 def test_what_tensorflow_datasets_cannot_give_must_come_from_files(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(
-        UserError, match=r"^--task.path: tensorflow-datasets cannot give glue/cola \(.*\); give the folder of the task"
+        UserError, match=r"^--task.path: tensorflow-datasets cannot load glue/cola \(.*\); give the folder of the task"
     ):
         split_of("cola", "")
 
@@ -449,8 +454,8 @@ def test_a_download_is_said_before_it_begins(monkeypatch, capsys, prepared):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", library)
     assert [row.id for row in rows_of("cola", "")] == ["0", "1"]
     line = (
-        "tensorflow-datasets downloads glue/cola (https://cola.example) into /sets/cola; --task.path FOLDER reads the task's "
-        "files instead\n"
+        "tensorflow-datasets downloads glue/cola (https://cola.example) to /sets/cola; to read the task's own files instead, "
+        "give their folder as --task.path\n"
     )
     assert said == ["" if prepared else line]
     assert capsys.readouterr().err == ""
@@ -469,18 +474,18 @@ folder = Path(sys.argv[1])
 tfds.download.DownloadManager.download_and_extract = lambda self, url: folder  # the archives, unpacked
 results = {}
 for name in ("cola", "stsb", "mnli", "snli", "scitail", "race", "story_cloze"):
-    task = registry.named(name)
+    task = registry.get_task(name)
     for split in ("train", "validation", "test"):
-        here = readers.read(task, TaskConfig(name=name, path=str(folder)), split)
-        there = readers.read(task, TaskConfig(name=name), split)
-        alike = [sorted((row.texts, row.label, row.group) for row in each.rows) for each in (here, there)]
-        ids = "glue" not in there.rows[0].where or [row.id for row in here.rows] == [row.id for row in there.rows]
-        results[f"{name} {split}"] = [len(there.rows), alike[0] == alike[1] and ids, there.dropped, there.rows[-1].where]
+        here = readers.read_split(task, TaskConfig(name=name, path=str(folder)), split)
+        there = readers.read_split(task, TaskConfig(name=name), split)
+        alike = [sorted((row.texts, row.label, row.group) for row in each.examples) for each in (here, there)]
+        ids = "glue" not in there.examples[0].where or [row.id for row in here.examples] == [row.id for row in there.examples]
+        results[f"{name} {split}"] = [len(there.examples), alike[0] == alike[1] and ids, there.dropped, there.examples[-1].where]
 names = {"cola": ["unacceptable", "acceptable"], "sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"]}
 names["qqp"] = ["not_duplicate", "duplicate"]
 for task in registry.TASKS.values():
     if task.kind != "multiple_choice" and not task.regression:
-        features = tfds.builder(task.tfds.train[0].path.partition(":")[0]).info.features
+        features = tfds.builder(task.tfds.path.partition(":")[0]).info.features
         assert features["label"].names == names.get(task.name, list(task.labels)), task.name
 print(json.dumps(results))
 """

@@ -1,4 +1,4 @@
-"""Figure 1's transformations on token ids written out by hand; where texts are cut; labels as distributions."""
+"""Figure 1's transformations on token ids written out by hand; where texts are cut; labels as label_distributions."""
 
 import itertools
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.tasks.readers import Row
-from gpt_jax.tasks.transforms import Specials, distributions, encode, truncate
+from gpt_jax.tasks.readers import Example
+from gpt_jax.tasks.transforms import SpecialTokens, encode_examples, label_distributions, truncate
 
-START, DELIMITER, EXTRACT = SPECIALS = Specials(101, 102, 103)
+START, DELIMITER, EXTRACT = SPECIALS = SpecialTokens(101, 102, 103)
 
 
 def example(*texts, label=0.0):
-    return Row(id="6", texts=texts, label=label, where="my.tsv:7")
+    return Example(id="6", texts=texts, label=label, where="my.tsv:7")
 
 
 def letters(text):
@@ -22,7 +22,7 @@ def letters(text):
 
 
 def transform(rows, kind, num_outputs=2, max_tokens=512, truncation="longest", encode_text=letters):
-    return encode(rows, kind, encode_text, SPECIALS, num_outputs, max_tokens=max_tokens, truncation=truncation)
+    return encode_examples(rows, kind, encode_text, SPECIALS, num_outputs, max_tokens=max_tokens, truncation=truncation)
 
 
 def sequences(encoded):
@@ -69,7 +69,7 @@ def test_encoded_has_its_documented_form():
     assert (encoded.lengths.dtype, encoded.lengths.tolist()) == (np.int32, [[6, 7], [5, 5]])
     assert (encoded.labels.dtype, encoded.labels.shape) == (np.float32, (2, 2))
     assert encoded.longest.tolist() == [7, 5]
-    assert encoded.truncated == 0
+    assert encoded.num_truncated == 0
 
 
 def test_a_text_that_recurs_is_encoded_once():
@@ -102,13 +102,13 @@ def test_a_text_that_recurs_is_encoded_once():
 def test_the_longest_segment_loses_tokens_at_its_end(max_tokens, expected):
     encoded = transform([example("abcdef", "ghi")], "entailment", max_tokens=max_tokens)
     assert sequences(encoded) == [[expected]]
-    assert encoded.truncated == (max_tokens < 12)
+    assert encoded.num_truncated == (max_tokens < 12)
 
 
 def test_a_single_text_loses_its_end():
     encoded = transform([example("abcdef"), example("ab")], "classification", max_tokens=4)
     assert sequences(encoded) == [[[101, 1, 2, 103]], [[101, 1, 2, 103]]]
-    assert encoded.truncated == 1
+    assert encoded.num_truncated == 1
 
 
 def test_each_choice_is_cut_on_its_own_and_its_example_counted_once():
@@ -119,7 +119,7 @@ def test_each_choice_is_cut_on_its_own_and_its_example_counted_once():
         [101, 1, 2, 102, 5, 6, 7, 103],
         [101, 1, 2, 3, 4, 102, 5, 103],
     ]
-    assert encoded.truncated == 1
+    assert encoded.num_truncated == 1
 
 
 def test_either_order_of_a_pair_is_cut_on_its_own():
@@ -131,7 +131,7 @@ def test_released_truncation_cuts_each_segment_at_a_fixed_length():
     """10 // 2 - 2 = 3, though the first sequence would fit into 10 as it is."""
     encoded = transform([example("abcde", "f"), example("abcd", "efgh")], "entailment", max_tokens=10, truncation="released")
     assert sequences(encoded) == [[[101, 1, 2, 3, 102, 6, 103]], [[101, 1, 2, 3, 102, 5, 6, 7, 103]]]
-    assert encoded.truncated == 2
+    assert encoded.num_truncated == 2
 
 
 @pytest.mark.parametrize("max_tokens", range(5, 14))
@@ -154,7 +154,7 @@ def test_classes_and_choices_are_one_hot_and_hidden_labels_zeros():
 
 
 def test_scores_are_shared_between_neighbouring_classes():
-    labels = distributions([4.2, 0.0, 5.0, 2.75, 3.0, None], 6)
+    labels = label_distributions([4.2, 0.0, 5.0, 2.75, 3.0, None], 6)
     expected = [
         [0, 0, 0, 0, 0.8, 0.2],
         [1, 0, 0, 0, 0, 0],
@@ -178,7 +178,7 @@ def test_scores_are_shared_between_neighbouring_classes():
     ],
 )
 def test_a_text_without_tokens_is_named_by_its_place(kind, texts, which):
-    with pytest.raises(UserError, match=rf"^my\.tsv:7: {which} is empty[^\n]*$"):
+    with pytest.raises(UserError, match=rf"^my\.tsv:7: {which} has no tokens; [^\n]*$"):
         transform([example(*texts)], kind)
 
 

@@ -13,8 +13,9 @@ from gpt_jax.data.tokenizers import Bytes, SentencePiece
 from gpt_jax.errors import UserError
 from gpt_jax.model import network
 from gpt_jax.tasks import zero_shot
-from gpt_jax.tasks.readers import Row, Split
-from gpt_jax.tasks.zero_shot import PROBES, Span, best_threshold, probe, read_winograd, score_spans
+from gpt_jax.tasks.readers import Example, TaskSplit
+from gpt_jax.tasks.winograd import read_winograd
+from gpt_jax.tasks.zero_shot import PROBES, Span, best_threshold, run_probe, score_spans
 
 TINY = ModelConfig(
     vocab_size=257, context_length=40, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, lstm_units=16, loss_chunk=16
@@ -48,7 +49,7 @@ def log_probability(config, params, ids, scored):
 
 
 def split_of(rows):
-    return Split([Row(str(n), texts, label, f"made:{n + 1}") for n, (texts, label) in enumerate(rows)], len(rows), {})
+    return TaskSplit([Example(str(n), texts, label, f"made:{n + 1}") for n, (texts, label) in enumerate(rows)], len(rows), {})
 
 
 # -- spans ------------------------------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def test_cola(params):
     validation = [("a dog", 1), ("of of", 0), ("hm", 1), ("no", 0)]
     splits = {"train": train, "validation": validation}
     splits = {name: split_of([((text,), label) for text, label in rows]) for name, rows in splits.items()}
-    result = probe("cola", TINY, params, Bytes(), splits)
+    result = run_probe("cola", TINY, params, Bytes(), splits)
     means = np.array([mean_after(params, "", text) for text, _ in train])
     labels = np.array([label for _, label in train])
     correlations = [matthews_corrcoef(labels, means >= threshold) for threshold in means]
@@ -139,7 +140,7 @@ def test_cola(params):
 
 def test_choices_by_hand():
     def choices(name, *texts):
-        return PROBES[name].choices(Row("0", texts, 0, "made:1"))
+        return PROBES[name].choices(Example("0", texts, 0, "made:1"))
 
     assert choices("cola", "a dog barks") == [("", "a dog barks")]
     assert choices("sst2", "a fine film") == [("a fine film very", " negative"), ("a fine film very", " positive")]
@@ -160,7 +161,7 @@ def test_sst2_sums_the_pieces_of_a_word(params):
     tokens = np.zeros((1, 40), np.int32)
     tokens[0, :7] = [256, *ids_of("a very")]
     tokenizer.entry = int(np.asarray(full_logits(TINY, params, tokens))[0, 6].argmin())
-    result = probe("sst2", TINY, params, tokenizer, {"validation": split_of([(("a",), 0)])})
+    result = run_probe("sst2", TINY, params, tokenizer, {"validation": split_of([(("a",), 0)])})
     assert result["accuracy"] == 1
 
 
@@ -174,7 +175,7 @@ def test_sst2_compares_whole_words_after_very(params):
         predictions.append(int(positive > negative))
     labels = [1, 0, *predictions[2:]]
     rows = [((sentence,), label) for sentence, label in zip(sentences, labels, strict=True)]
-    result = probe("sst2", TINY, params, Bytes(), {"validation": split_of(rows)})
+    result = run_probe("sst2", TINY, params, Bytes(), {"validation": split_of(rows)})
     accuracy = np.mean(np.array(labels) == predictions)
     assert result["accuracy"] == accuracy
     assert result["normalized"] == pytest.approx((accuracy - 0.5) / (0.932 - 0.5))
@@ -196,7 +197,7 @@ def test_race_takes_the_answer_of_the_highest_mean(params):
         chosen.append(int(np.argmax(means)))
 
     def run(labels):
-        return probe("race", TINY, params, Bytes(), {"test": split_of(list(zip(questions, labels, strict=True)))})
+        return run_probe("race", TINY, params, Bytes(), {"test": split_of(list(zip(questions, labels, strict=True)))})
 
     right = run(chosen)
     assert (right["accuracy"], right["truncated"]) == (1.0, 1)
@@ -211,7 +212,7 @@ def test_winograd_scores_what_follows_the_substituted_candidate(params, tmp_path
     bee = mean_after(params, "The bee saw the cup as the bee", " fell.")
     cup = mean_after(params, "The bee saw the cup as the cup", " fell.")
     for name in ("dprd", "wsc"):
-        result = probe(name, TINY, params, Bytes(), {"test": split})
+        result = run_probe(name, TINY, params, Bytes(), {"test": split})
         assert result["accuracy"] == float(cup > bee)
     assert result["normalized"] is None, "the paper has no figure for WSC"
 
@@ -221,11 +222,11 @@ def test_equal_choices_share_the_point(params, tmp_path):
     path = tmp_path / "wsc.txt"
     path.write_text("It hit me, so _ broke.\n_\nthe cup,the jug\nthe cup\n\n" * 3)
     even = params | {"embedding": jax.tree.map(jnp.zeros_like, params["embedding"])}
-    assert probe("dprd", TINY, even, Bytes(), {"test": read_winograd(path)})["accuracy"] == 0.5
+    assert run_probe("dprd", TINY, even, Bytes(), {"test": read_winograd(path)})["accuracy"] == 0.5
 
 
 def test_a_space_belongs_to_the_word_that_follows_it():
-    """Encoded in two parts, a text has the pieces that it has as a whole."""
+    """EncodedSplit in two parts, a text has the pieces that it has as a whole."""
     words = "the film was very positive and the play was very negative but not so very bad " * 20
     pieces = SentencePiece.train([words], 300, "nmt_nfkc")
     for context, continuation in [("the film was very", " positive"), ("the play was very", " negative"), ("not so", " bad")]:
@@ -246,16 +247,20 @@ def test_every_probe_has_its_baselines():
 @pytest.mark.parametrize(
     ("name", "splits", "message"),
     [
-        ("cloa", {}, "no zero-shot probe is named 'cloa'; did you mean cola"),
-        ("cola", {"validation": split_of([(("a",), 1)])}, "'cola' needs the train split of CoLA"),
-        ("dprd", {"test": split_of([])}, "'dprd' needs the test split of DPRD"),
-        ("sst2", {"validation": split_of([(("a",), 1), (("b",), None)])}, "made:2: has no label"),
-        ("cola", {"train": split_of([(("a",), 1), (("b",), 1)])}, "made:1: the train split has one class only"),
+        ("cloa", {}, "there is no probe 'cloa'; did you mean cola"),
+        ("cola", {"validation": split_of([(("a",), 1)])}, "^--zero-shot cola: the train split of CoLA is missing or empty"),
+        ("dprd", {"test": split_of([])}, "^--zero-shot dprd: the test split of DPRD is missing or empty"),
+        (
+            "sst2",
+            {"validation": split_of([(("a",), 1), (("b",), None)])},
+            "^made:2: the row has no label, but the zero-shot probe 'sst2' needs one$",
+        ),
+        ("cola", {"train": split_of([(("a",), 1), (("b",), 1)])}, "^made:1: the train split has one class only, but"),
     ],
 )
 def test_mistakes(params, name, splits, message):
     with pytest.raises(UserError, match=message) as error:
-        probe(name, TINY, params, Bytes(), splits)
+        run_probe(name, TINY, params, Bytes(), splits)
     assert "\n" not in str(error.value)
 
 
@@ -278,8 +283,8 @@ def test_reader_of_the_dataset_layout(tmp_path):
         "When Debbie splashed Tina, she got in trouble.\nshe\nDebbie,Tina\nTina\n"
     )
     split = read(tmp_path, text)
-    assert (split.read, split.dropped) == (2, {})
-    first, second = split.rows
+    assert (split.num_rows, split.dropped) == (2, {})
+    first, second = split.examples
     assert first.texts == ("The bee landed on the flower because ", " wanted pollen.", "The bee", "the flower")
     assert (first.label, second.label) == (0.0, 1.0)
     assert second.where == f"{tmp_path}/schemas.txt:6"
@@ -292,7 +297,7 @@ def test_reader_of_the_dataset_layout(tmp_path):
 def test_first_occurrence_as_a_whole_word_is_replaced(tmp_path):
     """The "he" of "The" and "when" is no word, and the second "he" stays."""
     split = read(tmp_path, "The man fled when Tom said he thought he lied.\nhe\nthe man,Tom\nTom\n\n")
-    assert substituted(split.rows[0])[1] == "The man fled when Tom said Tom thought he lied."
+    assert substituted(split.examples[0])[1] == "The man fled when Tom said Tom thought he lied."
 
 
 def test_placeholders(tmp_path):
@@ -301,7 +306,7 @@ def test_placeholders(tmp_path):
         "The drain is clogged with hair.  [MASK]  has to be cleaned. \n[MASK]\n the drain , The hair \n The drain \n\n"
         "They left it there, since nobody could move _ .\nit\nA piano,the crate\nthe crate\n\n\n"
     )
-    first, second = read(tmp_path, text).rows
+    first, second = read(tmp_path, text).examples
     assert substituted(first) == [
         "The drain is clogged with hair. The drain has to be cleaned.",
         "The drain is clogged with hair. The hair has to be cleaned.",
@@ -318,11 +323,11 @@ def test_placeholders(tmp_path):
     [
         ("A b it c.\nit\nA,b\n", r":1: an example must have four lines \(.*\) before the blank one, not 3"),
         ("A b it c.\nit\nA,b\nA\n\nA b it c.\nit\nA,b\nA\nA b", ":6: .* not 5"),
-        ("A bit c.\nit\nA,b\nA\n", ":2: the pronoun 'it' is no word of the sentence 'A bit c.'"),
-        ("A b it\nit\nA,b\nA\n", ":2: 'it' ends the sentence"),
+        ("A bit c.\nit\nA,b\nA\n", ":2: the pronoun 'it' is not a word of the sentence 'A bit c.'"),
+        ("A b it\nit\nA,b\nA\n", ":2: nothing follows 'it' in the sentence"),
         ("A b it c.\nit\nA,b,c\nA\n", ":3: 'A,b,c' must be the two candidates"),
         ("A b it c.\nit\nA,\nA\n", ":3: 'A,' must be the two candidates"),
-        ("\nA b it c.\nit\nA,b\nc\n", ":5: the answer 'c' is no candidate of 'A,b'"),
+        ("\nA b it c.\nit\nA,b\nc\n", ":5: the answer 'c' is not one of the candidates 'A,b'"),
     ],
 )
 def test_malformed_schemas_are_named(tmp_path, text, message):
@@ -335,5 +340,5 @@ def test_unreadable_schemas_are_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.txt: No such file"):
         read_winograd(tmp_path / "nowhere.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"latin.txt: is not UTF-8"):
+    with pytest.raises(UserError, match=r"latin.txt: the file is not UTF-8; convert it"):
         read_winograd(tmp_path / "latin.txt")
