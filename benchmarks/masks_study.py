@@ -1,13 +1,14 @@
-"""The study behind gpt_jax/model/masks.py: statistical quality and cost of hashes for dropout masks (docs/masks.md).
+"""The study behind gpt_jax/model/dropout.py: statistical quality and cost of hashes for dropout masks (docs/masks.md).
 
-    python benchmarks/masks_study.py            everything but "deep", about 5 minutes on two cores
-    python benchmarks/masks_study.py quality    z-scores of some 120 statistics over 192 masks of 512 x 512 per hash
+    python benchmarks/masks_study.py            everything except "deep", about 5 minutes on two cores
+    python benchmarks/masks_study.py quality    z-scores of 123 statistics over 192 masks of 512 x 512 per hash
     python benchmarks/masks_study.py deep       the same for the frozen hash over 1,536 masks
     python benchmarks/masks_study.py cpu        nanoseconds per element of a [12, 512, 512] mask under jax.jit
-    python benchmarks/masks_study.py tpu        VLIW bundles of a 512 x 512 Pallas kernel; needs libtpu, no TPU
+    python benchmarks/masks_study.py tpu        VLIW bundles of a 512 x 512 Pallas kernel; needs libtpu but no TPU
 
-Every candidate makes two 32-bit words from a pair of queries (q, q + 8) and a key; the upper 16 bits of a word, sign
-bit flipped, are an element's value. What depends on the query or the key alone is computed once per row or column.
+Every candidate computes two 32-bit words from a pair of queries (q, q + 8) and a key. The upper 16 bits of a word, with
+the sign bit flipped, are the value of an element. Terms of the query or the key alone are computed once per row or
+column.
 """
 
 import importlib.metadata
@@ -34,7 +35,7 @@ from gpt_jax.model import dropout
 
 SIZE = 512  # queries and keys of a mask
 RATE = 0.1
-FAIL = 5.0  # |z| beyond this is a failure: 6e-7 a test for a sound hash, 5e-4 for all tests of all candidates together
+FAIL = 5.0  # a larger |z| is a failure; its probability for a sound hash is 6e-7 per test and 5e-4 for the whole study
 u32 = np.uint32
 
 
@@ -43,7 +44,7 @@ u32 = np.uint32
 
 @dataclass(frozen=True)
 class Candidate:
-    """`row(a, b, pair)` and `column(a, b, key)` give tuples of terms; `words(row, column)` the words of q and q + 8."""
+    """A hash: `row(a, b, pair)` and `column(a, b, key)` return tuples of terms, `words(row, column)` the words of q and q + 8."""
 
     name: str
     formula: str
@@ -54,12 +55,12 @@ class Candidate:
 
 
 def fold(x: Any) -> tuple[Any, Any]:
-    """Both halves of a word, the lower one exclusive-or the upper, since the low bits of a product are weak."""
+    """Returns words for both halves of `x`. The upper half is mixed into the lower one, as the low bits of a product are weak."""
     return x ^ x << u32(16), x
 
 
 def murmur(row: tuple, column: tuple) -> tuple[Any, Any]:
-    """The finaliser of MurmurHash3 over the packed position, the stream's second word mixed in half way."""
+    """MurmurHash3's finalizer of the packed position, with the stream's second word mixed in halfway."""
     x = row[0] ^ column[0]
     x = (x ^ x >> u32(16)) * u32(0x85EBCA6B) ^ row[1]
     x = (x ^ x >> u32(13)) * u32(0xC2B2AE35)
@@ -67,7 +68,7 @@ def murmur(row: tuple, column: tuple) -> tuple[Any, Any]:
 
 
 def add_shift_xor(row: tuple, column: tuple) -> tuple[Any, Any]:
-    """Three rounds without multiplication over the packed position."""
+    """Three rounds of add, shift and exclusive or on the packed position."""
     x = row[0] ^ column[0]
     for left, right in ((10, 6), (3, 11), (15, 7)):
         x = x + (x << u32(left))
@@ -82,7 +83,7 @@ def multiply_shift_multiply(row: tuple, column: tuple) -> tuple[Any, Any]:
 
 
 def keyed(row: tuple, column: tuple) -> tuple[Any, Any]:
-    """The frozen hash."""
+    """The frozen hash, `dropout.keep_pair`."""
     x = (row[0] ^ column[0]) * column[1]
     return x, x * u32(dropout.SECOND)
 
@@ -136,7 +137,7 @@ CANDIDATES = [
 
 
 def values(candidate: Candidate, stream: Any, size: int = SIZE) -> np.ndarray:
-    """The 16-bit values [size, size] of one stream."""
+    """Returns the 16-bit values [size, size] of one stream."""
     a, b = np.asarray(stream, np.uint32)[:, None, None]
     pairs, keys = np.arange(size // 2, dtype=np.uint32)[:, None], np.arange(size, dtype=np.uint32)[None]
     words = candidate.words(candidate.row(a, b, pairs), candidate.column(a, b, keys))
@@ -148,7 +149,7 @@ def values(candidate: Candidate, stream: Any, size: int = SIZE) -> np.ndarray:
 
 
 class Scores:
-    """Sums of statistics over masks, and what they are worth in standard deviations."""
+    """Collects statistics over masks and converts them to standard deviations."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[float]] = {}
@@ -156,21 +157,22 @@ class Scores:
         self.samples: dict[str, list[float]] = {}
 
     def mean_zero(self, name: str, total: float, variance: float) -> None:
-        """A sum whose expectation is zero, with its variance."""
+        """Adds a sum whose expectation is zero, with its variance."""
         entry = self.sums.setdefault(name, [0.0, 0.0])
         entry[0] += total
         entry[1] += variance
 
     def table(self, name: str, counts: np.ndarray, shares: np.ndarray) -> None:
-        """Counts of categories whose probabilities are `shares`: a chi-square test."""
+        """Adds counts of categories with the probabilities `shares`, for a chi-square test."""
         old = self.tables.get(name, (0, None))[0]
         self.tables[name] = (old + counts.astype(np.int64), shares)
 
     def mean_one(self, name: str, value: float) -> None:
-        """A statistic of one mask whose expectation is one; its spread is taken from the masks themselves."""
+        """Adds a statistic of one mask whose expectation is one; its variance is estimated from the masks."""
         self.samples.setdefault(name, []).append(value)
 
     def z(self) -> dict[str, float]:
+        """Returns each statistic's distance from its expectation in standard deviations."""
         scores = {name: total / variance**0.5 for name, (total, variance) in self.sums.items()}
         for name, (counts, shares) in self.tables.items():
             expected = counts.sum() * shares
@@ -185,36 +187,36 @@ class Scores:
 
 
 PAIRS = np.triu_indices(SIZE, 1)
-MANY = 14  # elements dropped in both of two rows; about 5 of the 512 are expected
+MANY = 14  # number of elements dropped in both of two rows that makes them "alike"; about 5 of 512 are expected
 P_BOTH = (dropout.threshold(RATE) / 65536) ** 2
 P_MANY = 1 - sum(math.comb(SIZE, n) * P_BOTH**n * (1 - P_BOTH) ** (SIZE - n) for n in range(MANY))
 LAGS = [(0, 1), (0, 2), (0, 8), (0, 16), (0, 128), (1, 0), (2, 0), (8, 0), (16, 0), (128, 0), (1, 1), (8, 1), (16, 16)]
 RECTANGLES = [(1, 1), (1, 8), (8, 1), (8, 8), (16, 1), (16, 16), (128, 128)]
-NEIGHBOURS = ["step", "seed", "layer", "site", "row", "head"]
+NEIGHBORS = ["step", "seed", "layer", "site", "example", "head"]
 
 
 def shifted(x: np.ndarray, lag: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The elements of x that have a partner `lag` further on, and the partners. A query lag of 8 means the pair's."""
+    """Returns the elements of x that have a partner at distance `lag`, and the partners. A query lag of 8 means the same pair."""
     dq, dk = lag
     first, second = x[: SIZE - dq, : SIZE - dk], x[dq:, dk:]
-    if dq == 8:  # only from bit 3 clear to bit 3 set: the two halves of one product
+    if dq == 8:  # only queries with bit 3 clear, whose partner is in the same pair
         rows = np.flatnonzero(np.arange(SIZE - 8) // 8 % 2 == 0)
         first, second = first[rows], second[rows]
     return first, second
 
 
 def joint(scores: Scores, name: str, x: np.ndarray, y: np.ndarray) -> None:
-    """Independence of two values: their top four bits together, and their bottom four bits together."""
+    """Tests whether two values are independent in their top four bits, and in their bottom four bits."""
     for part, shift in (("top", 12), ("low", 0)):
         pairs = (x >> shift & 15).astype(np.int64) << 4 | (y >> shift & 15)
         scores.table(f"{name}, {part} bits", np.bincount(pairs.ravel(), minlength=256), np.full(256, 1 / 256))
 
 
-def judge_one(scores: Scores, value: np.ndarray) -> np.ndarray:
-    """All tests within one mask; returns the standardised mask."""
+def score_mask(scores: Scores, value: np.ndarray) -> np.ndarray:
+    """Makes all tests within one mask, and returns the mask with mean 0 and variance 1."""
     dropped = value < dropout.threshold(RATE)
     p = dropout.threshold(RATE) / 65536
-    mask = ((dropped - p) / (p * (1 - p)) ** 0.5).astype(np.float32)  # mean 0, variance 1
+    mask = ((dropped - p) / (p * (1 - p)) ** 0.5).astype(np.float32)
 
     scores.table("values uniform", np.bincount(value.ravel(), minlength=65536), np.full(65536, 1 / 65536))
     scores.mean_zero("share dropped", mask.sum(dtype=np.float64), mask.size)
@@ -239,10 +241,10 @@ def judge_one(scores: Scores, value: np.ndarray) -> np.ndarray:
     for name, m in (("queries", mask), ("keys", mask.T)):
         triple = m[:-32] * m[8:-24] * m[16:-16]
         scores.mean_zero(f"triples of {name}", triple.sum(dtype=np.float64), triple.size)
-        # Every rectangle of the mask at once: the squared inner products of all pairs of its rows.
+        # The squared inner products of all pairs of rows contain every rectangle of the mask.
         inner = (m @ m.T)[PAIRS] / SIZE**0.5
         scores.mean_one(f"all pairs of {name}", float(np.mean(inner.astype(np.float64) ** 2)))
-        # And its extremes: how many pairs of rows drop far too many elements together.
+        # The share of pairs of rows that drop far too many elements together.
         d = (m > 0).astype(np.float32)
         scores.mean_one(f"alike pairs of {name}", float(np.mean((d @ d.T)[PAIRS] >= MANY) / P_MANY))
         scores.mean_one(f"drops a row, by {name}", float(np.mean(m.sum(1, dtype=np.float64) ** 2) / SIZE))
@@ -258,24 +260,25 @@ def judge_one(scores: Scores, value: np.ndarray) -> np.ndarray:
 
 
 def streams(count: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Streams as a training run meets them, and for each its neighbour in every argument."""
+    """Returns streams as in a training run, and for each argument the streams with the next value of that argument."""
     i = np.arange(count)
-    place = {"seed": 0 * i, "step": i, "layer": i % 12, "site": 0 * i + 1, "row": i * 7 % 64, "head": i * 5 % 12}
-    near = {name: {**place, name: place[name] + 1} for name in NEIGHBOURS}
+    place = {"seed": 0 * i, "step": i, "layer": i % 12, "site": 0 * i + 1, "example": i * 7 % 64, "head": i * 5 % 12}
+    near = {name: {**place, name: place[name] + 1} for name in NEIGHBORS}
 
     def make(at: dict[str, Any]) -> np.ndarray:
-        return np.asarray(dropout.stream(**at))
+        return np.asarray(dropout.mask_stream(**at))
 
     return make(place), {name: make(at) for name, at in near.items()}
 
 
-def judge(draw: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, float]:
+def score_hash(draw: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, float]:
+    """Returns the z-scores of all tests over `count` masks, whose values `draw` returns for a stream."""
     scores = Scores()
     here, near = streams(count)
     for i in range(count):
         value = draw(here[i])
-        mask = judge_one(scores, value)
-        name = NEIGHBOURS[i % len(NEIGHBOURS)]
+        mask = score_mask(scores, value)
+        name = NEIGHBORS[i % len(NEIGHBORS)]
         other = draw(near[name][i])
         joint(scores, f"next {name}", value, other)
         p = dropout.threshold(RATE) / 65536
@@ -285,6 +288,7 @@ def judge(draw: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, flo
 
 
 def quality(count: int = 192, only: str | None = None) -> None:
+    """Prints the quality of every candidate, or of the one named `only`. Exits with an error if the outcome is unexpected."""
     print(f"## quality: {count} masks of {SIZE} x {SIZE}, rate {RATE}; a test fails at |z| > {FAIL}\n")
     print("| hash | tests | failed | of these on masks | largest abs z |\n|---|---|---|---|---|")
     generator = np.random.Generator(np.random.Philox(0))
@@ -294,9 +298,9 @@ def quality(count: int = 192, only: str | None = None) -> None:
     draws |= {c.name: partial(values, c) for c in CANDIDATES if only in (None, c.name)}
     must_fail = {c.name for c in CANDIDATES if c.control}
     for name, draw in draws.items():
-        z = judge(draw, count)
+        z = score_hash(draw, count)
         failed = [k for k in z if abs(z[k]) > FAIL]
-        low = [k for k in failed if "bit" in k]  # single bits, or four at once
+        low = [k for k in failed if "bit" in k]  # tests of single bits or of groups of four bits
         worst = sorted(z, key=lambda k: -abs(z[k]))[: 3 if failed else 1]
         label = name + " (control)" * (name in must_fail)
         print(f"| {label} | {len(z)} | {len(failed)} | {len(failed) - len(low)} |", end=" ")
@@ -308,7 +312,7 @@ def quality(count: int = 192, only: str | None = None) -> None:
 
 
 def deep() -> None:
-    """The frozen hash alone, over eight times as many masks."""
+    """Prints the quality of the frozen hash over eight times as many masks."""
     quality(1536, "keyed")
 
 
@@ -316,7 +320,7 @@ def deep() -> None:
 
 
 def by_pairs(candidate: Candidate, stream: jax.Array) -> jax.Array:
-    """Masks [..., SIZE, SIZE], one evaluation for two queries."""
+    """Returns masks [..., SIZE, SIZE], computed once for both queries of a pair."""
     a, b = stream[..., 0, None, None], stream[..., 1, None, None]
     pairs, keys = jnp.arange(SIZE // 2, dtype=jnp.uint32)[:, None], jnp.arange(SIZE, dtype=jnp.uint32)[None]
     words = candidate.words(candidate.row(a, b, pairs), candidate.column(a, b, keys))
@@ -326,14 +330,15 @@ def by_pairs(candidate: Candidate, stream: jax.Array) -> jax.Array:
 
 
 def cpu(heads: int = 12) -> None:
-    stream = dropout.stream(0, 1, 2, dropout.Site.ATTENTION, 3, np.arange(heads))
+    """Prints the time of each candidate on a CPU."""
+    stream = dropout.mask_stream(0, 1, 2, dropout.Site.ATTENTION, 3, np.arange(heads))
     position = jnp.arange(SIZE)
     makers: dict[str, Callable] = {c.name: partial(by_pairs, c) for c in CANDIDATES if not c.control}
-    makers["masks.keep"] = lambda s: dropout.keep(s, position, position, RATE)
+    makers["dropout.keep"] = lambda s: dropout.keep(s, position, position, RATE)
     key = jax.random.key(0)
     makers["jax.random.bernoulli, threefry"] = lambda _: jax.random.bernoulli(key, 1 - RATE, (heads, SIZE, SIZE))
     print(f"## cpu: a [{heads}, {SIZE}, {SIZE}] mask under jax.jit, {os.cpu_count()} cores, best of 10\n")
-    print("| hash | ns an element |\n|---|---|")
+    print("| hash | ns per element |\n|---|---|")
     for name, make in makers.items():
         run = partial(lambda compiled: compiled(stream).block_until_ready(), jax.jit(make))
         run()
@@ -351,13 +356,14 @@ def timed(call: Callable[[], Any]) -> float:
 
 
 def tpu() -> None:
+    """Prints the cost of each candidate on a TPU v5e, from the schedule that the compiler makes."""
     if importlib.util.find_spec("libtpu") is None:
-        print("## tpu: libtpu is not installed, left out (pip install 'jax[tpu]')")
+        print("## tpu: left out because libtpu is not installed (pip install 'jax[tpu]')")
         return
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
         quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-        # libtpu reads its flags when it is loaded, so the compiler runs in a process of its own.
+        # libtpu reads its flags when it is loaded, so the compiler runs in a separate process.
         child = subprocess.run(
             [sys.executable, __file__, "tpu-compile"],
             env={**os.environ, **quiet, "JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags},
@@ -377,9 +383,9 @@ def tpu() -> None:
 
 
 def kernels() -> dict[str, tuple[Candidate, bool]]:
-    """What is compiled: every sound candidate, and the frozen one compared without a sign."""
-    found = {c.name: (c, True) for c in CANDIDATES if not c.control}
-    return found | {"keyed, unsigned comparison": (next(c for c in CANDIDATES if c.name == "keyed"), False)}
+    """Returns the candidates to compile: all but the controls, and the frozen hash with an unsigned comparison."""
+    signed = {c.name: (c, True) for c in CANDIDATES if not c.control}
+    return signed | {"keyed, unsigned comparison": (next(c for c in CANDIDATES if c.name == "keyed"), False)}
 
 
 def kernel_name(name: str) -> str:
@@ -387,7 +393,7 @@ def kernel_name(name: str) -> str:
 
 
 def schedule(dump: Path, name: str) -> tuple[int, int]:
-    """(bundles, vector-unit operations) of a compiled kernel, out of the compiler's dump."""
+    """Returns the numbers of bundles and of vector-unit operations of a compiled kernel, from the compiler's dump."""
     (analysis,) = dump.glob(f"*-{kernel_name(name)}.1-*-schedule-analysis_final_bundles.txt")
     bundles = int(analysis.read_text().split("total scheduled bundles:")[1].split()[0])
     (use,) = dump.glob(f"*-{kernel_name(name)}.1-*-final_hlo-static-per-bundle-utilization.txt")
@@ -397,6 +403,7 @@ def schedule(dump: Path, name: str) -> tuple[int, int]:
 
 
 def tpu_compile() -> None:
+    """Compiles one kernel for each candidate."""
     from jax.experimental import pallas as pl
     from jax.experimental import topologies
     from jax.experimental.pallas import tpu as pltpu
@@ -409,7 +416,7 @@ def tpu_compile() -> None:
                 out[...] = scaled
                 return
             a, b = stream[0], stream[1]
-            # A column vector fills whole registers anyway: all 128 lanes compute it, and none has to be broadcast.
+            # A column vector fills whole registers anyway. All 128 lanes compute it, so no broadcast is needed.
             pairs = jax.lax.broadcasted_iota(jnp.int32, (SIZE // 2, 128), 0).astype(jnp.uint32)
             keys = jax.lax.broadcasted_iota(jnp.int32, (8, SIZE), 1).astype(jnp.uint32)
             row = tuple(t if t.ndim == 0 else t[:, :1] for t in candidate.row(a, b, pairs))
