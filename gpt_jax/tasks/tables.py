@@ -39,11 +39,12 @@ def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterat
     """
     file = Path(path).expanduser()
     formats: dict[str, TableFormat] = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
-    if file.suffix.lower() not in formats:
-        raise UserError(f"--{field}: '{path}' must end in {', '.join(formats)}; the ending determines how the file is read")
+    file_format = formats.get(file.suffix.lower())
+    if file_format is None:
+        raise UserError(f"--{field}: '{path}' must end in .tsv, .csv or .jsonl, which determines how the file is read")
     if not file.is_file():
         raise UserError(f"--{field}: there is no file '{path}'")
-    yield from read_table(file, formats[file.suffix.lower()], required)
+    yield from read_table(file, file_format, required)
 
 
 def read_table(path: Path, file_format: TableFormat, required: Mapping[str, str], header: Sequence[str] = ()) -> Iterator[Record]:
