@@ -83,9 +83,7 @@ def load_dataset(
     """
     task = task_from_config(config)
     require(
-        config.max_tokens <= context_length,
-        "task.max_tokens",
-        f"{config.max_tokens} is more than the model's context of {context_length}",
+        config.max_tokens <= context_length, "task.max_tokens", f"must be at most {context_length}, the model's context length"
     )
     loaded: dict[str, TaskSplit] = {}
     encoded: dict[str, EncodedSplit] = {}

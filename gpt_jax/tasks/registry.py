@@ -37,8 +37,11 @@ class Task:
     """Names that `metrics.compute_metric` takes. The first is the paper's metric, and chooses the best checkpoint."""
     regression: bool = False
     """Whether labels are scores rather than members of `labels`."""
-    glue_name: str = ""
-    """The name of the task in the GLUE benchmark; empty for other tasks."""
+
+    @property
+    def glue_name(self) -> str:
+        """The name of the task in the GLUE benchmark, where it is also that of a folder; empty for other tasks."""
+        return self.files[0].folders[0] if self.tfds and self.tfds.path.startswith("glue/") else ""
 
     @property
     def published(self) -> Mapping[tuple[str, str], float]:
@@ -106,9 +109,11 @@ BINARY_NLI = ("entailment", "not_entailment")
 BINARY = ("0", "1")
 SCORES = ("0", "1", "2", "3", "4", "5")
 
-QNLI = ("question", "sentence")
-QQP = ("question1", "question2")
+QNLI_TEXTS = ("question", "sentence")
+QQP_TEXTS = ("question1", "question2")
+COLA_COLUMNS = ("source", "label", "mark", "sentence")
 MATCHED = ("matched", "mismatched")  # MultiNLI: texts of the genres that the training split has, and of others
+
 MNLI_FILES = (
     glue("MNLI", PAIR, label="gold_label", split_names=("train", "dev_{group}", "test_{group}"), groups=MATCHED),
     nli("multinli_1.0", split_names=("train", "dev_{group}", ""), groups=MATCHED),
@@ -121,6 +126,9 @@ SCITAIL = FileLayout(
     headers=dict.fromkeys(SPLITS, (*PREMISE, "label")),
     folders=("tsv_format", "SciTailV1.1/tsv_format"),
 )
+# tensorflow-datasets reads the file as if quotes were special, so that a lone one swallows the rows up to the next: it has 23,097
+# training rows where the file has 23,596.
+SCITAIL_TFDS = tfds("sci_tail", PREMISE, drops=(JOINED,))
 # As in the released code, the validation file is the training data, and 374 of its rows are held out for validation.
 STORY_CLOZE = FileLayout(
     "csv",
@@ -130,7 +138,7 @@ STORY_CLOZE = FileLayout(
     split_names=("val", "val", "test"),
     held_out=374,
 )
-# Its order is not that of the file, so the rows that are held out are not those of the released code.
+# The rows are in another order than in the file, so those held out are not those of the released code.
 STORY_CLOZE_TFDS = tfds(
     "story_cloze/2016", ("context", "endings/0", "endings/1"), ("validation", "validation", "test"), held_out=374
 )
@@ -146,69 +154,24 @@ RACE = FileLayout(
 RACE_TFDS = dataclasses.replace(RACE, format="tfds", path="race/{group}:{split}")
 MRPC = glue("MRPC", ("#1 String", "#2 String"), label="Quality")
 MRPC_ORIGINAL = dataclasses.replace(MRPC, path="msr_paraphrase_{split}.txt", split_names=("train", "", "test"))
-COLA = glue("CoLA", ("sentence",), headers=dict.fromkeys(("train", "validation"), ("source", "label", "mark", "sentence")))
+# Earlier releases have rows that are broken at a line end, and in all of them a question or two are empty.
+QQP = glue("QQP", QQP_TEXTS, label="is_duplicate", drops=(COLUMNS, EMPTY))
+STSB = glue("STS-B", PAIR, label="score")
+COLA = glue("CoLA", ("sentence",), headers={"train": COLA_COLUMNS, "validation": COLA_COLUMNS})
 
 _TASKS = (
     Task("snli", "SNLI", "entailment", NLI, (nli("snli_1.0"),), tfds("snli", PREMISE, drops=(NO_GOLD,))),
-    Task("mnli", "MultiNLI", "entailment", NLI, MNLI_FILES, MNLI_TFDS, glue_name="MNLI"),
-    Task("qnli", "QNLI", "entailment", BINARY_NLI, (glue("QNLI", QNLI),), tfds("glue/qnli", QNLI), glue_name="QNLI"),
-    Task("rte", "RTE", "entailment", BINARY_NLI, (glue("RTE", PAIR),), tfds("glue/rte", PAIR), glue_name="RTE"),
-    # tensorflow-datasets reads SciTail's files as if quotes were special, so that a lone one swallows the rows up to the next: it
-    # has 23,097 training rows where the file has 23,596.
-    Task("scitail", "SciTail", "entailment", ("entails", "neutral"), (SCITAIL,), tfds("sci_tail", PREMISE, drops=(JOINED,))),
+    Task("mnli", "MultiNLI", "entailment", NLI, MNLI_FILES, MNLI_TFDS),
+    Task("qnli", "QNLI", "entailment", BINARY_NLI, (glue("QNLI", QNLI_TEXTS),), tfds("glue/qnli", QNLI_TEXTS)),
+    Task("rte", "RTE", "entailment", BINARY_NLI, (glue("RTE", PAIR),), tfds("glue/rte", PAIR)),
+    Task("scitail", "SciTail", "entailment", ("entails", "neutral"), (SCITAIL,), SCITAIL_TFDS),
     Task("story_cloze", "Story Cloze", "multiple_choice", ("1", "2"), (STORY_CLOZE,), STORY_CLOZE_TFDS),
     Task("race", "RACE", "multiple_choice", ("A", "B", "C", "D"), (RACE,), RACE_TFDS),
-    Task(
-        "mrpc",
-        "MRPC",
-        "similarity",
-        BINARY,
-        (MRPC, MRPC_ORIGINAL),
-        tfds("glue/mrpc", PAIR),
-        metrics=("f1", "accuracy"),
-        glue_name="MRPC",
-    ),
-    # Earlier releases of QQP have rows that are broken at a line end, and in all of them a question or two are empty.
-    Task(
-        "qqp",
-        "QQP",
-        "similarity",
-        BINARY,
-        (glue("QQP", QQP, label="is_duplicate", drops=(COLUMNS, EMPTY)),),
-        tfds("glue/qqp", QQP, drops=(EMPTY,)),
-        metrics=("f1", "accuracy"),
-        glue_name="QQP",
-    ),
-    Task(
-        "stsb",
-        "STS-B",
-        "similarity",
-        SCORES,
-        (glue("STS-B", PAIR, label="score"),),
-        tfds("glue/stsb", PAIR),
-        metrics=("pearson", "spearman"),
-        regression=True,
-        glue_name="STS-B",
-    ),
-    Task(
-        "cola",
-        "CoLA",
-        "classification",
-        BINARY,
-        (COLA,),
-        tfds("glue/cola", ("sentence",)),
-        metrics=("matthews", "accuracy"),
-        glue_name="CoLA",
-    ),
-    Task(
-        "sst2",
-        "SST-2",
-        "classification",
-        BINARY,
-        (glue("SST-2", ("sentence",)),),
-        tfds("glue/sst2", ("sentence",)),
-        glue_name="SST-2",
-    ),
+    Task("mrpc", "MRPC", "similarity", BINARY, (MRPC, MRPC_ORIGINAL), tfds("glue/mrpc", PAIR), ("f1", "accuracy")),
+    Task("qqp", "QQP", "similarity", BINARY, (QQP,), tfds("glue/qqp", QQP_TEXTS, drops=(EMPTY,)), ("f1", "accuracy")),
+    Task("stsb", "STS-B", "similarity", SCORES, (STSB,), tfds("glue/stsb", PAIR), ("pearson", "spearman"), regression=True),
+    Task("cola", "CoLA", "classification", BINARY, (COLA,), tfds("glue/cola", ("sentence",)), ("matthews", "accuracy")),
+    Task("sst2", "SST-2", "classification", BINARY, (glue("SST-2", ("sentence",)),), tfds("glue/sst2", ("sentence",))),
 )
 
 TASKS = {task.name: task for task in _TASKS}
