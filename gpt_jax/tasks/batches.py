@@ -1,15 +1,16 @@
-"""Batches of labelled examples that are padded to a few lengths only, each of which is compiled once.
+"""Batches of labeled examples, padded to one of a few lengths, each of which is compiled once.
 
-Training batches are a pure function of (examples, seed, step), made without iterator state by any number of hosts, like those
-of pre-training (`data/windows.py`), whose frozen permutation orders them. With n examples an epoch has n // batch_size
-batches; it leaves out n mod batch_size examples, others every time. In epoch e,
+Training batches are a pure function of (examples, seed, step), made without iterator state on any number of hosts. Their order
+comes from the frozen permutation of pre-training (`data/windows.py`). With n examples, an epoch has n // batch_size batches, and
+leaves out n mod batch_size examples, different ones every time. In epoch e,
 
-    order   = the permutation of [0, n) with the keys of (seed, 2 e), cut after the epoch's last batch
-    random:   batch j is the j-th slice of it
-    grouped:  it is sorted by the examples' longest sequence, stably, so that examples of one length meet others every epoch;
-              batch j is slice number p(j), with p the permutation of [0, n // batch_size) with the keys of (seed, 2 e + 1)
+    order         is the permutation of [0, n) with the keys of (seed, 2 e), cut after the epoch's last batch
+    unbucketed    batch j is slice j of the order
+    bucketed      the order is sorted by the examples' longest sequences. The sort is stable, so that examples of one length meet
+                  different ones in every epoch. Batch j is slice p(j), where p is the permutation of [0, n // batch_size) with
+                  the keys of (seed, 2 e + 1)
 
-Padding is token 0 after a sequence's end: causal attention keeps it from the real tokens, and its loss weight is 0.
+Token 0 pads a sequence at its end. Causal attention hides it from the real tokens, and its loss weight is 0.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ from gpt_jax.errors import UserError
 from gpt_jax.tasks.transforms import EncodedSplit
 
 
-def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int, most: int) -> tuple[int, ...]:
-    """At most `most` lengths, rising, with which the splits' batches need the least padding.
+def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int, max_lengths: int) -> tuple[int, ...]:
+    """Returns the lengths, ascending and at most `max_lengths`, for which the splits' batches need the least padding.
 
-    A split's batches hold its examples in the order of their length, so their own lengths are those of every `batch_size`-th
-    example from the longest one down. A dynamic programme over these is exact for `ScoringBatches`; for grouped training
-    batches it is exact up to the shift by the few examples that an epoch leaves out.
+    The batches of a split contain its examples in order of length, so a batch is as long as every `batch_size`-th example from
+    the longest one down. Dynamic programming over these lengths is exact for `ScoringBatches`. For bucketed training batches it
+    ignores the shift by the few examples that an epoch leaves out.
 
     Args:
-      splits: for each split that shares the lengths, its examples' longest sequences (`EncodedSplit.longest`).
+      splits: the lengths of the examples' longest sequences (`EncodedSplit.longest`), for each split that shares the result.
       batch_size: examples in a batch.
-      most: most lengths. > 0.
+      max_lengths: maximum number of lengths. > 0.
     """
     batches = np.concatenate([np.sort(longest)[::-1][::batch_size] for longest in splits])
     distinct, counts = np.unique(batches, return_counts=True)
     ends = np.concatenate([[0], distinct])
-    below = np.concatenate([[0], counts.cumsum()])  # batches up to the length ends[i]
-    # cost[i, j]: tokens of a row of every batch in (ends[i], ends[j]], padded to ends[j]; nothing if i = j.
+    below = np.concatenate([[0], counts.cumsum()])  # number of batches of at most ends[i] tokens
+    # cost[i, j]: tokens in one row of every batch longer than ends[i] and at most ends[j], padded to ends[j].
     cost = np.where(ends[:, None] <= ends, (below - below[:, None]) * ends, np.inf)
     least = cost[0]
-    steps = []  # steps[k][j]: with k + 2 lengths the last of which is ends[j], the best i for the one before it
-    for _ in range(most - 1):
+    steps = []  # steps[k][j]: the best i for the length before ends[j], if ends[j] is the last of k + 2 lengths
+    for _ in range(max_lengths - 1):
         totals = least[:, None] + cost
         steps.append(totals.argmin(axis=0))
         least = totals.min(axis=0)
@@ -57,7 +58,7 @@ def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int,
 
 
 class _PaddedBatches(abc.ABC):
-    """Batches of the examples of one split; a subclass decides which examples each batch has."""
+    """Batches of the examples of one split. A subclass decides which examples are in a batch."""
 
     def __init__(self, encoded: EncodedSplit, lengths: Sequence[int]) -> None:
         self._encoded = encoded
@@ -76,13 +77,13 @@ class _PaddedBatches(abc.ABC):
           For n rows with examples of S sequences each:
 
             tokens        int32 [n, S, T]
-            targets       int32 [n, S, T]: the next token
-            loss_weights  float32 [n, S, T]: 1 / (length - 1) at each real next token, so that every sequence's add up to 1
-            extract       int32 [n, S]: the position of the extract token
-            labels        float32 [n, K]: a distribution over the outputs
-            example_id    int32 [n, S]: the global number of the sequence, row of the batch * S + s
+            targets       int32 [n, S, T]    the token that follows each of `tokens`
+            loss_weights  float32 [n, S, T]  1 / (length - 1) for each real next token; the weights of a sequence add up to 1
+            extract       int32 [n, S]       the position of the extract token
+            labels        float32 [n, K]     a distribution over the outputs
+            example_id    int32 [n, S]       the number of the sequence in the global batch: row * S + s
 
-          In a row that only fills up the batch, everything but `example_id` is zero.
+          Rows that only fill up the batch are zero in everything but `example_id`.
         """
         encoded, examples = self._encoded, self.example_numbers(step)
         padded = int(self._padded_lengths(self._lengths_of(examples).max()))
@@ -130,14 +131,14 @@ class _PaddedBatches(abc.ABC):
 
 
 class TaskBatches(_PaddedBatches):
-    """The training split as batches, each example at most once an epoch, in an order of its own every epoch.
+    """Batches of the training split, with each example at most once an epoch, in a different order every epoch.
 
     Args:
       encoded: the split.
       batch_size: examples in one global batch.
       seed: seed of the order, in [0, 2^64).
       lengths: the lengths that sequences may be padded to (`choose_lengths`), ascending.
-      bucket_by_length: whether a batch holds examples of about one length, or of any.
+      bucket_by_length: whether the examples of a batch have about the same length.
 
     Raises:
       UserError: the split has fewer examples than one batch.
@@ -149,8 +150,8 @@ class TaskBatches(_PaddedBatches):
         self.steps_per_epoch = self._num_examples // batch_size
         if not self.steps_per_epoch:
             raise UserError(
-                f"--train.batch-size: {batch_size} is more than the {self._num_examples} examples of the training split; "
-                f"lower it or add examples"
+                f"--train.batch-size: {batch_size} is more than the {self._num_examples} examples of the training split; lower "
+                "it or add examples"
             )
         self._batch_size = batch_size
         self._seed = seed
@@ -181,7 +182,7 @@ class TaskBatches(_PaddedBatches):
 
 
 class ScoringBatches(_PaddedBatches):
-    """All examples of a split exactly once, the longest first, so that the rows that fill up the last batch cost least.
+    """Batches of all examples of a split, longest first, so that the rows that fill up the last batch cost least.
 
     A split of few batches tends to have more padding than the training split, because its few batches cover all lengths.
 

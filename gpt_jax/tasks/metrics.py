@@ -1,15 +1,15 @@
 """Predictions from a classifier's probabilities, their scores, and the files that they are written to.
 
-Scores are fractions in [-1, 1]. The tables that a person reads show them in percent, as the paper does. `registry` tells which
-metrics a task has. Where textbooks leave a choice, the metrics are defined as follows:
+Scores are fractions in [-1, 1]. Tables for people show them in percent, as the paper does. Where textbooks leave a choice, the
+metrics are defined as follows:
 
     f1                    of the label with index 1 ("same meaning" in MRPC and QQP), as in the GLUE benchmark
     matthews              for any number of classes
     pearson, spearman     of scores (STS-B)
 
-Predictions that are the same for all rows have no correlation with anything, since the quotient is 0 / 0. Matthews' coefficient
-takes it as 0. Pearson's coefficient of two binary variables is Matthews', so pearson and spearman take it as 0 too. Such a run
-ranks below any other that learned something, and its result stays valid JSON. Labels that are the same for all rows are an error.
+If all predictions are the same, their correlation with anything is 0 / 0. Matthews' coefficient is defined as 0 then. For two
+binary variables it equals Pearson's, so pearson and spearman are 0 too. Such a run ranks below any run that learned something,
+and its result is still valid JSON. If all labels are the same, it is a mistake in the data and an error.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Predictions = Int64[np.ndarray, " n"] | Float64[np.ndarray, " n"]
 
 
 def predict(task: Task, probabilities: Float32[np.ndarray, "n outputs"]) -> Predictions:
-    """Returns the most likely labels (of equals the first), or a regression's expectation sum_k k * p_k of its integer labels."""
+    """Returns the most likely label of each row (of equals the first), or the expectation sum_k k * p_k of a score."""
     if task.regression:
         return probabilities.astype(np.float64) @ np.arange(probabilities.shape[1])
     return probabilities.argmax(axis=1)
@@ -44,7 +44,14 @@ def predict(task: Task, probabilities: Float32[np.ndarray, "n outputs"]) -> Pred
 
 
 def compute_metric(name: str, labels: Predictions, predictions: Predictions) -> float:
-    """Returns one metric of the predictions; all of them are 0 if the metric is undefined for lack of variation."""
+    """Returns a metric of the predictions.
+
+    Args:
+      name: "accuracy", "f1", "matthews", "pearson" or "spearman". F1 is 0 if label 1 is never predicted, and the correlations are
+        0 if all predictions are the same.
+      labels: the right labels or scores.
+      predictions: the predicted ones.
+    """
     from scipy import stats
     from sklearn import metrics
 
@@ -121,15 +128,16 @@ GLUE_MEAN = "official GLUE mean but for WNLI"
 
 
 def glue_averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Returns the two averages over the tasks of the GLUE benchmark, under names that tell what they contain.
+    """Returns the two averages over the tasks of the GLUE benchmark under descriptive names.
 
-    `TABLE_5_MEAN` is the paper's, 74.7 for its full model: the unweighted mean of eight tasks, with one metric for each. These
-    metrics are Matthews for CoLA, F1 for MRPC and QQP, Pearson for STS-B, and accuracy for SST-2, QNLI, RTE and MultiNLI. The
+    `TABLE_5_MEAN` is the paper's average, 74.7 for its full model: the unweighted mean of eight tasks, with one metric for each.
+    The metrics are Matthews for CoLA, F1 for MRPC and QQP, Pearson for STS-B, and accuracy for SST-2, QNLI, RTE and MultiNLI. The
     figure of MultiNLI is the mean of matched and mismatched: the paper's 81.8 stands for the 82.1 and 81.4 of its Table 2.
 
-    `GLUE_MEAN` is the benchmark's: the unweighted mean over tasks of the mean of each task's metrics, which are F1 and accuracy
-    for MRPC and QQP, Pearson and Spearman for STS-B, and both parts of MultiNLI. The benchmark's own figure (72.8 in Table 4)
-    includes a ninth task, WNLI, which neither the paper nor this project treats. The paper's model has 53.4 on the leaderboard.
+    `GLUE_MEAN` is the benchmark's average: the unweighted mean over tasks of the mean of each task's metrics. These are F1 and
+    accuracy for MRPC and QQP, Pearson and Spearman for STS-B, and the accuracies on both parts of MultiNLI. The benchmark's own
+    figure (72.8 in Table 4) includes a ninth task, WNLI, which neither the paper nor this project treats. There, the paper's
+    model has 53.4 on the leaderboard.
 
     Args:
       scores: what `score` returned, by task; all for the same split.

@@ -21,10 +21,10 @@ from gpt_jax.tasks.registry import Task, label_text
 from gpt_jax.tasks.tables import Record
 
 ID_COLUMNS = ("index", "idx", "id", "pairID", "InputStoryid")
-"""Columns that identify a row; the first of them that is present counts. Without any, rows are numbered from 0."""
+"""Columns that identify a row, in order of preference. Rows without any of them are numbered from 0."""
 
 HELD_OUT_SEED = 3535999445
-"""The seed with which the released code holds rows of Story Cloze out for validation."""
+"""The seed that the released code uses to hold out rows of Story Cloze for validation."""
 
 
 class Example(NamedTuple):
@@ -38,7 +38,7 @@ class Example(NamedTuple):
     where: str
     """The example's place: "file:line", or "tfds:glue/cola train 17"."""
     group: str = ""
-    """The part of the split that is also scored on its own: "matched" or "mismatched", "middle" or "high"."""
+    """The part of the split that the example belongs to, if parts are also scored on their own: "matched", "high", ..."""
 
 
 class TaskSplit(NamedTuple):
@@ -63,16 +63,16 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
 
     Args:
       task: the task of the config (`registry.task_from_config`).
-      config: tells where the rows are. Its `max_train` is not applied here.
-      split: the split. Test splits may lack labels.
+      config: its fields determine where the rows are. `max_train` is not applied here.
+      split: the name of the split. Test splits may lack labels.
 
     Returns:
-      The examples in the order of their files; None if the release, or the user, has no such split.
+      The split, with its examples in the order of the files; None if the release, or the user, does not have it.
 
     Raises:
       UserError: files are missing, or their release lacks a validation split; or, with file and line: a column is missing, a row
-        has too few or too many columns, a label is not in the label set, a score is not a number, a text is empty, there are more
-        or fewer answers than the task has, or some bytes are not UTF-8.
+        has too few or too many columns, a label is not in the label set, a score is not a number, a text is empty, the number of
+        answers is wrong, or some bytes are not UTF-8.
     """
     layout, groups = (_open_named_task if config.name else _open_own_task)(task, config, split)
     if not groups:
@@ -89,8 +89,8 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
                 if error.defect not in layout.drops:
                     raise UserError(f"{record.where}: {error}") from error
                 dropped[error.defect] += 1
-                # A row that is broken at a line end has a second piece, which may begin with any number; but an index is never
-                # greater than the number of rows before it.
+                # The second piece of a row that is broken at a line end may begin with any number. But an index is never greater
+                # than the number of rows before it.
                 if (index := _row_id(record, num_rows)).isdecimal() and int(index) <= num_rows:
                     dropped_indices.append(int(index))
             num_rows += 1
@@ -103,7 +103,7 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
     return TaskSplit(examples, num_rows, dict(dropped), tuple(dropped_indices))
 
 
-# -- places -----------------------------------------------------------------------------------------------------------------
+# -- sources ----------------------------------------------------------------------------------------------------------------
 
 RecordGroups = Mapping[str, Iterable[Record]]
 """The records of a split by group; empty if there is no such split."""
@@ -157,7 +157,7 @@ def _read_files(layout: FileLayout, paths: list[Path], split: SplitName) -> Iter
 
 
 def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups]:
-    """Returns the same for a task of the user's own."""
+    """Returns the layout of a task of the user's own, and the records of one of its splits."""
     path = getattr(config, split)
     required = dict.fromkeys(config.texts, "task.texts") | ({} if split == "test" else {config.label: "task.label"})
     groups = {"": tables.read_own_table(path, f"task.{split}", required)} if path else {}
@@ -168,7 +168,7 @@ def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[Fi
 
 
 class _MalformedRow(Exception):
-    """An error in a row. `defect` is one of the known defects of releases, or empty."""
+    """An error in a row. `defect` names the known defect of releases that it may be, or is empty."""
 
     def __init__(self, defect: str, message: str):
         super().__init__(message)
@@ -188,7 +188,7 @@ def _parse_example(task: Task, layout: FileLayout, group: str, record: Record, n
 
 
 def _row_id(record: Record, number: int) -> str:
-    """Returns what identifies a row in its file, or else its number in the split."""
+    """Returns the value of the column that identifies a row, or else the row's number in the split."""
     return str(next((record.fields[column] for column in ID_COLUMNS if column in record.fields), number))
 
 
@@ -221,7 +221,7 @@ def _parse_label(task: Task, label: str) -> float:
 
 
 def _hold_out(examples: list[Example], size: int, split: SplitName) -> list[Example]:
-    """Returns the examples that the released code trains on, or validates on, in its order."""
+    """Returns the examples that the released code trains on, or those that it validates on, in its order."""
     from sklearn.model_selection import train_test_split
 
     if len(examples) <= size:

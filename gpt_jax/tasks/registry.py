@@ -30,9 +30,9 @@ class Task:
     """The labels in the order of the classifier's outputs: names of classes, names of the answers in a multiple choice, or the
     integers between which the scores of a regression lie."""
     files: tuple[FileLayout, ...] = ()
-    """The layouts in which the task's files have been released."""
+    """The layouts in which files of the task were released; empty for a task of the user's own."""
     tfds: FileLayout | None = None
-    """The layout of the task in tensorflow-datasets; None for a task of the user's own."""
+    """The layout in tensorflow-datasets; None for a task of the user's own."""
     metrics: tuple[str, ...] = ("accuracy",)
     """Names that `metrics.compute_metric` takes. The first is the paper's metric, and chooses the best checkpoint."""
     regression: bool = False
@@ -40,17 +40,17 @@ class Task:
 
     @property
     def glue_name(self) -> str:
-        """The name of the task in the GLUE benchmark, where it is also that of a folder; empty for other tasks."""
+        """The name of the task and of its folder in the GLUE benchmark; empty for other tasks."""
         return self.files[0].folders[0] if self.tfds and self.tfds.path.startswith("glue/") else ""
 
     @property
     def published(self) -> Mapping[tuple[str, str], float]:
-        """The paper's figures by metric and group of the split. The group "" is the whole split."""
+        """The paper's figures by metric and group, as in `PUBLISHED`; empty for a task of the user's own."""
         return PUBLISHED.get(self.name, {})
 
     @property
     def published_on(self) -> str:
-        """The split that the paper's figures are for. The GLUE benchmark's server keeps the labels of its tests to itself."""
+        """The split that the paper's figures are for. The labels of GLUE's test splits are known to its server only."""
         return "test server" if self.glue_name else "test split"
 
 
@@ -69,8 +69,8 @@ def task_from_config(config: TaskConfig) -> Task:
     """Returns the task that a config names, or the one that its fields from `kind` to `labels` describe.
 
     Raises:
-      UserError: there is no task of that name; the config describes no task; it has fewer than two labels, a label twice, or a
-        number of labels other than that of the answers; or the labels cannot be read from the training rows.
+      UserError: no task has that name; the config does not describe a task; there are fewer than two labels, a label occurs
+        twice, or there is not one label for each answer; or the labels cannot be read from the training rows.
     """
     if config.name:
         return get_task(config.name)
@@ -96,7 +96,7 @@ def _labels_of_rows(config: TaskConfig) -> tuple[str, ...]:
 
 
 def label_text(value: Any) -> str | None:
-    """Returns a label as text. In JSON it may be a number. None stands for a missing label."""
+    """Returns a label as text, since in JSON it may be a number; None if it is missing."""
     if value is None:
         return None
     return value.strip() if isinstance(value, str) else json.dumps(value)
@@ -154,7 +154,7 @@ RACE = FileLayout(
 RACE_TFDS = dataclasses.replace(RACE, format="tfds", path="race/{group}:{split}")
 MRPC = glue("MRPC", ("#1 String", "#2 String"), label="Quality")
 MRPC_ORIGINAL = dataclasses.replace(MRPC, path="msr_paraphrase_{split}.txt", split_names=("train", "", "test"))
-# Earlier releases have rows that are broken at a line end, and in all of them a question or two are empty.
+# Earlier releases have rows that are broken at a line end, and every release has a few empty questions.
 QQP = glue("QQP", QQP_TEXTS, label="is_duplicate", drops=(COLUMNS, EMPTY))
 STSB = glue("STS-B", PAIR, label="score")
 COLA = glue("CoLA", ("sentence",), headers={"train": COLA_COLUMNS, "validation": COLA_COLUMNS})
@@ -193,7 +193,8 @@ PUBLISHED: Mapping[str, Mapping[tuple[str, str], float]] = {
     "stsb": {("pearson", ""): 82.0},
     "qqp": {("f1", ""): 70.3},
 }
-"""The figures of tables 2 (entailment), 3 (multiple choice) and 4 (the others), as in `Task.published`."""
+"""The figures of tables 2 (entailment), 3 (multiple choice) and 4 (the others) by task, then by metric and group of the split. The
+group "" is the whole split."""
 
 GLUE_AVERAGE = 72.8
 """The GLUE benchmark's own average of its tasks (Table 4)."""

@@ -1,4 +1,4 @@
-"""Zero-shot probes (section 5, "Zero-shot Behaviors"; Figure 2, right): what a language model can do without fine-tuning.
+"""Zero-shot probes (section 5, "Zero-shot Behaviors"; Figure 2, right), which score a language model without fine-tuning.
 
 Every probe compares the log-probabilities of continuations. A text follows the tokenizer's end-of-document token, as a document
 does in the token store. Context and continuation are encoded separately and concatenated. The space between them belongs to the
@@ -46,7 +46,7 @@ Choice = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """One column of the figure."""
+    """A zero-shot task: one curve of the figure."""
 
     title: str
     choices: Callable[[Example], list[Choice]]
@@ -54,11 +54,11 @@ class Probe:
     random: float
     """The score of guessing, which normalization maps to 0."""
     best: float | None
-    """The score of the best supervised model before the paper, which normalization maps to 1; None: scores are not normalized."""
+    """The score of the best supervised model before the paper, which normalization maps to 1; None if there is none."""
     task: str = ""
     """The task in `registry` whose rows are used; empty if a file of Winograd schemas is the only split."""
     splits: tuple[SplitName, ...] = ("test",)
-    """The splits that the probe needs. The last one is scored."""
+    """The splits that the probe needs. The last of them is scored."""
     metric: str = "accuracy"
     whole: bool = False
     """Whether choices are compared by the sum of their tokens' log-probabilities rather than by the mean."""
@@ -83,12 +83,12 @@ def _substitutions(example: Example) -> list[Choice]:
 
 
 PROBES = {
-    "cola": Probe("CoLA", _sentence, 0.0, 0.350, task="cola", splits=("train", "validation"), metric="matthews"),
-    "sst2": Probe("SST-2", _very, 0.5, 0.932, task="sst2", splits=("validation",), whole=True),
-    "race": Probe("RACE", _answers, 0.25, 0.533, task="race"),
-    "story_cloze": Probe("Story Cloze", _answers, 0.5, 0.776, task="story_cloze"),
-    "dprd": Probe("DPRD", _substitutions, 0.5, 0.7641),
-    "wsc": Probe("WSC", _substitutions, 0.5, None),
+    "cola": Probe("CoLA", _sentence, random=0.0, best=0.350, task="cola", splits=("train", "validation"), metric="matthews"),
+    "sst2": Probe("SST-2", _very, random=0.5, best=0.932, task="sst2", splits=("validation",), whole=True),
+    "race": Probe("RACE", _answers, random=0.25, best=0.533, task="race"),
+    "story_cloze": Probe("Story Cloze", _answers, random=0.5, best=0.776, task="story_cloze"),
+    "dprd": Probe("DPRD", _substitutions, random=0.5, best=0.7641),
+    "wsc": Probe("WSC", _substitutions, random=0.5, best=None),
 }
 _SOURCES = {
     "cola": "single-task BiLSTM + ELMo + attention, test server (the paper's Table 4)",
@@ -153,13 +153,16 @@ def run_probe(
 
 
 def best_threshold(scores: Float64[np.ndarray, " n"], labels: Int64[np.ndarray, " n"]) -> float:
-    """Returns the lowest of the scores s for which "label 1 if the score is at least s, else 0" has the highest Matthews
-    correlation with the labels."""
+    """Returns the score from which on sentences should be accepted.
+
+    Of the given scores, it is the one for which accepting (1) or not (0) has the highest Matthews correlation with the labels; of
+    equal ones, the lowest.
+    """
     thresholds, index = np.unique(scores, return_inverse=True)
-    # From each threshold on: how many examples there are, and how many of them have label 1.
+    # The number of examples that each threshold accepts, and the number of those with label 1.
     accepted, true = (np.bincount(index, weights)[::-1].cumsum()[::-1] for weights in (None, labels))
     total, positive = float(len(labels)), float(labels.sum())
-    # TP TN - FP FN, and the product of the four marginal sums. Without variation there is no correlation.
+    # TP TN - FP FN, and the product of the four marginal sums, which is 0 where all or none are accepted.
     covariance = true * total - accepted * positive
     product = positive * (total - positive) * accepted * (total - accepted)
     correlation = np.divide(covariance, np.sqrt(product), out=np.zeros_like(product), where=product > 0)
@@ -202,11 +205,12 @@ def _score_choices(
 BATCH_SIZE = 32
 """Sequences in a batch. The batch axes of a mesh must divide it."""
 MIN_LENGTH = 32
-"""Sequences are padded to this number of tokens times a power of two: at most log2(context / MIN_LENGTH) + 2 programs."""
+"""Sequences are padded to this many tokens times a power of two, so that at most log2(context / MIN_LENGTH) + 2 programs are
+compiled."""
 
 
 class Span(NamedTuple):
-    """A sequence of ids, of which the last `num_scored` are scored. The first id is only context."""
+    """A sequence of ids whose last `num_scored` are scored. The first id is always context."""
 
     ids: list[int]
     num_scored: int
@@ -222,9 +226,9 @@ class SpanScores(NamedTuple):
 
 
 def score_spans(config: ModelConfig, params: Params, spans: Sequence[Span]) -> SpanScores:
-    """Scores the end of each sequence given everything before it.
+    """Returns the log-probability of the end of each sequence given everything before it.
 
-    A sequence of more than `context_length` + 1 ids loses its first ones. They are context, unless the span itself is too long.
+    A sequence of more than `context_length` + 1 ids loses its first ones. Unless too many are to be scored, those are context.
     """
     sequences = [span.ids[-(config.context_length + 1) :] for span in spans]
     lengths = [len(ids) - 1 for ids in sequences]
