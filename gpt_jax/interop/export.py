@@ -1,308 +1,298 @@
-"""`gpt-jax export`: a checkpoint in another framework's format, which proves itself before it is there.
+"""`gpt-jax export`: writes a checkpoint in another format and verifies it before it takes its name.
 
-Everything is written into a folder beside the wanted one, read back by the format's own framework, compared with the model, and
-renamed. A failure on the way leaves nothing. Besides the format's own files each export holds
+Everything is written into a hidden folder beside the final one, read back by the framework that the format belongs to, compared
+with the checkpoint, and renamed. A failure leaves nothing behind. Besides the format's own files an export has
 
-    parity.json     what was compared, and how close it was
-    gpt_jax/        config.json, tokenizer/, and head.npz where the format keeps the head in another form: what `gpt-jax import`
-                    makes the same checkpoint from again; and manifest.json with the SHA-256 of every file that it reads
+    parity.json     what was compared, and the differences
+    gpt_jax/        what `gpt-jax import` makes the same checkpoint from: config.json, tokenizer/, and for a fine-tuned model
+                    head.npz; and manifest.json, the SHA-256 of every file that an import reads
 """
 
 from __future__ import annotations
 
-import functools
+import importlib
+import importlib.util
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from gpt_jax.config import FinetuneRunConfig, ModelConfig, RunConfig
-from gpt_jax.config.load import config_from_dict, config_to_dict
+from gpt_jax.config import FinetuneRunConfig, RunConfig
 from gpt_jax.data import tokenizers
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError, VerificationError, nearest
-from gpt_jax.interop import graphs, huggingface, import_, param_map, parity, tensor_files, tokenizer_json, weights
-from gpt_jax.interop.import_ import SIDE
-from gpt_jax.runtime.rundir import sha256, staged
+from gpt_jax.interop import huggingface, import_, param_map, parity, tensor_files, tokenizer_json
+from gpt_jax.interop.import_ import RUN_FILES
+from gpt_jax.interop.onnx import load_onnx, write_onnx
+from gpt_jax.interop.parity import Computation, ExportedFunction
+from gpt_jax.interop.stablehlo import load_savedmodel, load_stablehlo, write_savedmodel, write_stablehlo
+from gpt_jax.model.transformer import Params
+from gpt_jax.runtime.rundir import sha256, staged_folder
 from gpt_jax.tasks.evaluate import best_checkpoint
-from gpt_jax.tasks.finetune import head_of
+from gpt_jax.tasks.finetune import make_head
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.registry import Task, task_from_config
-from gpt_jax.train import checkpoint
-from gpt_jax.train.restore import Trained, load_model
+from gpt_jax.tasks.transforms import SEGMENTS
+from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, read_config
+from gpt_jax.train.restore import load_model
 from gpt_jax.train.step import LANGUAGE_MODEL
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-TENSOR_FORMATS: dict[str, tuple[Dtype, ...]] = {
-    "huggingface": get_args(Dtype),
-    "npz": ("float32", "float16"),  # NumPy has no bfloat16
-    "openai": ("float32",),  # as released
-}
-FORMATS = (*TENSOR_FORMATS, *graphs.FORMATS)
-HUGGINGFACE_TOLERANCE = 1e-4
 SHARD_BYTES = 5e9
 
 
-class Subject(NamedTuple):
-    """What is exported."""
+class Format(NamedTuple):
+    """An export format. Those without `write` and `load` are files of tensors (`param_map`)."""
 
-    info: checkpoint.Info
+    tolerance: float
+    """Largest difference from the checkpoint's float32 outputs that counts as equal."""
+    dtypes: tuple[Dtype, ...] = ("float32",)
+    """Types in which the numbers can be stored."""
+    packages: tuple[str, ...] = ()
+    """Packages that must be installed; the last one runs the graph."""
+    install: str = ""
+    """Argument of `pip install` for `packages`."""
+    write: Callable[[Path, ExportedFunction, dict[str, np.ndarray]], None] | None = None
+    load: Callable[[Path], Computation] | None = None
+
+
+FORMATS = {
+    "huggingface": Format(1e-4, get_args(Dtype)),
+    "npz": Format(0.0, ("float32", "float16")),  # NumPy has no bfloat16.
+    "openai": Format(0.0),
+    # jax.export serializes with flatbuffers but does not require it.
+    "stablehlo": Format(1e-4, ("float32",), ("flatbuffers", "jax"), "flatbuffers", write_stablehlo, load_stablehlo),
+    "savedmodel": Format(1e-3, ("float32",), ("tensorflow",), "tensorflow", write_savedmodel, load_savedmodel),
+    "onnx": Format(1e-3, ("float32",), ("onnx", "onnxruntime"), "'gpt_jax[onnx]'", write_onnx, load_onnx),
+}
+
+
+class ExportedModel(NamedTuple):
+    """A checkpoint's model with everything that an export needs."""
+
+    info: CheckpointInfo
     config: RunConfig
-    model: ModelConfig
+    mesh: Mesh
+    params: Params
     tokenizer: Tokenizer
     task: Task | None
     head: Head | None
+
+    @property
+    def function(self) -> ExportedFunction:
+        """The function of a graph: that of the fine-tuned model, or of the language model where there is no head."""
+        sequences = len(SEGMENTS.get(self.task.kind, self.task.labels)) if self.task else 1
+        return ExportedFunction(self.config.model, self.head, sequences)
 
 
 def export(
     path: Path, format_: str, out: Path, log: Callable[[str], None], *, dtype: Dtype = "float32", shard_bytes: float = SHARD_BYTES
 ) -> dict[str, Any]:
-    """Writes a checkpoint in another format and returns what parity.json says.
+    """Writes a checkpoint in another format and returns the contents of parity.json.
+
+    The parameters are held on the host in float32, and a second time while they are written (docs/interop.md).
 
     Args:
-      path: a run's folder (of a fine-tuning its best checkpoint) or one checkpoint's.
+      path: a run's folder (the best checkpoint of a fine-tuning) or one checkpoint's.
       format_: one of FORMATS.
-      out: the folder to be made; it may be there and empty.
-      dtype: of the stored numbers, where the format has a choice.
-      shard_bytes: a larger huggingface file is cut into several.
+      out: the folder to be made; it may exist and be empty.
+      dtype: type of the stored numbers, where the format has a choice.
+      shard_bytes: size from which a huggingface file is split into several.
 
     Raises:
-      UserError: no sound checkpoint; a format that cannot hold this model or type, or whose framework is not installed; `out`
-        holds something already; no space left.
+      UserError: no sound checkpoint; a format that cannot hold this model or type, or whose framework is not installed; an `out`
+        that is not empty; no space left.
       VerificationError: what was written does not compute what the checkpoint computes; it is removed.
     """
-    if format_ not in FORMATS:
-        raise UserError(f"--format: there is no '{format_}'; {nearest(format_, FORMATS)}")
-    if format_ in graphs.FORMATS:
-        graphs.require(format_)
-    allowed = TENSOR_FORMATS.get(format_, ("float32",))
-    if dtype not in allowed:
-        raise UserError(f"--dtype: {format_} is written in {' or '.join(allowed)}, not {dtype}")
+    require_format(format_)
+    if dtype not in FORMATS[format_].dtypes:
+        raise UserError(f"--dtype: {format_} is written in {' or '.join(FORMATS[format_].dtypes)}, not {dtype}")
     if not 1 <= shard_bytes < math.inf:
         raise UserError(f"--shard-bytes: must be a number of bytes, 1 or more, not {shard_bytes:g}")
-    subject = find(path, log)
-    if format_ in TENSOR_FORMATS:
-        param_map.pieces(format_, subject.model, subject.head)  # type: ignore[arg-type]  # says at once what has no place there
-    with staged(out, "out") as folder:
-        log(f"writing {format_} ({dtype}) from {subject.info.path}")
-        if format_ in TENSOR_FORMATS:
-            _write_tensors(subject, format_, folder, dtype, shard_bytes)
-        _write_side(subject, folder)
-        found = _verified(subject, format_, folder, dtype, log)
-        (folder / "parity.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        # Of what an import reads: the rest, the card for one, is the user's to change.
-        read = [file for pattern in import_.READ for file in sorted(folder.glob(pattern)) if file.is_file()]
-        listed = {str(file.relative_to(folder)): sha256(file) for file in read}
-        (folder / SIDE / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    with staged_folder(out, "out") as folder:
+        exported = load_checkpoint(path, format_, log)
+        log(f"writing {format_} ({dtype}) from {exported.info.path}")
+        if write := FORMATS[format_].write:
+            write(folder, exported.function, exported.function.named_parameters(exported.params))
+        else:
+            _write_tensors(exported, format_, folder, dtype, shard_bytes)
+        _write_run_files(exported, folder)
+        report = _verify(exported, format_, folder, dtype, log)
+        (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        # The manifest lists what an import reads. The other files, such as the model card, are the user's to change.
+        read = [file for pattern in import_.IMPORTED_PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file()]
+        checksums = {str(file.relative_to(folder)): sha256(file) for file in read}
+        (folder / RUN_FILES / "manifest.json").write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
     log(f"done: {out}")
-    return found
+    return report
 
 
-def find(path: Path, log: Callable[[str], None]) -> Subject:
-    """Finds and verifies the checkpoint that a CHECKPOINT argument means."""
-    info = checkpoint.resolve(best_checkpoint(path), log)
-    config = config_from_dict(checkpoint.read_config(info))
+def require_format(format_: str) -> None:
+    """Raises a `UserError` if there is no such format or a package that it needs is not installed."""
+    if format_ not in FORMATS:
+        raise UserError(f"--format: '{format_}' is unknown; {nearest(format_, FORMATS)}")
+    missing = [package for package in FORMATS[format_].packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"--format: {format_} needs {' and '.join(missing)}: pip install {FORMATS[format_].install}")
+
+
+def load_checkpoint(path: Path, format_: str, log: Callable[[str], None]) -> ExportedModel:
+    """Verifies and loads the checkpoint that a CHECKPOINT argument names.
+
+    Raises:
+      UserError: there is no sound checkpoint, or the format cannot hold its model.
+    """
+    info = find_checkpoint(best_checkpoint(path), log)
+    config = read_config(info)
     task = head = None
     if isinstance(config, FinetuneRunConfig):
         task = task_from_config(config.task)
-        head = head_of(task, config)
-    return Subject(info, config, config.model, tokenizers.load(info.path / "tokenizer"), task, head)
+        head = make_head(task, config)
+    if FORMATS[format_].write is None:
+        param_map.tensor_maps(format_, config.model, head)  # Raises an error before anything is loaded.
+    trained = load_model(info.path, head.trainable_model() if head else LANGUAGE_MODEL)
+    return ExportedModel(info, config, trained.mesh, trained.params, trained.tokenizer, task, head)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
 
 
-def _write_tensors(subject: Subject, format_: str, folder: Path, dtype: Dtype, shard_bytes: float) -> None:
-    """One tensor at a time: little more memory than the largest one takes."""
-    pieces = param_map.pieces(format_, subject.model, subject.head)  # type: ignore[arg-type]
-    known = weights.described(pieces, dtype)
-    tensors = weights.stream(subject.info, pieces, dtype)
+def _write_tensors(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype, shard_bytes: float) -> None:
+    maps = param_map.tensor_maps(format_, exported.config.model, exported.head)
+    tensors = param_map.to_tensors(maps, exported.params, dtype)
     if format_ == "npz":
-        tensor_files.write_npz(folder / "params.npz", tensors)
+        tensor_files.save_npz(folder / "params.npz", tensors)
     elif format_ == "openai":
-        tensor_files.write_openai(folder, known, tensors)
-        if subject.tokenizer.kind == "gpt1":
-            subject.tokenizer.save(folder)
-            (folder / tokenizers.MANIFEST).unlink()  # the released folder has the two files alone
+        tensor_files.save_openai(folder, tensors)
+        if exported.tokenizer.kind == "gpt1":
+            exported.tokenizer.save(folder)
+            (folder / tokenizers.MANIFEST).unlink()  # The released folder does not have it.
     else:
-        if huggingface.architecture(subject.head) == huggingface.CLASSIFIER:
-            score = _score_weight(subject)
-            known[huggingface.SCORE] = tensor_files.Tensor(score.shape, score.dtype)
-            tensors = _followed_by(tensors, (huggingface.SCORE, score))
-        tensor_files.write_safetensors(folder, known, tensors, shard_bytes)
-        _write_huggingface(subject, folder, dtype)
+        if huggingface.architecture(exported.head) == huggingface.CLASSIFIER:
+            tensors[huggingface.SCORE] = _score_weight(exported, dtype)
+        tensor_files.save_safetensors(folder, tensors, shard_bytes)
+        _write_huggingface(exported, folder, dtype)
 
 
-def _followed_by(tensors: Iterator[tuple[str, np.ndarray]], last: tuple[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    yield from tensors
-    yield last
+def _score_weight(exported: ExportedModel, dtype: Dtype) -> np.ndarray:
+    """Returns the classifier's weights with its bias folded in, for the rounded parameters.
+
+    A task that adds the scores of both orders of a pair has half of the bias in each.
+    """
+    params = (exported.params["head"], exported.params["blocks"]["mlp_norm"])
+    head, norm = _rounded(jax.device_get(params), dtype)
+    return huggingface.score_weight(
+        head["kernel"], head["bias"] / exported.function.sequences, norm["gain"][-1], norm["bias"][-1]
+    )
 
 
-def _score_weight(subject: Subject) -> np.ndarray:
-    """The classifier's weights with its bias inside; of a pair in both orders, whose scores are added, half of it."""
-    arrays = checkpoint.open_arrays(subject.info)
-    head = {name: checkpoint.read_array(array) for name, array in arrays["head"].items()}
-    last = subject.model.num_layers - 1
-    norm = {name: checkpoint.read_array(array[last]) for name, array in arrays["blocks"]["mlp_norm"].items()}
-    orders = 2 if subject.task is not None and subject.task.kind == "similarity" else 1
-    return huggingface.score_weight(head["kernel"], head["bias"] / orders, norm["gain"], norm["bias"])
+def _rounded(params: Params, dtype: Dtype) -> Any:
+    """Returns parameters in float32 after rounding them to `dtype`."""
+    return jax.tree.map(lambda array: array.astype(dtype).astype(jnp.float32), params)
 
 
-def _write_huggingface(subject: Subject, folder: Path, dtype: Dtype) -> None:
-    config, tokenizer, task, head = subject.config, subject.tokenizer, subject.task, subject.head
-    names = _special_names(subject)
-    manifest = checkpoint.read_manifest(subject.info)
-    facts = {
-        **{name: manifest[name] for name in ("step", "config_digest", "data_digest")},
-        "dtype": dtype,
-        "scores": {name: value for name, value in subject.info.metrics.items() if name != checkpoint.RANK},
-        "config": config_to_dict(config),
-    }
+def _write_huggingface(exported: ExportedModel, folder: Path, dtype: Dtype) -> None:
+    config, tokenizer, task, head = exported.config, exported.tokenizer, exported.task, exported.head
+    names = _special_names(exported)
     for name, content in (
-        ("config.json", huggingface.model_config(config, tokenizer, task, head, dtype)),
+        ("config.json", huggingface.to_config_json(config, tokenizer, task, head, dtype)),
         ("tokenizer.json", tokenizer_json.convert(tokenizer, names)),
-        ("tokenizer_config.json", tokenizer_json.tokenizer_config(tokenizer, names, subject.model.context_length)),
+        ("tokenizer_config.json", tokenizer_json.tokenizer_config(tokenizer, names, exported.config.model.context_length)),
     ):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(huggingface.card(config, tokenizer, facts, task, head), encoding="utf-8")
+    card = huggingface.model_card(exported.info, config, tokenizer, task, head, dtype)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _special_names(subject: Subject) -> tuple[str, ...]:
-    return huggingface.SPECIALS if subject.task is not None else ()
+def _special_names(exported: ExportedModel) -> tuple[str, ...]:
+    return huggingface.SPECIALS if exported.task is not None else ()
 
 
-def _write_side(subject: Subject, folder: Path) -> None:
-    side = folder / SIDE
-    side.mkdir()
-    shutil.copyfile(subject.info.path / "config.json", side / "config.json")
-    shutil.copytree(subject.info.path / "tokenizer", side / "tokenizer")
-    if subject.head is not None:
-        heads = [piece for piece in param_map.pieces("npz", subject.model, subject.head) if piece.path[0] == "head"]
-        tensor_files.write_npz(side / "head.npz", weights.stream(subject.info, heads, "float32"))
+def _write_run_files(exported: ExportedModel, folder: Path) -> None:
+    run_files = folder / RUN_FILES
+    run_files.mkdir()
+    shutil.copyfile(exported.info.path / "config.json", run_files / "config.json")
+    shutil.copytree(exported.info.path / "tokenizer", run_files / "tokenizer")
+    if exported.head is not None:
+        maps = param_map.head_maps("npz", exported.config.model, exported.head)
+        tensor_files.save_npz(run_files / "head.npz", param_map.to_tensors(maps, exported.params, "float32"))
 
 
 # -- verifying --------------------------------------------------------------------------------------------------------------
 
 
-class Candidate(NamedTuple):
-    """What was written, loaded again."""
-
-    framework: str
-    tolerance: float
-    logits: Callable[[np.ndarray], np.ndarray] | None
-    """Next-token scores; None where the format gives a fine-tuned model's outputs alone."""
-    outputs: Callable[..., np.ndarray] | None
-    """(tokens, extract) -> a fine-tuned model's log-probabilities."""
-
-
-def _verified(subject: Subject, format_: str, folder: Path, dtype: Dtype, log: Callable[[str], None]) -> dict[str, Any]:
-    """Compares what was written with the model; a graph, which needs the parameters, is written here. Returns parity.json."""
-    trained = load_model(subject.info.path, subject.head.model_fns() if subject.head else LANGUAGE_MODEL)
-    reference = parity.Reference(subject.model, trained.params, dtype)
-    if format_ in graphs.FORMATS:
-        candidate = _graph(subject, format_, folder, trained)
-    elif format_ == "huggingface" and huggingface.installed():
-        candidate = Candidate(
-            huggingface.installed(),
-            HUGGINGFACE_TOLERANCE,
-            huggingface.load_language_model(folder),
-            huggingface.load_classifier(folder, subject.head) if subject.head else None,
-        )
-    else:
-        candidate = _read_back(subject, format_, folder, trained)
-    found: dict[str, Any] = {
-        "format": format_,
-        "dtype": dtype,
-        "checkpoint_step": subject.info.step,
-        "verified_with": candidate.framework,
-    }
-    log(f"verifying with {candidate.framework}")
-    if candidate.logits is not None:
-        logits = candidate.logits
-        texts = parity.windows(subject.tokenizer, subject.model)
-        difference = parity.compare((reference.logits(tokens), logits(tokens)) for tokens in texts)
-        found["logits"] = _judged(difference, candidate.tolerance, "positions", log)
-    if subject.head is not None and candidate.outputs is not None:
-        inputs = parity.examples(subject.tokenizer, subject.model, sequences(subject.task))
-        pair = (reference.log_probabilities(subject.head, *inputs), candidate.outputs(*inputs))
-        found["outputs"] = _judged(parity.compare(iter([pair])), candidate.tolerance, "examples", log)
+def _verify(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype, log: Callable[[str], None]) -> dict[str, Any]:
+    """Compares what was written with the checkpoint and returns the contents of parity.json."""
+    framework, logits, outputs = _load_back(exported, format_, folder)
+    log(f"verifying with {framework}")
+    report = {"format": format_, "dtype": dtype, "checkpoint_step": exported.info.step, "verified_with": framework}
+    params = _rounded(exported.params, dtype)
+    tolerance = FORMATS[format_].tolerance
+    if logits is not None:
+        reference = ExportedFunction(exported.config.model).bind(params)
+        windows = parity.windows(exported.tokenizer, exported.config.model)
+        report["logits"] = parity.compare(reference, logits, windows, "positions", tolerance, log)
+    if outputs is not None:
+        reference = exported.function.bind(params)
+        examples = parity.examples(exported.tokenizer, exported.config.model, exported.function.sequences)
+        report["outputs"] = parity.compare(reference, outputs, [examples], "examples", tolerance, log)
     if format_ == "huggingface":
-        found["tokenizer"] = _tokenizer_parity(subject, folder, log)
-    return found
+        report["tokenizer"] = _compare_tokenizers(exported, folder, log)
+    return report
 
 
-def _graph(subject: Subject, format_: str, folder: Path, trained: Trained) -> Candidate:
-    graph = graphs.FORMATS[format_]
-    params = jax.tree.map(lambda x: x.astype(np.float32), trained.params)
-    graph.write(folder, subject.model, params, subject.head, sequences(subject.task))
-    run = graph.load(folder)
-    logits, outputs = (run, None) if subject.head is None else (None, run)
-    return Candidate(graph.framework(), graph.tolerance, logits, outputs)
+def _load_back(exported: ExportedModel, format_: str, folder: Path) -> tuple[str, Computation | None, Computation | None]:
+    """Loads what was written, where possible into the framework of the format.
 
-
-def _read_back(subject: Subject, format_: Any, folder: Path, trained: Trained) -> Candidate:
-    """The tensors in our own model again, for formats without a framework, and where theirs is not installed."""
-    source = import_.Source(format_, trained.config, subject.model, subject.tokenizer, subject.head)
-    params = import_.load(folder, source, trained.mesh)
-    framework, tolerance = "the files, read back", 0.0
+    Returns:
+      The framework's name and version, the function that computes next-token logits (None where the format only has the outputs
+      of a fine-tuned model), and the function that computes the outputs of a fine-tuned model (None for a language model).
+    """
+    head = exported.head
+    if load := FORMATS[format_].load:
+        package = FORMATS[format_].packages[-1]
+        framework = f"{package} {importlib.import_module(package).__version__}"
+        compute = load(folder)
+        return (framework, compute, None) if head is None else (framework, None, compute)
+    if format_ == "huggingface" and (framework := huggingface.installed_versions()):
+        classifier = huggingface.load_model(folder, huggingface.architecture(head), head) if head else None
+        return framework, huggingface.load_model(folder, huggingface.LANGUAGE_MODEL), classifier
+    framework = "gpt_jax (files read back)"
+    params = import_.load_params(folder, import_.inspect_folder(folder), exported.mesh)
     if format_ == "huggingface":
-        framework, tolerance = f"{framework} in our own model (transformers and torch are not installed)", HUGGINGFACE_TOLERANCE
-        if huggingface.architecture(subject.head) == huggingface.CLASSIFIER:
-            score = tensor_files.read_safetensors(folder).read(huggingface.SCORE)
+        framework = "gpt_jax (files read back; transformers and torch are not installed)"
+        if huggingface.architecture(head) == huggingface.CLASSIFIER:
+            score = tensor_files.load_safetensors(folder)[huggingface.SCORE]
             params |= {"head": {"kernel": score.T, "bias": np.zeros(len(score), np.float32)}}
-    again = parity.Reference(subject.model, params, "float32")
-    outputs = functools.partial(again.log_probabilities, subject.head) if subject.head else None
-    return Candidate(framework, tolerance, again.logits, outputs)
+    return framework, ExportedFunction(exported.config.model).bind(params), exported.function.bind(params) if head else None
 
 
-def sequences(task: Task | None) -> int:
-    """Sequences of one example (Figure 1)."""
-    if task is None:
-        return 1
-    return {"similarity": 2, "multiple_choice": len(task.labels)}.get(task.kind, 1)
-
-
-def _judged(difference: parity.Difference, tolerance: float, unit: str, log: Callable[[str], None]) -> dict[str, Any]:
-    log(
-        f"parity: largest difference {difference.largest:.2e} (at most {tolerance:g} is allowed), the likeliest is the same at "
-        f"{difference.agreement:.2%} of {difference.compared:,} {unit}"
-    )
-    if not difference.largest <= tolerance:
-        raise VerificationError(
-            f"what was written differs from the checkpoint by {difference.largest:.2e} at {unit} of real text, and {tolerance:g} "
-            "is allowed; it is removed"
-        )
-    return parity.summary(difference, tolerance, unit)
-
-
-def _tokenizer_parity(subject: Subject, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def _compare_tokenizers(exported: ExportedModel, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
     """Compares tokenizer.json with the tokenizer on real text, if the `tokenizers` library is installed."""
     try:
-        import tokenizers as theirs
+        import tokenizers as library
     except ModuleNotFoundError:
         return {"verified_with": "nothing (tokenizers is not installed)"}
-    tokenizer, names = subject.tokenizer, _special_names(subject)
-    exported = theirs.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer, names = exported.tokenizer, _special_names(exported)
+    converted = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [paragraph for document in parity.documents()[:100] for paragraph in document.split("\n\n")]
-    claimed = [text for text in texts if tokenizer_json.claims_equality(tokenizer, text, names)]
-    equal = [text for text in texts if exported.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)]
-    wrong = [text for text in claimed if text not in set(equal)]
+    promised = [text for text in texts if tokenizer_json.claims_equality(tokenizer, text, names)]
+    equal = [text for text in texts if converted.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)]
+    wrong = [text for text in promised if text not in set(equal)]
     log(
-        f"parity: tokenizer.json gives the same ids for {len(equal):,} of {len(texts):,} texts, and promises it for "
-        f"{len(claimed):,}"
+        f"parity: tokenizer.json gives the same ids as the tokenizer for {len(equal):,} of {len(texts):,} texts; equality is "
+        f"promised for {len(promised):,}"
     )
     if wrong:
         raise VerificationError(
-            f"tokenizer.json promises the same ids as the tokenizer and breaks it for {wrong[0][:80]!r}; removed"
+            f"tokenizer.json promises the same ids as the tokenizer but gives others for {wrong[0][:80]!r}; it is removed"
         )
-    return {
-        "verified_with": f"tokenizers {theirs.__version__}",
-        "texts": len(texts),
-        "promised": len(claimed),
-        "equal": len(equal),
-    }
+    version = f"tokenizers {library.__version__}"
+    return {"verified_with": version, "texts": len(texts), "promised": len(promised), "equal": len(equal)}

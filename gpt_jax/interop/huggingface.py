@@ -1,43 +1,46 @@
-"""The Hugging Face side of a model: config.json, the head in the form of their classes, the model card, and their model itself.
+"""The Hugging Face form of a model: config.json, the classifier's weights, the model card, and the model in their own classes.
 
-Their `openai-gpt` has three classes that matter. `OpenAIGPTLMHeadModel` is the language model. `OpenAIGPTDoubleHeadsModel` scores
-each choice of a question by a linear layer with bias, as we do. `OpenAIGPTForSequenceClassification` has a linear layer without
-bias, into which `score_weight` puts ours. A similarity task adds the activations of both orders of a pair, which none of their
-classes does; as the layer is linear, adding the two orders' scores comes to the same, and the card says so.
+Three classes of their `openai-gpt` matter here. `OpenAIGPTLMHeadModel` is the language model. `OpenAIGPTDoubleHeadsModel` scores
+each choice of a question by a linear layer with a bias, as we do. `OpenAIGPTForSequenceClassification` has a linear layer without
+a bias; `score_weight` folds our bias into its weights. A similarity task adds the activations of both orders of a pair, which
+none of their classes does. Since the layer is linear, adding the scores of both orders gives the same result, and the model card
+explains that.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpt_jax.config import ModelConfig, RunConfig
+from gpt_jax.config.load import config_to_dict
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.interop import tokenizer_json
+from gpt_jax.interop.parity import Computation
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.registry import Task
-from gpt_jax.tasks.transforms import Specials
+from gpt_jax.tasks.transforms import SpecialTokens
+from gpt_jax.train.checkpoint import CheckpointInfo, read_manifest
 
 MODEL_TYPE = "openai-gpt"
-LANGUAGE_MODEL, CLASSIFIER, DOUBLE_HEADS = (
-    "OpenAIGPTLMHeadModel",
-    "OpenAIGPTForSequenceClassification",
-    "OpenAIGPTDoubleHeadsModel",
-)
-SPECIALS = tuple(f"<{name}>" for name in Specials._fields)
+LANGUAGE_MODEL = "OpenAIGPTLMHeadModel"
+CLASSIFIER = "OpenAIGPTForSequenceClassification"
+DOUBLE_HEADS = "OpenAIGPTDoubleHeadsModel"
+SPECIALS = tuple(f"<{name}>" for name in SpecialTokens._fields)
+"""Names of the special tokens that fine-tuning adds."""
 SCORE = "score.weight"
+"""Name of their classifier's tensor."""
 LARGEST_ADDITION = 10.0
-"""What the bias may add to a classifier's weight at most: beyond, rounding would show at 1e-5 and more."""
+"""Largest number that folding the bias may add to a weight. Beyond it, rounding would show at 1e-5 and more."""
 PAD = 0
-"""Their classifier reads the last token that is not this one, which the extract token never is."""
+"""Id of the padding token. Their classifier reads the last token with another id, which is the extract token."""
 
-
-# Ours, theirs, what it must be, and what theirs defaults to.
+# Our field: the name, the type and the default of theirs.
 FIELDS: dict[str, tuple[str, Any, Any]] = {
     "vocab_size": ("vocab_size", int, None),
     "context_length": ("n_positions", int, None),
@@ -53,86 +56,81 @@ FIELDS: dict[str, tuple[str, Any, Any]] = {
 
 
 def architecture(head: Head | None) -> str:
-    """Which of their classes a model is."""
+    """Returns the name of their class for a model."""
     if head is None:
         return LANGUAGE_MODEL
     return DOUBLE_HEADS if head.choices else CLASSIFIER
 
 
-def model_config(config: RunConfig, tokenizer: Tokenizer, task: Task | None, head: Head | None, dtype: str) -> dict[str, Any]:
-    """The contents of config.json."""
-    model = config.model
-    assert isinstance(model, ModelConfig)
+def to_config_json(config: RunConfig, tokenizer: Tokenizer, task: Task | None, head: Head | None, dtype: str) -> dict[str, Any]:
+    """Returns the contents of config.json."""
     values: dict[str, Any] = {
         "architectures": [architecture(head)],
         "model_type": MODEL_TYPE,
-        "vocab_size": model.vocab_size,
-        "n_positions": model.context_length,
-        "n_embd": model.embed_dim,
-        "n_layer": model.num_layers,
-        "n_head": model.num_heads,
-        "afn": "gelu",  # which there means the tanh approximation
-        "embd_pdrop": model.embed_dropout,
-        "attn_pdrop": model.attention_dropout,
-        "resid_pdrop": model.residual_dropout,
-        "layer_norm_epsilon": model.layer_norm_epsilon,
-        "initializer_range": model.init_stddev,
+        **{theirs: getattr(config.model, ours) for ours, (theirs, _, _) in FIELDS.items()},
+        "afn": "gelu",  # In their code this is the tanh approximation.
         "tie_word_embeddings": True,
         "dtype": dtype,
         "eos_token_id": tokenizer.eos_id,
     }
-    if task is not None and head is not None:
-        values["pad_token_id"] = PAD
-        if head.choices:
-            values |= {
-                "summary_type": "cls_index",
-                "summary_use_proj": True,
-                "summary_proj_to_labels": True,
-                "summary_activation": None,
-                "summary_first_dropout": head.dropout,
-                "num_labels": 1,
-            }
-        else:
-            values["id2label"] = {str(number): label for number, label in enumerate(task.labels)}
-            values["label2id"] = {label: number for number, label in enumerate(task.labels)}
-    return values
+    if task is None or head is None:
+        return values
+    values["pad_token_id"] = PAD
+    if not head.choices:
+        id2label = {str(number): label for number, label in enumerate(task.labels)}
+        return values | {"id2label": id2label, "label2id": {label: number for number, label in enumerate(task.labels)}}
+    return values | {
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "summary_proj_to_labels": True,
+        "summary_activation": None,
+        "summary_first_dropout": head.dropout,
+        "num_labels": 1,
+    }
 
 
-def model_of(values: Mapping[str, Any], where: str) -> ModelConfig:
-    """The model that a config.json describes.
+def from_config_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
+    """Returns the model that a config.json describes.
+
+    Args:
+      values: the contents of the file.
+      path: the file, for messages.
 
     Raises:
-      UserError: it is of another architecture, or lacks a field.
+      UserError: the model has another architecture, or a field is missing or has the wrong type.
     """
     kind = values.get("model_type")
     if kind != MODEL_TYPE:
-        raise UserError(f"{where}: describes a model of the type '{kind}', and only {MODEL_TYPE} is GPT-1; no other is imported")
+        raise UserError(f"{path}: the model type is '{kind}', but only GPT-1 ('{MODEL_TYPE}') can be imported")
     if values.get("afn", "gelu") not in ("gelu", "gelu_new"):
-        raise UserError(f"{where}: has the activation '{values['afn']}', and GPT-1 has gelu")
+        raise UserError(f"{path}: the activation (afn) is '{values['afn']}', but GPT-1 has gelu")
     if values.get("tie_word_embeddings") is False:
-        raise UserError(f"{where}: has an output layer of its own (tie_word_embeddings false), and GPT-1's is its embeddings")
-    found: dict[str, Any] = {}
+        raise UserError(
+            f"{path}: the output layer has its own weights (tie_word_embeddings false), but GPT-1 uses its embeddings"
+        )
+    fields: dict[str, Any] = {}
     for ours, (theirs, kind, default) in FIELDS.items():
         value = values.get(theirs, default)
         if isinstance(value, bool) or not isinstance(value, kind):
-            what = "a whole number" if kind is int else "a number"
-            raise UserError(f"{where}: {theirs} must be {what}, " + ("and is missing" if value is None else f"not {value!r}"))
-        found[ours] = value
-    return ModelConfig(**found, mlp_dim=4 * found["embed_dim"])
+            number = "a whole number" if kind is int else "a number"
+            raise UserError(f"{path}: {theirs} must be {number}, " + ("and is missing" if value is None else f"not {value!r}"))
+        fields[ours] = value
+    return ModelConfig(**fields, mlp_dim=4 * fields["embed_dim"])
 
 
 def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Our classifier as a linear layer without bias, exactly, float32 [outputs, embed].
+    """Returns our classifier as a linear layer without a bias, float32 [outputs, embed]. The two compute the same scores.
 
-    Its input is a layer norm's output h = gain x + shift with numbers x that add up to 0. So sum(h / gain) = sum(shift / gain) is
-    the same for every input, and adding bias / sum(shift / gain) times 1 / gain to the weights adds the bias to the scores.
+    The input of the layer is the output of a layer norm, h = gain x + shift, where the numbers x add up to 0. So sum(h / gain) =
+    sum(shift / gain) is the same for every input, and adding bias / sum(shift / gain) times 1 / gain to the weights adds the
+    bias to the scores.
 
     Args:
       kernel, bias: our head, [embed, outputs] and [outputs].
-      gain, shift: of the last layer norm, [embed].
+      gain, shift: parameters of the last layer norm, [embed].
 
     Raises:
-      UserError: that sum is so small that float32 could not hold what is added to the weights, or a gain is 0.
+      UserError: the sum is so small that float32 could not hold what is added to the weights, or a gain is 0.
     """
     kernel, bias, gain, shift = (array.astype(np.float64) for array in (kernel, bias, gain, shift))
     if not bias.any():
@@ -140,84 +138,57 @@ def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: 
     constant = (shift / gain).sum() if gain.all() else 0.0
     if abs(constant) * LARGEST_ADDITION < np.abs(bias).max() * np.abs(1 / np.where(gain, gain, 1)).max():
         raise UserError(
-            "--format: their classifier has no bias, and this model's cannot be put into its weights, as its last layer norm "
-            "shifts too little; npz and the graphs take it"
+            "--format: the Hugging Face classifier has no bias, and this model's bias cannot be folded into its weights because "
+            "the last layer norm shifts too little; use npz, stablehlo, onnx or savedmodel"
         )
     return (kernel + np.outer(1 / gain, bias) / constant).T.astype(np.float32)
 
 
-# -- the card ---------------------------------------------------------------------------------------------------------------
+# -- the model card ---------------------------------------------------------------------------------------------------------
+
+INPUTS = {
+    "similarity": "A pair is scored in both orders: tokenize (a, b) and (b, a), and add the scores of both before the softmax; "
+    "each has half of the classifier's bias. tokenizer.json adds the special tokens.",
+    "multiple_choice": "Tokenize (context, answer) for each answer, and set `mc_token_ids` to the position of each <extract>; "
+    "`mc_logits` are the scores of the choices. tokenizer.json adds the special tokens.",
+}
+OTHER_INPUTS = "tokenizer.json adds the special tokens around one text or between two texts; the scores are read at <extract>."
 
 
-def card(config: RunConfig, tokenizer: Tokenizer, facts: Mapping[str, Any], task: Task | None, head: Head | None) -> str:
-    """README.md of an exported folder.
-
-    Args:
-      facts: what is known of the checkpoint: "step", "data_digest", "config_digest", "scores" {name: number}, "dtype".
-    """
+def model_card(
+    info: CheckpointInfo, config: RunConfig, tokenizer: Tokenizer, task: Task | None, head: Head | None, dtype: str
+) -> str:
+    """Returns the contents of README.md."""
     model = config.model
-    assert isinstance(model, ModelConfig)
-    what = f"fine-tuned on {task.title}" if task else "language model"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "---",
-        "",
-        f"# GPT-1, {what}",
-        "",
-        f"Trained with gpt_jax and exported in {facts['dtype']}. {model.num_layers} layers of width {model.embed_dim} with "
-        f"{model.num_heads} heads, {model.vocab_size:,} tokens, context {model.context_length}. Architecture and training follow "
-        '"Improving Language Understanding by Generative Pre-Training" (2018).',
-        "",
-        "    " + _usage(head),
-        "",
+    scores = [f"- {name}: {value:.4f}" for name, value in info.metrics.items()] or ["No scores were measured."]
+    manifest = read_manifest(info)
+    origin = [f"- {name}: {manifest[name]}" for name in ("step", "config_digest", "data_digest") if manifest[name] != ""]
+    paragraphs = [
+        "---\nlibrary_name: transformers\n---",
+        f"# GPT-1, fine-tuned on {task.title}" if task else "# GPT-1, language model",
+        f"Trained with gpt_jax and exported in {dtype}. The model has {model.num_layers} layers of width {model.embed_dim} with "
+        f"{model.num_heads} heads, {model.vocab_size:,} tokens and a context of {model.context_length}. Architecture and "
+        'training follow "Improving Language Understanding by Generative Pre-Training" (2018).',
+        f"    model = transformers.{architecture(head)}.from_pretrained(FOLDER)",
+        *([INPUTS.get(task.kind, OTHER_INPUTS)] if task else []),
+        "## Scores",
+        "\n".join(scores),
+        "## Origin",
+        "\n".join(origin),
+        "parity.json has the results of the comparison of this folder with the original.",
+        "## Tokenizer",
+        "\n".join(f"- {sentence}" for sentence in tokenizer_json.differences(tokenizer)),
+        "## Configuration",
+        f"```json\n{json.dumps(config_to_dict(config), indent=1)}\n```",
     ]
-    if head is not None:
-        lines += [_inputs(task, head), ""]
-    lines += ["## Scores", ""]
-    scores = facts["scores"]
-    lines += [f"- {name}: {value:.4f}" for name, value in scores.items()] or ["None was measured."]
-    lines += ["", "## Where it comes from", ""]
-    lines += [f"- {name}: {facts[name]}" for name in ("step", "config_digest", "data_digest") if facts[name] != ""]
-    lines += ["", "parity.json says how closely this folder was checked against the original.", ""]
-    lines += ["## Tokenizer", ""]
-    lines += [f"- {line}" for line in tokenizer_json.differences(tokenizer)] or [
-        "tokenizer.json gives the ids that the model was trained with."
-    ]
-    lines += ["", "## Configuration", "", "```json", json.dumps(facts["config"], indent=1), "```", ""]
-    return "\n".join(lines)
-
-
-def _usage(head: Head | None) -> str:
-    if head is None:
-        return "model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
-    if head.choices:
-        return "model = transformers.OpenAIGPTDoubleHeadsModel.from_pretrained(FOLDER)"
-    return "model = transformers.AutoModelForSequenceClassification.from_pretrained(FOLDER)"
-
-
-def _inputs(task: Task | None, head: Head) -> str:
-    kind = task.kind if task else "classification"
-    if kind == "similarity":
-        return (
-            "A pair is scored in both orders: tokenize (a, b) and (b, a), and add the two outputs' scores before the softmax; "
-            "each holds half of the classifier's bias. tokenizer.json puts the special tokens where they belong."
-        )
-    if head.choices:
-        return (
-            "Tokenize (context, answer) for each answer and give `mc_token_ids` the position of each <extract>; `mc_logits` are "
-            "the choices' scores. tokenizer.json puts the special tokens where they belong."
-        )
-    return (
-        "tokenizer.json puts the special tokens where they belong, around one text or between two; scores are read at <extract>."
-    )
+    return "\n\n".join(paragraphs) + "\n"
 
 
 # -- their model ------------------------------------------------------------------------------------------------------------
 
 
-def installed() -> str:
-    """The versions of transformers and torch, or "" where one is missing."""
+def installed_versions() -> str:
+    """Returns the versions of transformers and torch, or "" where one of them is missing."""
     try:
         import torch
         import transformers
@@ -226,37 +197,28 @@ def installed() -> str:
     return f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
 
 
-def load_language_model(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Their language model: tokens int [batch, time] -> logits float32 [batch, time, vocab]."""
+def load_model(folder: Path, class_name: str, head: Head | None = None) -> Computation:
+    """Loads an exported folder into one of their classes.
+
+    Returns:
+      A function of tokens int [batch, time] that returns logits float32 [batch, time, vocab]; with a head a function of tokens
+      int [batch, sequences, time] and extract int [batch, sequences] that returns log-probabilities float32 [batch, outputs].
+    """
     import torch
     import transformers
 
-    transformers.logging.set_verbosity_error()  # a classifier's folder has a layer that the language model has no use for
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    transformers.logging.set_verbosity_error()  # A classifier's folder has a layer that the language model does not use.
+    model = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32).eval()
 
-    def logits(tokens: np.ndarray) -> np.ndarray:
+    def compute(*inputs: np.ndarray) -> np.ndarray:
+        tokens, *extract = (torch.from_numpy(array.astype(np.int64)) for array in inputs)
         with torch.inference_mode():
-            return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
-
-    return logits
-
-
-def load_classifier(folder: Path, head: Head) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Their classifier: tokens int [batch, sequences, time], extract int [batch, sequences] -> log-probabilities float32
-    [batch, outputs]."""
-    import torch
-    import transformers
-
-    kind = transformers.OpenAIGPTDoubleHeadsModel if head.choices else transformers.AutoModelForSequenceClassification
-    model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-
-    def log_probabilities(tokens: np.ndarray, extract: np.ndarray) -> np.ndarray:
-        ids, last = torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(extract.astype(np.int64))
-        with torch.inference_mode():
+            if head is None:
+                return model(tokens).logits.numpy()
             if head.choices:
-                scores = model(ids, mc_token_ids=last).mc_logits
+                scores = model(tokens, mc_token_ids=extract[0]).mc_logits
             else:
-                scores = model(ids.flatten(0, 1)).logits.reshape(*tokens.shape[:2], -1).sum(1)
+                scores = model(tokens.flatten(0, 1)).logits.reshape(*tokens.shape[:2], -1).sum(1)
             return torch.log_softmax(scores, -1).numpy()
 
-    return log_probabilities
+    return compute

@@ -1,60 +1,56 @@
-"""`gpt-jax import`: a model of another format as an ordinary run with one checkpoint, on any mesh."""
+"""`gpt-jax import`: a model in another format becomes an ordinary run with one checkpoint, which loads on any mesh."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt_jax.config import DataConfig, FinetuneRunConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig, TokenizerConfig
-from gpt_jax.config.load import config_digest, config_from_dict, config_to_dict
-from gpt_jax.data import tokenizers
-from gpt_jax.data.tokenizers import GPT1, Tokenizer
+from gpt_jax.config import DataConfig, FinetuneRunConfig, ModelConfig, PretrainConfig, RunConfig, TokenizerConfig
+from gpt_jax.config.load import config_from_dict
+from gpt_jax.data.tokenizers import GPT1, MANIFEST, Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.interop import huggingface, param_map, tensor_files, weights
-from gpt_jax.interop.tensor_files import Tensor, Tensors
-from gpt_jax.model import network
+from gpt_jax.interop import huggingface, param_map, tensor_files
+from gpt_jax.interop.tensor_files import Tensors
 from gpt_jax.model.transformer import Params
-from gpt_jax.runtime import sharding
-from gpt_jax.runtime.rundir import RunDir, read_json, sha256, staged
-from gpt_jax.tasks.finetune import head_of
+from gpt_jax.runtime.rundir import RunDir, read_json, sha256, staged_folder
+from gpt_jax.tasks.finetune import make_head
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.tasks.transforms import SpecialTokens
-from gpt_jax.train import checkpoint
+from gpt_jax.train.checkpoint import CheckpointWriter
+from gpt_jax.train.restore import local_mesh
 
-SIDE = "gpt_jax"
-"""The folder in an export with what other frameworks have no use for: config.json, tokenizer/, head.npz, manifest.json."""
-FILES = {
+RUN_FILES = "gpt_jax"
+"""Name of the folder in an export for what other frameworks do not need: config.json, tokenizer/, head.npz, manifest.json."""
+
+EXPECTED_FILES = {
     "huggingface": "config.json with model.safetensors (a Hugging Face openai-gpt)",
     "openai": "params_shapes.json with params_0.npy to params_9.npy (as released)",
     "npz": "params.npz (from gpt-jax export)",
 }
-VOCABULARIES = (GPT1.files, ("vocab.json", "merges.txt"))
-"""The released vocabulary, under its own names and those that Hugging Face gives it."""
 
-
-READ = (
+IMPORTED_PATTERNS = (
     *("config.json", "*.safetensors", "*.safetensors.index.json", "params.npz", "params_*", "encoder_bpe_40000.json"),
-    *("vocab_40000.bpe", f"{SIDE}/config.json", f"{SIDE}/head.npz", f"{SIDE}/tokenizer/*"),
+    *("vocab_40000.bpe", f"{RUN_FILES}/config.json", f"{RUN_FILES}/head.npz", f"{RUN_FILES}/tokenizer/*"),
 )
-"""What an import reads of an export, as patterns of names."""
+"""Patterns of the files in an export that an import reads."""
+
+VOCABULARY_FILES = (GPT1.files, ("vocab.json", "merges.txt"))
+"""Names of the released vocabulary: those of the release, and those that Hugging Face uses."""
 
 
-class Source(NamedTuple):
-    """A folder in another format, understood."""
+class ForeignModel(NamedTuple):
+    """A model in another format, without its parameters."""
 
-    layout: param_map.Layout
+    format_: str
+    """"huggingface", "openai" or "npz"."""
     config: RunConfig
-    model: ModelConfig
     tokenizer: Tokenizer
     head: Head | None
 
@@ -68,109 +64,98 @@ def import_(
     tokenizer: Path | None = None,
     trust_pickle: bool = False,
 ) -> None:
-    """Makes a run in `workdir` whose only checkpoint, 0, holds the model of `folder`.
+    """Makes a run in `workdir` whose only checkpoint, of step 0, is the model in `folder`.
 
     Args:
-      config: what the model must be; None: what the folder itself says, or else the paper's.
-      tokenizer: folder of a tokenizer (one of ours, or the released two files); None: the one in `folder`.
+      config: describes the model; None: the config in the folder, or the paper's where there is none.
+      tokenizer: folder of a tokenizer (one of ours, or the two released files); None: the tokenizer in `folder`.
       trust_pickle: read a pytorch_model.bin, which is a pickle, with torch's restricted loader.
 
     Raises:
-      UserError: no known format; a damaged file; names, shapes or types that do not fit, all of them listed; another
+      UserError: an unknown format; a damaged file; names, shapes or types that do not fit, all of them listed; another
         architecture; a tokenizer that is missing or does not fit; a workdir that is in use.
     """
-    with staged(workdir, "workdir") as staging:
-        source = understand(folder, config, tokenizer)
-        log(f"{folder}: {source.layout}, {network.count(source.model):,} parameters, {source.tokenizer.kind} tokenizer")
-        spread = math.gcd(source.model.embed_dim, jax.device_count())
-        mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
-        params = load(folder, source, mesh, trust_pickle)
+    with staged_folder(workdir, "workdir") as staging:
+        foreign = inspect_folder(folder, config, tokenizer)
+        model = foreign.config.model
+        log(f"{folder}: {foreign.format_} format, {model.num_parameters:,} parameters, {foreign.tokenizer.kind} tokenizer")
+        params = load_params(folder, foreign, local_mesh(model), trust_pickle)
         run = RunDir(staging)
         with contextlib.closing(run):
-            run.open(source.config, "", imported_from=str(folder))
-        source.tokenizer.save(run.tokenizer)
-        with checkpoint.Checkpoints(
-            run.checkpoints,
-            keep_latest=1,
-            keep_best=0,
-            config_json=json.dumps(config_to_dict(source.config), indent=1),
-            config_digest=config_digest(source.config),
-            data_digest="",
-            tokenizer=run.tokenizer,
-        ) as saver:
-            saver.save(0, {"params": params}, {})
-    log(f"done: {workdir} holds checkpoint 0; train on from it with --init.from {workdir}")
+            run.open(foreign.config, "", imported_from=str(folder))
+        foreign.tokenizer.save(run.tokenizer)
+        with CheckpointWriter(run.checkpoints, foreign.config, "", run.tokenizer) as writer:
+            writer.save(0, {"params": params}, {})
+    log(f"done: {workdir} has checkpoint 0; start training from it with --init.from {workdir}")
 
 
-def understand(folder: Path, config: PretrainConfig | None = None, tokenizer: Path | None = None) -> Source:
-    """Finds out what a folder holds, without reading its numbers."""
-    layout = _layout(folder)
+def inspect_folder(folder: Path, config: PretrainConfig | None = None, tokenizer: Path | None = None) -> ForeignModel:
+    """Returns the model in a folder in another format, without reading its parameters. Arguments and errors as in `import_`."""
+    format_ = _detect_format(folder)
     _check_manifest(folder)
-    made = _tokenizer(folder, tokenizer)
-    side = folder / SIDE / "config.json"
-    found: RunConfig
+    loaded_tokenizer = _load_tokenizer(folder, tokenizer)
+    run_config_file = folder / RUN_FILES / "config.json"
+    run_config: RunConfig
     if config is not None:
-        found = config
-    elif side.is_file():
-        values = read_json(side)
+        run_config = config
+    elif run_config_file.is_file():
+        values = read_json(run_config_file)
         try:
-            found = config_from_dict(values)
+            if "model" not in values:
+                raise TypeError("it has no model")
+            run_config = config_from_dict(values, run_config_file)
         except TypeError as error:
-            raise UserError(f"{side}: is not the config of a run ({error})") from None
-        if "model" not in values:
-            raise UserError(f"{side}: is not the config of a run (it has no model)")
+            raise UserError(f"{run_config_file}: is not the config of a run ({error})") from None
     else:
         model = ModelConfig()
-        if layout == "huggingface":
-            model = huggingface.model_of(read_json(folder / "config.json"), str(folder / "config.json"))
-        _require_size(folder, model, made, 0)
-        found = PretrainConfig(model=model, data=DataConfig(tokenizer=TokenizerConfig(kind=made.kind)))  # type: ignore[arg-type]
-    model = found.model
-    assert isinstance(model, ModelConfig)
+        if format_ == "huggingface":
+            model = huggingface.from_config_json(read_json(folder / "config.json"), folder / "config.json")
+        _require_size(folder, model, loaded_tokenizer, 0)
+        data = DataConfig(tokenizer=TokenizerConfig(kind=loaded_tokenizer.kind))  # type: ignore[arg-type]
+        run_config = PretrainConfig(model=model, data=data)
     head = None
-    if isinstance(found, FinetuneRunConfig):
-        head = head_of(task_from_config(found.task), found)
-    _require_size(folder, model, made, len(SpecialTokens._fields) if head else 0)
-    return Source(layout, found, model, made, head)
+    if isinstance(run_config, FinetuneRunConfig):
+        head = make_head(task_from_config(run_config.task), run_config)
+    _require_size(folder, run_config.model, loaded_tokenizer, len(SpecialTokens._fields) if head else 0)
+    return ForeignModel(format_, run_config, loaded_tokenizer, head)
 
 
-def load(folder: Path, source: Source, mesh: Mesh, trust_pickle: bool = False) -> Params:
-    """The parameters of a folder, spread over a mesh.
+def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: bool = False) -> Params:
+    """Reads the parameters of a folder and shards them over a mesh.
 
     Raises:
       UserError: a damaged file, or tensors that do not fit; all differences in one line.
     """
-    pieces = param_map.pieces(source.layout, source.model, source.head)
-    if source.layout == "openai":
-        tensors = tensor_files.read_openai(folder, [piece.name for piece in pieces])
-    elif source.layout == "npz":
-        tensors = tensor_files.read_npz(folder / "params.npz")
+    format_, model, head = foreign.format_, foreign.config.model, foreign.head
+    maps = param_map.tensor_maps(format_, model, head)
+    if format_ == "openai":
+        tensors = tensor_files.load_openai(folder, [m.name for m in maps])
+    elif format_ == "npz":
+        tensors = tensor_files.load_npz(folder / "params.npz")
     else:
-        pickled = not _safetensors(folder)
-        tensors = _their_names(_read_pickle(folder, trust_pickle) if pickled else tensor_files.read_safetensors(folder))
-        if source.head is not None and not source.head.choices:  # their classifier has no bias: ours stands beside it
-            side = tensor_files.read_npz(folder / SIDE / "head.npz")
-            pieces += [piece for piece in param_map.pieces("npz", source.model, source.head) if piece.path[0] == "head"]
-            known = {name: tensor for name, tensor in tensors.known.items() if name != huggingface.SCORE}
-            main = tensors.read
-            tensors = Tensors(folder, known | side.known, lambda name: side.read(name) if name in side.known else main(name))
-    return weights.assemble(tensors, pieces, source.config, mesh, source.head)
+        in_file = tensor_files.load_safetensors(folder) if _has_safetensors(folder) else _load_pickle(folder, trust_pickle)
+        tensors = _standard_names(folder, in_file)
+        if head is not None and not head.choices:  # Their classifier has no bias, so our head is in a file of its own.
+            tensors.pop(huggingface.SCORE, None)
+            tensors |= tensor_files.load_npz(folder / RUN_FILES / "head.npz")
+            maps += param_map.head_maps("npz", model, head)
+    return param_map.to_params(folder, tensors, maps, foreign.config, mesh, head)
 
 
-# -- what a folder holds ----------------------------------------------------------------------------------------------------
+# -- the contents of a folder -----------------------------------------------------------------------------------------------
 
 
-def _safetensors(folder: Path) -> bool:
+def _has_safetensors(folder: Path) -> bool:
     return (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file()
 
 
-def _layout(folder: Path) -> param_map.Layout:
+def _detect_format(folder: Path) -> str:
     if not folder.is_dir():
         raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; give the folder of a model")
     if (folder / "config.json").is_file():
-        if _safetensors(folder) or (folder / "pytorch_model.bin").is_file():
+        if _has_safetensors(folder) or (folder / "pytorch_model.bin").is_file():
             return "huggingface"
-        huggingface.model_of(read_json(folder / "config.json"), str(folder / "config.json"))  # gpt2 is named as such
+        huggingface.from_config_json(read_json(folder / "config.json"), folder / "config.json")  # Another model type is an error.
     if (folder / "params_shapes.json").is_file():
         return "openai"
     if (folder / "params.npz").is_file():
@@ -178,86 +163,88 @@ def _layout(folder: Path) -> param_map.Layout:
     graphs = [name for name in ("model.stablehlo", "model.onnx", "saved_model.pb") if (folder / name).exists()]
     if graphs:
         raise UserError(
-            f"{folder}: {graphs[0]} is a graph, from which no checkpoint is made; export {' or '.join(FILES)} instead"
+            f"{folder}: {graphs[0]} is a graph, which cannot be imported; export {' or '.join(EXPECTED_FILES)} instead"
         )
-    raise UserError(f"{folder}: no known format; looked for {', '.join(FILES.values())}")
+    raise UserError(f"{folder}: unknown format; expected {', or '.join(EXPECTED_FILES.values())}")
 
 
 def _check_manifest(folder: Path) -> None:
-    """Compares an export of ours with its checksums."""
-    manifest = folder / SIDE / "manifest.json"
+    """Compares the files of one of our exports with their checksums."""
+    manifest = folder / RUN_FILES / "manifest.json"
     if not manifest.is_file():
         return
-    altered = []
+    problems = []
     for name, checksum in read_json(manifest).items():
         if not (folder / name).is_file():
-            altered.append(f"{name} is missing")
+            problems.append(f"{name} is missing")
         elif sha256(folder / name) != checksum:
-            altered.append(f"{name} was truncated or altered")
-    if altered:
+            problems.append(f"{name} was truncated or altered")
+    if problems:
         raise UserError(
-            f"{folder}: differs from what was exported: {', '.join(altered)}; export it again, or delete {manifest} if "
-            "that is meant"
+            f"{folder}: differs from what was exported: {', '.join(problems)}; export it again, or delete {manifest} if the "
+            "change is intended"
         )
 
 
-def _tokenizer(folder: Path, given: Path | None) -> Tokenizer:
-    for place in [given] if given else [folder / SIDE / "tokenizer", folder]:
-        if (place / "sentencepiece.model").is_file() or (place.name == "tokenizer" and (place / tokenizers.MANIFEST).is_file()):
-            return tokenizers.load(place)
-        for vocabulary, merges in VOCABULARIES:
-            if (place / vocabulary).is_file() and (place / merges).is_file():
+def _load_tokenizer(folder: Path, given: Path | None) -> Tokenizer:
+    for place in [given] if given else [folder / RUN_FILES / "tokenizer", folder]:
+        manifest = place / MANIFEST
+        if manifest.is_file() and "fingerprint" in read_json(manifest):  # Hugging Face has another file of this name.
+            return load_tokenizer(place)
+        for names in VOCABULARY_FILES:
+            if all((place / name).is_file() for name in names):
                 try:
-                    return GPT1((place / vocabulary).read_bytes(), (place / merges).read_bytes())
+                    return GPT1(*((place / name).read_bytes() for name in names))
                 except UserError:
                     raise UserError(
-                        f"{place}: {vocabulary} and {merges} are not the vocabulary and the merges of a byte-pair "
-                        "encoding like the released one"
+                        f"{place}: {' and '.join(names)} are not the vocabulary and the merges of a byte-pair encoding like the "
+                        "released one"
                     ) from None
-        if given and (place / tokenizers.MANIFEST).is_file():
-            return tokenizers.load(place)
-    where = f"{given}: no tokenizer there" if given else f"{folder}: has no tokenizer"
-    raise UserError(f"{where}; name a folder with {' and '.join(GPT1.files)}, or a run's tokenizer folder, with --tokenizer")
+    raise UserError(
+        f"{given or folder}: has no tokenizer; use --tokenizer with a run's tokenizer folder, or with a folder that has "
+        f"{' and '.join(GPT1.files)}"
+    )
 
 
-def _require_size(folder: Path, model: ModelConfig, tokenizer: Tokenizer, specials: int) -> None:
-    if tokenizer.vocab_size + specials != model.vocab_size:
-        added = f" and {specials} special tokens" if specials else ""
+def _require_size(folder: Path, model: ModelConfig, tokenizer: Tokenizer, num_specials: int) -> None:
+    if tokenizer.vocab_size + num_specials != model.vocab_size:
+        specials = f" and {num_specials} special tokens" if num_specials else ""
         raise UserError(
-            f"{folder}: the model has {model.vocab_size} entries, and its tokenizer {tokenizer.vocab_size}{added}; name the "
-            "folder of the right one with --tokenizer"
+            f"{folder}: the model has {model.vocab_size} entries, but its tokenizer has {tokenizer.vocab_size}{specials}; use "
+            "--tokenizer with the folder of the right one"
         )
 
 
-# -- Hugging Face -----------------------------------------------------------------------------------------------------------
+# -- Hugging Face files -----------------------------------------------------------------------------------------------------
 
 
-def _their_names(tensors: Tensors) -> Tensors:
-    """Names as their language model has them. Without "transformer." they are those of the bare model; old files hold the causal
-    mask of each block as well, and the output layer, which is the embeddings again."""
-    names: dict[str, str] = {}
-    for name, (shape, _) in tensors.known.items():
+def _standard_names(folder: Path, tensors: Tensors) -> Tensors:
+    """Returns tensors under the names that their language model uses.
+
+    Files of the bare model lack the prefix "transformer.". Old files also have the causal mask of each block, and the output
+    layer, which is a copy of the embeddings.
+    """
+    result: Tensors = {}
+    for name, tensor in tensors.items():
         parts = name.split(".")
-        if name == "lm_head.weight" or (parts[-2:] == ["attn", "bias"] and len(shape) == 4):
+        if name == "lm_head.weight" or (parts[-2:] == ["attn", "bias"] and tensor.ndim == 4):
             continue
-        ours = f"transformer.{name}" if parts[0] in ("tokens_embed", "positions_embed", "h") else name
-        if ours in names:
-            raise UserError(f"{tensors.where}: holds {ours} twice, with and without 'transformer.'")
-        names[ours] = name
-    tokens = names.get("transformer.tokens_embed.weight")
-    if "lm_head.weight" in tensors.known and tokens and not np.array_equal(tensors.read("lm_head.weight"), tensors.read(tokens)):
-        raise UserError(
-            f"{tensors.where}: lm_head.weight differs from the embeddings, and GPT-1's output layer is its embeddings"
-        )
-    known = {ours: tensors.known[theirs] for ours, theirs in names.items()}
-    return Tensors(tensors.where, known, lambda name: tensors.read(names[name]))
+        standard = f"transformer.{name}" if parts[0] in ("tokens_embed", "positions_embed", "h") else name
+        if standard in result:
+            raise UserError(f"{folder}: has {standard} twice, with and without 'transformer.'")
+        result[standard] = tensor
+    tokens = result.get("transformer.tokens_embed.weight")
+    output = tensors.get("lm_head.weight")
+    if tokens is not None and output is not None and not np.array_equal(output, tokens):
+        raise UserError(f"{folder}: lm_head.weight differs from the embeddings, but GPT-1's output layer is its embeddings")
+    return result
 
 
-def _read_pickle(folder: Path, trusted: bool) -> Tensors:
+def _load_pickle(folder: Path, trusted: bool) -> Tensors:
     path = folder / "pytorch_model.bin"
     if not trusted:
         raise UserError(
-            f"{path}: is a pickle, which can run any code; say --trust-pickle if you trust where it comes from, or convert it to "
+            f"{path}: is a pickle, which can run any code; add --trust-pickle if you trust its origin, or convert it to "
             "model.safetensors"
         )
     try:
@@ -266,13 +253,12 @@ def _read_pickle(folder: Path, trusted: bool) -> Tensors:
         raise UserError(f"{path}: needs torch: pip install 'gpt_jax[huggingface]'") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever its unpickler meets in a damaged or hostile file
-        raise UserError(f"{path}: truncated, altered, or more than tensors ({type(error).__name__})") from None
+    except Exception as error:  # The unpickler raises errors of many types in a damaged or hostile file.
+        raise UserError(f"{path}: truncated, altered, or not only tensors ({type(error).__name__})") from None
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(f"{path}: holds something other than tensors by their names")
-
-    def read(name: str) -> np.ndarray:
-        x = state[name]  # NumPy knows bfloat16 only as two bytes
-        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
-
-    return Tensors(path, {name: Tensor(tuple(x.shape), read(name).dtype) for name, x in state.items()}, read)
+        raise UserError(f"{path}: is not a dictionary of tensors")
+    # NumPy has no bfloat16 of its own, so torch cannot convert it.
+    return {
+        name: x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+        for name, x in state.items()
+    }

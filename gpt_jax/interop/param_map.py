@@ -1,171 +1,195 @@
-"""Where each of our parameters stands in other formats: their names, shapes and order.
+"""How parameters are named and shaped in other formats, and the conversion in both directions.
 
-Every tensor of the other formats is one of our arrays, or one layer of it, in another shape: nothing is transposed in the
-blocks, because their convolutions of width one keep weights as (inputs, outputs) as we do. Only the rows that pad our vocabulary
-are left out.
+Every tensor of another format is one of our arrays, or one layer of a stacked one, in another shape. Nothing is transposed: the
+convolutions of width one in the released code keep their weights as (inputs, outputs), as we do. The rows that pad our
+vocabulary are left out.
 
     ours                            released              Hugging Face              npz
-    embedding/tokens                we                    tokens_embed.weight       W_e   (the paper's names, section 3.1)
-    embedding/positions             wpe, first            positions_embed.weight    W_p
+    embedding/tokens                second array          tokens_embed.weight       W_e   (section 3.1 of the paper)
+    embedding/positions             first array           positions_embed.weight    W_p
     blocks/attention/qkv/kernel[i]  h{i}/attn/c_attn/w    h.{i}.attn.c_attn.weight  as released
+    head/kernel                                           multiple_choice_head.*    W_y   (section 3.2)
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.errors import UserError
+from gpt_jax.model.transformer import Params
 from gpt_jax.tasks.head import Head
-from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel
-
-Layout = Literal["huggingface", "openai", "npz"]
+from gpt_jax.train.step import LANGUAGE_MODEL, abstract_state
 
 TOKENS, POSITIONS = ("embedding", "tokens"), ("embedding", "positions")
 
-# Ours, and the name in the released code, in the order of its files.
-BLOCK = (
-    (("attention", "qkv", "kernel"), "attn/c_attn/w"),
-    (("attention", "qkv", "bias"), "attn/c_attn/b"),
-    (("attention", "out", "kernel"), "attn/c_proj/w"),
-    (("attention", "out", "bias"), "attn/c_proj/b"),
-    (("attention_norm", "gain"), "ln_1/g"),
-    (("attention_norm", "bias"), "ln_1/b"),
-    (("mlp", "up", "kernel"), "mlp/c_fc/w"),
-    (("mlp", "up", "bias"), "mlp/c_fc/b"),
-    (("mlp", "down", "kernel"), "mlp/c_proj/w"),
-    (("mlp", "down", "bias"), "mlp/c_proj/b"),
-    (("mlp_norm", "gain"), "ln_2/g"),
-    (("mlp_norm", "bias"), "ln_2/b"),
-)
-TORCH = {"w": "weight", "g": "weight", "b": "bias"}
-HEAD_NPZ = {"kernel": "W_y", "bias": "b_y"}  # equation 3
+# The names of the embeddings, in the order of the files. The released files have no names.
+EMBEDDINGS: dict[str, dict[tuple[str, ...], str]] = {
+    "huggingface": {TOKENS: "transformer.tokens_embed.weight", POSITIONS: "transformer.positions_embed.weight"},
+    "openai": {POSITIONS: "pe", TOKENS: "we"},
+    "npz": {TOKENS: "W_e", POSITIONS: "W_p"},
+}
+
+# The parts of a block and their names in the released code, in the order of the released files.
+BLOCK = {
+    ("attention", "qkv"): "attn/c_attn",
+    ("attention", "out"): "attn/c_proj",
+    ("attention_norm",): "ln_1",
+    ("mlp", "up"): "mlp/c_fc",
+    ("mlp", "down"): "mlp/c_proj",
+    ("mlp_norm",): "ln_2",
+}
+SUFFIXES = {"kernel": "w", "gain": "g", "bias": "b"}
+
+HEAD = {
+    "huggingface": {"kernel": "multiple_choice_head.summary.weight", "bias": "multiple_choice_head.summary.bias"},
+    "npz": {"kernel": "W_y", "bias": "b_y"},
+}
 
 
-class Piece(NamedTuple):
-    """One tensor of a format, and the part of our parameters that it is."""
+class TensorMap(NamedTuple):
+    """One tensor of a format, and the part of our parameters that it holds."""
 
     name: str
     shape: tuple[int, ...]
+    """Shape of the tensor."""
     path: tuple[str, ...]
-    """Keys of our array in the dictionary of parameters."""
-    layer: int | None
-    """Index on our array's first axis; None: all of it, less the rows that pad the vocabulary."""
-    rotated: bool = False
-    """The tensor is our matrix transposed."""
+    """Keys of our array in the nested dictionary of parameters."""
+    our_shape: tuple[int, ...]
+    """Shape of the part of our array."""
+    layer: int | None = None
+    """Index on the first axis of our array; None: all of the array, without the rows that pad the vocabulary."""
 
-    def of(self, array: Any) -> Any:
-        """The piece of our array: NumPy in, NumPy out; of a TensorStore, what is still to be read."""
-        if self.layer is not None:
-            return array[self.layer]
-        return array[: self.shape[0]] if self.path == TOKENS else array
+    def slice(self, array: np.ndarray) -> np.ndarray:
+        """Returns a view of the tensor's part of our array."""
+        return array[: self.our_shape[0]] if self.layer is None else array[self.layer]
 
-    def to(self, part: np.ndarray) -> np.ndarray:
-        """Our part in the tensor's shape."""
-        return part.T if self.rotated else part.reshape(self.shape)
+    def to_external(self, part: np.ndarray) -> np.ndarray:
+        """Returns a part of our array in the shape of the tensor."""
+        return part.reshape(self.shape)
 
-    def back(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor in the shape of our part (without padding rows)."""
-        return tensor.T if self.rotated else tensor.reshape(shape)
+    def from_external(self, tensor: np.ndarray) -> np.ndarray:
+        """Returns a tensor in the shape of the part of our array."""
+        return tensor.reshape(self.our_shape)
 
 
-def pieces(layout: Layout, model: ModelConfig, head: Head | None = None) -> list[Piece]:
-    """All tensors of a model in a layout, in the order in which they are written.
+def tensor_maps(format_: str, model: ModelConfig, head: Head | None = None) -> list[TensorMap]:
+    """Returns the map of every tensor of a model in a format, in the order in which the tensors are written.
 
     Raises:
-      UserError: the layout has no place for this model.
+      UserError: the format has no place for this model.
     """
-    return {"huggingface": _huggingface, "openai": _openai, "npz": _npz}[layout](model, head)
+    _require_place(format_, model, head)
+    shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(parameter_shapes(model, head)).items()}
+    maps = []
+    for path, name in EMBEDDINGS[format_].items():
+        if path in shapes:  # The LSTM has no positions.
+            shape: tuple[int, ...] = (model.vocab_size if path == TOKENS else model.context_length, model.embed_dim)
+            maps.append(TensorMap(name, shape, path, shape))
+    for layer in range(model.num_layers if model.kind == "transformer" else 0):
+        for part, name in BLOCK.items():
+            for leaf, suffix in SUFFIXES.items():
+                path = ("blocks", *part, leaf)
+                if path in shapes:  # Layer norms have no kernel, and linear layers have no gain.
+                    shape = _block_shape(format_, model, path, shapes[path][1:])
+                    maps.append(TensorMap(_block_name(format_, layer, name, suffix), shape, path, shapes[path][1:], layer))
+    # The paper has no names for the LSTM's parameters, so the npz file has ours.
+    maps += [TensorMap("/".join(path), shape, path, shape) for path, shape in shapes.items() if path[0] == "lstm"]
+    return maps + (head_maps(format_, model, head) if head else [])
 
 
-def part_shape(piece: Piece, whole: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of the part of our array of shape `whole` that a piece is."""
-    if piece.layer is not None:
-        return whole[1:]
-    return (piece.shape[0], *whole[1:]) if piece.path == TOKENS else whole
+def head_maps(format_: str, model: ModelConfig, head: Head) -> list[TensorMap]:
+    """Returns the maps of the head's tensors; the Hugging Face format only has the head of a multiple choice."""
+    if format_ == "huggingface" and not head.choices:
+        return []
+    maps = []
+    for part, leaf in parameter_shapes(model, head)["head"].items():
+        # The head of a multiple choice has one output, so that reshaping transposes its kernel.
+        shape = leaf.shape[::-1] if format_ == "huggingface" else leaf.shape
+        maps.append(TensorMap(HEAD[format_][part], shape, ("head", part), leaf.shape))
+    return maps
 
 
-def parameter_shapes(model: ModelConfig, head: Head | None = None) -> dict[str, Any]:
-    """A tree like the parameters' with a `jax.ShapeDtypeStruct` for each."""
-    model_fns: TrainableModel = head.model_fns() if head else LANGUAGE_MODEL
-    return jax.eval_shape(lambda: model_fns.init(model, jax.random.key(0)))
+def _require_place(format_: str, model: ModelConfig, head: Head | None) -> None:
+    problem = ""
+    if format_ != "npz" and model.kind == "lstm":
+        problem = f"{format_} has no LSTM language model"
+    elif format_ == "huggingface" and model.mlp_dim != 4 * model.embed_dim:
+        problem = f"{format_} has a feed-forward width of 4 x {model.embed_dim}, but this model's is {model.mlp_dim}"
+    elif format_ == "openai" and head is not None:
+        problem = f"{format_} has no place for a fine-tuned head"
+    if problem:
+        raise UserError(f"--format: {problem}; use npz, stablehlo, onnx or savedmodel")
 
 
-def paths(tree: dict[str, Any]) -> dict[tuple[str, ...], Any]:
-    """The leaves of nested dictionaries by their keys."""
-    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _block_name(format_: str, layer: int, name: str, suffix: str) -> str:
+    if format_ != "huggingface":
+        return f"h{layer}/{name}/{suffix}"
+    return f"transformer.h.{layer}.{name.replace('/', '.')}.{'bias' if suffix == 'b' else 'weight'}"
 
 
-def _huggingface(model: ModelConfig, head: Head | None) -> list[Piece]:
-    _require_transformer("huggingface", model)
-    if model.mlp_dim != 4 * model.embed_dim:
-        raise UserError(
-            f"--format: the Hugging Face architecture has a feed-forward width of 4 x {model.embed_dim}, and this model's is "
-            f"{model.mlp_dim}; npz, stablehlo, onnx and savedmodel take any"
-        )
-
-    def renamed(name: str) -> str:
-        *parents, kind = name.split("/")
-        return "transformer." + ".".join(["h", parents[0][1:], *parents[1:], TORCH[kind]])
-
-    found = [
-        Piece("transformer.tokens_embed.weight", (model.vocab_size, model.embed_dim), TOKENS, None),
-        Piece("transformer.positions_embed.weight", (model.context_length, model.embed_dim), POSITIONS, None),
-        *_blocks(model, renamed, batched=False),
-    ]
-    if head is not None and head.choices:
-        found.append(Piece("multiple_choice_head.summary.weight", (1, model.embed_dim), ("head", "kernel"), None, rotated=True))
-        found.append(Piece("multiple_choice_head.summary.bias", (1,), ("head", "bias"), None))
-    return found
+def _block_shape(format_: str, model: ModelConfig, path: tuple[str, ...], our_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a block's tensor: one axis for the inputs of a matrix and one for its outputs."""
+    size = math.prod(our_shape)
+    if path[-1] != "kernel":
+        return (size,)
+    inputs = model.mlp_dim if "down" in path else model.embed_dim
+    # The released kernels have an axis for their width of one.
+    return (1, inputs, size // inputs) if format_ == "openai" else (inputs, size // inputs)
 
 
-def _openai(model: ModelConfig, head: Head | None) -> list[Piece]:
-    _require_transformer("openai", model)
-    if head is not None:
-        raise UserError("--format: the released layout has no place for a fine-tuned head; huggingface, npz and the graphs have")
-    return [
-        Piece("pe", (model.context_length, model.embed_dim), POSITIONS, None),
-        Piece("we", (model.vocab_size, model.embed_dim), TOKENS, None),
-        *_blocks(model, lambda name: name, batched=True),
-    ]
+def parameter_shapes(model: ModelConfig, head: Head | None = None) -> Params:
+    """Returns the parameters' nested dictionary with a `jax.ShapeDtypeStruct` in place of each array."""
+    trainable = head.trainable_model() if head else LANGUAGE_MODEL
+    return jax.eval_shape(lambda: trainable.init(model, jax.random.key(0)))
 
 
-def _npz(model: ModelConfig, head: Head | None) -> list[Piece]:
-    heads = [
-        Piece(HEAD_NPZ[path[1]], leaf.shape, path, None)
-        for path, leaf in paths(parameter_shapes(model, head)).items()
-        if path[0] == "head"
-    ]
-    tokens = Piece("W_e", (model.vocab_size, model.embed_dim), TOKENS, None)
-    if model.kind == "lstm":  # which the paper gives no names for
-        rest = paths({"lstm": parameter_shapes(model)["lstm"]})
-        return [tokens, *(Piece("/".join(path), leaf.shape, path, None) for path, leaf in rest.items()), *heads]
-    positions = Piece("W_p", (model.context_length, model.embed_dim), POSITIONS, None)
-    return [tokens, positions, *_blocks(model, lambda name: name, batched=False), *heads]
+def to_tensors(maps: Sequence[TensorMap], params: Params, dtype: str) -> dict[str, np.ndarray]:
+    """Returns the tensors of a format, rounded to `dtype`. Tensors that need no rounding are views of the host's parameters."""
+    arrays = traverse_util.flatten_dict(jax.device_get(params))
+    return {m.name: m.to_external(m.slice(arrays[m.path])).astype(dtype, copy=False) for m in maps}
 
 
-def _blocks(model: ModelConfig, rename: Callable[[str], str], batched: bool) -> list[Piece]:
-    """The blocks' tensors. `batched`: matrices have a leading axis of 1, as kernels of a convolution of width one."""
-    shapes = paths(parameter_shapes(model)["blocks"])
-    found = []
-    for layer in range(model.num_layers):
-        for path, name in BLOCK:
-            inputs = {"qkv": 1, "up": 1, "out": 2, "down": 1}.get(path[1]) if path[-1] == "kernel" else None
-            shape = shapes[path].shape[1:]
-            if inputs is None:
-                shape = (math.prod(shape),)
-            else:
-                shape = (math.prod(shape[:inputs]), math.prod(shape[inputs:]))
-                shape = (1, *shape) if batched else shape
-            found.append(Piece(rename(f"h{layer}/{name}"), shape, ("blocks", *path), layer))
-    return found
+def to_params(
+    folder: Path, tensors: Mapping[str, np.ndarray], maps: Sequence[TensorMap], config: RunConfig, mesh: Mesh, head: Head | None
+) -> Params:
+    """Returns the parameters that the tensors of a format hold, sharded over a mesh.
+
+    Args:
+      folder: where the tensors come from, for messages.
+
+    Raises:
+      UserError: names, shapes or types differ from what the model needs (all differences are listed), or a number is not finite.
+    """
+    _check_fit(folder, tensors, maps)
+    trainable = head.trainable_model() if head else LANGUAGE_MODEL
+    abstract = abstract_state(config, mesh, trainable)["params"]
+    arrays = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in traverse_util.flatten_dict(abstract).items()}
+    for m in maps:
+        if not np.isfinite(tensors[m.name].astype(np.float32, copy=False)).all():
+            raise UserError(f"{folder}: {m.name} has numbers that are not finite; the file is damaged")
+        m.slice(arrays[m.path])[...] = m.from_external(tensors[m.name])
+    params = traverse_util.unflatten_dict(arrays)
+    return jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), params, abstract)
 
 
-def _require_transformer(layout: str, model: ModelConfig) -> None:
-    if model.kind == "lstm":
-        raise UserError(f"--format: {layout} has no LSTM language model; npz, stablehlo, onnx and savedmodel take it")
+def _check_fit(folder: Path, tensors: Mapping[str, np.ndarray], maps: Sequence[TensorMap]) -> None:
+    expected = {m.name: m.shape for m in maps}
+    problems = [f"{name} {list(shape)} is missing" for name, shape in expected.items() if name not in tensors]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            problems.append(f"{name} {list(tensor.shape)} is unknown")
+        elif tensor.shape != expected[name]:
+            problems.append(f"{name} is {list(tensor.shape)}, not {list(expected[name])}")
+        elif tensor.dtype.name not in ("float32", "bfloat16", "float16"):
+            problems.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
+    if problems:
+        raise UserError(f"{folder}: does not fit the model: {'; '.join(problems)}")

@@ -1,68 +1,137 @@
-"""Whether an exported model computes what the checkpoint does: both read the same text, and their outputs are compared."""
+"""The function that an exported model computes, and its comparison with the checkpoint on real text.
+
+A language model maps
+
+    tokens int32 [batch, time] -> logits float32 [batch, time, vocabulary]
+
+and a fine-tuned model maps
+
+    tokens int32 [batch, sequences, time], extract int32 [batch, sequences] -> log_probabilities float32 [batch, outputs]
+
+where `extract` has the positions of the extract tokens. Batch and time are free; the time of a Transformer goes up to its context
+length. All arithmetic is in float32, whatever the config says.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from flax import traverse_util
+from jaxtyping import Int
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.data.tokenizers import Tokenizer
-from gpt_jax.model import network
+from gpt_jax.errors import VerificationError
+from gpt_jax.model import transformer
+from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params
-from gpt_jax.tasks.dataset import specials
 from gpt_jax.tasks.head import Head
+from gpt_jax.tasks.transforms import special_tokens
 
 POSITIONS = 2048
-"""Positions of text at which next-token scores are compared, at least."""
+"""Smallest number of positions of text at which next-token logits are compared."""
 EXAMPLES = 64
-"""Examples at which a fine-tuned model's outputs are compared."""
+"""Number of examples at which the outputs of a fine-tuned model are compared."""
 LOGITS_AT_ONCE = 1 << 26
+"""Largest number of logits in one batch, to limit memory."""
+
+Shape = tuple[str | int, ...]
+"""A shape in which a name stands for a free dimension."""
+Inputs = tuple[np.ndarray, ...]
+Computation = Callable[..., np.ndarray]
+"""A function of tokens, or of tokens and extract, that returns the output of an exported model."""
 
 
-class Difference(NamedTuple):
-    """How far apart two models' outputs are."""
+@dataclasses.dataclass(frozen=True)
+class ExportedFunction:
+    """A language model's or a fine-tuned model's function of parameters and inputs."""
 
-    compared: int
-    """Positions or examples."""
-    largest: float
-    """Largest absolute difference of a logit or log-probability."""
-    agreement: float
-    """Share of them at which the likeliest output is the same."""
+    model: ModelConfig
+    head: Head | None = None
+    sequences: int = 1
+    """Number of sequences in an example; 1 without a head."""
+
+    def __call__(self, params: Params, tokens: jax.Array, *extract: jax.Array) -> jax.Array:
+        """Returns the logits, or the log-probabilities of a model with a head."""
+        model = dataclasses.replace(
+            self.model, compute_dtype="float32", matmul_precision="highest", attention="plain", remat="off"
+        )
+        if self.head is None:
+            return transformer.logits(model, params, network(model).apply(model, params, tokens))
+        labels = jnp.zeros((tokens.shape[0], self.head.outputs), jnp.float32)  # Only their shape is used.
+        return self.head.log_probabilities(model, params, {"tokens": tokens, "extract": extract[0], "labels": labels})
+
+    def bind(self, params: Params) -> Computation:
+        """Returns the compiled function of the inputs alone."""
+        compiled = jax.jit(self)
+        return lambda *inputs: np.asarray(compiled(params, *inputs))
+
+    @property
+    def inputs(self) -> dict[str, Shape]:
+        """Names and shapes of the int32 inputs, in their order."""
+        if self.head is None:
+            return {"tokens": ("batch", "time")}
+        return {"tokens": ("batch", self.sequences, "time"), "extract": ("batch", self.sequences)}
+
+    @property
+    def output(self) -> tuple[str, Shape]:
+        """Name and shape of the float32 output."""
+        if self.head is None:
+            return "logits", ("batch", "time", self.model.vocab_size)
+        return "log_probabilities", ("batch", self.head.outputs)
+
+    @property
+    def limits(self) -> list[str]:
+        """Conditions on the free dimensions, in the notation of `jax.export.SymbolicScope`."""
+        return [f"time <= {self.model.context_length}"] if self.model.kind == "transformer" else []
+
+    def named_parameters(self, params: Params) -> dict[str, np.ndarray]:
+        """Returns the parameters on the host in float32 by their paths, such as "params/blocks/mlp/up/kernel", sorted by path.
+
+        The rows that pad the vocabulary are left out.
+        """
+        flat = traverse_util.flatten_dict({"params": jax.device_get(params)}, sep="/")
+        arrays = {name: array.astype(np.float32, copy=False) for name, array in sorted(flat.items())}
+        return arrays | {"params/embedding/tokens": arrays["params/embedding/tokens"][: self.model.vocab_size]}
+
+
+# -- comparing ----------------------------------------------------------------------------------------------------------------
 
 
 def documents() -> list[str]:
-    """Real text that is on every machine: the reference topics of the Python language."""
+    """Returns real text that every machine has: the reference topics of the Python language."""
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items())]
 
 
-def windows(tokenizer: Tokenizer, model: ModelConfig) -> Iterator[Int[np.ndarray, "batch time"]]:
-    """Batches of whole contexts of text, of `POSITIONS` tokens or more in all."""
+def windows(tokenizer: Tokenizer, model: ModelConfig) -> Iterator[tuple[Int[np.ndarray, "batch time"]]]:
+    """Yields the inputs of a language model: batches of full contexts of text, together at least `POSITIONS` tokens."""
     context = model.context_length
-    tokens = _tokens(tokenizer, -(-POSITIONS // context) * context).reshape(-1, context)
-    at_once = max(LOGITS_AT_ONCE // (context * model.vocab_size), 1)
-    for begin in range(0, len(tokens), at_once):
-        yield tokens[begin : begin + at_once]
+    tokens = _read_tokens(tokenizer, -(-POSITIONS // context) * context).reshape(-1, context)
+    batch = max(LOGITS_AT_ONCE // (context * model.vocab_size), 1)
+    for begin in range(0, len(tokens), batch):
+        yield (tokens[begin : begin + batch],)
 
 
 def examples(
     tokenizer: Tokenizer, model: ModelConfig, sequences: int
 ) -> tuple[Int[np.ndarray, "batch sequences time"], Int[np.ndarray, "batch sequences"]]:
-    """Inputs of a fine-tuned model, of different lengths: start text extract padding; and where each extract token is."""
-    start, _, extract = specials(tokenizer)
+    """Returns the inputs of a fine-tuned model: sequences of different lengths, padded, and the positions of the extract tokens.
+
+    Each sequence is a start token, text and an extract token.
+    """
+    start, _, extract = special_tokens(tokenizer)
     longest = min(model.context_length, 64)
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, longest, size=(EXAMPLES, sequences), endpoint=True)
     tokens = np.zeros((EXAMPLES, sequences, longest), np.int32)
-    text = _tokens(tokenizer, EXAMPLES * sequences * longest).reshape(tokens.shape)
+    text = _read_tokens(tokenizer, tokens.size).reshape(tokens.shape)
     inside = np.arange(longest) < lengths[..., None] - 1
     tokens[inside] = text[inside]
     tokens[..., 0] = start
@@ -70,7 +139,7 @@ def examples(
     return tokens, (lengths - 1).astype(np.int32)
 
 
-def _tokens(tokenizer: Tokenizer, count: int) -> Int[np.ndarray, " count"]:
+def _read_tokens(tokenizer: Tokenizer, count: int) -> Int[np.ndarray, " count"]:
     tokens: list[int] = []
     while len(tokens) < count:
         for document in documents():
@@ -80,48 +149,40 @@ def _tokens(tokenizer: Tokenizer, count: int) -> Int[np.ndarray, " count"]:
     return np.array(tokens[:count], np.int32)
 
 
-class Reference:
-    """The checkpoint's model in float32, with its parameters rounded to the exported type."""
+def compare(
+    ours: Computation, theirs: Computation, batches: Iterable[Inputs], unit: str, tolerance: float, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Compares the outputs of two models, [..., outputs], on the same inputs.
 
-    def __init__(self, model: ModelConfig, params: Params, dtype: str):
-        self._model = dataclasses.replace(model, compute_dtype="float32", param_dtype="float32", matmul_precision="highest")
-        self._params = jax.jit(functools.partial(jax.tree.map, lambda x: x.astype(dtype).astype(jnp.float32)))(params)
+    Args:
+      unit: "positions" or "examples", over which the outputs are counted.
+      tolerance: largest absolute difference of a logit or log-probability that counts as equal.
 
-    @functools.cached_property
-    def logits(self) -> Callable[[Int[np.ndarray, "batch time"]], Float[np.ndarray, "batch time vocab"]]:
-        """Next-token scores."""
-        model = self._model
+    Returns:
+      An entry of parity.json: the number of positions or examples, the largest difference, and the share with the same most
+      likely output.
 
-        @jax.jit
-        def compute(params: Params, tokens: jax.Array) -> jax.Array:
-            return network.logits(model, params, network.apply(model, params, tokens))
-
-        return lambda tokens: np.asarray(compute(self._params, tokens))
-
-    def log_probabilities(self, head: Head, tokens: np.ndarray, extract: np.ndarray) -> Float[np.ndarray, "batch outputs"]:
-        """A fine-tuned model's outputs."""
-        batch = {"tokens": tokens, "extract": extract, "labels": np.zeros((len(tokens), head.outputs), np.float32)}
-        return np.asarray(jax.jit(functools.partial(head.log_probabilities, self._model))(self._params, batch))
-
-
-def compare(pairs: Iterator[tuple[np.ndarray, np.ndarray]]) -> Difference:
-    """The difference over all pairs of outputs (ours, theirs), each [..., outputs]."""
+    Raises:
+      VerificationError: the difference is larger than `tolerance`, or the shapes differ.
+    """
     compared, agreeing, largest = 0, 0, 0.0
-    for ours, theirs in pairs:
-        if ours.shape != theirs.shape:
-            raise AssertionError(f"outputs of shape {theirs.shape} instead of {ours.shape}")
-        difference = float(np.abs(ours.astype(np.float64) - theirs).max())
+    for inputs in batches:
+        expected, actual = ours(*inputs), theirs(*inputs)
+        if expected.shape != actual.shape:
+            raise VerificationError(
+                f"the exported model's outputs have shape {actual.shape}, not {expected.shape}; it is removed"
+            )
+        difference = float(np.abs(expected.astype(np.float64) - actual).max())
         largest = max(largest, difference) if np.isfinite(difference) else float("inf")
-        same = ours.argmax(-1) == theirs.argmax(-1)
+        same = expected.argmax(-1) == actual.argmax(-1)
         compared, agreeing = compared + same.size, agreeing + int(same.sum())
-    return Difference(compared, largest, agreeing / compared)
-
-
-def summary(difference: Difference, tolerance: float, unit: str) -> dict[str, Any]:
-    """An entry of parity.json."""
-    return {
-        unit: difference.compared,
-        "max_abs_difference": difference.largest,
-        "top1_agreement": difference.agreement,
-        "tolerance": tolerance,
-    }
+    log(
+        f"parity: the largest difference is {largest:.2e} (allowed: {tolerance:g}), and the most likely output is the same at "
+        f"{agreeing / compared:.2%} of {compared:,} {unit}"
+    )
+    if largest > tolerance:
+        raise VerificationError(
+            f"the exported model differs from the checkpoint by {largest:.2e} at {unit} of real text (allowed: {tolerance:g}); "
+            "it is removed"
+        )
+    return {unit: compared, "max_abs_difference": largest, "top1_agreement": agreeing / compared, "tolerance": tolerance}

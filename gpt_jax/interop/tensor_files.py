@@ -1,251 +1,179 @@
-"""Files of named tensors, written and read one tensor at a time: safetensors, NumPy's npz, and the released params_*.npy.
+"""Files of named tensors: safetensors, NumPy's npz, and the params_*.npy that OpenAI released.
 
-A writer takes tensors from an iterator and holds one of them; a reader knows all names, shapes and types before it reads any
-numbers. Nothing is ever unpickled.
+Reading a file never unpickles anything.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
+import itertools
 import json
 import math
-import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from gpt_jax.errors import UserError
 
-SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+Tensors = dict[str, np.ndarray]
+
 OPENAI_FILES = 10
-"""The released parameters are one array of numbers, split evenly over so many files."""
-
-
-class Tensor(NamedTuple):
-    """What is known of a tensor before its numbers are there."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Tensors(NamedTuple):
-    """The tensors of a folder, to be read when they are wanted."""
-
-    where: Path
-    """The file or folder, for messages."""
-    known: dict[str, Tensor]
-    read: Callable[[str], np.ndarray]
-    """A tensor by its name; of files that allow it, mapped into memory and not yet read."""
+"""Number of files over which the released parameters, one long array, are split evenly."""
 
 
 # -- safetensors ------------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(
-    folder: Path, known: Mapping[str, Tensor], tensors: Iterable[tuple[str, np.ndarray]], most_bytes: float, stem: str = "model"
-) -> None:
-    """Writes STEM.safetensors, or, of more than `most_bytes`, STEM-00001-of-0000N.safetensors and STEM.safetensors.index.json.
-
-    The library's own writer wants all tensors at once; its format (8 bytes with the header's length, a JSON header, the numbers)
-    is written here as they come.
+def save_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: float = math.inf) -> None:
+    """Writes model.safetensors, or several files model-00001-of-0000N.safetensors and their model.safetensors.index.json.
 
     Args:
-      known: all tensors in the order in which `tensors` yields them.
-      most_bytes: of numbers in one file, unless a single tensor is larger. > 0.
+      tensors: dtypes float32, bfloat16 or float16.
+      shard_bytes: largest size of the numbers in one file, unless a single tensor is larger; > 0.
+
+    Raises:
+      OSError: no space left, for example.
     """
-    files: list[dict[str, Tensor]] = [{}]
-    for name, tensor in known.items():
-        if files[-1] and sum(other.nbytes for other in files[-1].values()) + tensor.nbytes > most_bytes:
-            files.append({})
-        files[-1][name] = tensor
-    coming = iter(tensors)
-    placed: dict[str, str] = {}
-    for number, held in enumerate(files, 1):
-        suffix = f"-{number:05}-of-{len(files):05}" if len(files) > 1 else ""
-        _write_one(folder / f"{stem}{suffix}.safetensors", held, coming)
-        placed |= dict.fromkeys(held, f"{stem}{suffix}.safetensors")
-    if len(files) > 1:
-        total = sum(tensor.nbytes for tensor in known.values())
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    shards: list[Tensors] = [{}]
+    for name, tensor in tensors.items():
+        if shards[-1] and sum(other.nbytes for other in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = np.ascontiguousarray(tensor)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        suffix = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        path = folder / f"model{suffix}.safetensors"
+        _save_shard(path, shard)
+        weight_map |= dict.fromkeys(shard, path.name)
+    if len(shards) > 1:
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _write_one(path: Path, known: Mapping[str, Tensor], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file that does not say so
-    begin = 0
-    for name, tensor in known.items():
-        kind = SAFETENSORS_TYPES[tensor.dtype.name]
-        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": [begin, begin := begin + tensor.nbytes]}
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the numbers are aligned
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in known.items():
-            given, array = next(tensors)
-            assert (given, array.shape, array.dtype) == (name, tensor.shape, tensor.dtype), (given, name)
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _save_shard(path: Path, shard: Tensors) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(shard, path, metadata={"format": "pt"})  # transformers refuses a file without this entry.
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    path.chmod(path.parent.stat().st_mode & 0o666)  # The library's files can be read by their owner only.
 
 
-def read_safetensors(folder: Path, stem: str = "model") -> Tensors:
-    """The tensors of STEM.safetensors or of the files that STEM.safetensors.index.json lists.
+def load_safetensors(folder: Path) -> Tensors:
+    """Reads the tensors of model.safetensors, or of the files that model.safetensors.index.json lists.
 
     Raises:
       UserError: a file is missing, truncated or not in the format.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors.numpy import load_file
 
-    index = folder / f"{stem}.safetensors.index.json"
-    names = [f"{stem}.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if not all(isinstance(name, str) and Path(name).name == name for name in names):
-                raise ValueError("names that are no files of this folder")
+                raise ValueError("a name that is not a file of this folder")
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: is no index of safetensors files") from None
-    known: dict[str, Tensor] = {}
-    opened: dict[str, Any] = {}
+            raise UserError(f"{index}: is not an index of safetensors files") from None
+    tensors: Tensors = {}
     for name in names:
-        try:
-            file = safe_open(folder / name, framework="np")
-            for key in file.keys():  # noqa: SIM118  (not a dictionary)
-                part = file.get_slice(key)
-                dtype = {short: long for long, short in SAFETENSORS_TYPES.items()}.get(part.get_dtype())
-                known[key] = Tensor(tuple(part.get_shape()), np.dtype(dtype or np.void))
-                opened[key] = file
-        except FileNotFoundError:
-            raise UserError(f"{folder / name}: missing") from None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{folder / name}: truncated or altered ({error})") from None
-    return Tensors(folder, known, lambda key: opened[key].get_tensor(key))
+        with _explained(folder / name):
+            tensors |= load_file(folder / name)
+    return tensors
 
 
 # -- NumPy ------------------------------------------------------------------------------------------------------------------
 
 
-def write_npz(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes what `numpy.load` reads, one tensor at a time."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in tensors:
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+def save_npz(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes an npz file, with each tensor under its name."""
+    np.savez(path, **tensors)  # type: ignore[arg-type]
 
 
-def read_npz(path: Path) -> Tensors:
-    """The tensors of an npz file.
+def load_npz(path: Path) -> Tensors:
+    """Reads the tensors of an npz file.
 
     Raises:
-      UserError: it is truncated, altered, or holds pickled objects.
+      UserError: the file is missing, truncated or altered, or has pickled objects.
     """
-    known = {}
-    with _explained(path), zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
-            with archive.open(entry) as file:
-                version = np.lib.format.read_magic(file)
-                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-                shape, _, dtype = header(file)
-            if dtype.hasobject:
-                raise ValueError(f"{entry} holds pickled objects")
-            known[entry.removesuffix(".npy")] = Tensor(shape, dtype)
-
-    def read(name: str) -> np.ndarray:
-        # The archive has a checksum for each entry.
-        with _explained(path), zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-            return np.lib.format.read_array(file, allow_pickle=False)
-
-    return Tensors(path, known, read)
+    with _explained(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:  # type: ignore[arg-type]
+        tensors = dict(archive)
+        if not all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
+            raise ValueError("an entry is not an array")
+    return tensors
 
 
 # -- the released files -----------------------------------------------------------------------------------------------------
 
 
-def write_openai(folder: Path, known: Mapping[str, Tensor], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes params_shapes.json and params_0.npy to params_9.npy: all float32 numbers in a row, cut into ten files.
+def save_openai(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes params_shapes.json and params_0.npy to params_9.npy: all numbers (float32) as one array, split into ten files.
 
-    Like the released ones, the first files have one number more where ten does not divide them.
+    As in the released files, the first ones have one number more where ten does not divide their count.
     """
-    total = sum(math.prod(tensor.shape) for tensor in known.values())
-    sizes = [total // OPENAI_FILES + (number < total % OPENAI_FILES) for number in range(OPENAI_FILES)]
-    (folder / "params_shapes.json").write_text(json.dumps([tensor.shape for tensor in known.values()]) + "\n", encoding="utf-8")
-    coming = (array.reshape(-1) for _, array in tensors)
-    rest = np.empty(0, np.float32)
-    for number, size in enumerate(sizes):
-        with (folder / f"params_{number}.npy").open("wb") as file:
-            header = {"descr": "<f4", "fortran_order": False, "shape": (size,)}
-            np.lib.format.write_array_header_1_0(file, header)
-            while size:
-                rest = rest if rest.size else next(coming)
-                taken, rest = rest[:size], rest[size:]
-                file.write(np.ascontiguousarray(taken, "<f4").view(np.uint8).data)
-                size -= taken.size
+    shapes = [tensor.shape for tensor in tensors.values()]
+    (folder / "params_shapes.json").write_text(json.dumps(shapes) + "\n", encoding="utf-8")
+    numbers = np.concatenate([tensor.reshape(-1) for tensor in tensors.values()])
+    for index, part in enumerate(np.array_split(numbers, OPENAI_FILES)):
+        buffer = io.BytesIO()
+        np.save(buffer, part)
+        (folder / f"params_{index}.npy").write_bytes(buffer.getbuffer())  # On a full disk np.save raises no error number.
 
 
-def read_openai(folder: Path, names: list[str]) -> Tensors:
-    """The tensors of the released files, which have shapes and an order but no names.
+def load_openai(folder: Path, names: Sequence[str]) -> Tensors:
+    """Reads the tensors of the released files, which have shapes and an order but no names.
 
     Args:
-      names: of the tensors, in the files' order; as many as params_shapes.json has are used.
+      names: names of the tensors in the order of the files. Tensors beyond them are called "array N".
 
     Raises:
-      UserError: a file is missing, truncated, altered or holds pickled objects; the sizes do not add up.
+      UserError: a file is missing, truncated or altered, or has pickled objects; the shapes do not add up to the numbers.
     """
     shapes_file = folder / "params_shapes.json"
     try:
         shapes = [tuple(shape) for shape in json.loads(shapes_file.read_text(encoding="utf-8"))]
         if not shapes or not all(type(size) is int and size > 0 for shape in shapes for size in shape):
-            raise ValueError("lists of whole numbers above 0 are needed")
+            raise ValueError("it must be a list of lists of whole numbers above 0")
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{shapes_file}: cannot be read as a list of shapes ({error})") from None
+        raise UserError(f"{shapes_file}: is not a list of shapes ({error})") from None
     parts = []
     for number in range(OPENAI_FILES):
         path = folder / f"params_{number}.npy"
         with _explained(path):
             parts.append(np.lib.format.open_memmap(path, mode="r").reshape(-1))
-            if parts[-1].dtype != np.float32:
-                raise UserError(f"{path}: holds {parts[-1].dtype}, not float32")
-    begins = np.cumsum([0, *(part.size for part in parts)])
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    if begins[-1] != ends[-1]:
-        raise UserError(f"{folder}: params_*.npy hold {begins[-1]:,} numbers, and params_shapes.json describes {ends[-1]:,}")
-    known = {name: Tensor(shape, np.dtype(np.float32)) for name, shape in zip(names, shapes, strict=False)}
-    known |= {
-        f"array {number}": Tensor(shape, np.dtype(np.float32)) for number, shape in enumerate(shapes) if number >= len(names)
-    }
-    places = dict(zip(known, zip(ends - [math.prod(shape) for shape in shapes], ends, strict=True), strict=True))
-
-    def read(name: str) -> np.ndarray:
-        begin, end = places[name]
-        touched = [
-            part[max(begin - first, 0) : end - first]
-            for part, first in zip(parts, begins, strict=False)
-            if first < end and first + part.size > begin
-        ]
-        return (touched[0] if len(touched) == 1 else np.concatenate(touched)).reshape(known[name].shape)
-
-    return Tensors(folder, known, read)
+        if parts[-1].dtype != np.float32:
+            raise UserError(f"{path}: has numbers of type {parts[-1].dtype}, not float32")
+    numbers = np.concatenate(parts)
+    ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
+    if numbers.size != ends[-1]:
+        raise UserError(f"{folder}: params_*.npy have {numbers.size:,} numbers, but params_shapes.json describes {ends[-1]:,}")
+    all_names = [*names[: len(shapes)], *(f"array {number}" for number in range(len(names), len(shapes)))]
+    pieces = zip(all_names, np.split(numbers, ends[:-1]), shapes, strict=True)
+    return {name: piece.reshape(shape) for name, piece, shape in pieces}
 
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Says in one line what NumPy found wrong with a file."""
+    """Turns a library's complaint about a file into a `UserError` of one line."""
     try:
         yield
     except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, KeyError, RuntimeError) as error:
-        if "pickle" in str(error) or "Python objects" in str(error):
-            raise UserError(f"{path}: holds pickled objects, which could run any code; it is not read") from None
-        raise UserError(f"{path}: truncated or altered ({error})") from None
-
-
-def narrow(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounds to float32, bfloat16 or float16."""
-    return array.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
+        raise UserError(f"{path}: no such file") from None
+    except (AttributeError, TypeError) as error:  # NumPy lacks a type, such as float8, that the file's header names.
+        raise UserError(f"{path}: has numbers of a type other than float32, bfloat16 and float16 ({error})") from error
+    except Exception as error:  # The libraries raise errors of many types, depending on where the damage is.
+        message = " ".join(str(error).split())
+        if "pickle" in message or "Python objects" in message:
+            raise UserError(f"{path}: has pickled objects, which can run any code and are never read") from error
+        raise UserError(f"{path}: truncated or altered ({message})") from error

@@ -1,9 +1,9 @@
-"""tokenizer.json: our tokenizers in the format of the `tokenizers` library, and the texts for which that gives our ids.
+"""tokenizer.json: our tokenizers in the format of the `tokenizers` library, and the texts for which it gives the same ids.
 
-SentencePiece and bytes fit into that library's building blocks, all but a few corners. The released GPT-1 encoder does not: it
-repairs text with ftfy and finds words with spaCy, thousands of lines of rules. Here a dozen regular expressions put spaces where
-those rules end a word, which gives the same words for nearly all English prose. `differences` says in words what is left out,
-and `claims_equality` decides it for a given text, on the safe side.
+SentencePiece and bytes fit into the library's building blocks except for a few corners. The released GPT-1 encoder does not fit:
+it repairs text with ftfy and finds words with spaCy, which are thousands of lines of rules. Here a dozen regular expressions
+insert spaces where those rules end a word, which gives the same words for nearly all English prose. `differences` describes what
+is left out, and `claims_equality` decides for a given text whether the ids are certain to be the same.
 """
 
 from __future__ import annotations
@@ -19,38 +19,37 @@ from gpt_jax.data.tokenizers import GPT1, PUNCTUATION, SPACE, Bytes, SentencePie
 from gpt_jax.errors import UserError
 
 END = "</s>"
-"""The separator's name in a SentencePiece model; the separator of `bytes` gets the same one, that of `gpt1` is the newline."""
+"""Name of the end-of-text token of `bytes` and of a SentencePiece model. The end-of-text token of `gpt1` is the newline."""
 
 
 def convert(tokenizer: Tokenizer, specials: Sequence[str] = ()) -> dict[str, Any]:
-    """The contents of tokenizer.json.
+    """Returns the contents of tokenizer.json.
 
     Args:
-      specials: names for the start, delimiter and extract tokens that fine-tuning added behind the vocabulary. The file then puts
-        them around a text or a pair of texts as Figure 1 of the paper does. Without them nothing is added to a text.
+      specials: names of the start, delimiter and extract tokens that fine-tuning added to the vocabulary. If they are given, the
+        file puts them around a text or a pair of texts as in Figure 1 of the paper; otherwise nothing is added to a text.
 
     Raises:
-      UserError: one of the names is an entry of the vocabulary already.
+      UserError: one of the names is already an entry of the vocabulary.
     """
-    parts = _parts(tokenizer)
+    parts = {"bytes": _bytes, "gpt1": _gpt1, "sentencepiece": _sentencepiece}[tokenizer.kind](tokenizer)  # type: ignore[operator]
     ids = {} if isinstance(tokenizer, GPT1) else {END: tokenizer.eos_id}
     for i, name in enumerate(specials, start=tokenizer.vocab_size):
         if name in ids or name in parts["model"]["vocab"]:
-            raise UserError(f"special token '{name}': the tokenizer has an entry of that name; choose another")
+            raise UserError(f"special token '{name}': the tokenizer already has an entry of this name; choose another name")
         ids[name] = i
     added = [_added_token(name, i, special=True) for name, i in ids.items()] + parts.pop("added_tokens")
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": sorted(added, key=lambda token: token["id"]),
-        **parts,
-        "post_processor": _figure_1(ids, *specials) if specials else None,
-    }
+    added.sort(key=lambda token: token["id"])
+    template = _figure_1(ids, *specials) if specials else None
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts, "post_processor": template}
 
 
 def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_length: int) -> dict[str, Any]:
-    """The contents of tokenizer_config.json, which transformers reads along with tokenizer.json; `specials` as in `convert`."""
+    """Returns the contents of tokenizer_config.json, which transformers reads along with tokenizer.json.
+
+    Args:
+      specials: as in `convert`.
+    """
     names = {} if isinstance(tokenizer, GPT1) else {"eos_token": END}
     if isinstance(tokenizer, GPT1 | SentencePiece):
         names["unk_token"] = _unknown(tokenizer)
@@ -59,10 +58,10 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
         if "unk_token" in names:  # It has id 0, with which batches for the classifier are padded.
             names["pad_token"] = names["unk_token"]
     return {
-        # Their class for this kind of model would take the vocabulary alone and cut text in its own way.
+        # The library's class for this model type would take only the vocabulary and split text in its own way.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
-        # No token types: their model would add a token's embedding for each type.
+        # Without token types: their model would add the embedding of a token for each type.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         # Text that spells a special token stays text.
@@ -72,35 +71,34 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
 
 
 def differences(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What tokenizer.json cannot express, a sentence or two for each thing."""
+    """Returns descriptions of what tokenizer.json cannot express, one or two sentences each."""
     special = (
-        "Text that spells a special token is read as that token by the tokenizers library alone; transformers reads it as text, "
-        "as in training."
+        "The tokenizers library alone reads text that spells a special token as that token; transformers reads it as text, as in "
+        "training."
     )
     if isinstance(tokenizer, GPT1):
         return (
-            "In training, ftfy repaired the text. tokenizer.json replaces quotes and dashes, drops control characters and "
-            "composes accents, but leaves mojibake, HTML entities, terminal escapes, ligatures and full-width letters alone.",
-            "In training, spaCy's English rules found the words. tokenizer.json approximates them by regular expressions: "
-            "emoticons, web addresses, rare contractions and signs in the middle of a word can be cut otherwise.",
+            "In training, ftfy repaired the text. tokenizer.json replaces quotes and dashes, removes control characters and "
+            "composes accents, but does not repair mojibake, HTML entities, terminal escapes, ligatures and full-width letters.",
+            "In training, spaCy's English rules found the words. tokenizer.json approximates them by regular expressions: it may "
+            "split emoticons, web addresses, rare contractions and signs in the middle of a word differently.",
             "English prose is rarely affected: ids differed in 2 of 20,000 paragraphs of novels and 9 of 5,534 passages of news.",
             special,
         )
     if isinstance(tokenizer, Bytes):
         return (special,)
-    broken = "When byte tokens that are no UTF-8 are decoded, the byte tokens next to them are lost as well."
+    broken = "When byte tokens that are not valid UTF-8 are decoded, the byte tokens next to them are lost as well."
     if not _normalizes(tokenizer):
         return special, broken
-    return (
-        "Combining marks, joined emoji, conjoining Hangul and half-width sound marks can be normalized otherwise than in "
-        f"training, and '{SPACE}' can become a space.",
-        special,
-        broken,
+    normalized = (
+        "Combining marks, joined emoji, conjoining Hangul and half-width sound marks may be normalized differently than in "
+        f"training, and '{SPACE}' may become a space."
     )
+    return normalized, special, broken
 
 
 def claims_equality(tokenizer: Tokenizer, text: str, specials: Sequence[str] = ()) -> bool:
-    """Whether tokenizer.json, made with `specials`, gives exactly our ids for this text. Where in doubt, no."""
+    """Returns whether tokenizer.json, made with `specials`, is certain to give the tokenizer's ids for a text."""
     if re.search("[\ud800-\udfff]", text) or any(name in text for name in (END, *specials)):
         return False
     if isinstance(tokenizer, GPT1):
@@ -108,37 +106,18 @@ def claims_equality(tokenizer: Tokenizer, text: str, specials: Sequence[str] = (
     return not _normalizes(tokenizer) or (SPACE not in text and not any(map(_joins, text)))
 
 
-# -- parts in common --------------------------------------------------------------------------------------------------------
-
-
-def _parts(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Normalizer, pre-tokenizer, model, decoder and added tokens."""
-    if isinstance(tokenizer, SentencePiece):
-        return _sentencepiece(tokenizer)
-    if isinstance(tokenizer, GPT1):
-        return _gpt1(tokenizer)
-    return _bytes()
+# -- common parts -----------------------------------------------------------------------------------------------------------
 
 
 def _unknown(tokenizer: GPT1 | SentencePiece) -> str:
-    """The name of id 0, which stands for what is not in the vocabulary."""
+    """Returns the name of id 0, which stands for text that the vocabulary does not have."""
     return tokenizer.entries[0] if isinstance(tokenizer, GPT1) else tokenizer.processor.id_to_piece(0)
 
 
 def _bpe(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], **options: Any) -> dict[str, Any]:
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": dict(vocab),
-        "merges": [list(pair) for pair in merges],
-        **options,
-    }
+    unused = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    off = dict.fromkeys(("fuse_unk", "byte_fallback", "ignore_merges"), False)
+    return {"type": "BPE", **unused, **off, "vocab": dict(vocab), "merges": [list(pair) for pair in merges], **options}
 
 
 def _replace(pattern: str, content: str) -> dict[str, Any]:
@@ -151,36 +130,25 @@ def _added_token(name: str, i: int, *, special: bool) -> dict[str, Any]:
 
 
 def _figure_1(ids: Mapping[str, int], start: str, delimiter: str, extract: str) -> dict[str, Any]:
-    """start text extract, and start a delimiter b extract (section 3.3, Figure 1)."""
-
-    def token(name: str) -> dict[str, Any]:
-        return {"SpecialToken": {"id": name, "type_id": 0}}
-
+    """Returns the templates (start, a, extract) for one text and (start, a, delimiter, b, extract) for a pair (Figure 1)."""
     a, b = ({"Sequence": {"id": sequence, "type_id": 0}} for sequence in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [token(start), a, token(extract)],
-        "pair": [token(start), a, token(delimiter), b, token(extract)],
-        "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (start, delimiter, extract)},
-    }
+    first, middle, last = ({"SpecialToken": {"id": name, "type_id": 0}} for name in (start, delimiter, extract))
+    special_tokens = {name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in (start, delimiter, extract)}
+    single, pair = [first, a, last], [first, a, middle, b, last]
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special_tokens}
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------------
 
 
-def _bytes() -> dict[str, Any]:
-    # Their byte-level form names a byte by a character that can be printed: its own in Latin-1, or one from U+0100 on.
-    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in own]
-    names = {byte: chr(byte) for byte in own} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    return {
-        "normalizer": None,
-        "pre_tokenizer": byte_level,
-        "model": _bpe({names[byte]: byte for byte in range(256)}, []),
-        "decoder": byte_level,
-        "added_tokens": [],
-    }
+def _bytes(_: Bytes) -> dict[str, Any]:
+    # The byte-level form names a byte by a printable character: its own in Latin-1, or one from U+0100 on.
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    model = _bpe({names[byte]: byte for byte in range(256)}, [])
+    return {"normalizer": None, "pre_tokenizer": level, "model": model, "decoder": level, "added_tokens": []}
 
 
 # -- SentencePiece ----------------------------------------------------------------------------------------------------------
@@ -188,7 +156,7 @@ def _bytes() -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _proto(tokenizer: SentencePiece) -> Any:
-    """The model as SentencePiece's own protocol buffer, a ModelProto."""
+    """Returns the model as SentencePiece's own protocol buffer, a ModelProto."""
     from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
     return ModelProto.FromString(tokenizer.contents[0])
@@ -201,30 +169,27 @@ def _normalizes(tokenizer: Tokenizer) -> bool:
 def _sentencepiece(tokenizer: SentencePiece) -> dict[str, Any]:
     proto = _proto(tokenizer)
     kinds = type(proto).SentencePiece
-    # Pieces have a space where SentencePiece writes its stand-in: then that character in a text is no piece, and falls to bytes
-    # as it does with us.
+    # SentencePiece writes SPACE for a space. With spaces in the pieces, a SPACE in a text is not a piece and falls back to bytes,
+    # as it does in our tokenizer.
     vocab = {piece.piece.replace(SPACE, " "): i for i, piece in enumerate(proto.pieces)}
     scores = {piece.piece.replace(SPACE, " "): piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
-    charsmap = proto.normalizer_spec.precompiled_charsmap
+    user_defined = [(piece.piece, i) for i, piece in enumerate(proto.pieces) if piece.type == kinds.USER_DEFINED]
+    charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
     return {
-        "normalizer": {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()} if charsmap else None,
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap} if charsmap else None,
         "pre_tokenizer": None,
         "model": _bpe(vocab, _merges(scores), unk_token=_unknown(tokenizer), byte_fallback=True),
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "added_tokens": [
-            _added_token(piece.piece, i, special=False)
-            for i, piece in enumerate(proto.pieces)
-            if piece.type == kinds.USER_DEFINED
-        ],
+        "added_tokens": [_added_token(name, i, special=False) for name, i in user_defined],
     }
 
 
 def _merges(scores: Mapping[str, float]) -> list[list[str]]:
-    """All pairs of pieces that make a piece, the pieces with the highest score first.
+    """Returns all pairs of pieces that make a piece, in descending order of the score of that piece.
 
-    SentencePiece ranks what a pair of neighbours makes, `tokenizers` the pair itself. That comes to the same although a piece may
-    be made of several pairs, because only one of them ever occurs: two neighbours came about without regard to what is beyond
-    them, so they are the two that the piece's characters, merged by themselves, come to last.
+    SentencePiece ranks the result of merging two neighbors, and `tokenizers` ranks the pair. Both give the same merges although
+    several pairs may make the same piece, because only one of these pairs ever occurs: neighbors are merged without regard to
+    what is beyond them, so the pair is the one that the characters of the piece, merged by themselves, reach last.
     """
     return [
         [piece[:i], piece[i:]]
@@ -241,13 +206,13 @@ _JOINING = re.compile(
 
 
 def _joins(character: str) -> bool:
-    """Whether a character may be one with its neighbour, in their normalization or in ours."""
+    """Returns whether the library or our tokenizer may normalize a character together with its neighbor."""
     return unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf", "Cn") or _JOINING.match(character) is not None
 
 
 # -- the released encoder ---------------------------------------------------------------------------------------------------
 #
-# A chunk is what stands between two spaces. Patterns are Oniguruma's, which `tokenizers` uses.
+# A chunk is the text between two spaces. The patterns are for Oniguruma, the regular expressions of `tokenizers`.
 
 
 def _any(words: str) -> str:
@@ -261,12 +226,12 @@ REPLACED = (
     ("[\u2013-\u2015]", "-"),
     ("\u2026", "..."),
 )
-"""What ftfy and PLAIN write otherwise: a pattern, and its replacement."""
+"""Characters that ftfy and our tokenizer replace: the pattern and its replacement."""
 
 START, STOP = r"(?<!\S)", r"(?!\S)"
-"""Of a chunk."""
+"""Start and end of a chunk."""
 MARK = PUNCTUATION.pattern.removeprefix("(").removesuffix(r")\1*")
-"""A character that is a chunk of its own."""
+"""A character that is always a chunk of its own."""
 CURRENCY = r"(?:(?:US|[AC])?\$|[£€])"
 UNIT = _any("km m dm cm mm ha nm yd in ft kg g mg t lb oz kmh mph hPa Pa mbar mb MB kb KB gb GB tb TB T G M K % $ £ €")
 ABBREVIATION = (
@@ -279,16 +244,16 @@ ABBREVIATION = (
     )
     + r")\.(?!\.)"
 )
-"""These keep their period, single letters among them."""
+"""Words that keep their period, single letters among them."""
 ELISION = "'" + _any("em ll nuff re bout cause Cause cos Cos coz Coz cuz Cuz") + r"|'[dsS](?!\.(?!\.))"
-"""These keep the apostrophe in front."""
+"""Words that keep the apostrophe in front."""
 CLIPPED = _any("doin Doin goin Goin havin Havin lovin Lovin nothin Nothin nuthin Nuthin ol Ol somethin Somethin") + "'(?!s)"
-"""These keep the apostrophe behind."""
+"""Words that keep the apostrophe at the end."""
 EDGE = "`:#&<>"
-"""What is cut from both ends of a chunk, as apostrophes and runs of periods are."""
+"""Characters that are cut from both ends of a chunk, as are apostrophes and runs of periods."""
 SUFFIX = rf"(?:'(?:s|S(?!\.(?!\.)))?|[{EDGE}]|\.+)"
 PERIOD = rf"(?:(?<=[\p{{Ll}}\d%'{EDGE}])|(?<=\p{{Lu}}\p{{Lu}}))\.(?!\.)"
-"""One that ends a sentence, not an initial."""
+"""A period that ends a sentence, not an initial."""
 CONTRACTIONS = (
     ("ai are ca could dare did do does had has have is may might must need ought sha should was were wo would", "n't nt"),
     ("could might must not should would", "'ve ve"),
@@ -303,16 +268,17 @@ CONTRACTIONS = (
     ("c'm", "on"),
     ("1 2 3 4 5 6 7 8 9 10 11 12", "am pm"),
 )
-"""A chunk made of one of the first words and one of the second is cut between them. It may begin with a capital letter."""
+"""Pairs of lists of words. A chunk that joins a word of the first list and one of the second, such as "don't", is cut between
+them. It may begin with a capital letter."""
 WHOLE = "ill its hell shell shed were well whore"
-"""These look like contractions."""
+"""Words that look like contractions."""
 CUTS = (
-    # Marks. A run of one mark is taken apart too, if spaCy has a rule for that mark.
+    # Marks. A run of one mark is split too, if spaCy has a rule for that mark.
     rf"([-~|/])\1*\K|{MARK}\K",
     rf"(?<=\S)(?<!{MARK})(?={MARK})",
-    # The front of a chunk.
+    # The beginning of a chunk.
     rf"{START}(?:{ELISION})(?={SUFFIX}*{STOP})\K|{START}(?>''|['=%{EDGE}]|{CURRENCY}|\.\.+)\K(?=\S)",
-    # Its end. A word that keeps its last mark is passed over as a whole: a cut behind it does no harm.
+    # The end of a chunk. A word that keeps its last mark is skipped as a whole; a cut behind it does no harm.
     rf"{START}(?:{ABBREVIATION}|{ELISION}|{CLIPPED}|'')(?={SUFFIX}*{STOP})\K"
     rf"|(?<=\S)(?=(?<!')'|[{EDGE}]|(?<!\.)\.\.|{PERIOD})(?={SUFFIX}+{STOP})"
     rf"|(?<=\d)(?={UNIT}{SUFFIX}*{STOP})",
@@ -321,12 +287,12 @@ CUTS = (
         rf"{START}(?=\S[^A-Z\s]*{STOP})(?!(?i:{_any(WHOLE)}){STOP})(?i:{_any(first)})\K(?={_any(second)}{STOP})"
         for first, second in CONTRACTIONS
     ),
-    # The middle of a chunk: runs of periods, and a period between a small letter and a capital one.
+    # The middle of a chunk: runs of periods, and a period between a lowercase and an uppercase letter.
     rf"(?<=[^\s.])(?=\.\.)|(?<=\.\.)(?=[^\s.])|{START}{ABBREVIATION}\K(?:{STOP}|(?<=\p{{Ll}}\.)(?=[\p{{Lu}}'`]))"
     r"|(?<=[\p{Ll}'`])(?=\.[\p{Lu}'`])|(?<=[\p{Ll}'`]\.)(?=[\p{Lu}'`])",
 )
-"""Where spaces are put into a text, one pattern after the other. They match nothing but places between characters, and never the
-one before the first, where some versions of `tokenizers` fail to put anything."""
+"""Patterns of the places where spaces are inserted into a text, applied one after the other. They match only positions between
+characters, and never the position before the first character, where some versions of `tokenizers` fail to insert anything."""
 
 
 def _gpt1(tokenizer: GPT1) -> dict[str, Any]:
@@ -350,12 +316,12 @@ def _gpt1(tokenizer: GPT1) -> dict[str, Any]:
 
 
 BESIDE = "\0-\x7f\u00a0\u00b4\u2013-\u2015\u2019\u2026"
-"""Neighbours that do not make ftfy take a letter with an accent, or a currency, for mojibake."""
+"""Neighbors next to which ftfy does not mistake an accented letter or a currency sign for mojibake."""
 SAFE_TEXT = re.compile(
     "(?:[\t\n -~\u00a0\u00b4\u2013-\u2015\u2018\u2019\u201c\u201d\u2026]"
     rf"|(?<![^{BESIDE}])(?:[à-öø-ÿ£€]|[ÀÆÇÈÉÊËÑÖÜÄ](?=[A-Za-z]))(?![^{BESIDE}]))*"
 )
-"""A text that ftfy leaves as it is, but for REPLACED and entities."""
+"""A text that ftfy does not change, except for REPLACED and HTML entities."""
 LETTER = "[A-Za-zÀÆÇÈÉÊËÑÖÜÄà-öø-ÿ]"
 NUMBER = rf"\d+(?:[.:]\d+)*(?:st|nd|rd|th|s|d|am|pm|{UNIT})?"
 WORD = "|".join(
@@ -370,10 +336,10 @@ WORD = "|".join(
 )
 UNSAFE_CHUNK = "|".join(
     (
-        # Contractions of three words, and rare ones.
+        # Contractions of three words, and rare contractions.
         r".*(?:d|ll|n'?t)'?ve\b|'?(?i:i'?ma\b|how'd'y|y'?all)",
-        # What spaCy puts together again after cutting, unless a neighbour prevents it: two apostrophes, elisions with marks,
-        # and the last letter of a contraction or of a unit with its period. Some of these units keep it, too.
+        # Parts that spaCy joins again after cutting, unless a neighbor prevents it: two apostrophes, elisions with marks, and
+        # the last letter of a contraction or of a unit with its period. Some of these units keep their period, too.
         r".*''|'[dsS]\.",
         rf"(?:{ELISION})(?:'s?|\.+|:){{2}}",
         *(
@@ -385,7 +351,7 @@ UNSAFE_CHUNK = "|".join(
     )
 )
 SAFE_CHUNK = re.compile(rf"{MARK}+|\S|''|``|(?!{UNSAFE_CHUNK})(?:'?(?:{WORD})?|{CURRENCY}{NUMBER})(?:'s)?'?(?:\.+|:)?'?")
-"""A chunk, with marks set apart, in which CUTS finds the words of spaCy, whatever its neighbours are."""
+"""A chunk, with marks already split off, in which CUTS finds the words of spaCy, whatever its neighbors are."""
 
 
 def _is_plain_english(text: str) -> bool:
