@@ -193,8 +193,8 @@ PUBLISHED: Mapping[str, Mapping[tuple[str, str], float]] = {
     "stsb": {("pearson", ""): 82.0},
     "qqp": {("f1", ""): 70.3},
 }
-"""The figures of tables 2 (entailment), 3 (multiple choice) and 4 (the others) by task, then by metric and group of the split. The
-group "" is the whole split."""
+"""The figures of tables 2 (entailment), 3 (multiple choice) and 4 (the others) by task, then by metric and group. The group "" is
+the whole split."""
 
 GLUE_AVERAGE = 72.8
 """The GLUE benchmark's own average of its tasks (Table 4)."""

@@ -1,4 +1,4 @@
-"""Batches of labelled examples: each example once, the same whoever asks, and little padding."""
+"""Tests of batches of labeled examples: each example once, the same batches on any host, and little padding."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from gpt_jax.tasks.transforms import EncodedSplit
 
 
 def numbered(lengths, num_outputs=3):
-    """Examples with sequences of these lengths [n, S], whose tokens count on from 1, so that each tells where it was read."""
+    """Returns examples with sequences of these lengths [n, S]. Their tokens are 1, 2, 3, ..., so each reveals its position."""
     lengths = np.array(lengths, np.int32)
     ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
     labels = np.eye(num_outputs, dtype=np.float32)[np.arange(len(lengths)) % num_outputs]
@@ -25,7 +25,7 @@ def random_lengths(count, sequences=1, longest=30, seed=0):
 
 
 def epoch_of(batches, epoch):
-    """int64 [steps, batch_size]: the examples of an epoch."""
+    """Returns the numbers of the examples of an epoch, int64 [steps, batch_size]."""
     return np.array(
         [batches.example_numbers(epoch * batches.steps_per_epoch + number) for number in range(batches.steps_per_epoch)]
     )
@@ -41,7 +41,7 @@ def assert_equal(one, other):
 
 
 def test_a_batch_by_hand():
-    """Tokens: example 0 has 1 2 3 4 and 5 6 7; example 1 has 8 9 10 and 11 12 13 14 15. The longest comes first."""
+    """Example 0 has the tokens 1 2 3 4 and 5 6 7, example 1 has 8 9 10 and 11 12 13 14 15. The longer one comes first."""
     batch = ScoringBatches(numbered([[4, 3], [3, 5]]), 3, [4, 6, 9]).batch_at(0, np.arange(3))
     pad = [0] * 6
     assert batch["tokens"].tolist() == [
@@ -128,8 +128,8 @@ def test_an_epoch_has_no_example_twice_and_leaves_out_the_remainder(bucket_by_le
 
 
 @pytest.mark.parametrize("bucket_by_length", [True, False])
-def test_every_epoch_leaves_out_others(bucket_by_length):
-    """With 7 of 15 left out, 20 epochs miss an example with a chance of 15 * (7/15)^20: one in 300,000."""
+def test_every_epoch_leaves_out_different_examples(bucket_by_length):
+    """With 7 of 15 left out, the chance that 20 epochs miss an example is 15 * (7/15)^20, one in 300,000."""
     batches = TaskBatches(numbered(random_lengths(15)), 8, 0, [30], bucket_by_length)
     assert set(np.concatenate([epoch_of(batches, epoch).ravel() for epoch in range(20)])) == set(range(15))
 
@@ -142,28 +142,28 @@ def test_epochs_and_seeds_differ(bucket_by_length):
         assert (one == other).mean() < 0.05
 
 
-def test_grouped_batches_are_of_one_length_in_an_order_of_their_own():
+def test_bucketed_batches_have_one_length_each_and_are_shuffled():
     encoded = numbered(random_lengths(400))
     first, second = (epoch_of(TaskBatches(encoded, 8, 0, [30], True), epoch) for epoch in (0, 1))
     for examples in (first, second):
         shortest, longest = encoded.longest[examples].min(axis=1), encoded.longest[examples].max(axis=1)
         by_length = np.lexsort([longest, shortest])
         assert (longest[by_length][:-1] <= shortest[by_length][1:]).all()  # no two batches overlap
-        assert (np.diff(longest) < 0).sum() > 10  # 50 batches that rose throughout would be sorted still
+        assert (np.diff(longest) < 0).sum() > 10  # 0 if the 50 batches were still sorted
     together = {frozenset(batch) for batch in first}
     assert not together & {frozenset(batch) for batch in second}  # examples of one length meet others in the next epoch
 
 
-def test_random_batches_are_of_any_length():
+def test_unbucketed_batches_mix_lengths():
     encoded = numbered(random_lengths(400))
     examples = epoch_of(TaskBatches(encoded, 8, 0, [30], False), 0)
     assert np.ptp(encoded.longest[examples], axis=1).mean() > 15
 
 
 def test_order_follows_the_documented_definition():
-    """Never to be changed: a resumed fine-tuning must see what it would have seen. (`permute` is frozen elsewhere.)"""
+    """The order must never change, because a resumed fine-tuning must see the same examples. (Another test freezes `permute`.)"""
     encoded = numbered(random_lengths(67, longest=8))
-    grouped, random = (TaskBatches(encoded, 8, 2**32 - 1, [8], bucket_by_length) for bucket_by_length in (True, False))
+    bucketed, unbucketed = (TaskBatches(encoded, 8, 2**32 - 1, [8], bucket_by_length) for bucket_by_length in (True, False))
 
     def permutation(size, number):
         keys = epoch_keys(2**32 - 1, np.full(size, number, np.uint64))
@@ -171,18 +171,18 @@ def test_order_follows_the_documented_definition():
 
     for epoch in range(3):
         cut = permutation(67, 2 * epoch)[:64]
-        assert epoch_of(random, epoch).ravel().tolist() == cut
+        assert epoch_of(unbucketed, epoch).ravel().tolist() == cut
         ordered = sorted(cut, key=lambda example: encoded.lengths[example, 0])
         batches = [ordered[8 * number : 8 * number + 8] for number in permutation(8, 2 * epoch + 1)]
-        assert epoch_of(grouped, epoch).tolist() == batches
+        assert epoch_of(bucketed, epoch).tolist() == batches
 
 
-# -- who asks, and when -----------------------------------------------------------------------------------------------------
+# -- purity ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bucket_by_length", [True, False])
 def test_a_batch_depends_on_its_step_alone(bucket_by_length):
-    """Not on what was asked for before: threads ask in any bucket_by_length, and a resumed run begins in the middle."""
+    """It does not depend on earlier calls: threads call in any order, and a resumed run begins in the middle."""
     encoded = numbered(random_lengths(67, sequences=2))
     lengths = [10, 20, 30]
     rows = np.arange(8)
@@ -200,7 +200,7 @@ def test_a_batch_depends_on_its_step_alone(bucket_by_length):
 
 @pytest.mark.parametrize("bucket_by_length", [True, False])
 def test_hosts_get_their_rows_of_the_same_batch(bucket_by_length):
-    """Padded like the whole, also where the longest sequence is another host's."""
+    """A host pads its rows like the whole batch, even if another host has the longest sequence."""
     encoded = numbered(random_lengths(67, sequences=2))
     lengths = list(range(3, 31))
     training = TaskBatches(encoded, 8, 5, lengths, bucket_by_length)
@@ -213,7 +213,7 @@ def test_hosts_get_their_rows_of_the_same_batch(bucket_by_length):
             assert_equal(batches.batch_at(step, np.array([6, 1])), {name: array[[6, 1]] for name, array in whole.items()})
 
 
-def test_fewer_examples_than_a_batch_are_a_users_mistake():
+def test_fewer_examples_than_a_batch_are_refused():
     with pytest.raises(UserError, match=r"^--train\.batch-size: 8 is more than the 7 examples[^\n]*$"):
         TaskBatches(numbered(random_lengths(7)), 8, 0, [30], True)
 
@@ -238,7 +238,7 @@ def test_scoring_covers_every_example_once(count):
 
 
 def padded_tokens(splits, batch_size, lengths):
-    """Tokens of a row of every batch, with each split in order of length; infinite where a batch fits no length."""
+    """Returns the tokens in one row of every batch, with each split in order of length; infinite if a batch does not fit."""
     total = 0
     for longest in splits:
         ordered = sorted(longest, reverse=True)
@@ -249,7 +249,7 @@ def padded_tokens(splits, batch_size, lengths):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("most", [1, 2, 3, 4])
-def test_lengths_are_the_best_there_are(batch_size, most):
+def test_no_other_lengths_need_less_padding(batch_size, most):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         splits = [rng.geometric(0.2, size).clip(max=12) + 2 for size in (20, 5)]
@@ -261,16 +261,16 @@ def test_lengths_are_the_best_there_are(batch_size, most):
         assert padded_tokens(splits, batch_size, chosen) == best
 
 
-def test_no_more_lengths_than_there_are():
+def test_there_are_no_more_lengths_than_distinct_ones():
     assert choose_lengths([np.array([4, 4, 9, 4])], 1, 8) == (4, 9)
 
 
-def test_every_split_fits():
+def test_the_greatest_length_fits_every_split():
     assert choose_lengths([np.array([5, 6]), np.array([40])], 2, 3)[-1] == 40
 
 
 def test_padding_share_by_hand():
-    """Longest first, two a batch: 5 and 4 tokens padded to 5; 3 tokens and an empty row padded to 4."""
+    """Of two examples a batch, longest first, 5 and 4 tokens are padded to 5, and 3 tokens and an empty row to 4."""
     encoded = numbered([[5], [4], [3]])
     assert ScoringBatches(encoded, 2, [4, 5]).padding_share() == pytest.approx(6 / 18)
     assert TaskBatches(encoded, 3, 0, [6], False).padding_share() == pytest.approx(6 / 18)
@@ -285,7 +285,7 @@ def test_padding_share_is_that_of_the_batches():
 
 
 def glue(path, columns, header):
-    """Examples as long as those of a GLUE file in a context of 512, a token taken to be four bytes."""
+    """Returns examples as long as those of a GLUE file in a context of 512, if a token has four bytes."""
     lines = path.read_text(encoding="utf-8").splitlines()[header:]
     texts = [[line.split("\t")[column] for column in columns] for line in lines]
     tokens = [sum(max(len(text.encode()) // 4, 1) for text in row) + len(row) + 1 for row in texts]
@@ -296,7 +296,7 @@ def glue(path, columns, header):
     ("task", "columns", "header"), [("CoLA", (3,), 0), ("RTE", (1, 2), 1), ("SST-2", (0,), 1)], ids=["CoLA", "RTE", "SST-2"]
 )
 def test_eight_lengths_leave_little_padding(shared_data, task, columns, header):
-    """At most 15 % of the tokens of training, though validation shares the lengths."""
+    """At most 15% of the training tokens are padding, even though validation shares the lengths."""
     folder = shared_data("glue") / task
     training, validation = (glue(folder / name, columns, header) for name in ("train.tsv", "dev.tsv"))
     lengths = choose_lengths([training.longest, validation.longest], 32, 8)

@@ -1,4 +1,4 @@
-"""What a task's splits are read into."""
+"""Tests of reading and encoding all splits of a task."""
 
 import pytest
 
@@ -17,8 +17,8 @@ def table(tmp_path):
     return write
 
 
-def test_lengths_are_those_of_the_splits_that_every_epoch_goes_through(table):
-    """The test split, which is scored once, must fit, but takes none away from the others."""
+def test_lengths_suit_the_splits_that_every_epoch_uses(table):
+    """The test split, which is scored once, must fit but does not compete for lengths."""
     special = 2  # start and extract
     task = TaskConfig(
         kind="classification",

@@ -1,4 +1,4 @@
-"""Scores against numbers worked out by hand, and the files of predictions byte for byte."""
+"""Tests of scores against numbers worked out by hand, and of the files of predictions byte for byte."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from gpt_jax.tasks.registry import TASKS
 
 
 def examples_of(labels, groups=None):
-    """Rows with these labels, as the readers make them."""
+    """Returns examples with these labels, as the readers make them."""
     groups = groups or [""] * len(labels)
     return [Example(str(i), ("text",), labels[i], f"dev.tsv:{i + 1}", groups[i]) for i in range(len(labels))]
 
@@ -72,14 +72,14 @@ def test_opposite_predictions_score_minus_one():
     ("metric", "constant"), [("matthews", 0), ("matthews", 1), ("f1", 0), ("pearson", 2.5), ("spearman", 2.5)]
 )
 def test_predictions_that_are_all_the_same_score_0(metric, constant):
-    """Warnings are errors in these tests, so this also says that nothing is printed."""
+    """Warnings are errors in these tests, so nothing is printed either."""
     gold = GOLD.astype(type(constant))
     assert metrics.compute_metric(metric, gold, np.full_like(gold, constant)) == 0
 
 
-def test_predictions_almost_all_the_same_are_scored_in_silence():
-    nearly = 2.5 + np.arange(10) * 1e-15
-    assert math.isfinite(metrics.compute_metric("pearson", GOLD.astype(float), nearly))
+def test_predictions_that_are_nearly_the_same_are_scored_without_a_warning():
+    predicted = 2.5 + np.arange(10) * 1e-15
+    assert math.isfinite(metrics.compute_metric("pearson", GOLD.astype(float), predicted))
 
 
 # -- a split's scores -------------------------------------------------------------------------------------------------------
@@ -132,15 +132,15 @@ PAPER = {
 """The released model's figures on the GLUE test server."""
 
 
-def test_averages_are_the_papers_for_the_papers_scores():
+def test_the_papers_scores_have_the_papers_averages():
     averages = metrics.glue_averages(PAPER)
     assert averages[metrics.TABLE_5_MEAN] == pytest.approx(74.7, abs=0.06)  # 74.64 from figures of one decimal
-    # With the released model's 53.4 on WNLI as the ninth task, the benchmark's own average.
+    # With the released model's 53.4 on WNLI as the ninth task, this is the benchmark's own average.
     assert (8 * averages[metrics.GLUE_MEAN] + 53.4) / 9 == pytest.approx(72.8, abs=0.05)
     assert "but for WNLI" in metrics.GLUE_MEAN
 
 
-def test_an_average_exists_only_if_all_its_parts_do():
+def test_an_average_needs_all_its_parts():
     for task in PAPER:
         assert metrics.glue_averages({name: scores for name, scores in PAPER.items() if name != task}) == {}
     assert list(metrics.glue_averages(PAPER | {"mrpc": {"f1": 82.3}})) == [metrics.TABLE_5_MEAN]
@@ -215,13 +215,13 @@ def test_multinli_has_two_glue_files_with_rows_in_the_order_of_their_index(tmp_p
 
 
 def test_a_row_that_was_dropped_gets_the_first_label_in_a_glue_file(tmp_path):
-    """Or else the server would take the rows after it for others, or miss those at the end."""
+    """Otherwise the server would assign the rows after it to other indices, or miss those at the end."""
     first, _, third = examples_of([None, None, None])
     (file,) = metrics.write_glue(tmp_path, TASKS["qqp"], [first, third], np.array([1, 1]), (1, 3, 4))
     assert file.read_bytes() == b"index\tprediction\n0\t1\n1\t0\n2\t1\n3\t0\n4\t0\n"
 
 
-def test_glue_files_are_of_glue_test_splits_only(tmp_path):
+def test_glue_files_can_only_be_written_for_test_splits_of_glue(tmp_path):
     hidden = examples_of([None, None])
     with pytest.raises(UserError, match=r"^--task\.name: SNLI is not in GLUE[^\n]*MRPC[^\n]*$"):
         metrics.write_glue(tmp_path, TASKS["snli"], hidden, np.zeros(2, int))

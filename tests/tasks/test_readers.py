@@ -1,4 +1,4 @@
-"""Every reader on small files in the exact layout of the releases, and every row that is not as it should be."""
+"""Tests of the readers on small files in the exact layouts of the releases, with valid and malformed rows."""
 
 import collections
 import json
@@ -17,7 +17,7 @@ from gpt_jax.tasks.readers import Example, read_split
 
 
 def write(path, *lines, end="\n"):
-    """Writes rows, each a text or a list of cells that tabs separate."""
+    """Writes rows. Each is a line of text, or a list of cells to be separated by tabs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join((line if isinstance(line, str) else "\t".join(line)) + end for line in lines), newline="")
 
@@ -26,7 +26,7 @@ def split_of(name, path, split="train"):
     return read_split(registry.get_task(name), TaskConfig(name=name, path=str(path)), split)
 
 
-def rows_of(name, path, split="train"):
+def examples_of(name, path, split="train"):
     return split_of(name, path, split).examples
 
 
@@ -34,7 +34,7 @@ def contents(rows):
     return [(row.texts, row.label) for row in rows]
 
 
-def refused(name, path, split="train"):
+def error_of(name, path, split="train"):
     with pytest.raises(UserError) as error:
         split_of(name, path, split)
     assert "\n" not in str(error.value)
@@ -52,13 +52,16 @@ def test_cola_has_four_columns_without_a_header_and_a_test_with_one(tmp_path):
     assert [row.where for row in split.examples] == [f"{tmp_path}/train.tsv:{line}" for line in (1, 2, 4)]
     assert [row.id for row in split.examples] == ["0", "1", "2"]
     assert (split.num_rows, split.dropped) == (3, {})
-    assert rows_of("cola", tmp_path, "test")[1] == Example("1", ("Is it?",), None, f"{tmp_path}/test.tsv:3")
+    assert examples_of("cola", tmp_path, "test")[1] == Example("1", ("Is it?",), None, f"{tmp_path}/test.tsv:3")
 
 
-def test_a_folder_above_the_task_s_own_will_do_and_so_will_line_ends_of_two_characters(tmp_path):
+def test_the_folder_above_the_tasks_own_and_line_ends_of_two_characters_are_accepted(tmp_path):
     write(tmp_path / "SST-2" / "dev.tsv", "sentence\tlabel", "a gorgeous , witty film \t1", "unflinchingly bleak \t0", end="\r\n")
-    assert contents(rows_of("sst2", tmp_path, "validation")) == [(("a gorgeous , witty film",), 1), (("unflinchingly bleak",), 0)]
-    assert rows_of("sst2", tmp_path, "validation") == rows_of("sst2", tmp_path / "SST-2", "validation")
+    assert contents(examples_of("sst2", tmp_path, "validation")) == [
+        (("a gorgeous , witty film",), 1),
+        (("unflinchingly bleak",), 0),
+    ]
+    assert examples_of("sst2", tmp_path, "validation") == examples_of("sst2", tmp_path / "SST-2", "validation")
 
 
 @pytest.mark.parametrize(("name", "columns"), [("rte", ["sentence1", "sentence2"]), ("qnli", ["question", "sentence"])])
@@ -67,8 +70,8 @@ def test_rte_and_qnli(tmp_path, name, columns):
         tmp_path / "train.tsv", ["index", *columns, "label"], ["7", "A.", "B.", "not_entailment"], ["8", "C.", "D.", "entailment"]
     )
     write(tmp_path / "test.tsv", ["index", *columns], ["0", "E.", "F."])
-    assert [row[:3] for row in rows_of(name, tmp_path)] == [("7", ("A.", "B."), 1), ("8", ("C.", "D."), 0)]
-    assert contents(rows_of(name, tmp_path, "test")) == [(("E.", "F."), None)]
+    assert [row[:3] for row in examples_of(name, tmp_path)] == [("7", ("A.", "B."), 1), ("8", ("C.", "D."), 0)]
+    assert contents(examples_of(name, tmp_path, "test")) == [(("E.", "F."), None)]
 
 
 def test_mrpc_has_a_byte_order_mark(tmp_path):
@@ -76,23 +79,23 @@ def test_mrpc_has_a_byte_order_mark(tmp_path):
     write(tmp_path / "train.tsv", header, ["1", "70", "71", 'He said " no .', "No , he said ."], end="\r\n")
     write(tmp_path / "msr_paraphrase_train.txt", header, "1\t70\t71\ta\tb", "0\t72\t73\tc\td")
     write(tmp_path / "test.tsv", "index\t#1 ID\t#2 ID\t#1 String\t#2 String", "0\t1\t2\tE .\tF .")
-    assert contents(rows_of("mrpc", tmp_path)) == [(('He said " no .', "No , he said ."), 1)]
-    assert contents(rows_of("mrpc", tmp_path, "test")) == [(("E .", "F ."), None)]
+    assert contents(examples_of("mrpc", tmp_path)) == [(('He said " no .', "No , he said ."), 1)]
+    assert contents(examples_of("mrpc", tmp_path, "test")) == [(("E .", "F ."), None)]
 
 
-def test_mrpc_as_first_released_has_labelled_tests_and_no_validation_split(tmp_path):
+def test_mrpc_as_first_released_has_labeled_tests_and_no_validation_split(tmp_path):
     header = "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String"
     write(tmp_path / "msr_paraphrase_train.txt", header, "1\t70\t71\ta\tb", "0\t72\t73\tc\td")
     write(tmp_path / "msr_paraphrase_test.txt", header, "0\t74\t75\te\tf")
-    assert contents(rows_of("mrpc", tmp_path)) == [(("a", "b"), 1), (("c", "d"), 0)]
-    assert contents(rows_of("mrpc", tmp_path, "test")) == [(("e", "f"), 0)]
-    assert refused("mrpc", tmp_path, "validation") == (
+    assert contents(examples_of("mrpc", tmp_path)) == [(("a", "b"), 1), (("c", "d"), 0)]
+    assert contents(examples_of("mrpc", tmp_path, "test")) == [(("e", "f"), 0)]
+    assert error_of("mrpc", tmp_path, "validation") == (
         f"--task.path: the release of MRPC in {tmp_path} has no validation split; give the folder of the GLUE download, which "
         "has dev.tsv, or leave --task.path out to use tensorflow-datasets"
     )
 
 
-def test_qqp_s_known_defects_are_dropped_and_counted(tmp_path):
+def test_the_known_defects_of_qqp_are_dropped_and_counted(tmp_path):
     write(
         tmp_path / "train.tsv",
         "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
@@ -105,7 +108,7 @@ def test_qqp_s_known_defects_are_dropped_and_counted(tmp_path):
     split = split_of("qqp", tmp_path)
     assert [row[:3] for row in split.examples] == [("133273", ("How is it?", "How was it?"), 1)]
     assert (split.num_rows, split.dropped) == (4, {"wrong number of columns": 2, "empty text": 1})
-    assert [row[:3] for row in rows_of("qqp", tmp_path, "test")] == [("3", ("Why?", "When?"), None)]
+    assert [row[:3] for row in examples_of("qqp", tmp_path, "test")] == [("3", ("Why?", "When?"), None)]
 
 
 @pytest.mark.parametrize(
@@ -117,8 +120,8 @@ def test_qqp_s_known_defects_are_dropped_and_counted(tmp_path):
         (["0\ta\tb", "1\tbro", "1984\tken"], (1,)),
     ],
 )
-def test_rows_dropped_from_a_test_split_leave_their_index(tmp_path, lines, indices):
-    """The piece of a broken row that begins with a number has none: it would be beyond the file."""
+def test_the_indices_of_rows_dropped_from_a_test_split_are_kept(tmp_path, lines, indices):
+    """A piece of a broken row that begins with a number has no index: the number is greater than those of the file."""
     write(tmp_path / "train.tsv", "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate")
     write(tmp_path / "test.tsv", "id\tquestion1\tquestion2", *lines)
     assert split_of("qqp", tmp_path, "test").dropped_indices == indices
@@ -129,8 +132,8 @@ def test_stsb_has_scores(tmp_path):
     row = ["0", "main-captions", "MSRvid", "2012test", "0001", "none", "none", "A plane is taking off.", "A plane takes off."]
     write(tmp_path / "train.tsv", [*columns, "score"], [*row, "3.800"], [*row, "0"])
     write(tmp_path / "test.tsv", columns, row)
-    assert [row.label for row in rows_of("stsb", tmp_path)] == [3.8, 0.0]
-    assert contents(rows_of("stsb", tmp_path, "test")) == [(("A plane is taking off.", "A plane takes off."), None)]
+    assert [row.label for row in examples_of("stsb", tmp_path)] == [3.8, 0.0]
+    assert contents(examples_of("stsb", tmp_path, "test")) == [(("A plane is taking off.", "A plane takes off."), None)]
 
 
 def test_mnli_has_two_groups_and_files_of_different_columns(tmp_path):
@@ -145,13 +148,13 @@ def test_mnli_has_two_groups_and_files_of_different_columns(tmp_path):
             [*row, *["neutral"] * 5, label],
         )
         write(tmp_path / "MNLI" / f"test_{group}.tsv", common, row)
-    assert contents(rows_of("mnli", tmp_path)) == [(("A.", "B."), 1)]
-    validation = rows_of("mnli", tmp_path, "validation")
+    assert contents(examples_of("mnli", tmp_path)) == [(("A.", "B."), 1)]
+    validation = examples_of("mnli", tmp_path, "validation")
     assert [(row.id, row.label, row.group) for row in validation] == [("0", 0, "matched"), ("0", 2, "mismatched")]
-    assert [(row.label, row.group) for row in rows_of("mnli", tmp_path, "test")] == [(None, "matched"), (None, "mismatched")]
+    assert [(row.label, row.group) for row in examples_of("mnli", tmp_path, "test")] == [(None, "matched"), (None, "mismatched")]
     (tmp_path / "MNLI" / "dev_mismatched.tsv").unlink()
     message = f"--task.path: {tmp_path}/MNLI has no dev_mismatched.tsv, which the validation split of MultiNLI needs"
-    assert refused("mnli", tmp_path, "validation") == message
+    assert error_of("mnli", tmp_path, "validation") == message
 
 
 # -- JSON lines -------------------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def test_pairs_without_a_gold_label_are_dropped_and_counted(tmp_path, name, trai
     ]
     assert split.examples[1].where == f"{tmp_path / train}:3"
     assert (split.num_rows, split.dropped) == (4, {"no gold label": 2})
-    assert [row.label for row in rows_of(name, tmp_path, "validation")] == [0] * len(validation)
+    assert [row.label for row in examples_of(name, tmp_path, "validation")] == [0] * len(validation)
     assert split_of(name, tmp_path, "test") is None
 
 
@@ -190,7 +193,7 @@ def test_pairs_without_a_gold_label_are_dropped_and_counted(tmp_path, name, trai
 @pytest.mark.parametrize("folder", ["", "tsv_format", "SciTailV1.1/tsv_format"])
 def test_scitail(tmp_path, folder):
     write(tmp_path / folder / "scitail_1.0_train.tsv", 'Pluto "rotates.\tEarth rotates.\tneutral', '"A\tB.\tentails')
-    assert contents(rows_of("scitail", tmp_path)) == [(('Pluto "rotates.', "Earth rotates."), 1), (('"A', "B."), 0)]
+    assert contents(examples_of("scitail", tmp_path)) == [(('Pluto "rotates.', "Earth rotates."), 1), (('"A', "B."), 0)]
 
 
 STORY_HEADER = (
@@ -207,7 +210,7 @@ def story(number, answer=1):
 def test_story_cloze_holds_out_the_rows_that_the_released_code_does(tmp_path, name):
     write(tmp_path / name, STORY_HEADER, *(story(number, number % 2 + 1) for number in range(1871)))
     train, validation = split_of("story_cloze", tmp_path), split_of("story_cloze", tmp_path, "validation")
-    # What scikit-learn's train_test_split does with that seed, in NumPy's frozen generator.
+    # This is how scikit-learn's train_test_split uses the seed. NumPy's legacy generator is frozen.
     order = np.random.RandomState(3535999445).permutation(1871)
     assert [row.id for row in validation.examples] == [f"id-{number}" for number in order[:374]]
     assert [row.id for row in train.examples] == [f"id-{number}" for number in order[374:]]
@@ -219,13 +222,13 @@ def test_story_cloze_holds_out_the_rows_that_the_released_code_does(tmp_path, na
 
 def test_story_cloze_tests_on_the_test_file(tmp_path):
     write(tmp_path / "cloze_test_test__spring2016.csv", STORY_HEADER, story(0, 2))
-    assert [row.label for row in rows_of("story_cloze", tmp_path, "test")] == [1]
+    assert [row.label for row in examples_of("story_cloze", tmp_path, "test")] == [1]
     write(tmp_path / "cloze_test_val__spring2016.csv", STORY_HEADER, story(0))
-    assert "cloze_test_val__spring2016.csv:2: the file has 1 rows, but 374 are to be held out for validation" in refused(
+    assert "cloze_test_val__spring2016.csv:2: the file has 1 rows, but 374 are to be held out for validation" in error_of(
         "story_cloze", tmp_path
     )
     write(tmp_path / "cloze_test_val__spring2016 - copy.csv", STORY_HEADER, story(0))
-    assert refused("story_cloze", tmp_path).endswith("; keep one of them")
+    assert error_of("story_cloze", tmp_path).endswith("; keep one of them")
 
 
 def passage(folder, number, **changes):
@@ -243,7 +246,7 @@ def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
     for split in ("train", "dev", "test"):
         passage(tmp_path / "RACE" / split / "middle", 1)
         passage(tmp_path / "RACE" / split / "high", 2)
-    rows = rows_of("race", tmp_path, "validation")
+    rows = examples_of("race", tmp_path, "validation")
     assert [(row.id, row.label, row.group) for row in rows] == [
         ("1.txt/0", 1, "middle"),
         ("1.txt/1", 0, "middle"),
@@ -251,8 +254,8 @@ def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
         ("2.txt/1", 0, "high"),
     ]
     assert rows[1].texts == ("It rains.\nIt is day 1. It is _ .", "day", "night", "dusk", "dawn")
-    assert rows_of("race", tmp_path / "RACE", "validation") == rows
-    assert [row.label for row in rows_of("race", tmp_path, "test")] == [1, 0, 1, 0]
+    assert examples_of("race", tmp_path / "RACE", "validation") == rows
+    assert [row.label for row in examples_of("race", tmp_path, "test")] == [1, 0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -268,18 +271,18 @@ def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
         ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' must be a text, not a number"),
     ],
 )
-def test_articles_that_are_not_as_they_should_be(tmp_path, changes, message):
+def test_malformed_articles_are_refused(tmp_path, changes, message):
     passage(tmp_path / "train" / "high", 1)
     passage(tmp_path / "train" / "middle", 3, **changes)
-    assert refused("race", tmp_path).startswith(f"{tmp_path}/train/middle/3.txt{message}")
+    assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/3.txt{message}")
 
 
-def test_articles_that_are_no_json(tmp_path):
+def test_articles_that_are_not_json_are_refused(tmp_path):
     passage(tmp_path / "train" / "high", 1)
     write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x",', "broken")
-    assert refused("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:2: not a JSON object: ")
+    assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:2: not a JSON object: ")
     write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x"}')
-    assert refused("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:1: no field 'questions'; ")
+    assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:1: no field 'questions'; ")
 
 
 # -- bad rows and files -----------------------------------------------------------------------------------------------------
@@ -295,25 +298,25 @@ def test_articles_that_are_no_json(tmp_path):
         ("1\tA.\t \u00a0\tentailment", "'sentence2' is empty; every text needs at least one character that is not white space"),
     ],
 )
-def test_rows_that_are_not_as_they_should_be(tmp_path, row, message):
+def test_malformed_rows_are_refused(tmp_path, row, message):
     write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel", "0\tA.\tB.\tentailment", row)
-    assert refused("rte", tmp_path) == f"{tmp_path}/train.tsv:3: {message}"
+    assert error_of("rte", tmp_path) == f"{tmp_path}/train.tsv:3: {message}"
 
 
 @pytest.mark.parametrize("score", ["x", "", "nan", "5.2", "-1"])
-def test_scores_that_are_none(tmp_path, score):
+def test_invalid_scores_are_refused(tmp_path, score):
     write(tmp_path / "train.tsv", "sentence1\tsentence2\tscore", f"A\tB\t{score}")
-    assert refused("stsb", tmp_path) == f"{tmp_path}/train.tsv:2: the score is '{score}'; it must be a number from 0 to 5"
+    assert error_of("stsb", tmp_path) == f"{tmp_path}/train.tsv:2: the score is '{score}'; it must be a number from 0 to 5"
 
 
-def test_bytes_that_are_not_utf_8(tmp_path):
+def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
     write(tmp_path / "train.tsv", "sentence\tlabel", "fine\t1")
     with (tmp_path / "train.tsv").open("ab") as file:
         file.write("naïve\t1\n".encode("latin-1"))
-    assert refused("sst2", tmp_path) == f"{tmp_path}/train.tsv:3: byte 0xef is not UTF-8; convert the file to UTF-8"
+    assert error_of("sst2", tmp_path) == f"{tmp_path}/train.tsv:3: byte 0xef is not UTF-8; convert the file to UTF-8"
 
 
-def test_json_lines_that_are_none(tmp_path):
+def test_malformed_json_lines_are_refused(tmp_path):
     path = tmp_path / "snli_1.0_train.jsonl"
     for line, message in [
         ('{"sentence1": "A"', ":2: not a JSON object: Expecting ',' delimiter at column 18"),
@@ -326,25 +329,25 @@ def test_json_lines_that_are_none(tmp_path):
         ),
     ]:
         write(path, nli("neutral", 1), line)
-        assert refused("snli", tmp_path) == f"{path}{message}"
+        assert error_of("snli", tmp_path) == f"{path}{message}"
 
 
-def test_another_task_s_files(tmp_path):
+def test_files_of_another_task_are_refused(tmp_path):
     write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel", "0\tA.\tB.\tentailment")
-    assert refused("qqp", tmp_path).startswith(f"{tmp_path}/train.tsv:1: no column 'question1'; ")
+    assert error_of("qqp", tmp_path).startswith(f"{tmp_path}/train.tsv:1: no column 'question1'; ")
     write(tmp_path / "train.tsv", "sentence1\tsentence2", "A.\tB.")
-    assert refused("rte", tmp_path) == f"{tmp_path}/train.tsv:1: no column 'label'; known: sentence1, sentence2"
+    assert error_of("rte", tmp_path) == f"{tmp_path}/train.tsv:1: no column 'label'; known: sentence1, sentence2"
     write(tmp_path / "train.tsv")
-    assert refused("rte", tmp_path) == f"{tmp_path}/train.tsv:1: no column 'sentence1'; there are none"
+    assert error_of("rte", tmp_path) == f"{tmp_path}/train.tsv:1: no column 'sentence1'; there are none"
 
 
-def test_files_that_are_not_there(tmp_path):
-    assert refused("rte", tmp_path / "absent") == f"--task.path: there is no folder '{tmp_path}/absent'"
+def test_missing_files_are_refused(tmp_path):
+    assert error_of("rte", tmp_path / "absent") == f"--task.path: there is no folder '{tmp_path}/absent'"
     message = f"--task.path: there are no files of RTE; looked for train.tsv in {tmp_path}, {tmp_path}/RTE"
-    assert refused("rte", tmp_path) == message
+    assert error_of("rte", tmp_path) == message
     write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel")
-    assert refused("rte", tmp_path, "validation").endswith("has no dev.tsv, which the validation split of RTE needs")
-    assert refused("rte", tmp_path) == "--task.path: the train split of RTE has no usable rows (0 read, 0 dropped)"
+    assert error_of("rte", tmp_path, "validation").endswith("has no dev.tsv, which the validation split of RTE needs")
+    assert error_of("rte", tmp_path) == "--task.path: the train split of RTE has no usable rows (0 read, 0 dropped)"
     assert split_of("rte", tmp_path, "test") is None
 
 
@@ -387,7 +390,7 @@ def test_own_multiple_choice(tmp_path):
         own_split(**fields, labels=("a", "b", "c"))
 
 
-def test_own_files_that_are_not_as_they_should_be(tmp_path):
+def test_malformed_own_files_are_refused(tmp_path):
     path = tmp_path / "my.csv"
     for lines, message in [
         (["text,label", "a,1", "b,2,3"], ":3: 3 columns; there must be 2: text, label"),
@@ -420,7 +423,7 @@ def test_the_real_files_are_read_whole(shared_data, name, train, validation, tes
         assert labels.keys() == ({None} if split == "test" else {0.0, 1.0})
 
 
-def test_what_tensorflow_datasets_cannot_give_must_come_from_files(monkeypatch):
+def test_a_data_set_that_cannot_be_loaded_must_come_from_files(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(
         UserError, match=r"^--task.path: tensorflow-datasets cannot load glue/cola \(.*\); give the folder of the task"
@@ -429,7 +432,7 @@ def test_what_tensorflow_datasets_cannot_give_must_come_from_files(monkeypatch):
 
 
 class FakeBuilder:
-    """Of a set with two rows; `prepared`: before it was asked to be."""
+    """The builder of a data set with two rows. `prepared` is its state before `download_and_prepare`."""
 
     info = types.SimpleNamespace(homepage="https://cola.example", features={"idx": None, "sentence": None, "label": None})
     data_path = "/sets/cola"
@@ -445,19 +448,19 @@ class FakeBuilder:
 
 
 @pytest.mark.parametrize("prepared", [True, False])
-def test_a_download_is_said_before_it_begins(monkeypatch, capsys, prepared):
-    """Without a network it would be minutes before anything else is."""
+def test_a_download_is_announced_before_it_begins(monkeypatch, capsys, prepared):
+    """Without a network, minutes pass before anything else is printed."""
     builder = FakeBuilder(prepared)
-    said = []
-    builder.download_and_prepare = lambda: said.append(capsys.readouterr().err)
+    announced = []
+    builder.download_and_prepare = lambda: announced.append(capsys.readouterr().err)
     library = types.SimpleNamespace(builder=lambda name: builder, as_numpy=lambda examples: examples)
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", library)
-    assert [row.id for row in rows_of("cola", "")] == ["0", "1"]
+    assert [row.id for row in examples_of("cola", "")] == ["0", "1"]
     line = (
         "tensorflow-datasets downloads glue/cola (https://cola.example) to /sets/cola; to read the task's own files instead, "
         "give their folder as --task.path\n"
     )
-    assert said == ["" if prepared else line]
+    assert announced == ["" if prepared else line]
     assert capsys.readouterr().err == ""
 
 
@@ -478,7 +481,7 @@ for name in ("cola", "stsb", "mnli", "snli", "scitail", "race", "story_cloze"):
     for split in ("train", "validation", "test"):
         here = readers.read_split(task, TaskConfig(name=name, path=str(folder)), split)
         there = readers.read_split(task, TaskConfig(name=name), split)
-        alike = [sorted((row.texts, row.label, row.group) for row in each.examples) for each in (here, there)]
+        alike = [sorted((row.texts, row.label, row.group) for row in content.examples) for content in (here, there)]
         ids = "glue" not in there.examples[0].where or [row.id for row in here.examples] == [row.id for row in there.examples]
         results[f"{name} {split}"] = [len(there.examples), alike[0] == alike[1] and ids, there.dropped, there.examples[-1].where]
 names = {"cola": ["unacceptable", "acceptable"], "sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"]}
@@ -492,7 +495,7 @@ print(json.dumps(results))
 
 
 def write_archives(folder):
-    """Small archives of some tasks, with what both readings of a file agree on and what they do not."""
+    """Writes small archives of some tasks, with rows that both readers read alike and rows that they do not."""
     write(folder / "CoLA" / "train.tsv", 'gj04\t1\t\tHe "is.', "gj04\t0\t*\tIs he it.")
     write(folder / "CoLA" / "dev.tsv", "gj04\t1\t\tDev.")
     write(folder / "CoLA" / "test.tsv", "index\tsentence", "0\tA.", "1\tB.", "2\tC.")
@@ -519,7 +522,7 @@ def write_archives(folder):
 
 @pytest.mark.slow
 def test_tensorflow_datasets_give_the_rows_of_the_files(tmp_path):
-    # tensorflow-datasets 4.9.10 needs it to make a data set, and does not say so in its requirements.
+    # tensorflow-datasets 4.9.10 imports it to prepare a data set, but does not require it.
     pytest.importorskip("importlib_resources", reason="importlib_resources is not installed")
     write_archives(tmp_path)
     environment = {**os.environ, "TFDS_DATA_DIR": str(tmp_path / "sets"), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,4 +1,4 @@
-"""The registry: the tasks against the paper and the GLUE benchmark, and tasks of the user's own."""
+"""Tests of the registry against the paper and the GLUE benchmark, and of tasks of the user's own."""
 
 from statistics import fmean
 
@@ -56,12 +56,12 @@ def test_the_glue_tasks_are_those_of_the_benchmark():
 
 @pytest.mark.parametrize("task", [task for task in TASKS.values() if task.glue_name], ids=lambda task: task.name)
 def test_glue_layouts_are_official(task):
-    """The GLUE download's folders, columns and labels, as tensorflow-datasets, which reads the same download, has them."""
+    """tensorflow-datasets reads the same GLUE download, and has the names of its folders, columns and labels."""
     official, layout = GLUE[task.name], task.files[0]
     assert layout.folders == (official.data_dir,) == (task.glue_name,)
-    if task.name != "cola":  # its columns have no names in the download
+    if task.name != "cola":  # whose columns have no names in the download
         assert layout.label == official.label_column
-    if task.name != "mrpc":  # of which tensorflow-datasets reads another release
+    if task.name != "mrpc":  # whose other release tensorflow-datasets reads
         assert layout.texts == tuple(official.text_features.values())
     assert task.tfds.texts == tuple(official.text_features)
     if task.regression:
@@ -75,7 +75,7 @@ def test_glue_layouts_are_official(task):
 
 
 @pytest.mark.parametrize(
-    ("name", "group", "best_before", "gain"),
+    ("name", "group", "previous_best", "gain"),
     [
         ("mnli", "matched", 80.6, 1.5),
         ("snli", "", 89.3, 0.6),
@@ -88,20 +88,20 @@ def test_glue_layouts_are_official(task):
         ("cola", "", 35.0, 10.4),
     ],
 )
-def test_figures_exceed_the_best_before_by_what_section_4_2_reports(name, group, best_before, gain):
-    """The best figures before the paper are those of tables 2 to 4. For CoLA the text gives both figures and no gain."""
+def test_figures_exceed_the_previous_best_by_the_gains_in_section_4_2(name, group, previous_best, gain):
+    """The previous best figures are from tables 2 to 4. For CoLA, the text gives both figures instead of the gain."""
     task = TASKS[name]
-    assert task.published[task.metrics[0], group] - best_before == pytest.approx(gain, abs=0.051)
+    assert task.published[task.metrics[0], group] - previous_best == pytest.approx(gain, abs=0.051)
 
 
 def test_the_figure_of_race_is_the_mean_over_its_questions():
-    """1,436 of the test split's questions are from middle schools, 3,498 from high schools (Lai et al., 2017, Table 2)."""
+    """The test split has 1,436 questions from middle schools and 3,498 from high schools (Lai et al., 2017, Table 2)."""
     middle, high, whole = (TASKS["race"].published["accuracy", group] for group in ("middle", "high", ""))
     assert (1436 * middle + 3498 * high) / (1436 + 3498) == pytest.approx(whole, abs=0.051)
 
 
 def test_the_figures_of_table_4_have_the_glue_average():
-    """The second metrics of MRPC, STS-B and QQP, and WNLI, are from the leaderboard's entry of the paper's model."""
+    """The second metrics of MRPC, STS-B and QQP, and the figure of WNLI, are those of the paper's model on the leaderboard."""
     second_metrics = {"mrpc": [75.7], "stsb": [80.0], "qqp": [88.5]}
     tasks = [task for task in TASKS.values() if task.glue_name]
     figures = [fmean([*task.published.values(), *second_metrics.get(task.name, [])]) for task in tasks]
@@ -119,12 +119,12 @@ def test_table_5_has_the_averages_of_its_rows_and_the_full_models_figures():
         # The paper rounds 69.1625 (LSTM) down and 74.65 (full) up.
         assert fmean(figures.values()) == pytest.approx(ABLATION_AVERAGES[model], abs=0.0651)
     for name, figure in ABLATIONS[FULL].items():
-        # Table 5 has one figure for the two of MultiNLI: their mean is 81.75.
+        # For MultiNLI, Table 5 has one figure instead of two. Their mean is 81.75.
         assert figure == pytest.approx(fmean(TASKS[name].published.values()), abs=0.051)
 
 
 def test_table_5_shows_what_section_5_says():
-    """The differences of the averages to the full model: 14.8 without pre-training, 5.6 with the LSTM."""
+    """The average drops by 14.8 without pre-training, and by 5.6 with the LSTM."""
     assert ABLATION_AVERAGES[FULL] - ABLATION_AVERAGES[WITHOUT_PRETRAINING] == pytest.approx(14.8)
     assert ABLATION_AVERAGES[FULL] - ABLATION_AVERAGES[LSTM] == pytest.approx(5.6)
     full, lstm, without = ABLATIONS[FULL], ABLATIONS[LSTM], ABLATIONS[WITHOUT_AUXILIARY_LOSS]
@@ -134,7 +134,7 @@ def test_table_5_shows_what_section_5_says():
     assert {name for name in full if full[name] > without[name]} == {"qqp", "mnli", "qnli", "rte"}
 
 
-def test_an_unknown_task_is_answered_with_the_nearest():
+def test_the_nearest_names_are_offered_for_an_unknown_task():
     with pytest.raises(UserError, match=r"^--task.name: there is no task 'sst-2'; did you mean sst2"):
         get_task("sst-2")
 
@@ -147,7 +147,7 @@ def own(tmp_path, content, name="my.tsv", **fields):
     return task_from_config(TaskConfig(train=str(tmp_path / name), **fields))
 
 
-def test_labels_come_from_the_training_rows_in_the_order_of_their_values(tmp_path):
+def test_labels_come_from_the_training_rows_in_order_of_value(tmp_path):
     assert own(tmp_path, "text\tlabel\na\t10\nb\t9\nc\t10\n").labels == ("9", "10")
     assert own(tmp_path, "text\tlabel\na\t10\nb\t9\nc\tx\n").labels == ("10", "9", "x")
     rows = '{"text": "a", "label": 10}\n{"text": "b", "label": 2}\n'
@@ -177,12 +177,12 @@ def test_answers_are_numbered_from_0(tmp_path):
         ("text\tclass\na\tx\n", {}, r"my.tsv:1: no column 'label' \(--task.label\); known: text, class$"),
     ],
 )
-def test_tasks_that_cannot_be(tmp_path, content, fields, message):
+def test_invalid_descriptions_of_a_task_are_refused(tmp_path, content, fields, message):
     with pytest.raises(UserError, match=message):
         own(tmp_path, content, **fields)
 
 
-def test_files_that_cannot_be(tmp_path):
+def test_missing_rows_and_unknown_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^--task.name: name a task \(snli, mnli, .*\), or give rows of your own"):
         task_from_config(TaskConfig())
     with pytest.raises(UserError, match=r"^--task.train: there is no file '.*absent.tsv'$"):

@@ -1,4 +1,4 @@
-"""Figure 1's transformations on token ids written out by hand; where texts are cut; labels as label_distributions."""
+"""Tests of the transformations of Figure 1 on token ids written by hand, of truncation, and of labels as distributions."""
 
 import itertools
 
@@ -17,7 +17,7 @@ def example(*texts, label=0.0):
 
 
 def letters(text):
-    """A tokenizer: a is 1, b is 2, ...; spaces are nothing."""
+    """Encodes a as 1, b as 2, ..., and drops spaces."""
     return [ord(letter) - ord("a") + 1 for letter in text if letter != " "]
 
 
@@ -26,7 +26,7 @@ def transform(rows, kind, num_outputs=2, max_tokens=512, truncation="longest", e
 
 
 def sequences(encoded):
-    """The ids of every sequence of every example, by way of `begins` and `lengths`."""
+    """Returns the ids of every sequence of every example, found with `begins` and `lengths`."""
     return [
         [encoded.tokens[begin : begin + length].tolist() for begin, length in zip(begins, lengths, strict=True)]
         for begins, lengths in zip(encoded.begins, encoded.lengths, strict=True)
@@ -41,7 +41,7 @@ def test_classification():
     assert sequences(encoded) == [[[101, 1, 2, 3, 103]], [[101, 4, 103]]]
 
 
-def test_entailment_sets_the_premise_before_the_hypothesis():
+def test_entailment_puts_the_premise_before_the_hypothesis():
     encoded = transform([example("ab", "cde"), example("f", "g")], "entailment", num_outputs=3)
     assert sequences(encoded) == [[[101, 1, 2, 102, 3, 4, 5, 103]], [[101, 6, 102, 7, 103]]]
 
@@ -62,7 +62,7 @@ def test_multiple_choice_has_a_sequence_for_each_answer():
     ]
 
 
-def test_encoded_has_its_documented_form():
+def test_encoded_splits_have_the_documented_form():
     encoded = transform([example("ab", "c", "de"), example("g", "h", "i")], "multiple_choice", num_outputs=2)
     assert (encoded.tokens.dtype, encoded.tokens.shape) == (np.int32, (6 + 7 + 5 + 5,))
     assert (encoded.begins.dtype, encoded.begins.tolist()) == (np.int64, [[0, 6], [13, 18]])
@@ -72,16 +72,16 @@ def test_encoded_has_its_documented_form():
     assert encoded.num_truncated == 0
 
 
-def test_a_text_that_recurs_is_encoded_once():
-    seen = []
+def test_a_repeated_text_is_encoded_once():
+    encoded_texts = []
 
     def spy(text):
-        seen.append(text)
+        encoded_texts.append(text)
         return letters(text)
 
     rows = [example("story", "yes", "no"), example("story", "no", "perhaps")]
     encoded = transform(rows, "multiple_choice", encode_text=spy)
-    assert sorted(seen) == ["no", "perhaps", "story", "yes"]
+    assert sorted(encoded_texts) == ["no", "perhaps", "story", "yes"]
     assert sequences(encoded)[1][0] == [START, *letters("story"), DELIMITER, *letters("no"), EXTRACT]
 
 
@@ -128,7 +128,7 @@ def test_either_order_of_a_pair_is_cut_on_its_own():
 
 
 def test_released_truncation_cuts_each_segment_at_a_fixed_length():
-    """10 // 2 - 2 = 3, though the first sequence would fit into 10 as it is."""
+    """10 // 2 - 2 = 3, although the first sequence would fit into 10 tokens uncut."""
     encoded = transform([example("abcde", "f"), example("abcd", "efgh")], "entailment", max_tokens=10, truncation="released")
     assert sequences(encoded) == [[[101, 1, 2, 3, 102, 6, 103]], [[101, 1, 2, 3, 102, 5, 6, 7, 103]]]
     assert encoded.num_truncated == 2
@@ -153,7 +153,7 @@ def test_classes_and_choices_are_one_hot_and_hidden_labels_zeros():
     assert transform(rows, "multiple_choice").labels.tolist() == [[0, 1], [1, 0]]
 
 
-def test_scores_are_shared_between_neighbouring_classes():
+def test_scores_are_shared_between_neighboring_classes():
     labels = label_distributions([4.2, 0.0, 5.0, 2.75, 3.0, None], 6)
     expected = [
         [0, 0, 0, 0, 0.8, 0.2],

@@ -1,4 +1,4 @@
-"""Zero-shot probes: span scores against full logits in NumPy, the rules by hand, the reader on its layouts."""
+"""Tests of zero-shot probes: span scores against full logits in NumPy, and the rules by hand."""
 
 import functools
 
@@ -42,12 +42,12 @@ def full_logits(config, params, tokens):
 
 
 def log_probability(config, params, ids, scored):
-    """Sum over the last `scored` ids, in float64, each sequence on its own and without padding it to anything but the context."""
+    """Returns the sum over the last `scored` ids in float64, from a sequence on its own that is padded to the context."""
     tokens = np.zeros((1, config.context_length), np.int32)
     tokens[0, : len(ids) - 1] = ids[:-1]
     scores = np.asarray(full_logits(config, params, tokens), np.float64)[0]
-    normalised = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    return sum(normalised[place - 1, ids[place]] for place in range(len(ids) - scored, len(ids)))
+    log_probabilities = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return sum(log_probabilities[place - 1, ids[place]] for place in range(len(ids) - scored, len(ids)))
 
 
 def split_of(rows):
@@ -70,16 +70,16 @@ def test_spans_against_full_logits(config):
     assert not scores.truncated.any()
 
 
-def test_what_exceeds_the_context_loses_its_beginning(params):
-    """41 ids fit: 40 are the model's input and the last one is only predicted."""
+def test_sequences_longer_than_the_context_lose_their_beginning(params):
+    """41 ids fit: 40 are the input of the model, and the last one is only predicted."""
     ids = np.random.default_rng(2).integers(0, 257, 60).tolist()
     scores = score_spans(TINY, params, [Span(ids, 5), Span(ids[19:], 5), Span(ids, 50), Span(ids[19:], 40)])
     assert scores.truncated.tolist() == [True, False, True, False]
     assert scores.total[0] == scores.total[1] == pytest.approx(log_probability(TINY, params, ids[19:], 5), rel=1e-5)
-    assert scores.mean[2] == scores.mean[3], "of a span too long itself the last 40 tokens are scored"
+    assert scores.mean[2] == scores.mean[3], "the last 40 tokens of a span that is too long are scored"
 
 
-def test_few_programs(params):
+def test_few_programs_are_compiled(params):
     zero_shot._token_log_probabilities.clear_cache()
     score_spans(TINY, params, [Span([1] * length, 1) for length in range(2, 42)] * 3)
     assert zero_shot._token_log_probabilities._cache_size() == 2  # padded to 32 and to 40
@@ -90,11 +90,11 @@ def test_few_programs(params):
 
 def test_threshold_by_hand():
     scores, labels = np.array([-1.0, -5.0, -3.0, -2.0, -4.0]), np.array([1, 0, 1, 0, 0])
-    # From -3 on: three accepted, two of them rightly, two rightly refused: (2 * 2 - 1 * 0) / sqrt(3 * 2 * 3 * 2) = 0.67.
-    # From -1 on: (1 * 3 - 0 * 1) / sqrt(1 * 2 * 3 * 4) = 0.61.
+    # The threshold -3 accepts three, two of them rightly, and refuses two rightly: (2 * 2 - 1 * 0) / sqrt(3 * 2 * 3 * 2) = 0.67.
+    # The threshold -1 has (1 * 3 - 0 * 1) / sqrt(1 * 2 * 3 * 4) = 0.61.
     assert best_threshold(scores, labels) == -3.0
     assert best_threshold(scores, 1 - labels) == -5.0, "accepting all correlates with nothing, and that beats a negative one"
-    # From -2 on and from -4 on both have 1 / sqrt(3): of equal ones the lower.
+    # The thresholds -2 and -4 both have 1 / sqrt(3). Of equal ones, the lowest is chosen.
     assert best_threshold(np.array([-5.0, -4.0, -3.0, -2.0]), np.array([0, 1, 0, 1])) == -4.0
     assert best_threshold(np.array([-2.0, -2.0, -2.0]), np.array([1, 0, 1])) == -2.0
 
@@ -151,14 +151,14 @@ def test_choices_by_hand():
 
 
 class Abbreviating(Bytes):
-    """Has an entry for one of the two words, and spells the other."""
+    """A tokenizer with an entry for one of the two words, which spells the other."""
 
     def encode(self, text):
         return [self.entry] if text == " negative" else super().encode(text)
 
 
 def test_sst2_sums_the_pieces_of_a_word(params):
-    """The least likely token of all is less likely than any of nine bytes is on average, and likelier than all nine together."""
+    """The least likely token is less likely than nine bytes are on average, but more likely than all nine together."""
     tokenizer = Abbreviating()
     tokens = np.zeros((1, 40), np.int32)
     tokens[0, :7] = [256, *ids_of("a very")]
@@ -184,7 +184,7 @@ def test_sst2_compares_whole_words_after_very(params):
 
 
 def test_race_takes_the_answer_of_the_highest_mean(params):
-    """Answers of differing length; with the model's own choices as labels all are right, with others none."""
+    """With the model's own choices as labels all are right, with others none. The answers differ in length."""
     questions = [
         ("where is it?", "here", "there, I think", "no", "nobody knows"),
         ("who?", "a", "bbbbbbbb", "Mr. C", "the dog of his aunt"),
@@ -220,7 +220,7 @@ def test_winograd_scores_what_follows_the_substituted_candidate(params, tmp_path
 
 
 def test_equal_choices_share_the_point(params, tmp_path):
-    """A model to which all tokens are equally likely guesses, even where the right candidate is always the first."""
+    """A model with equal probabilities for all tokens guesses, even if the right candidate is always the first."""
     path = tmp_path / "wsc.txt"
     path.write_text("It hit me, so _ broke.\n_\nthe cup,the jug\nthe cup\n\n" * 3)
     even = params | {"embedding": jax.tree.map(jnp.zeros_like, params["embedding"])}
@@ -228,7 +228,7 @@ def test_equal_choices_share_the_point(params, tmp_path):
 
 
 def test_a_space_belongs_to_the_word_that_follows_it():
-    """EncodedSplit in two parts, a text has the pieces that it has as a whole."""
+    """A text encoded in two parts has the same pieces as the whole text."""
     words = "the film was very positive and the play was very negative but not so very bad " * 20
     pieces = SentencePiece.train([words], 300, "nmt_nfkc")
     for context, continuation in [("the film was very", " positive"), ("the play was very", " negative"), ("not so", " bad")]:
@@ -236,14 +236,14 @@ def test_a_space_belongs_to_the_word_that_follows_it():
 
 
 @pytest.mark.parametrize(("name", "texts"), [("cola", 1), ("sst2", 1), ("race", 5), ("story_cloze", 3), ("dprd", 4), ("wsc", 4)])
-def test_guessing_scores_as_many_choices_as_there_are(name, texts):
+def test_the_score_of_guessing_follows_from_the_number_of_choices(name, texts):
     chosen = PROBES[name]
     choices = chosen.choices(Example("0", ("Text.",) * texts, 0.0, "made:1"))
     assert (chosen.metric, chosen.random) == (("matthews", 0) if len(choices) == 1 else ("accuracy", 1 / len(choices)))
 
 
 @pytest.mark.parametrize(("name", "gain"), [("cola", 10.4), ("race", 5.7), ("story_cloze", 8.9)])
-def test_the_best_before_is_the_papers_figure_less_the_gain_that_section_4_2_reports(name, gain):
+def test_the_previous_best_is_the_papers_figure_minus_the_gain_in_section_4_2(name, gain):
     published = TASKS[name].published[TASKS[name].metrics[0], ""]
     assert 100 * PROBES[name].best == pytest.approx(published - gain)
 
@@ -262,87 +262,7 @@ def test_the_best_before_is_the_papers_figure_less_the_gain_that_section_4_2_rep
         ("cola", {"train": split_of([(("a",), 1), (("b",), 1)])}, "^made:1: the train split has one class only, but"),
     ],
 )
-def test_mistakes(params, name, splits, message):
+def test_missing_or_unusable_splits_are_refused(params, name, splits, message):
     with pytest.raises(UserError, match=message) as error:
         run_probe(name, TINY, params, Bytes(), splits)
     assert "\n" not in str(error.value)
-
-
-# -- Winograd schemas -------------------------------------------------------------------------------------------------------
-
-
-def read(tmp_path, text):
-    path = tmp_path / "schemas.txt"
-    path.write_text(text)
-    return read_winograd(path)
-
-
-def substituted(row):
-    return ["".join(choice) for choice in PROBES["dprd"].choices(row)]
-
-
-def test_reader_of_the_dataset_layout(tmp_path):
-    text = (
-        "The bee landed on the flower because it wanted pollen.\nit\nThe bee,the flower\nThe bee\n\n"
-        "When Debbie splashed Tina, she got in trouble.\nshe\nDebbie,Tina\nTina\n"
-    )
-    split = read(tmp_path, text)
-    assert (split.num_rows, split.dropped) == (2, {})
-    first, second = split.examples
-    assert first.texts == ("The bee landed on the flower because ", " wanted pollen.", "The bee", "the flower")
-    assert (first.label, second.label) == (0.0, 1.0)
-    assert second.where == f"{tmp_path}/schemas.txt:6"
-    assert substituted(first) == [
-        "The bee landed on the flower because the bee wanted pollen.",
-        "The bee landed on the flower because the flower wanted pollen.",
-    ]
-
-
-def test_first_occurrence_as_a_whole_word_is_replaced(tmp_path):
-    """The "he" of "The" and "when" is no word, and the second "he" stays."""
-    split = read(tmp_path, "The man fled when Tom said he thought he lied.\nhe\nthe man,Tom\nTom\n\n")
-    assert substituted(split.examples[0])[1] == "The man fled when Tom said Tom thought he lied."
-
-
-def test_placeholders(tmp_path):
-    """As files of the Winograd Schema Challenge have them, with stray spaces and the pronoun given or not."""
-    text = (
-        "The drain is clogged with hair.  [MASK]  has to be cleaned. \n[MASK]\n the drain , The hair \n The drain \n\n"
-        "They left it there, since nobody could move _ .\nit\nA piano,the crate\nthe crate\n\n\n"
-    )
-    first, second = read(tmp_path, text).examples
-    assert substituted(first) == [
-        "The drain is clogged with hair. The drain has to be cleaned.",
-        "The drain is clogged with hair. The hair has to be cleaned.",
-    ]
-    assert first.label == 0
-    assert substituted(second) == [
-        "They left it there, since nobody could move a piano.",
-        "They left it there, since nobody could move the crate.",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("A b it c.\nit\nA,b\n", r":1: an example must have four lines \(.*\) before the blank one, not 3"),
-        ("A b it c.\nit\nA,b\nA\n\nA b it c.\nit\nA,b\nA\nA b", ":6: .* not 5"),
-        ("A bit c.\nit\nA,b\nA\n", ":2: the pronoun 'it' is not a word of the sentence 'A bit c.'"),
-        ("A b it\nit\nA,b\nA\n", ":2: nothing follows 'it' in the sentence"),
-        ("A b it c.\nit\nA,b,c\nA\n", ":3: 'A,b,c' must be the two candidates"),
-        ("A b it c.\nit\nA,\nA\n", ":3: 'A,' must be the two candidates"),
-        ("\nA b it c.\nit\nA,b\nc\n", ":5: the answer 'c' is not one of the candidates 'A,b'"),
-    ],
-)
-def test_malformed_schemas_are_named(tmp_path, text, message):
-    with pytest.raises(UserError, match=message) as error:
-        read(tmp_path, text)
-    assert "\n" not in str(error.value)
-
-
-def test_unreadable_schemas_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere.txt: No such file"):
-        read_winograd(tmp_path / "nowhere.txt")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"latin.txt: the file is not UTF-8; convert it"):
-        read_winograd(tmp_path / "latin.txt")
