@@ -1,1 +1,1 @@
-"""Labelled tasks: their registry and readers, the input transformations of Figure 1, heads and scoring, zero-shot probes."""
+"""Labeled tasks: registry, readers, the input transformations of Figure 1, heads, metrics, fine-tuning, and zero-shot probes."""

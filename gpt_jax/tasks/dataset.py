@@ -83,7 +83,9 @@ def load_dataset(
     """
     task = task_from_config(config)
     require(
-        config.max_tokens <= context_length, "task.max_tokens", f"must be at most {context_length}, the model's context length"
+        config.max_tokens <= context_length,
+        "task.max_tokens",
+        f"{config.max_tokens} is more than the model's context of {context_length} tokens",
     )
     loaded: dict[str, TaskSplit] = {}
     encoded: dict[str, EncodedSplit] = {}

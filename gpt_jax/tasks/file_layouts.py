@@ -1,4 +1,4 @@
-"""Layouts of labeled data: where a release of a task keeps its rows, and what its columns mean."""
+"""Layouts of labeled data: in which files and columns the releases of a task have their rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NO_GOLD = "no gold label"
 COLUMNS = "wrong number of columns"
 EMPTY = "empty text"
 JOINED = "rows run together"
-"""Known defects of releases, as they are counted. `FileLayout.drops` lists those of each release."""
+"""The known defects of rows, by which they are counted. `FileLayout.drops` lists the defects of each release."""
 
 PAIR = ("sentence1", "sentence2")
 PREMISE = ("premise", "hypothesis")
@@ -23,7 +23,7 @@ PREMISE = ("premise", "hypothesis")
 
 @dataclasses.dataclass(frozen=True)
 class FileLayout:
-    """Where one release of a task keeps its rows: in files below one folder, or in a data set of tensorflow-datasets."""
+    """The place and form of the rows of one release of a task: files below one folder, or a data set of tensorflow-datasets."""
 
     format: TableFormat | Literal["tfds"]
     path: str
@@ -34,13 +34,13 @@ class FileLayout:
     label: str = "label"
     """Column of the label. A test split may lack it."""
     split_names: tuple[str, str, str] = ("train", "dev", "test")
-    """Names of the training, validation and test splits within `path`; empty where the release lacks the split."""
+    """Names of the training, validation and test splits within `path`; empty if the release lacks the split."""
     groups: tuple[str, ...] = ()
     """Parts of a split that are also scored on their own."""
     headers: Mapping[SplitName, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """Column names of the splits whose files do not begin with them."""
+    """The columns of the splits whose files do not name them in a first row."""
     folders: tuple[str, ...] = ()
-    """Where the task's folder may be below the folder that the user names."""
+    """Names of the task's folder below a folder that the user may give instead."""
     articles: bool = False
     """Whether a record is an article with several questions, as in RACE."""
     held_out: int = 0
@@ -49,7 +49,7 @@ class FileLayout:
     """Defects that this release is known to have. Rows with one of them are dropped and counted."""
 
     def paths(self, split: SplitName) -> dict[str, str]:
-        """Returns the path of each group of a split; a split without groups has one, "". Empty if there is no such split."""
+        """Returns the paths of a split by group; a split without groups has the group "", and a missing split has none."""
         name = dict(zip(SPLITS, self.split_names, strict=True))[split]
         path = self.path.replace("{split}", name)
         groups = self.groups if "{group}" in path else ("",)
@@ -62,7 +62,7 @@ class FileLayout:
 
 
 def glue(name: str, texts: tuple[str, ...], **fields: Any) -> FileLayout:
-    """Returns the layout of a task's folder in the GLUE download: tables with a header, of which the tests lack labels."""
+    """Returns the layout of a task's folder in the GLUE download: tables with a header row. Test splits lack labels."""
     return FileLayout("tsv", "{split}.tsv", texts, folders=(name,), **fields)
 
 
@@ -74,5 +74,5 @@ def tfds(
 
 
 def nli(name: str, **fields: Any) -> FileLayout:
-    """Returns the layout in which Stanford released SNLI, and New York University MultiNLI: JSON lines."""
+    """Returns the layout of the original releases of SNLI and MultiNLI: JSON lines."""
     return FileLayout("jsonl", f"{name}_{{split}}.jsonl", PAIR, "gold_label", folders=(name,), drops=(NO_GOLD,), **fields)

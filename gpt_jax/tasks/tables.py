@@ -16,18 +16,18 @@ one object a line, `json` one object a file."""
 
 
 class Record(NamedTuple):
-    """One row as it is in a file."""
+    """One row of a file or of a data set, before its texts and label are checked."""
 
     where: str
-    """The place that error messages name: "file:line"."""
+    """The row's place for error messages: "file:line"."""
     fields: Mapping[str, Any]
     """The values by column. Except in JSON, all of them are texts."""
     fault: str = ""
-    """What is wrong with the number of cells, if it does not match the columns; empty if nothing is."""
+    """A description of the error if the number of cells does not match the columns; empty otherwise."""
 
 
 def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterator[Record]:
-    """Yields the rows of a user's own file, whose ending determines its format.
+    """Yields the rows of a user's own file, in the format that the end of its name determines.
 
     Args:
       path: the file.
@@ -35,7 +35,7 @@ def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterat
       required: as for `read_table`.
 
     Raises:
-      UserError: there is no such file, its ending is unknown, or its content is malformed as described for `read_table`.
+      UserError: there is no such file, the end of its name is unknown, or its content is malformed (`read_table`).
     """
     file = Path(path).expanduser()
     formats: dict[str, TableFormat] = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
