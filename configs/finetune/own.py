@@ -1,7 +1,9 @@
 """Fine-tuning on a task of your own, in tables (.tsv, .csv or .jsonl) with named columns, with the paper's settings.
 
     gpt-jax finetune finetune/own --init.from RUN --workdir OUT \\
-        --task.kind classification --task.texts review --task.label stars --task.train my.tsv --task.validation held_out.tsv
+        --task.texts review --task.label stars --task.train my.tsv --task.validation held_out.tsv
+
+This task classifies the texts in the column `review`. --task.kind chooses another kind of task, such as entailment.
 
 Time: not measured; about as long as pre-training on three times the tokens in the rows.
 Expect: not measured; the result is the score of the best of three epochs. `--seeds 5` shows how it varies.

@@ -24,10 +24,9 @@ from gpt_jax.runtime import sharding
 from gpt_jax.runtime.console import format_table, say
 from gpt_jax.tasks.batches import TaskBatches
 from gpt_jax.tasks.dataset import load_dataset
-from gpt_jax.tasks.finetune import find_source, head_of, resolve
+from gpt_jax.tasks.finetune import find_init, make_head, resolve_config
 from gpt_jax.tasks.registry import task_from_config
-from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.step import ByShape, init_state, lower_step
+from gpt_jax.train.step import CompiledByShape, init_state, lower_step
 
 RUNS = 3
 RANDOM_TOKENS = 100_000_000
@@ -48,8 +47,9 @@ def bench_input(
 ) -> None:
     """Measures how fast each kind of pipeline delivers batches of windows as NumPy arrays, and prints a table.
 
-    The columns "first batch" and "resumed" are the times from creating a pipeline to its first batch, for a new run and for one
-    that resumes. "start-up" is that time for the first pipeline of a process; most of it is the import of tensorflow.
+    The columns "first batch" and "at step 1M" are the times from creating a pipeline to its first batch, for a new run and for one
+    that resumes at step 1,000,000. "start-up" is this time for the first pipeline of a process; most of it is spent on importing
+    tensorflow.
 
     Args:
       store: the token store whose training split is read; None: a temporary memory-mapped file of random tokens.
@@ -73,17 +73,14 @@ def bench_input(
             tokens, name = Store.open(store).split("train"), str(store)
         windows = {size: Windows(tokens, context_length, size, seed=0) for size in batch_sizes}
         start_up = {kind: _seconds_to_first(kind, windows[batch_sizes[0]], np.arange(1), 0) for kind in kinds}
-        table: list[Sequence[object]] = [("pipeline", "batch", "M tokens/s", "first batch, ms", "resumed, ms", "start-up, s")]
+        table: list[Sequence[object]] = [("pipeline", "batch", "M tokens/s", "first batch, ms", "at step 1M, ms", "start-up, s")]
         for (size, source), kind in itertools.product(windows.items(), kinds):
             rows = np.arange(size)
             rate = max(_tokens_per_second(kind, source, rows, seconds) for _ in range(RUNS))
             first, late = (min(_seconds_to_first(kind, source, rows, step) for _ in range(RUNS)) for step in (0, LATE_STEP))
             figures = (rate / 1e6, first * 1e3, late * 1e3, start_up[kind])
             table.append((kind, size, *(f"{figure:.1f}" for figure in figures)))
-    print(
-        f"{name}, {tokens.num_tokens:,} tokens; windows of {context_length} tokens; fastest of {RUNS} runs of {seconds:g} s; "
-        f"resumed at step {LATE_STEP:,}"
-    )
+    print(f"{name}, {tokens.num_tokens:,} tokens; windows of {context_length}; fastest of {RUNS} runs of {seconds:g} s")
     print(format_table(table))
 
 
@@ -136,12 +133,12 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> None:
       config: the fine-tuning to measure.
       steps: number of batches of the first epoch that are timed, spread evenly over it.
     """
-    source = find_source(config.init, say)
-    resolved = resolve(config, task_from_config(config.task), source)
+    source = find_init(config.init, say)
+    resolved = resolve_config(config, task_from_config(config.task), source)
     size, context = resolved.train.batch_size, resolved.model.context_length
     mesh = sharding.make_mesh(resolved.mesh)
     data = load_dataset(resolved.task, source.tokenizer, context, size, say, ("train", "validation"))
-    model_fns = head_of(data.task, resolved).model_fns()
+    model = make_head(data.task, resolved).trainable_model()
     encoded, rows = data.encoded["train"], sharding.host_rows(mesh, size)
     paddings = {
         f"grouped, {len(data.lengths)} lengths": TaskBatches(encoded, size, 0, data.lengths, True),
@@ -150,8 +147,8 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> None:
     }
     table = [("padded to", "padding", "compilations", "examples/s")]
     for name, epoch in paddings.items():
-        update = ByShape(lambda batch: lower_step(resolved, mesh, horizon=Horizon(1000, 0), model_fns=model_fns, batch=batch))
-        state = init_state(resolved, mesh, model_fns)
+        update = CompiledByShape(lambda batch: lower_step(resolved, mesh, total_steps=1000, model=model, batch=batch))
+        state = init_state(resolved, mesh, model)
         timed = np.linspace(0, epoch.steps_per_epoch - 1, min(steps, epoch.steps_per_epoch)).astype(int)
         placed = [sharding.place_batch(mesh, epoch.batch_at(int(step), rows), size) for step in timed]
         with jax.set_mesh(mesh):
@@ -165,7 +162,3 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> None:
         table.append((name, f"{epoch.padding_share():.1%}", str(len(shapes)), f"{rate:.1f}"))
     print(f"{data.task.title}: {len(encoded.lengths):,} examples in batches of {size}, {jax.devices()[0].device_kind}")
     print(format_table(table))
-
-
-from gpt_jax.experiments.score_tables import print_seed_scores as show_spread  # noqa: E402,F401  TEMPORARY
-from gpt_jax.experiments.score_tables import print_zero_shot_scores as show_zero_shot  # noqa: E402,F401  TEMPORARY

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -16,17 +15,16 @@ import numpy as np
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, PretrainConfig, TransferConfig
 from gpt_jax.config.load import load_config
 from gpt_jax.data.dedup import is_held_out
-from gpt_jax.data.sources import InstalledDocs
+from gpt_jax.data.installed_docs import InstalledDocs
 from gpt_jax.data.store import Store
 from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.experiments.synthetic_tasks import make_tasks
 from gpt_jax.interop.export import export
-from gpt_jax.model.decode import generate
 from gpt_jax.runtime.console import format_duration, format_table, say
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.finetune import finetune
+from gpt_jax.train.generate import continue_prompts
 from gpt_jax.train.pretrain import pretrain
-from gpt_jax.train.restore import load_model
 
 MARGIN = 1.5  # nats/token by which the model must beat the unigram model; a sound installation reaches about 2
 TRAIN_ROWS, VALIDATION_ROWS = 240, 160  # per synthetic task
@@ -50,7 +48,8 @@ def demo(workdir: Path) -> int:
 
     say("\nText that the model writes:")
     prompts = list(config.train.prompts)
-    for prompt, text in continue_prompts(workdir, prompts, config.train.sample_tokens, temperature=0.8, top_k=40):
+    texts = continue_prompts(workdir, prompts, config.train.sample_tokens, temperature=0.8, top_k=40)
+    for prompt, text in zip(prompts, texts, strict=True):
         say(f"    {prompt}|{text}".replace("\n", " "))
     say("\nFour tasks made from the same documentation, each fine-tuned from the pre-trained model and from random parameters:")
     scores = finetune_synthetic_tasks(config, workdir)
@@ -109,41 +108,6 @@ def finetune_synthetic_tasks(config: PretrainConfig, workdir: Path) -> dict[str,
         labels = collections.Counter(json.loads(row)["label"] for row in rows)
         scores[f"{task.kind}: {name}"] = (pretrained, random, max(labels.values()) / labels.total())
     return scores
-
-
-def continue_prompts(
-    path: Path,
-    prompts: Sequence[str],
-    num_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[tuple[str, str]]:
-    """Yields each prompt with its continuation by a checkpoint's model.
-
-    Args:
-      path: a run's folder, or one checkpoint's.
-
-    Raises:
-      UserError: no sound checkpoint there, or the prompt and `num_tokens` do not fit the context.
-    """
-    config, _, params, tokenizer, _ = load_model(path)
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
-    drawn = generate(
-        config.model,
-        params,
-        encoded,
-        num_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=tokenizer.eos_id,
-        seed=seed,
-    )
-    for prompt, tokens in zip(prompts, drawn, strict=True):
-        yield prompt, tokenizer.decode(tokens)
 
 
 def ngram_losses(config: PretrainConfig, store: Store) -> tuple[float, float]:

@@ -161,6 +161,3 @@ def _differences(run: FinishedRun) -> list[str]:
             value, expected = VALUE_NAMES.get((name, value), value), VALUE_NAMES.get((name, expected), expected)
             differences.append(f"{name} {value} (paper {expected})")
     return differences
-
-
-show = print_paper_table  # TEMPORARY

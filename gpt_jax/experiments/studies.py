@@ -24,7 +24,7 @@ from gpt_jax.runtime import distributed
 from gpt_jax.runtime.console import Log, format_table, say
 from gpt_jax.runtime.rundir import write_atomic
 from gpt_jax.tasks.evaluate import sound_checkpoints
-from gpt_jax.tasks.finetune import find_source, finetune_seeds, resolve
+from gpt_jax.tasks.finetune import find_init, finetune_seeds, resolve_config
 from gpt_jax.tasks.registry import task_from_config
 
 StudyName = Literal["layers", "ablations", "steps"]
@@ -116,9 +116,9 @@ def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, ls
     makers: dict[StudyName, Callable[[FinetuneConfig, Log], list[Variant]]]
     makers = {"layers": layer_variants, "ablations": functools.partial(ablation_variants, lstm=lstm), "steps": step_variants}
     variants = makers[name](config, log)
-    load_source = functools.cache(lambda init: find_source(init, log))
+    find_source = functools.cache(lambda init: find_init(init, log))
     for variant in variants:
-        resolve(variant.config, task, load_source(dataclasses.replace(variant.config.init, blocks=-1)))
+        resolve_config(variant.config, task, find_source(dataclasses.replace(variant.config.init, blocks=-1)))
     rows: list[dict[str, Any]] = []
     for number, variant in enumerate(variants, 1):
         log(f"{name}: {variant.name} ({number} of {len(variants)})")
@@ -151,7 +151,7 @@ def _show(result: dict[str, Any], figure: Path, title: str) -> None:
 
 def _pin_checkpoint(config: FinetuneConfig, log: Log) -> tuple[FinetuneConfig, ModelConfig]:
     """Replaces the run in `--init.from` by its newest checkpoint; also returns that checkpoint's architecture."""
-    source = find_source(config.init, log)
+    source = find_init(config.init, log)
     assert source.info is not None
     return _replace_init(config, from_=str(source.info.path)), source.model
 

@@ -1,4 +1,4 @@
-"""`gpt-jax report --paper`: each figure beside the right one of the paper's, and what a run did differently."""
+"""`gpt-jax report --paper`: measured scores beside the paper's, and the settings in which a run differs."""
 
 import dataclasses
 import json
@@ -16,14 +16,14 @@ from gpt_jax.config import (
 )
 from gpt_jax.config.load import config_to_dict
 from gpt_jax.errors import UserError
-from gpt_jax.experiments import paper_table
+from gpt_jax.experiments.paper_table import print_paper_table
 
 PAPERS_MODEL = ModelConfig(vocab_size=40_478 + 3, compute_dtype="float32")  # with start, delimiter and extract
 PAPERS_INPUT = {"bucket_by_length": False, "truncation": "released"}
 
 
 def write_run(folder, name, result, *, model=PAPERS_MODEL, init="runs/gpt1", **changes):
-    """A finished fine-tuning of a task of that name, with the paper's settings but for `changes`."""
+    """Writes the folder of a finished fine-tuning with the paper's settings, except for `changes`."""
     task = changes.pop("task", TaskConfig(name=name, **PAPERS_INPUT))
     config = FinetuneConfig(model=model, init=TransferConfig(from_=init), task=task, **changes)
     folder.mkdir(parents=True)
@@ -33,25 +33,25 @@ def write_run(folder, name, result, *, model=PAPERS_MODEL, init="runs/gpt1", **c
 
 
 def shown(capsys, *runs):
-    paper_table.show(runs)
+    print_paper_table(runs)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 130
     return lines
 
 
 def cells(lines, number):
-    """The table's cells of one run; its columns are two spaces apart at least."""
+    """Returns the cells of one run's lines of the table, whose columns are at least two spaces apart."""
     return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in lines if line.startswith(f"[{number}]  ")]
 
 
 def differences(lines, path):
-    """What is said after "PATH: ", unwrapped."""
+    """Returns the text after "PATH: " as one line."""
     start = next(i for i, line in enumerate(lines) if f" {path}:" in line)
     stop = next((i for i in range(start + 1, len(lines)) if not lines[i].startswith("    ")), len(lines))
     return " ".join(line.strip() for line in lines[start:stop]).split(": ", 1)[1]
 
 
-def test_a_run_stands_beside_the_papers_figure_for_its_row(tmp_path, capsys):
+def test_a_score_stands_beside_the_papers_score_for_the_same_row(tmp_path, capsys):
     result = {"step": 801, "seconds": 1.5, "validation": {"matthews": 0.1234, "accuracy": 0.6918}}
     run = write_run(tmp_path / "none", "cola", result, init="none")
     lines = shown(capsys, run)
@@ -104,7 +104,7 @@ def test_several_seeds_show_their_median_and_spread(tmp_path, capsys):
     assert differences(lines, f"{folder} (3 seeds)") == "init.from runs/gpt1 (paper: 100 epochs of BooksCorpus)"
 
 
-def test_settings_that_are_not_the_papers_are_named(tmp_path, capsys):
+def test_settings_that_differ_from_the_papers_are_listed(tmp_path, capsys):
     model = dataclasses.replace(PAPERS_MODEL, num_layers=4, embed_dim=384, num_heads=6, remat="full", lstm_units=7)
     run = write_run(
         tmp_path / "small",
@@ -122,8 +122,8 @@ def test_settings_that_are_not_the_papers_are_named(tmp_path, capsys):
     )
 
 
-def test_the_type_that_a_device_settles_is_the_one_compared(tmp_path, capsys):
-    """ "auto" computes in float32 on a CPU, as the paper does, and in bfloat16 elsewhere."""
+def test_the_dtype_that_auto_chose_is_compared(tmp_path, capsys):
+    """On a CPU, "auto" means float32, as in the paper, and elsewhere bfloat16."""
     model = dataclasses.replace(PAPERS_MODEL, compute_dtype="auto")
     for platform, expected in (("cpu", "none"), ("gpu", "model.compute-dtype bfloat16 (paper float32)")):
         run = write_run(tmp_path / platform, "rte", {"validation": {"accuracy": 0.5}}, init="none", model=model)
@@ -159,7 +159,7 @@ def test_averages_are_printed_where_every_part_was_measured(tmp_path, capsys):
 
 
 def test_no_average_is_taken_over_two_runs_of_one_task(tmp_path, capsys):
-    """Which of them would count?"""
+    """Either of them could be meant."""
     runs = [write_run(tmp_path / name, name, {"validation": scores}) for name, scores in EIGHT.items()]
     again = write_run(tmp_path / "again", "rte", {"validation": {"accuracy": 0.9}})
     assert not [line for line in shown(capsys, *runs, again) if " mean " in f" {line}"]
@@ -173,15 +173,15 @@ def test_averages_are_not_taken_over_runs_of_different_rows(tmp_path, capsys):
     assert not [line for line in shown(capsys, *runs) if " mean " in f" {line}"]
 
 
-def test_folders_that_are_no_fine_tuning_run(tmp_path):
-    with pytest.raises(UserError, match=r"^[^\n]*nothing: no result\.json[^\n]*fine-tuning runs$"):
-        paper_table.show([tmp_path / "nothing"])
+def test_folders_without_a_finished_fine_tuning_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"^[^\n]*nothing: has no result\.json[^\n]*fine-tuning runs$"):
+        print_paper_table([tmp_path / "nothing"])
     pretrained = tmp_path / "pretrained"
     pretrained.mkdir()
     (pretrained / "result.json").write_text("{}")
     (pretrained / "config.json").write_text(json.dumps({"config": config_to_dict(PretrainConfig())}))
-    with pytest.raises(UserError, match=r"^[^\n]*pretrained is a pre-training run[^\n]*$"):
-        paper_table.show([pretrained])
+    with pytest.raises(UserError, match=r"^[^\n]*pretrained: is a pre-training run[^\n]*$"):
+        print_paper_table([pretrained])
     own = write_run(tmp_path / "own", "", {"validation": {"accuracy": 1.0}}, task=TaskConfig(train="my.tsv"))
-    with pytest.raises(UserError, match=r"^[^\n]*own: its task is your own[^\n]*$"):
-        paper_table.show([own])
+    with pytest.raises(UserError, match=r"^[^\n]*own: is a run of your own task[^\n]*$"):
+        print_paper_table([own])
