@@ -47,9 +47,9 @@ def bench_input(
 ) -> None:
     """Measures how fast each kind of pipeline delivers batches of windows as NumPy arrays, and prints a table.
 
-    The columns "first batch" and "at step 1M" are the times from creating a pipeline to its first batch, for a new run and for one
-    that resumes at step 1,000,000. "start-up" is this time for the first pipeline of a process; most of it is spent on importing
-    tensorflow.
+    The columns "first batch" and "at step 1M" are the times from creating a pipeline to its first batch, for a new run and for a
+    run that resumes at step 1,000,000. "start-up" is this time for the first pipeline of a process; most of it is spent on
+    importing tensorflow.
 
     Args:
       store: the token store whose training split is read; None: a temporary memory-mapped file of random tokens.
@@ -146,19 +146,19 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> None:
         f"the context of {context}": TaskBatches(encoded, size, 0, (context,), False),
     }
     table = [("padded to", "padding", "compilations", "examples/s")]
-    for name, epoch in paddings.items():
+    for name, batches in paddings.items():
         update = CompiledByShape(lambda batch: lower_step(resolved, mesh, total_steps=1000, model=model, batch=batch))
         state = init_state(resolved, mesh, model)
-        timed = np.linspace(0, epoch.steps_per_epoch - 1, min(steps, epoch.steps_per_epoch)).astype(int)
-        placed = [sharding.place_batch(mesh, epoch.batch_at(int(step), rows), size) for step in timed]
+        timed = np.linspace(0, batches.steps_per_epoch - 1, min(steps, batches.steps_per_epoch)).astype(int)
+        placed = [sharding.place_batch(mesh, batches.batch_at(int(step), rows), size) for step in timed]
         with jax.set_mesh(mesh):
-            for _ in range(2):  # the first pass compiles, the second one counts
+            for _ in range(2):  # The first pass compiles, and the second one counts.
                 begin = time.perf_counter()
                 for batch in placed:
                     state, _ = update(state, batch)
                 jax.block_until_ready(state)
         rate = len(placed) * size / (time.perf_counter() - begin)
-        shapes = {epoch.batch_at(step, rows[:1])["tokens"].shape for step in range(epoch.steps_per_epoch)}
-        table.append((name, f"{epoch.padding_share():.1%}", str(len(shapes)), f"{rate:.1f}"))
+        shapes = {batches.batch_at(step, rows[:1])["tokens"].shape for step in range(batches.steps_per_epoch)}
+        table.append((name, f"{batches.padding_share():.1%}", str(len(shapes)), f"{rate:.1f}"))
     print(f"{data.task.title}: {len(encoded.lengths):,} examples in batches of {size}, {jax.devices()[0].device_kind}")
     print(format_table(table))

@@ -60,7 +60,9 @@ def ablation_variants(config: FinetuneConfig, log: Log, lstm: str = "") -> list[
     Raises:
       UserError: `--init.from` has no checkpoint of a Transformer, or `lstm` none of an LSTM, or the config has no auxiliary loss.
     """
-    require(config.task.lm_weight > 0, "task.lm_weight", "the study 'ablations' needs a positive weight, and sets it to 0 itself")
+    require(
+        config.task.lm_weight > 0, "task.lm_weight", "must be positive; the study 'ablations' sets it to 0 for one of its rows"
+    )
     config, model = _pin_checkpoint(config, log)
     require(model.kind == "transformer", "init.from", f"{config.init.from_} is an LSTM; give it as --lstm and a Transformer here")
     without_lm = dataclasses.replace(config, task=dataclasses.replace(config.task, lm_weight=0.0))
@@ -162,4 +164,5 @@ def _random_init(config: FinetuneConfig) -> FinetuneConfig:
 
 
 def _replace_init(config: FinetuneConfig, **fields: Any) -> FinetuneConfig:
+    """Returns the config with other values of some fields of `init`."""
     return dataclasses.replace(config, init=dataclasses.replace(config.init, **fields))

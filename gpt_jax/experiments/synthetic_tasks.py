@@ -29,7 +29,7 @@ CHOICES = 4
 SENTENCE_CHARS = range(40, 160)  # lengths of the sentences that are used; the demo's model has a context of 128 tokens
 
 Passage = tuple[str, str]
-"""A package and a text of its documentation, as in `sources.InstalledDocs.passages`."""
+"""A package and a text of its documentation, as in `installed_docs.InstalledDocs.passages`."""
 Rows = Iterator[dict[str, str]]
 
 

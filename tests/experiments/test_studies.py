@@ -10,7 +10,7 @@ from gpt_jax.cli import main
 from gpt_jax.config import FinetuneConfig, TransferConfig
 from gpt_jax.config.load import load_config
 from gpt_jax.experiments import studies
-from gpt_jax.train import checkpoint
+from gpt_jax.train.checkpoint import newest_checkpoint
 from gpt_jax.train.pretrain import pretrain
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -27,7 +27,7 @@ def quiet(line):
 
 def newest(run):
     """Returns the path of the checkpoint that a study starts from."""
-    return str(checkpoint.newest(run, quiet).path)
+    return str(newest_checkpoint(run, quiet).path)
 
 
 def test_layers_go_from_nothing_to_all_blocks(pretrained):
@@ -99,7 +99,7 @@ def test_steps_are_the_checkpoints_of_the_run(pretrained, tmp_path):
         (
             "ablations",
             ["--init.from", "RUN", "--task.lm-weight", "0"],
-            "--task.lm-weight: the study 'ablations' needs a positive weight",
+            "--task.lm-weight: must be positive; the study 'ablations'",
         ),
     ],
 )
