@@ -1,142 +1,145 @@
-"""The distinct documents of a corpus, on disk in the order of their hash: an external sort that drops duplicates."""
+"""The distinct documents of a corpus in the order of their hash.
+
+The text is written to disk once, in the order in which it is read, and looked up in the order of the hash. Memory holds about a
+hundred bytes a document and no text. A text that is larger than the memory should lie on an SSD, since its documents are then
+read from all over the disk.
+"""
 
 from __future__ import annotations
 
-import array
-import contextlib
 import hashlib
-import json
+import io
 import os
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
-from gpt_jax.data.progress import Progress
-from gpt_jax.data.store import write_json
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.console import Log, ProgressLine
+from gpt_jax.runtime.rundir import write_atomic
 
-BUCKETS = 128
-"""Files that the text is spread over, by hash, to be sorted one at a time: memory holds a 128th of the text. Below the 256 open
-files that some systems allow."""
+PROGRESS_SECONDS = 5.0
+"""Time between lines of progress where standard error is not a terminal."""
+
+TEXT = "text"
+"""The documents in UTF-8, one after the other, duplicates included."""
+TABLE = "documents.npz"
+"""The table of the distinct documents. It is written after `TEXT`, so both are complete where it exists."""
 
 
-def collect(documents: Iterable[str], folder: Path, log: Callable[[str], None]) -> None:
-    """Writes the distinct documents, in the order of the SHA-256 of their UTF-8 text, into the files that `Texts` reads.
+def write_documents(documents: Iterable[str], folder: Path, log: Log) -> None:
+    """Writes documents into the files that `DistinctDocuments` reads.
 
-    They are spread over BUCKETS files by their first hash bits, then each of these is sorted in memory. Texts of nothing
-    but white space are dropped. A lone surrogate, which UTF-8 cannot hold, becomes a question mark, as in the tokenizers.
+    Documents of nothing but white space are left out. A lone surrogate, which UTF-8 cannot represent, becomes a question mark,
+    as in the tokenizers.
     """
-    paths = [folder / f"bucket-{number:03d}" for number in range(BUCKETS)]
-    empty = 0
+    digests, lengths, num_empty = bytearray(), list[int](), 0
+    start, progress = time.monotonic(), ProgressLine(PROGRESS_SECONDS, log)
     try:
-        with contextlib.ExitStack() as stack, Progress("reading", None, log) as progress:
-            buckets = [stack.enter_context(path.open("wb", buffering=1 << 17)) for path in paths]
+        with (folder / TEXT).open("wb") as file:
+
+            def line() -> str:
+                return f"reading: {file.tell() / 1e6:,.0f} MB, {file.tell() / 1e6 / (time.monotonic() - start):.2f} MB/s"
+
             for document in documents:
-                if not document or document.isspace():
-                    empty += 1
+                if not document.strip():
+                    num_empty += 1
                     continue
                 text = document.encode("utf-8", "replace")
-                digest = hashlib.sha256(text).digest()
-                buckets[digest[0] * BUCKETS // 256].write(digest + len(text).to_bytes(8, "little") + text)
-                progress.add(len(text))
-        lengths, tails = array.array("q"), array.array("Q")
-        duplicates = 0
-        with (folder / "texts").open("wb") as file:
-            for path in paths:
-                previous = b""
-                for digest, stored in sorted(_records(path.read_bytes())):
-                    if digest == previous:
-                        duplicates += 1
-                        continue
-                    previous = digest
-                    file.write(stored)
-                    lengths.append(len(stored))
-                    tails.append(_tail(digest))
-                path.unlink()
-            sync(file)
-        for name, values in (("lengths", np.asarray(lengths, np.int64)), ("tails", np.asarray(tails, np.uint64))):
-            with (folder / f"{name}.npy").open("wb") as file:
-                np.save(file, values)
-                sync(file)
-    except OSError:
-        for path in (*paths, folder / "texts"):  # A full disk is not left full.
-            path.unlink(missing_ok=True)
+                file.write(text)
+                digests += hashlib.sha256(text).digest()
+                lengths.append(len(text))
+                progress.show(line)
+            file.flush()
+            os.fsync(file.fileno())
+        unique, first = np.unique(np.frombuffer(digests, "S32"), return_index=True)
+        sizes = np.array(lengths, np.int64)
+        starts = np.cumsum(sizes) - sizes
+        dropped = (sizes.size - unique.size, num_empty)
+        table = io.BytesIO()
+        np.savez(table, starts=starts[first], lengths=sizes[first], tails=unique.view("<u8")[3::4], dropped=dropped)
+        write_atomic(folder / TABLE, table.getvalue())
+    except Exception:
+        (folder / TEXT).unlink(missing_ok=True)  # A full disk is not left full.
         raise
-    write_json(folder / "texts.json", {"duplicates": duplicates, "empty": empty})
+    finally:
+        progress.clear()
 
 
-def _records(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """The digests and texts in a bucket's bytes. (Texts of one digest are equal, so sorting the pairs never orders texts.)"""
-    view = memoryview(data)
-    at = 0
-    while at < len(data):
-        end = at + 40 + int.from_bytes(data[at + 32 : at + 40], "little")
-        yield data[at : at + 32], view[at + 40 : end]
-        at = end
+class DocumentSpans(NamedTuple):
+    """Some documents by their positions and sizes in bytes in a file of UTF-8 text."""
+
+    file: Path
+    starts: Int64[np.ndarray, " documents"]
+    lengths: Int64[np.ndarray, " documents"]
+
+    def read(self) -> Iterator[str]:
+        """Yields the text of the documents."""
+        with self.file.open("rb") as file:
+            for start, length in zip(self.starts.tolist(), self.lengths.tolist(), strict=True):
+                yield os.pread(file.fileno(), length, start).decode()
 
 
 def is_held_out(text: str, validation_share: float) -> bool:
-    """Whether a document of this text is for validation (of so few documents that a split would stay empty, one is moved)."""
-    return _tail(hashlib.sha256(text.encode("utf-8", "replace")).digest()) < _limit(validation_share)
+    """Returns whether a document of this text belongs to validation, but for the exception in `DistinctDocuments`."""
+    digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[-8:], "little") < _validation_bound(validation_share)
 
 
-def _tail(digest: bytes) -> int:
-    return int.from_bytes(digest[-8:], "little")
-
-
-def _limit(validation_share: float) -> int:
-    """What the tails of held-out documents are below."""
+def _validation_bound(validation_share: float) -> int:
+    """Returns the number that the last eight bytes of the hash of every validation document are below."""
     return int(validation_share * 2**64)
 
 
-def sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+class DistinctDocuments:
+    """The distinct documents that `write_documents` wrote, sorted by the SHA-256 of their text and divided into splits.
 
+    A document is for validation if the last eight bytes of its hash, as a fraction, are below `validation_share`. The order
+    depends on the first bytes, so it is independent of the split. If a split would be empty, a document of the other one moves
+    there.
 
-class Texts:
-    """The documents that `collect` wrote, and which split each belongs to.
+    Args:
+      folder: where the files are.
+      max_bytes: as many of the first documents as fit into this many bytes are used; 0: all documents.
+      validation_share: share of the documents in the validation split, in [0, 1).
 
     Attributes:
-      documents: for each split, the numbers of its documents in the order of their hash.
-      begins, lengths: place and size in bytes of each document in the file `path`.
-      dropped: how many duplicates and empty texts were left out.
+      lengths: size in bytes of each document.
+      splits: the numbers of the documents of each split, in ascending order.
+      dropped: how many duplicates and how many empty documents were left out.
+
+    Raises:
+      UserError: there are too few documents for the splits.
     """
 
     def __init__(self, folder: Path, max_bytes: int, validation_share: float):
-        """Takes documents up to `max_bytes` (0: all); those whose hash, its last eight bytes as a fraction, lies below
-        `validation_share` are for validation (the order is decided by the first bytes, so the two are independent).
-
-        Raises:
-          UserError: too few documents for the splits asked for.
-        """
-        self.path = folder / "texts"
-        self.dropped: dict[str, int] = json.loads((folder / "texts.json").read_bytes())
-        self.lengths = np.load(folder / "lengths.npy")
-        ends = np.cumsum(self.lengths)
-        self.begins = ends - self.lengths
-        count = int(np.searchsorted(ends, max_bytes, side="right")) if max_bytes else ends.size
-        found = f"--data.source: distinct documents{f' within --data.max-bytes {max_bytes}' if max_bytes else ''}: {count}"
-        if count < 2 and validation_share:
-            raise UserError(f"{found}; at least 2 are needed, one for validation (--data.validation-share 0 holds none out)")
-        if count < 1:
-            raise UserError(f"{found}; at least 1 is needed")
-        tails = np.load(folder / "tails.npy")[:count]
-        validation = tails < np.uint64(_limit(validation_share))
-        if validation_share:  # Neither split stays empty, whatever the hashes of a few documents are.
+        self._file = folder / TEXT
+        with np.load(folder / TABLE) as table:
+            self._starts, self.lengths, tails = table["starts"], table["lengths"], table["tails"]
+            self.dropped = dict(zip(("duplicates", "empty"), table["dropped"].tolist(), strict=True))
+        if max_bytes:
+            tails = tails[: np.searchsorted(np.cumsum(self.lengths), max_bytes, side="right")]
+        needed = 2 if validation_share else 1
+        if tails.size < needed:
+            limit = f" within --data.max-bytes {max_bytes}" if max_bytes else ""
+            hint = ", one of them for validation (--data.validation-share 0 holds none out)" if validation_share else ""
+            raise UserError(f"--data.source: distinct documents{limit}: {tails.size}; at least {needed} are needed{hint}")
+        validation = tails < np.uint64(_validation_bound(validation_share))
+        if validation_share:
             validation[np.argmin(tails)] = True
             validation[np.argmax(tails)] = False
-        self.documents = {"train": np.flatnonzero(~validation), "validation": np.flatnonzero(validation)}
+        self.splits = {"train": np.flatnonzero(~validation), "validation": np.flatnonzero(validation)}
 
-    def sample(self, split: str, limit: int) -> Iterator[str]:
-        """A split's first documents, up to `limit` bytes in all but one at least: in the order of hashes an even sample."""
-        with self.path.open("rb") as file:
-            left = limit
-            for number in self.documents[split]:
-                length = int(self.lengths[number])
-                if length > left and left < limit:
-                    return
-                left -= length
-                yield os.pread(file.fileno(), length, int(self.begins[number])).decode()
+    def select(self, numbers: Int64[np.ndarray, " documents"]) -> DocumentSpans:
+        """Returns documents by their numbers."""
+        return DocumentSpans(self._file, self._starts[numbers], self.lengths[numbers])
+
+    def sample(self, split: str, max_bytes: int) -> Iterator[str]:
+        """Yields the first documents of a split that fit into `max_bytes`, but at least one. They are an even sample of it."""
+        numbers = self.splits[split]
+        count = np.searchsorted(np.cumsum(self.lengths[numbers]), max_bytes, side="right")
+        return self.select(numbers[: max(1, count)]).read()

@@ -1,211 +1,199 @@
 """The token store: a corpus as token ids on disk, from which windows of any length are read.
 
-Format, version 1 (frozen; a change gets a new number, and old numbers keep loading). A folder with
+Format version 1 is frozen: a change needs a new version number, and stores of old versions must keep loading. A store is a folder
+with these files:
 
 - `index.json`: {"format": FORMAT, "version": 1, "dtype": "uint16" or "uint32", "tokenizer": {"kind", "fingerprint",
-  "vocab_size", "separator"}, "recipe": how it was prepared (`prepare`), "dropped": {"duplicates", "empty"}, "splits":
-  {"train": SPLIT, "validation": SPLIT}}. A SPLIT is {"tokens", "documents", "text_bytes", "shards": [SHARD, ...]} where
-  text_bytes counts the original text in UTF-8, and a SHARD is {"file", "size", "sha256", "tokens", "documents", "offsets":
-  {"file", "size", "sha256"}}; sizes in bytes, SHA-256 in hexadecimal. Last "digest": `digest_of` all the rest.
-- `train-00000.bin`, `validation-00000.bin`, ...: nothing but token ids, little-endian: uint16 where the vocabulary has at most
-  65,536 entries, else uint32. A split is its shards one after the other. Each document is followed by the separator.
-- `train-00000.offsets`, ...: for each document of the shard the place of its first token in it, little-endian uint64.
-- `tokenizer/`: what `tokenizers.load` reads.
+  "vocab_size", "separator"}, "recipe": {"fields", "source"}, "dropped": {"duplicates", "empty"}, "splits": {"train": SPLIT,
+  "validation": SPLIT}, "digest"}. The separator is the tokenizer's `eos_id`. The recipe holds the config fields and the
+  identity of the text that the store was made from (`prepare`). A SPLIT is {"tokens", "documents", "text_bytes", "shards":
+  [SHARD, ...]}, where text_bytes counts the original text in UTF-8. A SHARD is {"file", "size", "sha256", "tokens",
+  "documents", "offsets": {"file", "size", "sha256"}}. Sizes are in bytes, and SHA-256 is hexadecimal. The digest is
+  `index_digest` of everything else.
+- `train-00000.bin`, `validation-00000.bin`, ...: token ids and nothing else, little-endian, uint16 if the vocabulary has at most
+  65,536 entries and uint32 otherwise. The shards of a split follow each other. Each document is followed by the separator.
+- `train-00000.offsets`, ...: the position in the shard of each document's first token, as little-endian uint64.
+- `tokenizer/`: the tokenizer, as `load_tokenizer` reads it.
 
-Documents lie in the order of the SHA-256 of their text, so any run of them is an even sample.
+Documents are in the order of the SHA-256 of their text, so any run of consecutive documents is an even sample.
 """
 
 from __future__ import annotations
 
+import bisect
 import concurrent.futures
+import dataclasses
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from gpt_jax.data import tokenizers
+from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.runtime.rundir import sha256, write_atomic
+from gpt_jax.runtime.rundir import read_json, sha256, write_atomic
 
 FORMAT = "gpt_jax token store"
 VERSION = 1
 INDEX = "index.json"
 TOKENIZER = "tokenizer"
 PARTIAL = "partial"
-"""Subfolder of a store that is not finished yet; belongs to `prepare`."""
+"""Subfolder of an unfinished store, in which `prepare` keeps its state."""
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 OFFSET_DTYPE = np.dtype("<u8")
+REMEDY = "restore it or prepare the store anew"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type of stored tokens: the smallest that holds every id."""
+    """Returns the smallest dtype of a store's tokens that holds every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class Store:
-    """A finished token store; made by `open`.
+    """A finished token store, opened by `Store.open`.
 
     Attributes:
-      index: what index.json holds, without the digest.
-      digest: hexadecimal SHA-256 that tells this store from any other: equal digests hold equal tokens, prepared alike.
+      folder: the store's folder.
+      index: the contents of index.json without the digest.
+      digest: hexadecimal SHA-256 of the index. Stores with equal digests hold equal tokens and were prepared alike.
     """
 
-    def __init__(self, folder: Path, index: dict[str, Any], digest: str):
-        self.folder = folder
-        self.index = index
-        self.digest = digest
+    folder: Path
+    index: dict[str, Any]
+    digest: str
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Store:
         """Opens a store after checking the size of every file and, with `verify`, every checksum (about 1.5 GB/s a core).
 
         Raises:
-          UserError: there is no finished store, its format version is unknown, or a file is missing, cut short or altered.
+          UserError: the folder holds no finished store, its format version is unknown, or a file is missing, truncated or
+            altered.
         """
         path = folder / INDEX
-        try:
-            index = json.loads(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            unfinished = (folder / PARTIAL).is_dir()
-            hint = "only an unfinished one: prepare it again to continue" if unfinished else f"{INDEX} is missing"
-            raise UserError(f"{folder}: no token store here ({hint})") from None
-        except ValueError as error:
-            raise UserError(f"{path}: damaged, not JSON ({error}); prepare the store anew in an empty folder") from None
-        if not isinstance(index, dict) or index.get("format") != FORMAT:
-            raise UserError(f"{path}: not the index of a token store (its format must be '{FORMAT}')")
-        if index.get("version") != VERSION:
-            raise UserError(f"{path}: format version {index.get('version')} is unknown; this program reads version {VERSION}")
+        if not path.is_file():
+            hint = "only an unfinished one: prepare it again" if (folder / PARTIAL).is_dir() else f"{INDEX} is missing"
+            raise UserError(f"{folder}: there is no token store here ({hint})")
+        index = read_json(path)
+        if (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+            found = f"format '{index.get('format')}', version {index.get('version')}"
+            raise UserError(f"{path}: cannot read {found}; must be '{FORMAT}', version {VERSION}")
         digest = index.pop("digest", "")
-        if digest != digest_of(index):
-            raise UserError(f"{path}: altered since it was written (digest); restore it or prepare the store anew")
-        shards = [shard for name in SPLITS for shard in index["splits"][name]["shards"]]
-        check_files(folder, shards, verify)
+        if digest != index_digest(index):
+            raise UserError(f"{path}: altered since it was written (its digest differs); {REMEDY}")
+        check_files(folder, [shard for name in SPLITS for shard in index["splits"][name]["shards"]], verify)
         return cls(folder, index, digest)
 
-    def tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer that made the tokens.
+    def tokenizer(self) -> Tokenizer:
+        """Loads the tokenizer that made the tokens.
 
         Raises:
-          UserError: it is missing, or is not the one that the index names.
+          UserError: the tokenizer is missing, or its fingerprint is not the one in the index.
         """
-        tokenizer = tokenizers.load(self.folder / TOKENIZER)
+        tokenizer = load_tokenizer(self.folder / TOKENIZER)
         expected = self.index["tokenizer"]["fingerprint"]
         if tokenizer.fingerprint != expected:
-            raise UserError(
-                f"{self.folder / TOKENIZER}: not the tokenizer that made this store (its fingerprint begins with "
-                f"{tokenizer.fingerprint[:12]}, must be {expected[:12]})"
-            )
+            prefixes = f"fingerprint {tokenizer.fingerprint[:12]}, not {expected[:12]}"
+            raise UserError(f"{self.folder / TOKENIZER}: not the tokenizer that made this store ({prefixes}); {REMEDY}")
         return tokenizer
 
     def split(self, name: Literal["train", "validation"]) -> TokenArray:
-        """The tokens of one split."""
+        """Returns the tokens of one split."""
         split = self.index["splits"][name]
         files = [self.folder / shard["file"] for shard in split["shards"]]
-        reader = MappedShards(files, token_dtype(self.index["tokenizer"]["vocab_size"]))
-        sizes = [shard["tokens"] for shard in split["shards"]]
-        return TokenArray(reader, sizes, text_bytes=split["text_bytes"], documents=split["documents"])
+        return TokenArray(files, token_dtype(self.index["tokenizer"]["vocab_size"]), split["text_bytes"])
 
 
-def digest_of(index: dict[str, Any]) -> str:
-    """The hexadecimal SHA-256 of an index as JSON with sorted keys and no white space."""
+def write_index(folder: Path, tokenizer: Tokenizer, **values: Any) -> None:
+    """Writes index.json, which finishes a store. `values` are its "recipe", "dropped" and "splits"."""
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "separator": tokenizer.eos_id,
+        },
+        **values,
+    }
+    write_atomic(folder / INDEX, json.dumps({**index, "digest": index_digest(index)}, indent=1, sort_keys=True) + "\n")
+
+
+def index_digest(index: dict[str, Any]) -> str:
+    """Returns the hexadecimal SHA-256 of an index as JSON with sorted keys and without white space."""
     return hashlib.sha256(json.dumps(index, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def check_files(folder: Path, shards: Iterable[dict[str, Any]], verify: bool) -> None:
-    """Checks the files of index entries: their sizes, then with `verify` their checksums, on every core.
+    """Checks the sizes of the files of some shards and then, with `verify`, their checksums on every core.
 
     Raises:
-      UserError: naming the first file that is missing, of another size or altered.
+      UserError: a file is missing, truncated or altered; the message names the first one.
     """
-    files = [file for shard in shards for file in (shard, shard["offsets"])]
-    for file in files:
-        path = folder / file["file"]
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise UserError(f"{path}: missing from the token store; restore it or prepare the store anew") from None
-        if size != file["size"]:
-            raise UserError(f"{path}: {size} bytes, must be {file['size']}; restore it or prepare the store anew")
+    files = {folder / file["file"]: file for shard in shards for file in (shard, shard["offsets"])}
+    for path, file in files.items():
+        if not path.exists():
+            raise UserError(f"{path}: missing from the token store; {REMEDY}")
+        if path.stat().st_size != file["size"]:
+            raise UserError(f"{path}: has {path.stat().st_size} bytes instead of {file['size']}; {REMEDY}")
     if verify:
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # hashlib lets go of the interpreter lock.
-            checksums = threads.map(sha256, [folder / file["file"] for file in files])
-            for file, checksum in zip(files, checksums, strict=True):
-                if checksum != file["sha256"]:
-                    raise UserError(
-                        f"{folder / file['file']}: altered since it was written (SHA-256); restore it or prepare the store anew"
-                    )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replaces `path` by `value` as JSON: at any instant the old file or the new one is there, whole."""
-    write_atomic(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:  # hashlib releases the interpreter lock.
+            for path, checksum in zip(files, threads.map(sha256, files), strict=True):
+                if checksum != files[path]["sha256"]:
+                    raise UserError(f"{path}: altered since it was written (its SHA-256 differs); {REMEDY}")
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
-class MappedShards:
-    """A split's shards, memory-mapped. The only place that reads tokens: what else has a `fill` can take its place, for
-    example one that fetches the byte ranges of all spans at once from an object store."""
-
-    def __init__(self, files: Iterable[Path], dtype: np.dtype):
-        # As plain arrays, since slicing numpy's own memmap class takes several times as long.
-        self._shards = [np.memmap(file, dtype, mode="r").view(np.ndarray) for file in files]
-
-    def fill(self, rows: Int32[np.ndarray, "rows length"], spans: Iterable[tuple[int, int, int, int, int]]) -> None:
-        """Copies each span (row, column, shard, start in the shard, number of tokens) into its place in `rows`."""
-        shards = self._shards
-        for row, column, shard, start, size in spans:
-            rows[row, column : column + size] = shards[shard][start : start + size]
-
-
 class TokenArray:
-    """The tokens of one split as one long array.
+    """The tokens of one split as one long array over memory-mapped shards.
+
+    Args:
+      files: the shards in order.
+      dtype: the dtype of their tokens.
+      text_bytes: size of the original text in UTF-8.
 
     Attributes:
-      num_tokens: separators included.
-      text_bytes: bytes of the original text in UTF-8.
-      documents: number of documents.
+      num_tokens: number of tokens, separators included.
+      text_bytes: as above.
     """
 
-    def __init__(self, reader: MappedShards, sizes: list[int], *, text_bytes: int, documents: int):
-        self._reader = reader
-        self._edges = np.cumsum([0, *sizes], dtype=np.int64)
-        self.num_tokens = int(self._edges[-1])
+    def __init__(self, files: Sequence[Path], dtype: np.dtype, text_bytes: int):
+        # As plain arrays, because slicing NumPy's memmap class takes several times as long.
+        self._shards = [np.memmap(file, dtype, mode="r").view(np.ndarray) for file in files]
+        self._edges = list(itertools.accumulate(map(len, self._shards), initial=0))
+        self.num_tokens = self._edges[-1]
         self.text_bytes = text_bytes
-        self.documents = documents
 
     def read(self, starts: Int64[np.ndarray, " rows"], length: int) -> Int32[np.ndarray, "rows length"]:
-        """Row i is tokens [starts[i], starts[i] + length), wherever shards end.
+        """Returns tokens [starts[i], starts[i] + length) as row i, wherever shards end.
 
         Raises:
           IndexError: a row reaches outside the split.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
-            reach = f"[{starts.min()}, {starts.max() + length})"
-            raise IndexError(f"rows of {length} tokens reach over {reach}, outside the split's {self.num_tokens} tokens")
-        rows = np.empty((starts.size, length), np.int32)
-        self._reader.fill(rows, self._spans(starts, length))
-        return rows
-
-    def _spans(self, starts: Int64[np.ndarray, " rows"], length: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """Cuts rows where shards end; each round takes what all unfinished rows find in one shard."""
-        row = np.arange(starts.size)
-        position = starts
-        column = np.zeros_like(row)
-        while row.size:
-            shard = np.searchsorted(self._edges, position, side="right") - 1
-            size = np.minimum(length - column, self._edges[shard + 1] - position)
-            spans = (row, column, shard, position - self._edges[shard], size)
-            yield from zip(*(values.tolist() for values in spans), strict=True)
-            column, position = column + size, position + size
-            more = column < length
-            row, column, position = row[more], column[more], position[more]
+            span = f"[{starts.min()}, {starts.max() + length})"
+            raise IndexError(f"rows of {length} tokens span {span}, which lies outside the split's {self.num_tokens} tokens")
+        tokens = np.empty((starts.size, length), np.int32)
+        for row, start in zip(tokens, starts.tolist(), strict=True):
+            shard = bisect.bisect_right(self._edges, start) - 1
+            filled = 0
+            while filled < length:  # Each round reads from one shard.
+                place = start + filled - self._edges[shard]
+                piece = self._shards[shard][place : place + length - filled]
+                row[filled : filled + piece.size] = piece
+                filled += piece.size
+                shard += 1
+        return tokens

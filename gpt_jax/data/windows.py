@@ -49,18 +49,21 @@ because they may share memory.
     example_id    int32 [n]       the row of each window in the global batch
 """
 
-Batch = NumpyBatch
+INT32, FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+
+Rows = Integer[np.ndarray, " n"]
+"""Rows of a global batch, numbers in [0, batch_size)."""
+Numbers = Int64[np.ndarray, " n"]
+"""A number for each of these rows."""
 
 ElementSpec = dict[str, tuple[tuple[int | None, ...], np.dtype]]
 """The shape and dtype of each array of a batch, by key. None stands for an axis whose length differs between batches."""
 
 
 class TokenSequence(Protocol):
-    """A sequence of tokens with random access, such as `store.TokenArray`."""
+    """A sequence of `num_tokens` tokens with random access, such as `store.TokenArray`."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Length of the sequence."""
+    num_tokens: int
 
     def read(self, starts: Int64[np.ndarray, " n"], length: int) -> Int32[np.ndarray, "n length"]:
         """Returns the `length` tokens from each of `starts` on, all of which lie within the sequence."""
@@ -129,10 +132,8 @@ class _WindowReader:
 
     def __init__(self, tokens: TokenSequence, context_length: int, batch_size: int, text: str, remedy: str) -> None:
         if tokens.num_tokens < context_length + 1:
-            raise UserError(
-                f"--model.context-length: the {text} text has {tokens.num_tokens} tokens, but one window of "
-                f"{context_length} with its last target needs {context_length + 1}; {remedy} or lower the context length"
-            )
+            shortage = f"the {text} text has {tokens.num_tokens} tokens, but one window needs {context_length + 1}"
+            raise UserError(f"--model.context-length: {shortage}; {remedy} or lower the context length")
         self._tokens = tokens
         self._context_length = context_length
         self._batch_size = batch_size
@@ -140,16 +141,10 @@ class _WindowReader:
     def element_spec(self, num_rows: int) -> ElementSpec:
         """Returns the shapes and dtypes of a batch of `num_rows` rows, in the order of its keys."""
         shape = (num_rows, self._context_length)
-        return {
-            "tokens": (shape, np.dtype(np.int32)),
-            "targets": (shape, np.dtype(np.int32)),
-            "loss_weights": (shape, np.dtype(np.float32)),
-            "example_id": ((num_rows,), np.dtype(np.int32)),
-        }
+        tokens, weights, row = (shape, INT32), (shape, FLOAT32), ((num_rows,), INT32)
+        return {"tokens": tokens, "targets": tokens, "loss_weights": weights, "example_id": row}
 
-    def _read(
-        self, starts: Int64[np.ndarray, " n"], loss_weights: Float32[np.ndarray, "n T"], rows: Integer[np.ndarray, " n"]
-    ) -> NumpyBatch:
+    def _read(self, starts: Numbers, loss_weights: Float32[np.ndarray, "n T"], rows: Rows) -> NumpyBatch:
         """Reads the windows from `starts` on.
 
         `tokens` and `targets` are views of one array, because at this size a new array costs more time in page faults than
@@ -157,12 +152,8 @@ class _WindowReader:
         """
         windows = self._tokens.read(starts, self._context_length + 1)
         windows.setflags(write=False)
-        return {
-            "tokens": windows[:, :-1],
-            "targets": windows[:, 1:],
-            "loss_weights": loss_weights,
-            "example_id": rows.astype(np.int32),
-        }
+        example_id = rows.astype(np.int32)
+        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_weights": loss_weights, "example_id": example_id}
 
 
 class Windows(_WindowReader):
@@ -187,22 +178,17 @@ class Windows(_WindowReader):
         self._num_offsets = tokens.num_tokens - self.windows_per_epoch * context_length
         self._seed = seed
 
-    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
-        """Returns the given rows, numbers in [0, batch_size), of the global batch of `step`. All loss weights are 1."""
+    def batch_at(self, step: int, rows: Rows) -> NumpyBatch:
+        """Returns the given rows of the global batch of `step`. All loss weights are 1."""
         _, window, offset = self._locate(step, rows)
         loss_weights = np.broadcast_to(np.float32(1), (rows.size, self._context_length))
         return self._read(offset + window * self._context_length, loss_weights, rows)
 
-    def window_numbers(
-        self, step: int, rows: Integer[np.ndarray, " n"]
-    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    def window_numbers(self, step: int, rows: Rows) -> tuple[Numbers, Numbers]:
         """Returns the epoch of each of these rows and its window within the epoch, to be named when a step goes wrong."""
-        epoch, window, _ = self._locate(step, rows)
-        return epoch, window
+        return self._locate(step, rows)[:2]
 
-    def _locate(
-        self, step: int, rows: Integer[np.ndarray, " n"]
-    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    def _locate(self, step: int, rows: Rows) -> tuple[Numbers, Numbers, Numbers]:
         """Returns the epoch, the window and the offset in tokens of each row."""
         example = (step * self._batch_size + rows.astype(np.int64)).astype(np.uint64)
         size = _uint64(self.windows_per_epoch)
@@ -239,8 +225,8 @@ class EvaluationWindows(_WindowReader):
         self.num_windows = min(windows, limit) if limit else windows
         self.num_batches = -(-self.num_windows // batch_size)
 
-    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
-        """Returns the given rows, numbers in [0, batch_size), of batch `step` in [0, num_batches). Loss weights are 1 or 0."""
+    def batch_at(self, step: int, rows: Rows) -> NumpyBatch:
+        """Returns the given rows of batch `step` in [0, num_batches). Loss weights are 1 or 0."""
         window = step * self._batch_size + rows.astype(np.int64)
         starts = np.minimum(window * self._context_length, self._tokens.num_tokens - self._context_length - 1)
         position = starts[:, None] + np.arange(self._context_length)
