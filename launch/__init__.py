@@ -1,1 +1,1 @@
-"""Trainings on other machines: `job` says what is to run, `accelerators` on what; one module for each target runs it there."""
+"""Running a training on other machines: a `Job`, the hardware it asks for, and one module for each target that can run it."""

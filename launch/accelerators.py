@@ -1,10 +1,10 @@
-"""What a job can run on: how many hosts and devices, how much memory, and what each cloud product calls it.
+"""The hardware that a job can ask for: hosts, devices, memory, and the names that cloud products use.
 
-An accelerator is named FAMILY-SIZE. Sizes are those of Cloud TPU: chips for v5e and v6e, TensorCores (two a chip) for v4, v5p and
-7x; of GPUs and CPUs, the devices of one node. "cpu-4" is a node on which JAX simulates four devices.
+An accelerator is named FAMILY-SIZE. TPU sizes are those of Cloud TPU: chips for v5e and v6e, TensorCores (two in a chip) for v4,
+v5p and 7x. GPU and CPU sizes count the devices of one node; "cpu-4" is a node on which JAX simulates four devices.
 
-Sources: "TPU architecture" with a page for each generation (HBM, chips a host, slice names), "Plan TPUs in GKE" (labels and
-topologies), "GPU machine types" (Google Cloud documentation, 2026); TPU7x's names as in xpk's system characteristics.
+Sources: "TPU architecture" and the page of each generation (memory, chips in a host, slice names), "Plan TPUs in GKE" (labels and
+topologies), "GPU machine types" (Google Cloud documentation, 2026); names of TPU7x from xpk's system characteristics.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Literal
 
 from gpt_jax.errors import UserError, nearest
 
@@ -28,137 +28,122 @@ class Accelerator:
     kind: Literal["tpu", "gpu", "cpu"]
     family: str
     hosts: int
-    """Machines; each runs one process, except where a target starts one for each GPU."""
+    """Number of machines. Each runs one process, except where a target starts a process for each GPU."""
     chips_per_host: int
     devices_per_host: int
-    """What JAX calls devices."""
+    """Number of devices that JAX sees on one host."""
     memory: int = 0
-    """Bytes of one device; 0: not known."""
+    """Memory of one device in bytes; 0 if it is not known."""
     gcloud: str = ""
-    """Accelerator type of Cloud TPU; xpk calls it TPU type."""
+    """Accelerator type in Cloud TPU, which xpk calls the TPU type."""
     gke: str = ""
-    """Value of GKE's node label gke-tpu-accelerator or gke-accelerator."""
+    """Value of the GKE node label gke-tpu-accelerator or gke-accelerator."""
     topology: str = ""
-    """Chips along the axes of the slice, as in GKE's node label gke-tpu-topology."""
+    """Chips along each axis of the slice, as in the GKE node label gke-tpu-topology."""
     sky: str = ""
-    """SkyPilot's name, without the number of GPUs."""
+    """Name in SkyPilot, without the number of GPUs."""
 
     @property
     def devices(self) -> int:
-        """Of the whole slice or node."""
+        """Number of JAX devices in the whole slice or node."""
         return self.hosts * self.devices_per_host
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that select the devices of one host. With the platform named, a broken driver is an error; without it, JAX
+        would train on the CPU.
+        """
+        if self.kind == "cpu":
+            return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices_per_host)}
+        return {"JAX_PLATFORMS": "tpu,cpu" if self.kind == "tpu" else "cuda,cpu"}
 
-class _Tpu(NamedTuple):
-    gcloud: str
-    gke: str
-    memory: int  # GiB of one chip
-    names_per_chip: int  # what a chip adds to the size in a name
-    devices_per_chip: int
-    topologies: str
+    @property
+    def extras(self) -> str:
+        """Extras of the package that hosts install: the device's runtime, and `gpt1` for the released tokenizer."""
+        return {"tpu": "tpu,gpt1", "gpu": "cuda,gpt1", "cpu": "gpt1"}[self.kind]
 
 
 _FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16"
-_TPUS = {
-    "v4": _Tpu("v4", "tpu-v4-podslice", 32, 2, 1, _CUBES),
-    "v5e": _Tpu("v5litepod", "tpu-v5-lite-podslice", 16, 1, 1, _FLAT),
-    "v5p": _Tpu("v5p", "tpu-v5p-slice", 95, 2, 1, f"{_CUBES} 4x4x12 4x8x12 16x16x16 16x16x24"),
-    "v6e": _Tpu("v6e", "tpu-v6e-slice", 32, 1, 1, _FLAT),
-    "7x": _Tpu("tpu7x", "tpu7x", 192, 2, 2, f"1x1x1 {_CUBES} 4x4x12 12x16x16 16x16x16 16x16x24"),
+_TPUS = {  # name in gcloud and in GKE, GiB of one chip, what a chip adds to the size, devices of one chip, topologies
+    "v4": ("v4", "tpu-v4-podslice", 32, 2, 1, _CUBES),
+    "v5e": ("v5litepod", "tpu-v5-lite-podslice", 16, 1, 1, _FLAT),
+    "v5p": ("v5p", "tpu-v5p-slice", 95, 2, 1, f"{_CUBES} 4x4x12 4x8x12 16x16x16 16x16x24"),
+    "v6e": ("v6e", "tpu-v6e-slice", 32, 1, 1, _FLAT),
+    "7x": ("tpu7x", "tpu7x", 192, 2, 2, f"1x1x1 {_CUBES} 4x4x12 12x16x16 16x16x16 16x16x24"),
 }
-
+_ALIASES = {gcloud: family for family, (gcloud, *_) in _TPUS.items()}
 
 RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
-"""Software version of a TPU VM, by family; those that are not here are not offered as such."""
+"""Software version of a TPU VM for each family that Cloud TPU offers as TPU VMs."""
 
 
-class _Gpu(NamedTuple):
-    memory: int  # GB of one, by its data sheet
-    gke: str
-    sky: str
-
-
-_GPUS = {
-    "l4": _Gpu(24, "nvidia-l4", "L4"),
-    "a100": _Gpu(40, "nvidia-tesla-a100", "A100"),
-    "a100-80gb": _Gpu(80, "nvidia-a100-80gb", "A100-80GB"),
-    "h100": _Gpu(80, "nvidia-h100-80gb", "H100"),
-    "h200": _Gpu(141, "nvidia-h200-141gb", "H200"),
-    "b200": _Gpu(180, "nvidia-b200", "B200"),
+_GPUS = {  # GB of one GPU from its data sheet, and the names in GKE and SkyPilot
+    "l4": (24, "nvidia-l4", "L4"),
+    "a100": (40, "nvidia-tesla-a100", "A100"),
+    "a100-80gb": (80, "nvidia-a100-80gb", "A100-80GB"),
+    "h100": (80, "nvidia-h100-80gb", "H100"),
+    "h200": (141, "nvidia-h200-141gb", "H200"),
+    "b200": (180, "nvidia-b200", "B200"),
 }
-_GPUS_PER_NODE = (1, 2, 4, 8)
-_CPUS_PER_NODE = range(1, 257)
-_ALIASES = {tpu.gcloud: family for family, tpu in _TPUS.items()}
+_FAMILIES = [*_TPUS, *_GPUS, "cpu"]
 
 
-def find(name: str) -> Accelerator:
-    """The accelerator of this name, which may be Cloud TPU's own ("v5litepod-16").
+def _tpu_slices() -> Iterator[Accelerator]:
+    for family, (gcloud, gke, memory, size_per_chip, devices_per_chip, topologies) in _TPUS.items():
+        for topology in topologies.split():
+            chips = math.prod(map(int, topology.split("x")))
+            chips_per_host = chips if topology in ("1x1", "1x1x1", "2x4") else 4
+            size = chips * size_per_chip
+            yield Accelerator(
+                name=f"{family}-{size}",
+                kind="tpu",
+                family=family,
+                hosts=chips // chips_per_host,
+                chips_per_host=chips_per_host,
+                devices_per_host=chips_per_host * devices_per_chip,
+                memory=memory * GIB // devices_per_chip,
+                gcloud=f"{gcloud}-{size}",
+                gke=gke,
+                topology=topology,
+                sky=f"tpu-{gcloud}-{size}",
+            )
+
+
+def _nodes() -> Iterator[Accelerator]:
+    for family, (memory, gke, sky) in _GPUS.items():
+        for count in (1, 2, 4, 8):
+            yield Accelerator(f"{family}-{count}", "gpu", family, 1, count, count, memory * GIB, gke=gke, sky=sky)
+    for count in range(1, 257):
+        yield Accelerator(f"cpu-{count}", "cpu", "cpu", 1, count, count)
+
+
+ACCELERATORS = {accelerator.name: accelerator for accelerator in (*_tpu_slices(), *_nodes())}
+"""All accelerators by their names."""
+
+
+def parse_accelerator(name: str) -> Accelerator:
+    """Returns the accelerator with the given name, which may be Cloud TPU's own ("v5litepod-16").
 
     Raises:
-      UserError: there is none; the message has the nearest names.
+      UserError: the name is unknown; the message lists the nearest ones.
     """
     family, _, size = name.rpartition("-")
-    if name in ("cpu", *_GPUS, *_TPUS, *_ALIASES):  # no size was given
+    if name in (*_FAMILIES, *_ALIASES):  # the size is missing
         family, size = name, "1" if name == "cpu" else ""
     family = _ALIASES.get(family, family)
-    if family in _TPUS:
-        slices = {_size(_TPUS[family], topology): topology for topology in _TPUS[family].topologies.split()}
-        return _tpu(family, slices[_checked(name, family, size, slices)])
-    if family in _GPUS:
-        gpu, count = _GPUS[family], _checked(name, family, size, _GPUS_PER_NODE)
-        return Accelerator(
-            name=f"{family}-{count}",
-            kind="gpu",
-            family=family,
-            hosts=1,
-            chips_per_host=count,
-            devices_per_host=count,
-            memory=gpu.memory * GIB,
-            gke=gpu.gke,
-            sky=gpu.sky,
-        )
-    if family == "cpu":
-        count = _checked(name, family, size, _CPUS_PER_NODE)
-        return Accelerator(f"cpu-{count}", "cpu", "cpu", hosts=1, chips_per_host=count, devices_per_host=count)
-    hint = nearest(family or name, [*_TPUS, *_GPUS, "cpu"])
-    raise UserError(f"--accelerator: '{name}' is of no known family (a name is FAMILY-SIZE, as in v5e-16); {hint}")
+    if f"{family}-{size}" in ACCELERATORS:
+        return ACCELERATORS[f"{family}-{size}"]
+    if family not in _FAMILIES:
+        hint = nearest(family or name, _FAMILIES)
+        raise UserError(f"--accelerator: '{name}' is not in a known family (write FAMILY-SIZE, such as v5e-16); {hint}")
+    sizes = sorted(int(known.rpartition("-")[2]) for known, accelerator in ACCELERATORS.items() if accelerator.family == family)
+    place = bisect.bisect(sizes, int(size)) if size.isdecimal() else 0
+    neighbors = ", ".join(f"{family}-{neighbor}" for neighbor in sizes[max(place - 2, 0) : place + 2])
+    raise UserError(f"--accelerator: '{name}' does not exist; the nearest sizes are {neighbors}")
 
 
-def smallest_of_several_hosts(family: str) -> Accelerator:
-    """The smallest slice of a TPU family that has more than one host."""
-    slices = (_tpu(family, topology) for topology in _TPUS[family].topologies.split())
-    return min((each for each in slices if each.hosts > 1), key=lambda each: each.devices)
-
-
-def _checked(name: str, family: str, size: str, known: Iterable[int]) -> int:
-    sizes = sorted(known)
-    if not size.isdecimal() or int(size) not in sizes:
-        place = bisect.bisect(sizes, int(size)) if size.isdecimal() else 0
-        near = ", ".join(f"{family}-{each}" for each in sizes[max(place - 2, 0) : place + 2])
-        raise UserError(f"--accelerator: there is no '{name}'; nearest: {near}")
-    return int(size)
-
-
-def _size(tpu: _Tpu, topology: str) -> int:
-    return math.prod(map(int, topology.split("x"))) * tpu.names_per_chip
-
-
-def _tpu(family: str, topology: str) -> Accelerator:
-    tpu = _TPUS[family]
-    chips = math.prod(map(int, topology.split("x")))
-    chips_per_host = chips if topology in ("1x1", "1x1x1", "2x4") else 4
-    size = _size(tpu, topology)
-    return Accelerator(
-        name=f"{family}-{size}",
-        kind="tpu",
-        family=family,
-        hosts=chips // chips_per_host,
-        chips_per_host=chips_per_host,
-        devices_per_host=chips_per_host * tpu.devices_per_chip,
-        memory=tpu.memory * GIB // tpu.devices_per_chip,
-        gcloud=f"{tpu.gcloud}-{size}",
-        gke=tpu.gke,
-        topology=topology,
-        sky=f"tpu-{tpu.gcloud}-{size}",
-    )
+def smallest_multi_host_slice(family: str) -> Accelerator:
+    """Returns the smallest slice of a TPU family that has more than one host."""
+    slices = (accelerator for accelerator in ACCELERATORS.values() if accelerator.family == family and accelerator.hosts > 1)
+    return min(slices, key=lambda accelerator: accelerator.devices)

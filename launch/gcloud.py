@@ -1,101 +1,51 @@
-"""The words of every gcloud command that `tpu_watch` runs, and the running of several at once.
+"""The gcloud commands that `tpu_watch` runs, what their output means, and running several at once.
 
 Sources: gcloud's reference for `compute tpus queued-resources` and `compute tpus tpu-vm` (Google Cloud documentation, 2026).
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import tpu_worker
 from .accelerators import RUNTIMES
-from .job import Checked, Job, mounted
+from .job import Job, mounted
 from .supervise import kill, spawn
 
 LABEL = "gpt-jax"
-"""Of a resource; its value says whose it is."""
+"""Label of a queued resource; its value identifies the run that the resource was made for."""
 REFUSALS = re.compile(
     "PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|SERVICE_DISABLED|quota"
     "|reauthentication|credentials|gcloud auth|does not have permission|not been used in project|arguments?|must be specified"
     "|invalid|HTTPError 40[013]",
     re.IGNORECASE,
 )
-"""What gcloud complains of when asking again is no use; anything else may pass."""
+"""Errors that a second attempt would repeat; any other error may pass."""
 NETWORK = re.compile("Max retries|Connection|resol(ve|ution)|timed? ?out|Temporary|UNAVAILABLE|DEADLINE_EXCEEDED")
-"""In complaints of a network that is gone, for which gcloud may advise to log in again."""
+"""Errors of a network that is down, for which gcloud may wrongly advise to log in again."""
 
 
-class Gcloud:
-    """The words of every command."""
-
-    def __init__(self, job: Job, checked: Checked) -> None:
-        self.name = job.name
-        self.nodes = [job.name] if job.slices == 1 else [f"{job.name}-{number}" for number in range(job.slices)]
-        # --quiet: it can ask nobody, not even when ssh needs its first key.
-        self._place = ["--quiet", "--zone", job.zone, *(["--project", job.project] if job.project else [])]
-        nodes = ["--node-id", job.name]
-        if job.slices > 1:
-            nodes = ["--node-count", str(job.slices), "--node-prefix", job.name]
-        kind = ["--accelerator-type", checked.accelerator.gcloud, "--runtime-version", RUNTIMES[checked.accelerator.family]]
-        self._wanted = [*nodes, *kind, *(["--spot"] if job.spot else [])]
-        run = json.dumps([mounted([job.workdir]), self._wanted])
-        self.owner = hashlib.sha256(run.encode()).hexdigest()[:16]
-        """The label's value: two commands share a resource if it is for the same run's folder, and the same hardware."""
-        self.folder = f"gpt-jax/{job.name}"
-        """On each worker, below the home folder."""
-
-    def _resource(self, verb: str, *words: str) -> list[str]:
-        return ["gcloud", "compute", "tpus", "queued-resources", verb, self.name, *words, *self._place]
-
-    def create(self) -> list[str]:
-        return self._resource("create", *self._wanted, "--labels", f"{LABEL}={self.owner}")
-
-    def describe(self) -> list[str]:
-        return self._resource("describe", "--format", "json")
-
-    def delete(self) -> list[str]:
-        return self._resource("delete", "--force")
-
-    def describe_node(self, node: str) -> list[str]:
-        return ["gcloud", "compute", "tpus", "tpu-vm", "describe", node, "--format", "value(state)", *self._place]
-
-    def copy(self, node: str, files: Sequence[Path]) -> list[str]:
-        words = [*map(str, files), f"{node}:{self.folder}/"]
-        return ["gcloud", "compute", "tpus", "tpu-vm", "scp", *words, "--worker", "all", *self._place]
-
-    def ask(self, node: str, verb: str) -> list[str]:
-        """Runs `tpu_worker VERB` on every worker of a node."""
-        return self._ssh(node, f"python3 {self.folder}/tpu_worker.py {verb}")
-
-    def status(self, node: str, offset: int) -> list[str]:
-        """Asks for the status of every worker; one that has nothing yet says so."""
-        known = f"python3 tpu_worker.py status {offset}"
-        command = f"mkdir -p {self.folder} && cd {self.folder} && if test -f tpu_worker.py -a -f job.json; then {known}; else "
-        return self._ssh(node, f"{command}echo; echo {tpu_worker.MARK} $HOSTNAME {{}}; fi")
-
-    def _ssh(self, node: str, command: str) -> list[str]:
-        return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", node, "--worker", "all", "--command", command, *self._place]
-
-
-class Done(NamedTuple):
-    """A command that has ended."""
+class Result(NamedTuple):
+    """The result of a command."""
 
     code: int | None
-    """None: it was killed when its time was up."""
+    """Exit code; None if the command was killed at its time limit."""
     output: str
     errors: str
 
     @property
     def problem(self) -> str:
-        """What gcloud complained of, in one line."""
+        """The error message of gcloud in one line."""
         if self.code is None:
             return "gcloud did not answer in time"
         _, error, text = self.errors.strip().rpartition("ERROR:" if "ERROR:" in self.errors else "\n")
@@ -103,31 +53,98 @@ class Done(NamedTuple):
 
     @property
     def refused(self) -> bool:
-        """Whether asking again is no use."""
+        """Whether a second attempt would fail in the same way."""
         return bool(REFUSALS.search(self.problem)) and not NETWORK.search(self.problem)
 
 
-def run_all(commands: Sequence[Sequence[str]], limit: float) -> list[Done]:
-    """Runs commands at once; kills those that take longer than `limit` seconds, together with the ssh they wait for. What they
-    have said until then counts: with one worker silent, the others have answered.
+class Gcloud:
+    """The commands for one job's queued resource, its nodes (one for each slice) and their workers."""
+
+    def __init__(self, job: Job) -> None:
+        self.name = job.name
+        self.nodes = [job.name] if job.slices == 1 else [f"{job.name}-{number}" for number in range(job.slices)]
+        # --quiet makes gcloud fail instead of asking a question, even when ssh needs its first key.
+        self._place = ["--quiet", "--zone", job.zone, *(["--project", job.project] if job.project else [])]
+        nodes = ["--node-id", job.name]
+        if job.slices > 1:
+            nodes = ["--node-count", str(job.slices), "--node-prefix", job.name]
+        kind = ["--accelerator-type", job.accelerator.gcloud, "--runtime-version", RUNTIMES[job.accelerator.family]]
+        hardware = [*nodes, *kind, *(["--spot"] if job.spot else [])]
+        owner = json.dumps([mounted([job.workdir]), hardware])
+        self.owner = hashlib.sha256(owner.encode()).hexdigest()[:16]
+        """Value of the label. Two commands share a resource if they have the same run's folder and hardware."""
+        self.folder = f"gpt-jax/{job.name}"
+        """Folder on each worker, below the home folder."""
+        self.create = self._resource("create", *hardware, "--labels", f"{LABEL}={self.owner}")
+        self.describe = self._resource("describe", "--format", "json")
+        self.delete = self._resource("delete", "--force")
+
+    def describe_node(self, node: str) -> list[str]:
+        return self._node("describe", node, "--format", "value(state)")
+
+    def copy(self, node: str, files: Sequence[Path]) -> list[str]:
+        return self._node("scp", *map(str, files), f"{node}:{self.folder}/", "--worker", "all")
+
+    def ask(self, node: str, words: str) -> list[str]:
+        """Returns the command that runs `tpu_worker.py WORDS` on every worker of a node; one that lacks its files answers {}."""
+        missing = f"if test ! -f tpu_worker.py -o ! -f job.json; then echo; echo {tpu_worker.MARK} $HOSTNAME {{}}; exit; fi"
+        script = f"mkdir -p {self.folder} && cd {self.folder} && {missing}; python3 tpu_worker.py {words}"
+        return self._node("ssh", node, "--worker", "all", "--command", script)
+
+    def _resource(self, verb: str, *words: str) -> list[str]:
+        return ["gcloud", "compute", "tpus", "queued-resources", verb, self.name, *words, *self._place]
+
+    def _node(self, verb: str, *words: str) -> list[str]:
+        return ["gcloud", "compute", "tpus", "tpu-vm", verb, *words, *self._place]
+
+    def parse_resource(self, result: Result) -> tuple[str, str]:
+        """Returns the state of the queued resource (as in `tpu_watch.Observation`) and its message, from what `describe` gave."""
+        if result.code != 0:
+            missing = "NOT_FOUND" in result.errors
+            return ("", "") if missing else ("REFUSED" if result.refused else "UNKNOWN", result.problem)
+        try:
+            answer = json.loads(result.output)
+            state, failure = answer["state"]["state"], answer["state"].get("failedData", {})
+            (spec, *_) = answer["tpu"]["nodeSpec"]
+            owner = spec["node"].get("labels", {}).get(LABEL, "none")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return "UNKNOWN", "gcloud's answer could not be read"
+        if owner != self.owner:
+            return "OTHER", (
+                f"{self.name} already exists for another run's folder or other hardware (label {LABEL}: {owner}); "
+                f"choose another --name, or delete it: {shlex.join(self.delete)}"
+            )
+        return state, " ".join(failure.get("error", {}).get("message", "").split())
+
+
+def parse_statuses(node: str, output: str) -> dict[str, dict[str, Any]]:
+    """Returns the answers of `tpu_worker.py` in the output of an ssh command, by worker ("NODE worker N")."""
+    answers = {}
+    for host, text in re.findall(rf"^{tpu_worker.MARK} (\S+) (.*)$", output, re.MULTILINE):
+        number = host.rpartition("-w-")[2] if "-w-" in host else "0"
+        with contextlib.suppress(ValueError):  # The answer was cut off.
+            answers[f"{node} worker {number}"] = {"state": "idle", "job": ""} | json.loads(text)
+    return answers
+
+
+def run_all(commands: Sequence[Sequence[str]], limit: float) -> list[Result]:
+    """Runs commands at the same time, and kills those that take longer than `limit` seconds, with the ssh they wait for.
+
+    The output of a killed command is kept: if one worker is silent, the others have answered.
     """
-    until = time.monotonic() + limit
+    deadline = time.monotonic() + limit
+    processes: list[subprocess.Popen[bytes]] = []
     with tempfile.TemporaryDirectory() as folder:
         files = [[Path(folder, f"{number}.{stream}") for stream in ("out", "err")] for number in range(len(commands))]
-        processes = []
         try:
             for command, (out, err) in zip(commands, files, strict=True):
                 with open(out, "wb") as output, open(err, "wb") as errors:
                     processes.append(spawn(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors))
-            codes: list[int | None] = []
             for process in processes:
-                try:
-                    codes.append(process.wait(max(until - time.monotonic(), 0.01)))
-                except subprocess.TimeoutExpired:
-                    codes.append(None)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(max(deadline - time.monotonic(), 0.01))
+            codes = [process.poll() for process in processes]
         finally:
-            for process in processes:
-                if process.poll() is None:
-                    kill(process)
+            kill(processes)
         texts = [[file.read_text(encoding="utf-8", errors="replace") for file in pair] for pair in files]
-    return [Done(code, *pair) for code, pair in zip(codes, texts, strict=True)]
+    return [Result(code, *pair) for code, pair in zip(codes, texts, strict=True)]

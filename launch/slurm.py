@@ -1,8 +1,8 @@
-"""SLURM: a batch file that starts one process for each GPU (for each node without GPUs) and puts itself back into the queue.
+"""SLURM: a batch file that starts one process for each GPU, or each node without GPUs, and requeues itself after failures.
 
-The batch script counts. A step that ended with 42 was told to stop and has saved: the job is queued again, `preemptions` times;
-after a crash, `crashes` times; after a user's mistake, never. SLURM's own count is of restarts of every kind, so that of crashes
-is kept in a file beside the logs.
+The batch script counts. A step that ends with 42 was asked to stop and has saved its state: the job is requeued, up to
+`preemptions` times. After a crash it is requeued up to `crashes` times, and never after a user's mistake. SLURM's own count
+includes restarts of every kind, so the number of crashes is kept in a file beside the logs.
 
 Sources: the manual pages sbatch, srun, scontrol and slurm.conf (SLURM 22.05 and later).
 """
@@ -16,29 +16,66 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError, require
 
-from .job import RESTART_CODE, Checked, Job, require_no_buckets, require_tool
+from .job import RESTART_CODE, Job, require_tool
+
+MOUNTS = ()
+UNSUPPORTED = {
+    "image": "SLURM's nodes run the environment that this command runs in",
+    "zone": "SLURM has no zones; --queue selects a partition",
+    "spot": "SLURM has no spot machines; --queue selects a partition",
+}
 
 STRAGGLER_SECONDS = 600
-"""A process that outlives another one by so long hangs, and is killed."""
-MOST_GRACE_SECONDS = 65535
-"""That sbatch's --signal takes."""
+"""A process that outlives another one by this time hangs, and is killed."""
+MAX_GRACE_SECONDS = 65535
+"""Largest value of sbatch's --signal."""
 
-SCRIPT = """\
+
+def check(job: Job) -> None:
+    """Checks what sbatch restricts.
+
+    Raises:
+      UserError: a check fails.
+    """
+    require(job.accelerator.kind != "tpu", "accelerator", "SLURM runs GPUs and CPUs; for TPUs, use tpu-vm, gke or sky")
+    plain = not set("%\\") & set(str(_logs(job)))
+    require(plain, "workdir", f"'{_logs(job).parent}' contains % or \\, which sbatch reads as a pattern; rename the folder")
+    require(job.grace_seconds <= MAX_GRACE_SECONDS, "grace_seconds", f"sbatch accepts at most {MAX_GRACE_SECONDS}")
+
+
+def render(job: Job) -> str:
+    """Returns the batch file."""
+    accelerator, logs = job.accelerator, _logs(job)
+    options = {"job-name": job.name, "partition": job.queue, "account": job.project, "nodes": job.slices}
+    if accelerator.kind == "gpu":
+        options |= {"ntasks-per-node": accelerator.chips_per_host, "gpus-per-node": accelerator.chips_per_host}
+    else:
+        options |= {"ntasks-per-node": 1, "cpus-per-task": accelerator.devices}
+    # The signal goes to the processes, this long before the time limit.
+    options |= {"output": f"{logs}/slurm-%j.log", "open-mode": "append", "signal": f"TERM@{job.grace_seconds}"}
+    directives = "\n".join(f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value != "")
+    environment = " ".join(f"{name}={value}" for name, value in accelerator.environment.items())
+    program = Path(sys.executable).parent / "gpt-jax"  # in the environment of this command, which all nodes see
+    command, quoted_logs = shlex.join([str(program), *job.command()[1:]]), shlex.quote(str(logs))
+    return f"""\
+#!/bin/bash
+# submit with: mkdir -p {quoted_logs} && sbatch FILE (and SBATCH_TIMELIMIT or other variables of sbatch as needed)
 {directives}
+#SBATCH --requeue
 
-logs={logs}
+logs={quoted_logs}
 crashes_file=$logs/crashes-$SLURM_JOB_ID
 crashes=$(cat "$crashes_file" 2>/dev/null || echo 0)
 preemptions=$((${{SLURM_RESTART_COUNT:-0}} - crashes))
-told=
-trap 'told=yes' TERM  # by scancel or scontrol requeue, which reach the processes too; a time limit's warning reaches only them
+stop=
+trap 'stop=yes' TERM  # scancel and scontrol requeue signal this script and the processes; a time limit only the processes
 
-{exports}
-# srun does not take it from the batch file, and would leave each process one CPU.
+export {environment}
+# srun does not take the value from the batch file, and would leave each process one CPU.
 [ -z "${{SLURM_CPUS_PER_TASK:-}}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 # Process 0 runs on this node, the first one.
 export JAX_COORDINATOR_ADDRESS=$(hostname):$((20000 + SLURM_JOB_ID % 10000)) JAX_NUM_PROCESSES=$SLURM_NTASKS
-srun --kill-on-bad-exit=0 --wait={straggler} --open-mode=append --output="$logs/process-%t.log" \\
+srun --kill-on-bad-exit=0 --wait={STRAGGLER_SECONDS} --open-mode=append --output="$logs/process-%t.log" \\
     bash -c 'JAX_PROCESS_ID=$SLURM_PROCID exec "$@"' bash \\
     {command}
 code=$?
@@ -46,16 +83,16 @@ code=$?
 say() {{ echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }}
 if [ "$code" = 0 ]; then
     say "done, after $preemptions preemptions and $crashes crashes"
-elif [ "$told" ]; then
-    say "told to stop (exit $code); SLURM decides whether it runs again"
-elif [ "$code" = {mistake} ]; then
-    say "giving up: exit {mistake} is a mistake in what was asked for; see $logs/process-0.log"
-elif [ "$code" = {restart} ] && [ "$preemptions" -lt {preemptions} ]; then
-    say "preempted (exit {restart}): restart $((preemptions + 1)) of {preemptions}"
+elif [ "$stop" ]; then
+    say "stop requested (exit $code); SLURM decides whether it runs again"
+elif [ "$code" = {UserError.exit_code} ]; then
+    say "giving up: exit {UserError.exit_code} is a mistake in the command or its input; see $logs/process-0.log"
+elif [ "$code" = {RESTART_CODE} ] && [ "$preemptions" -lt {job.preemptions} ]; then
+    say "preempted (exit {RESTART_CODE}): restart $((preemptions + 1)) of {job.preemptions}"
     scontrol requeue "$SLURM_JOB_ID"
-elif [ "$code" != {restart} ] && [ "$crashes" -lt {crashes} ]; then
+elif [ "$code" != {RESTART_CODE} ] && [ "$crashes" -lt {job.crashes} ]; then
     echo $((crashes + 1)) > "$crashes_file"
-    say "crashed (exit $code): restart $((crashes + 1)) of {crashes}"
+    say "crashed (exit $code): restart $((crashes + 1)) of {job.crashes}"
     scontrol requeue "$SLURM_JOB_ID"
 else
     say "giving up (exit $code), after $preemptions preemptions and $crashes crashes: the budget is spent"
@@ -64,65 +101,15 @@ exit $code
 """
 
 
-def render(job: Job, checked: Checked) -> str:
-    """The batch file.
-
-    Raises:
-      UserError: the job asks for what SLURM does not have.
-    """
-    accelerator, logs = checked.accelerator, _logs(job)
-    require(accelerator.kind != "tpu", "accelerator", "SLURM runs GPUs and CPUs; tpu-vm, gke and sky run TPUs")
-    require_no_buckets(job, checked, "slurm")
-    require(
-        not set("%\\") & set(str(logs)),
-        "workdir",
-        f"'{logs.parent}' has a % or \\, which sbatch takes for a pattern; rename the folder",
-    )
-    require(job.grace_seconds <= MOST_GRACE_SECONDS, "grace_seconds", f"sbatch takes at most {MOST_GRACE_SECONDS}")
-    require(not job.image, "image", "leave it out: SLURM's nodes run the environment that this command runs in")
-    require(not job.zone, "zone", "SLURM has none; --queue names its partition")
-    require(not job.spot, "spot", "SLURM has no such machines; --queue names its partition")
-    gpu = accelerator.kind == "gpu"
-    options = {
-        "job-name": job.name,
-        "partition": job.queue,
-        "account": job.project,
-        "nodes": job.slices,
-        "ntasks-per-node": accelerator.chips_per_host if gpu else 1,
-        "gpus-per-node": accelerator.chips_per_host if gpu else "",
-        "cpus-per-task": "" if gpu else accelerator.devices,
-        "output": f"{logs}/slurm-%j.log",
-        "open-mode": "append",
-        "signal": f"TERM@{job.grace_seconds}",  # to the processes, before the time limit
-    }
-    directives = [f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value != ""]
-    exports = "export JAX_PLATFORMS=cuda,cpu" if gpu else f"export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={accelerator.devices}"
-    # Nodes see the same files, so the environment of this command is theirs too.
-    program = Path(sys.executable).parent / "gpt-jax"
-    comment = f"# submit: mkdir -p {shlex.quote(str(logs))} && sbatch FILE, with SBATCH_TIMELIMIT and the like as you need them"
-    return SCRIPT.format(
-        directives="\n".join(["#!/bin/bash", comment, *directives, "#SBATCH --requeue"]),
-        logs=shlex.quote(str(logs)),
-        exports=exports,
-        straggler=STRAGGLER_SECONDS,
-        command=shlex.join([str(program), *job.command()[1:]]),
-        mistake=UserError.exit_code,
-        restart=RESTART_CODE,
-        preemptions=job.preemptions,
-        crashes=job.crashes,
-    )
-
-
-def submit(job: Job, checked: Checked) -> int:
+def submit(job: Job) -> int:
     """Queues the job; returns sbatch's exit code.
 
     Raises:
-      UserError: as `render`; or there is no sbatch.
+      UserError: sbatch is not installed.
     """
-    script = render(job, checked)
     require_tool("sbatch", "run this on a login node of the cluster")
-    _logs(job).mkdir(parents=True, exist_ok=True)  # SLURM loses a job's output, and the job, where there is no folder for it
-    return subprocess.run(["sbatch"], input=script, text=True).returncode
+    _logs(job).mkdir(parents=True, exist_ok=True)  # Without the folder, SLURM loses the job and its output.
+    return subprocess.run(["sbatch"], input=render(job), text=True).returncode
 
 
 def _logs(job: Job) -> Path:

@@ -1,6 +1,7 @@
-"""The watch over a training on Cloud TPU VMs: looks, decides, acts, until there is nothing left to do.
+"""The watch over a training on Cloud TPU VMs: it observes, decides and acts until nothing is left to do.
 
-`decide` is the whole judgement: from what one look shows to what is done next. `gcloud` has the commands, `Babysitter` runs them.
+`decide` holds all rules, from one observation to the next action. `TpuWatcher` makes the observations and carries out the actions
+with the commands of `gcloud`.
 
 Source: "Manage queued resources" (Google Cloud documentation, 2026).
 """
@@ -10,450 +11,433 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import json
 import re
 import shlex
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import Preempted, TrainingError, UserError
 
-from . import tpu_worker
-from .gcloud import LABEL, Gcloud, run_all
-from .supervise import Budget, Fate, describe, judge
+from .gcloud import Gcloud, Result, parse_statuses, run_all
+from .job import Job
+from .supervise import Outcome, RestartBudget, classify_exit, describe_exit, show
 
-NODE_LIVES = ("READY", "CREATING", "STARTING", "RESTARTING", "REPAIRING")
-"""States of a node that is there, or will be again."""
-ALIVE = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
-"""States of a resource that is there, or will be."""
+NODE_ALIVE = ("READY", "CREATING", "STARTING", "RESTARTING", "REPAIRING")
+"""States of a node that exists or will exist again."""
+RESOURCE_ALIVE = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+"""States of a resource that exists or will exist."""
+
+Statuses = dict[str, dict[str, Any]]
+"""Answers of `tpu_worker.py` by worker ("NODE worker N")."""
 
 
 class Timing(NamedTuple):
-    """All in seconds."""
+    """Intervals and time limits, all in seconds."""
 
     poll: float = 15.0
-    """Between two looks."""
+    """Between two observations."""
     settle: float = 60.0
-    """From the end of a training to the judgement: a preempted resource stays ACTIVE for a while after its machines are gone."""
+    """From the end of a training to its classification: a resource stays ACTIVE for a while after its machines are gone."""
     patience: float = 300.0
-    """With a worker that does not answer while its resource is ACTIVE, and with gcloud when it refuses."""
+    """For a worker that does not answer while its resource is ACTIVE, and for gcloud when it refuses."""
     answer: float = 90.0
     """For one command on all workers."""
     install: float = 1800.0
     change: float = 900.0
-    """For creating and deleting."""
+    """For creating or deleting a resource."""
 
 
-USUAL = Timing()
+DEFAULT_TIMING = Timing()
 
 
-# -- what is seen, and what is done about it --------------------------------------------------------------------------------
+# -- what is observed, and what is done about it ----------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
-    """What one look shows."""
+class Observation(NamedTuple):
+    """The state of the resource and of the training on it at one moment."""
 
     resource: str
-    """State of the queued resource; "": there is none, "UNKNOWN": gcloud did not say, "REFUSED": gcloud refuses to say, "OTHER":
-    what has this name is not this run's.
+    """State of the queued resource: Cloud TPU's own, or "" (there is none), "UNKNOWN" (gcloud does not answer), "REFUSED" (gcloud
+    refuses to answer) or "OTHER" (the resource of this name was made for another run).
     """
     workers: str = ""
-    """Of an ACTIVE one: "idle", "running", "ended", "other" (another command runs), "silent", "gone", or "failed" (to start)."""
+    """State of an ACTIVE resource's workers: "idle", "running", "ended", "failed" (installing or starting the training failed),
+    "other" (another command's training runs), "silent" (a worker does not answer) or "gone" (a machine is lost).
+    """
     codes: tuple[int, ...] = ()
-    """The exit codes of those that ended."""
-    why: str = ""
-    """Words for the person: which worker, what it said last, gcloud's message."""
+    """Exit codes of the trainings that ended."""
+    reason: str = ""
+    """Details for the user: which worker, the last line of its log, or gcloud's message."""
     seconds: float = 0.0
-    """For how long it has been so."""
-    asked: bool = False
-    """This call has asked for the resource, or has seen it alive: what becomes of it now was not there before."""
+    """How long this state has lasted."""
+    requested: bool = False
+    """Whether this command has requested the resource or has seen it alive; otherwise an earlier command may have left it so."""
     ran: bool = False
-    """This call has started the training that ended, or has seen it run."""
+    """Whether this command has started the training that ended, or has seen it run."""
     ours: bool = True
-    """This call has made the resource, or its workers have said that no other command's training runs there."""
+    """Whether this command has made the resource, or its workers have answered that no other command's training runs there."""
 
 
-class Do(enum.Enum):
-    CREATE = "ask for the resource"
-    WAIT = "look again later"
-    START = "install and start, where nothing runs"
-    RESTART = "stop the rest, and start again on the same machines"
-    REPLACE = "delete the resource and ask for another"
+class ActionKind(enum.Enum):
+    """What the watcher does next."""
+
+    CREATE = "request the resource"
+    WAIT = "wait for the next observation"
+    START = "install and start the training on workers where it does not run"
+    RESTART = "stop the training everywhere and start it again on the same machines"
+    REPLACE = "delete the resource and request another one"
     END = "stop watching"
 
 
 class Action(NamedTuple):
-    do: Do
-    fate: Fate | None = None
-    """What it counts as; None: it does not count."""
-    why: str = ""
+    """What to do next, and why."""
+
+    kind: ActionKind
+    outcome: Outcome | None = None
+    """Outcome of the attempt that this action ends; None if it is not counted."""
+    reason: str = ""
 
 
-def decide(seen: Seen, timing: Timing) -> Action:
-    """What follows from what is seen."""
+def decide(seen: Observation, timing: Timing) -> Action:
+    """Returns the action that follows an observation."""
     match seen.resource, seen.workers:
         case "OTHER", _:
-            return Action(Do.END, Fate.MISTAKE, seen.why)
-        case "REFUSED", _ if not seen.asked or seen.seconds >= timing.patience:
-            return Action(Do.END, Fate.MISTAKE, seen.why)
-        case "UNKNOWN", _ if not seen.asked and seen.seconds >= timing.patience:
-            return Action(Do.END, Fate.MISTAKE, seen.why)
+            return Action(ActionKind.END, Outcome.MISTAKE, seen.reason)
+        case "REFUSED", _ if not seen.requested or seen.seconds >= timing.patience:
+            return Action(ActionKind.END, Outcome.MISTAKE, seen.reason)
+        case "UNKNOWN", _ if not seen.requested and seen.seconds >= timing.patience:
+            return Action(ActionKind.END, Outcome.MISTAKE, seen.reason)
+        case "", _ if not seen.requested:
+            return Action(ActionKind.CREATE)
         case "", _:
-            return Action(Do.END, Fate.CRASHED, "somebody else has deleted it") if seen.asked else Action(Do.CREATE)
-        case "SUSPENDED" | "FAILED", _ if not seen.asked:
-            return Action(Do.REPLACE, None, f"left {seen.resource} by an earlier call")
+            return Action(ActionKind.END, Outcome.CRASHED, "the resource was deleted by someone else")
+        case "SUSPENDED" | "FAILED", _ if not seen.requested:
+            return Action(ActionKind.REPLACE, None, f"an earlier command left it {seen.resource}")
         case "SUSPENDED", _:
-            return Action(Do.REPLACE, Fate.PREEMPTED, "SUSPENDED")
-        case "FAILED", _ if "quota" in seen.why.lower():
-            return Action(Do.END, Fate.MISTAKE, f"there is no quota for this: {seen.why}")
+            return Action(ActionKind.REPLACE, Outcome.PREEMPTED, "SUSPENDED")
+        case "FAILED", _ if "quota" in seen.reason.lower():
+            return Action(ActionKind.END, Outcome.MISTAKE, f"the project has no quota for this: {seen.reason}")
         case "FAILED", _:
-            capacity = re.search("capacity|stockout|resources? (are|were|is) not available", seen.why, re.IGNORECASE)
-            return Action(Do.REPLACE, Fate.PREEMPTED if capacity else Fate.CRASHED, f"FAILED: {seen.why}")
+            capacity = re.search("capacity|stockout|resources? (are|were|is) not available", seen.reason, re.IGNORECASE)
+            return Action(ActionKind.REPLACE, Outcome.PREEMPTED if capacity else Outcome.CRASHED, f"FAILED: {seen.reason}")
         case "ACTIVE", "gone":
-            return Action(Do.REPLACE, Fate.PREEMPTED, seen.why)
+            return Action(ActionKind.REPLACE, Outcome.PREEMPTED, seen.reason)
         case "ACTIVE", "silent" if seen.seconds >= timing.patience:
-            why = f"{seen.why} for {timing.patience:g} s, though the resource is ACTIVE"
-            return Action(Do.REPLACE if seen.ours else Do.END, Fate.CRASHED, why)
+            reason = f"{seen.reason} for {timing.patience:g} s, though the resource is ACTIVE"
+            return Action(ActionKind.REPLACE if seen.ours else ActionKind.END, Outcome.CRASHED, reason)
         case "ACTIVE", "other":
-            return Action(Do.END, Fate.MISTAKE, seen.why)
+            return Action(ActionKind.END, Outcome.MISTAKE, seen.reason)
         case "ACTIVE", "idle":
-            return Action(Do.START)
+            return Action(ActionKind.START)
         case "ACTIVE", "failed" if seen.seconds >= timing.settle:
-            return Action(Do.RESTART, Fate.CRASHED, seen.why)
+            return Action(ActionKind.RESTART, Outcome.CRASHED, seen.reason)
         case "ACTIVE", "ended":
-            fate, code = judge(seen.codes)
-            if fate is Fate.DONE:
-                return Action(Do.END, fate, "done")
-            if not seen.ran:  # or it was counted already, and its machines have not heard yet that they are to forget it
-                return Action(Do.RESTART, None, f"an earlier attempt ended ({describe(code)})")
-            if fate is Fate.MISTAKE:
-                return Action(Do.END, fate, f"{seen.why}; a restart does not mend a mistake")
+            outcome, code = classify_exit(seen.codes)
+            if outcome is Outcome.DONE:
+                return Action(ActionKind.END, outcome, "done")
+            if not seen.ran:  # It was counted already, and the workers have not yet received the order to forget it.
+                return Action(ActionKind.RESTART, None, f"an earlier attempt ended ({describe_exit(code)})")
+            if outcome is Outcome.MISTAKE:
+                return Action(ActionKind.END, outcome, f"{seen.reason}; a restart would repeat this mistake")
             if seen.seconds >= timing.settle:
-                return Action(Do.RESTART, fate, describe(code))
-    # "running"; CREATING, ACCEPTED, WAITING_FOR_RESOURCES, PROVISIONING; SUSPENDING, DELETING, UNKNOWN; and whatever settles
-    return Action(Do.WAIT)
+                return Action(ActionKind.RESTART, outcome, describe_exit(code))
+    # The training runs; the resource is being made or deleted; gcloud does not answer; or a state has not lasted long enough.
+    return Action(ActionKind.WAIT)
 
 
-def together(answers: dict[str, dict[str, Any]], expected: Sequence[str], digest: str) -> tuple[str, tuple[int, ...], str]:
-    """The `workers`, `codes` and `why` of `Seen`, from each worker's status.
+def combine_statuses(statuses: Statuses, expected: Sequence[str], digest: str) -> tuple[str, tuple[int, ...], str]:
+    """Returns `workers`, `codes` and `reason` of an `Observation`.
 
     Args:
-      answers: status by worker, "NODE worker N".
+      statuses: the answers of the workers that answered.
       expected: all workers.
-      digest: of the job that is meant to run there.
+      digest: digest of the job that should run on them.
     """
-    answers = {worker: answers[worker] for worker in expected if worker in answers}
-    if other := [worker for worker, each in answers.items() if each["state"] == "running" and each["job"] not in ("", digest)]:
-        return "other", (), f"{other[0]} runs another command; give this one another --name, or delete the resource"
-    if missing := [worker for worker in expected if worker not in answers]:
+    statuses = {worker: statuses[worker] for worker in expected if worker in statuses}
+    for worker, status in statuses.items():
+        if status["state"] == "running" and status["job"] not in ("", digest):
+            return "other", (), f"{worker} runs another command; choose another --name, or delete the resource"
+    if missing := [worker for worker in expected if worker not in statuses]:
         return "silent", (), f"{' and '.join(missing[:3])}{' and others' if len(missing) > 3 else ''} did not answer"
-    ended = {worker: each for worker, each in answers.items() if each["state"] == "ended" and each["job"] == digest}
-    codes = tuple(int(each["code"]) for each in ended.values())
+    ended = {worker: status for worker, status in statuses.items() if status["state"] == "ended" and status["job"] == digest}
+    codes = tuple(int(status["code"]) for status in ended.values())
     if any(codes) or len(ended) == len(expected):
-        telling = next((worker for worker, each in ended.items() if each["code"] == judge(codes)[1] != 0), "")
-        last = f", saying: {ended[telling]['said']}" if telling and ended[telling]["said"] else ""
-        return "ended", codes, f"{telling} ended ({describe(judge(codes)[1])}){last}" if telling else ""
-    # A worker whose training is done waits for the others'; one that has none, beside others that have, still needs one.
-    resting = all(each["state"] == "running" for worker, each in answers.items() if worker not in ended)
-    return "running" if resting else "idle", (), ""
+        _, code = classify_exit(codes)
+        cause = next((worker for worker, status in ended.items() if status["code"] == code != 0), "")
+        last_line = f"; last line: {ended[cause]['said']}" if cause and ended[cause]["said"] else ""
+        return "ended", codes, f"{cause} ended ({describe_exit(code)}){last_line}" if cause else ""
+    # A worker whose training is done waits for the others. A worker that has none still needs one, even if others have theirs.
+    started = all(status["state"] == "running" for worker, status in statuses.items() if worker not in ended)
+    return "running" if started else "idle", (), ""
 
 
 # -- the watch --------------------------------------------------------------------------------------------------------------
 
 
 def say(line: str) -> None:
-    with contextlib.suppress(OSError):  # who read it may be gone; what costs must still be deleted
-        print(f"tpu-vm: {line}", file=sys.stderr, flush=True)
+    """Shows a line of the watch."""
+    show(f"tpu-vm: {line}\n")
 
 
 @dataclasses.dataclass
-class Babysitter:
-    """Looks, decides, acts, until there is nothing left to do."""
+class TpuWatcher:
+    """Requests the resource for a job, runs the training on it, and replaces or restarts what fails."""
 
-    gcloud: Gcloud
+    job: Job
     files: Sequence[Path]
-    """To be copied to every worker."""
+    """Files to copy to every worker."""
     digest: str
-    """Of the job."""
-    hosts: int
-    """Workers of a node."""
-    budget: Budget
-    grace_seconds: int
-    delete_on_exit: bool
-    timing: Timing = USUAL
+    """Digest of the job, which its workers report."""
+    timing: Timing = DEFAULT_TIMING
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self.workers = [f"{node} worker {number}" for node in self.gcloud.nodes for number in range(self.hosts)]
-        self._all = f"{len(self.workers)} worker{'s' if len(self.workers) > 1 else ''}"
-        self._exists = False  # perhaps
-        self._ours = False  # and not another command's
-        self._asked = self._ran = False  # as in `Seen`
-        self._offset = -1  # in worker 0's log
+        self.gcloud = Gcloud(self.job)
+        self.name = self.job.name
+        self.budget = RestartBudget(self.job.preemptions, self.job.crashes)
+        self.workers = [f"{node} worker {number}" for node in self.gcloud.nodes for number in range(self.job.accelerator.hosts)]
+        self._all_workers = f"{len(self.workers)} worker{'s' if len(self.workers) > 1 else ''}"
+        # Whether the resource may exist, and the fields of `Observation`.
+        self._exists = self._requested = self._ran = self._ours = False
+        self._offset = -1  # where to continue in worker 0's log
         self._step: int | None = None
-        self._failure = ""  # why the training could not be started
-        self._asking: float | None = None  # since when asking for the resource has failed
-        self._unheard = False  # the last `stop` has not reached every worker
-        self._times: dict[str, float] = {}  # since when gcloud, or a worker, does not answer; since when the training has ended
-        self._state = self._workers = self._reason = ""  # what was said last
+        self._failure = ""  # why the training could not be installed or started
+        self._must_stop = False  # the last `stop` did not reach every worker
+        self._since: dict[str, float] = {}  # start of the silence of gcloud or a worker, or of the "end" of the training
+        self._state = self._workers = self._reason = ""  # what was reported last
 
     def run(self) -> int:
-        """Returns 0 when the training is done, 1 when it gave up, 42 after Ctrl-C.
+        """Watches until the end; returns 0 if the training is done, 1 after giving up, 42 after Ctrl-C.
 
         Raises:
           UserError: gcloud or the training refuses what was asked for.
         """
         try:
-            action = self._watch()
-            if action.fate is Fate.MISTAKE:
-                raise UserError(action.why)
-            say(action.why)
-            return 0 if action.fate is Fate.DONE else TrainingError.exit_code
+            self._watch()
+            say(f"done ({self.budget})")
+            return 0
+        except TrainingError as error:
+            say(str(error))
+            return error.exit_code
         except KeyboardInterrupt:
-            deletes = self.delete_on_exit and self._ours
-            say("interrupted" if deletes else "interrupted; a training that runs goes on")
+            deletes = self.job.delete_on_exit and self._ours
+            say("interrupted" if deletes else "interrupted; a training that is running continues")
             if deletes and self._state == "ACTIVE":
-                say(f"stopping the training, which has {self.grace_seconds} s to save")
+                say(f"stopping the training, which has {self.job.grace_seconds} s to save")
                 self._stop()
             return Preempted.exit_code
         finally:
             self._leave()
 
-    def _watch(self) -> Action:
+    def _watch(self) -> None:
+        """Observes and acts until the training is done.
+
+        Raises:
+          UserError: gcloud or the training refuses what was asked for.
+          TrainingError: another restart would not help, or gcloud keeps failing.
+        """
         while True:
-            seen = self._look()
-            action = decide(seen, self.timing)
-            match action.do:
-                case Do.CREATE:
-                    if not self._create():
-                        return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} could not be made")
-                case Do.WAIT:
+            action = decide(self._observe(), self.timing)
+            match action.kind:
+                case ActionKind.CREATE:
+                    self._create()
+                case ActionKind.WAIT:
                     self.sleep(self.timing.poll)
-                case Do.START if self._unheard:
+                case ActionKind.START if self._must_stop:
                     self.sleep(self.timing.poll)
                     self._stop()
-                case Do.START:
-                    self._start()
-                case Do.RESTART | Do.REPLACE:
-                    if not self._count(action):
-                        return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} is given up")
+                case ActionKind.START:
+                    say(f"installing on {self._all_workers}; the first time this takes minutes")
+                    self._failure = self._start()
+                case ActionKind.RESTART | ActionKind.REPLACE:
+                    self._count(action)
                     self._failure = self._workers = self._reason = ""
                     self._ran = False
-                    self._times.clear()
-                    if action.do is Do.RESTART:
+                    self._since.clear()
+                    if action.kind is ActionKind.RESTART:
                         self._stop()
                     elif self._describe()[0] != "OTHER" and not self._delete():
-                        return Action(Do.END, Fate.CRASHED, f"{self.gcloud.name} could not be deleted")
-                case Do.END if action.fate is Fate.DONE:
-                    return action._replace(why=f"done ({self.budget})")
-                case Do.END:
-                    return action
+                        raise TrainingError(f"{self.name} could not be deleted")
+                case ActionKind.END if action.outcome is Outcome.DONE:
+                    return
+                case ActionKind.END:
+                    raise (UserError if action.outcome is Outcome.MISTAKE else TrainingError)(action.reason)
 
-    # -- looking --
+    # -- observing --
 
-    def _look(self) -> Seen:
-        resource, why = self._describe()
-        workers, reason, seconds = "", why, 0.0
+    def _observe(self) -> Observation:
+        resource, reason = self._describe()
+        workers, seconds = "", 0.0
         codes: tuple[int, ...] = ()
         if resource == "ACTIVE":
-            commands = [self.gcloud.status(node, self._offset) for node in self.gcloud.nodes]
-            answers = self._answers(commands, self.timing.answer)
-            self._show(answers)
-            workers, codes, reason = together(answers, self.workers, self.digest)
+            statuses = self._ask(f"status {self._offset}", self.timing.answer)
+            self._show_log(statuses.get(self.workers[0], {}))
+            workers, codes, reason = combine_statuses(statuses, self.workers, self.digest)
             self._ours = self._ours if workers == "silent" else workers != "other"
             if workers == "idle" and self._failure:
                 workers, reason = "failed", self._failure
-            if workers in ("silent", "failed") and (lost := self._lost_nodes()):
-                resource, why = self._describe()  # which may have been taken away, or deleted, since the look began
-                workers, codes, reason = ("gone", (), lost) if resource == "ACTIVE" else ("", (), why)
-            seconds = self._wait_times(workers, answers)
+            if workers in ("silent", "failed") and (lost := self._lost_node()):
+                resource, message = self._describe()  # It may have been preempted or deleted since.
+                workers, reason = ("gone", lost) if resource == "ACTIVE" else ("", message)
+            seconds = self._state_age(workers, statuses)
         elif resource in ("UNKNOWN", "REFUSED"):
             seconds = self._age("gcloud")
         else:
-            self._times.clear()
-        if workers != self._workers and workers == "running":
-            say(f"the training runs on {self._all}")
+            self._since.clear()
+        if workers == "running" and self._workers != "running":
+            say(f"the training is running on {self._all_workers}")
         if workers and reason and reason != self._reason and (self._ran or workers != "ended"):
             say(reason)
         self._workers, self._reason = workers, reason
         self._ran |= workers == "running"
-        return Seen(resource, workers, codes, reason, seconds, self._asked, self._ran, self._ours)
+        return Observation(resource, workers, codes, reason, seconds, self._requested, self._ran, self._ours)
 
-    def _wait_times(self, workers: str, answers: dict[str, dict[str, Any]]) -> float:
-        """How long the workers have been so. One that is silent now and then neither ends its own waiting nor the others'."""
-        self._times.pop("gcloud", None)
-        for worker in self.workers:
-            if worker in answers:
-                self._times.pop(worker, None)
-        if workers == "silent":
-            return max(self._age(worker) for worker in self.workers if worker not in answers)
-        if workers in ("ended", "failed"):
-            return self._age("the end")
-        self._times.pop("the end", None)
-        return 0.0
+    def _state_age(self, workers: str, statuses: Statuses) -> float:
+        """Returns how long the workers have been silent, or the training has ended, in seconds.
 
-    def _age(self, what: str) -> float:
-        """Seconds since this was first so."""
-        return self.clock() - self._times.setdefault(what, self.clock())
+        Each worker's silence is timed separately. The time since the end goes on while a worker is silent.
+        """
+        causes = {"silent": [worker for worker in self.workers if worker not in statuses], "ended": ["end"], "failed": ["end"]}
+        over = {"gcloud", *statuses, *([] if workers in causes else ["end"])}
+        self._since = {cause: begin for cause, begin in self._since.items() if cause not in over}
+        return max(map(self._age, causes.get(workers, [])), default=0.0)
+
+    def _age(self, cause: str) -> float:
+        """Returns the seconds since this cause was first noted, which may be now."""
+        return self.clock() - self._since.setdefault(cause, self.clock())
 
     def _describe(self) -> tuple[str, str]:
-        """State of the queued resource as in `Seen`, and what is said of it."""
-        (done,) = run_all([self.gcloud.describe()], self.timing.answer)
-        state, why = "", ""
-        if done.code == 0:
-            state, why = self._read(done.output)
-        elif "NOT_FOUND" not in done.errors:
-            state, why = "REFUSED" if done.refused else "UNKNOWN", done.problem
+        """Returns the state and the message of the resource as in `Observation`, and reports a change."""
+        state, message = self.gcloud.parse_resource(self._run(self.gcloud.describe, self.timing.answer))
         if state != self._state:
-            if state or self._state:
-                say(f"{self.gcloud.name} is {state or 'not there'}{': ' + why if why else ''}")
+            say(f"{self.name} is {state or 'not there'}{': ' + message if message else ''}")
             self._state = state
         if state not in ("UNKNOWN", "REFUSED"):
             self._exists = state not in ("", "OTHER")
-            self._ours &= self._exists
-            self._asked |= state in ALIVE
-            self._ours |= self._exists and state != "ACTIVE"  # of an ACTIVE one the workers tell
-        return state, why
+            self._requested |= state in RESOURCE_ALIVE
+            # Whether an ACTIVE resource runs another command's training, only its workers can tell.
+            self._ours = self._exists and (self._ours or state != "ACTIVE")
+        return state, message
 
-    def _read(self, output: str) -> tuple[str, str]:
-        """State and message in what `describe` printed."""
-        try:
-            answer = json.loads(output)
-            state, failure = answer["state"]["state"], answer["state"].get("failedData", {})
-            (spec, *_) = answer["tpu"]["nodeSpec"]
-            owner = spec["node"].get("labels", {}).get(LABEL, "none")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return "UNKNOWN", "gcloud's answer did not make sense"
-        if owner != self.gcloud.owner:
-            return "OTHER", (
-                f"there is a {self.gcloud.name} already, for another run's folder or other hardware (label {LABEL}: {owner}); "
-                f"give this one another --name, or delete that: {shlex.join(self.gcloud.delete())}"
-            )
-        return state, " ".join(failure.get("error", {}).get("message", "").split())
-
-    def _lost_nodes(self) -> str:
-        """Which node is not there any more, though its resource is ACTIVE; nothing if all are."""
-        commands = [self.gcloud.describe_node(node) for node in self.gcloud.nodes]
-        for node, done in zip(self.gcloud.nodes, run_all(commands, self.timing.answer), strict=True):
-            if "NOT_FOUND" in done.errors:
+    def _lost_node(self) -> str:
+        """Returns a line about a node that no longer exists though the resource is ACTIVE, or an empty string."""
+        for node, result in self._run_on_nodes(self.gcloud.describe_node, self.timing.answer):
+            if "NOT_FOUND" in result.errors:
                 return f"node {node} is gone"
-            if done.code == 0 and done.output.strip() not in NODE_LIVES:
-                return f"node {node} is {done.output.strip()}"
+            if result.code == 0 and result.output.strip() not in NODE_ALIVE:
+                return f"node {node} is {result.output.strip()}"
         return ""
 
-    def _ask(self, verb: str, limit: float) -> dict[str, dict[str, Any]]:
-        """Runs a verb of `tpu_worker` on all workers; the answers of those that gave one."""
-        return self._answers([self.gcloud.ask(node, verb) for node in self.gcloud.nodes], limit)
-
-    def _answers(self, commands: Sequence[Sequence[str]], limit: float) -> dict[str, dict[str, Any]]:
-        answers = {}
-        for node, done in zip(self.gcloud.nodes, run_all(commands, limit), strict=True):
-            for host, text in re.findall(rf"^{tpu_worker.MARK} (\S+) (.*)$", done.output, re.MULTILINE):
-                number = host.rpartition("-w-")[2] if "-w-" in host else "0"
-                with contextlib.suppress(ValueError):  # it was cut off
-                    answers[f"{node} worker {number}"] = {"state": "idle", "job": ""} | json.loads(text)
-        return answers
-
-    def _show(self, answers: dict[str, dict[str, Any]]) -> None:
-        """Prints what process 0 has said since the last look."""
-        first = answers.get(self.workers[0], {})
-        if "log" in first:
-            with contextlib.suppress(OSError):
-                sys.stderr.write(first["log"])
-                sys.stderr.flush()
-            self._offset, self._step = first["offset"], first["step"]
+    def _show_log(self, status: dict[str, Any]) -> None:
+        """Shows what process 0 has printed since the last observation."""
+        if "log" in status:
+            show(status["log"])
+            self._offset, self._step = status["offset"], status["step"]
 
     # -- acting --
 
-    def _create(self) -> bool:
-        """Asks for the resource; whether there is use in looking for it. If gcloud gave no answer, it may still have been made.
+    def _run(self, command: Sequence[str], limit: float) -> Result:
+        return run_all([command], limit)[0]
+
+    def _run_on_nodes(self, command: Callable[[str], list[str]], limit: float) -> Iterator[tuple[str, Result]]:
+        """Runs a command for every node at the same time; returns each node with its result."""
+        return zip(self.gcloud.nodes, run_all([command(node) for node in self.gcloud.nodes], limit), strict=True)
+
+    def _ask(self, words: str, limit: float) -> Statuses:
+        """Runs `tpu_worker.py WORDS` on every worker; returns the answers of those that gave one."""
+        statuses: Statuses = {}
+        for node, result in self._run_on_nodes(lambda node: self.gcloud.ask(node, words), limit):
+            statuses |= parse_statuses(node, result.output)
+        return statuses
+
+    def _create(self) -> None:
+        """Requests the resource, and tries again unless gcloud refuses. A request without an answer may have succeeded.
 
         Raises:
-          UserError: gcloud refuses, as it does without quota.
+          UserError: gcloud refuses, for example for lack of quota.
+          TrainingError: gcloud keeps failing.
         """
-        self._offset, began = 0, self.clock()
-        say(f"asking for {self.gcloud.name}: {shlex.join(self.gcloud.create())}")
-        self._exists = self._ours = True  # perhaps, once the command has begun
-        (done,) = run_all([self.gcloud.create()], self.timing.change)
-        if done.code == 0:
-            self._asked, self._asking = True, None
-            return True
-        if "ALREADY_EXISTS" in done.errors:  # by an answer that did not come, or somebody else's: the next look tells
-            self._ours = False
-        elif done.refused:
-            self._exists = self._ours = False
-            quota = "there is no quota for this: " if "quota" in done.problem.lower() else ""
-            raise UserError(f"{quota}{done.problem}")
-        else:
-            say(done.problem)
-        self._asking = began if self._asking is None else self._asking
-        self.sleep(self.timing.poll)
-        return began - self._asking < self.timing.patience
+        say(f"requesting {self.name}: {shlex.join(self.gcloud.create)}")
+        self._offset, deadline = 0, self.clock() + self.timing.patience
+        self._exists = self._ours = True  # possibly, once the command has begun
+        while (result := self._run(self.gcloud.create, self.timing.change)).code != 0:
+            if (
+                "ALREADY_EXISTS" in result.errors
+            ):  # An answer was lost, or someone else made it; the next observation shows which.
+                self._ours = False
+                return
+            if result.refused:
+                self._describe()
+                quota = "the project has no quota for this: " if "quota" in result.problem.lower() else ""
+                raise UserError(f"{quota}{result.problem}")
+            if self.clock() >= deadline:
+                raise TrainingError(f"{self.name} could not be created: {result.problem}")
+            say(f"{result.problem}; trying again")
+            self.sleep(self.timing.poll)
+        self._requested = True
 
     def _delete(self) -> bool:
-        """Deletes the resource, trying again while gcloud does not refuse; whether it is gone."""
-        say(f"deleting {self.gcloud.name}")
-        until = self.clock() + 2 * self.timing.change
+        """Deletes the resource, and tries again unless gcloud refuses; returns whether it is gone."""
+        say(f"deleting {self.name}")
+        deadline = self.clock() + 2 * self.timing.change
         while True:
-            (done,) = run_all([self.gcloud.delete()], self.timing.change)
-            gone = done.code == 0 or "NOT_FOUND" in done.errors
+            result = self._run(self.gcloud.delete, self.timing.change)
+            gone = result.code == 0 or "NOT_FOUND" in result.errors
             if gone or (state := self._describe()[0]) == "":
-                self._exists = self._ours = self._asked = self._unheard = False
+                self._exists = self._ours = self._requested = self._must_stop = False
                 self._state = ""
                 return True
-            if (done.refused and state != "DELETING") or self.clock() >= until:
-                say(f"{done.problem}; if it is still there it costs: {shlex.join(self.gcloud.delete())}")
+            if (result.refused and state != "DELETING") or self.clock() >= deadline:
+                say(f"{result.problem}; a resource that still exists costs money: {shlex.join(self.gcloud.delete)}")
                 return False
-            say(f"{done.problem}; trying again")
+            say(f"{result.problem}; trying again")
             self.sleep(self.timing.poll)
 
-    def _start(self) -> None:
-        """Installs the commit on every worker and starts the training; a failure shows at the next look."""
-        say(f"installing on {self._all}; the first time this takes minutes")
-        commands = [self.gcloud.copy(node, self.files) for node in self.gcloud.nodes]
-        for done in run_all(commands, self.timing.install):
-            if done.code != 0:
-                self._failure = f"the files could not be copied: {done.problem}"
-                return
-        for verb, wanted in (("install", ("installed",)), ("start", ("running", "ended"))):
-            self._ran |= verb == "start"  # though its answer may be lost
-            answers = self._ask(verb, self.timing.install)
+    def _start(self) -> str:
+        """Installs the commit on every worker and starts the training; returns why that failed, or an empty string."""
+        for _, result in self._run_on_nodes(lambda node: self.gcloud.copy(node, self.files), self.timing.install):
+            if result.code != 0:
+                return f"the files could not be copied: {result.problem}"
+        for verb, expected in (("install", ("installed",)), ("start", ("running", "ended"))):
+            self._ran |= verb == "start"  # even if its answer is lost
+            statuses = self._ask(verb, self.timing.install)
             for worker in self.workers:
-                answer = answers.get(worker, {"state": "", "why": "no answer"})
-                if answer["state"] not in wanted:
-                    self._failure = f"{verb} on {worker}: {answer.get('why', answer['state'])}"
-                    return
-        self._failure = ""
+                status = statuses.get(worker, {"state": "no answer"})
+                if status["state"] not in expected:
+                    return f"{verb} on {worker}: {status.get('why', status['state'])}"
+        return ""
 
     def _stop(self) -> None:
-        """Stops the training on every worker. If one does not hear, none may be started: they would be of two attempts."""
-        answers = self._ask(f"stop {self.grace_seconds}", self.grace_seconds + self.timing.answer)
-        self._unheard = any(worker not in answers for worker in self.workers)
+        """Stops the training on every worker. Until all have answered, none may be started, or two attempts would mix."""
+        statuses = self._ask(f"stop {self.job.grace_seconds}", self.job.grace_seconds + self.timing.answer)
+        self._must_stop = any(worker not in statuses for worker in self.workers)
 
-    def _count(self, action: Action) -> bool:
-        """Counts a preemption or a crash, says so, and waits before the restart; whether there is one."""
-        if action.fate is None:
-            say(f"{self.gcloud.name}: {action.why}")
+    def _count(self, action: Action) -> None:
+        """Reports a preemption or crash, and counts it if it has an outcome; waits before the restart.
+
+        Raises:
+          TrainingError: there is no restart.
+        """
+        if action.outcome is None:
+            say(f"{self.name}: {action.reason}")
             self.sleep(self.timing.poll)
-            return True
-        after = self.budget.after_preemption if action.fate is Fate.PREEMPTED else self.budget.after_crash
-        following = after(action.why, self._step)
-        say(following.line)
-        if following.again:
-            self.sleep(following.wait)
-        return following.again
+            return
+        decision = self.budget.decide(action.outcome, action.reason, self._step)
+        if not decision.restart:
+            raise TrainingError(decision.message)
+        say(decision.message)
+        self.sleep(decision.delay)
 
     def _leave(self) -> None:
-        """Deletes the resource if asked to, or says that it stays. One that FAILED is a mere name, which takes up quota."""
+        """Deletes the resource if asked to, or reports that it stays. A FAILED one runs nothing but still uses quota."""
         if not self._exists:
             return
         with contextlib.suppress(KeyboardInterrupt):
-            if self._ours and (self.delete_on_exit or self._state == "FAILED"):
+            if self._ours and (self.job.delete_on_exit or self._state == "FAILED"):
                 self._delete()
                 return
-        say(f"{self.gcloud.name} stays, and costs, until it is deleted: {shlex.join(self.gcloud.delete())}")
-        say("the same command attaches to it again")
+        say(f"{self.name} stays, and costs money, until it is deleted: {shlex.join(self.gcloud.delete)}")
+        say("run the same command again to attach to it")

@@ -1,12 +1,13 @@
-"""What `tpu_vm` has done on each worker. It copies this file there, with job.json, source.bundle and uncommitted.diff.
+"""The part of a TPU VM launch that runs on each worker. `tpu_vm` copies this file there, with the three files that it reads.
 
     python3 tpu_worker.py status [OFFSET] | install | start | stop [SECONDS]
 
-Each answers with one line, `gpt-jax-worker HOST` and a JSON object, among whatever else ssh prints. The files beside this one are
-all that is remembered: `pid`, `exit` (the training's exit code), `log`, and `lock`, which the training holds while it lives: so a
-second start is no second training, and one that went down with its machine is not taken for a living one.
+Each command prints one line, `gpt-jax-worker HOST` and a JSON object, among whatever else ssh prints. The files beside this one
+hold all state: `pid`, `exit` (the training's exit code), `log` and `lock`. The training holds the lock while it runs, so a second
+start does not begin a second training, and a training that went down with its machine does not appear to be running.
 
-It runs before anything is installed: on the machine's own Python (3.8 or newer), with the standard library alone.
+This file runs before anything is installed, so it uses only the standard library, of Python 3.8 or newer. Its input is job.json
+(the arguments), source.bundle (the commit) and uncommitted.diff.
 """
 
 from __future__ import annotations
@@ -23,125 +24,124 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MARK = "gpt-jax-worker"
 HOME = Path(__file__).resolve().parent
 PID, EXIT, LOG, LOCK = (HOME / name for name in ("pid", "exit", "log", "lock"))
 SOURCE, PYTHON, INSTALLED = HOME / "source", HOME / "venv" / "bin" / "python", HOME / "installed"
 PREEMPTED = 42
+LOG_CHUNK = 1 << 15
 
 
-class Failed(Exception):
-    """A step of `install` did not succeed; the message is a line for the person."""
-
-
-def job() -> dict[str, Any]:
+def read_job() -> dict[str, Any]:
     return json.loads((HOME / "job.json").read_text(encoding="utf-8"))
 
 
 # -- the training -----------------------------------------------------------------------------------------------------------
 
 
-def alive() -> bool:
-    """Whether a training holds the lock."""
+def try_lock(file: IO[bytes], mode: int) -> bool:
+    """Locks an open file (`fcntl.LOCK_SH` or `fcntl.LOCK_EX`) unless another process holds the lock; returns whether it did."""
+    try:
+        fcntl.flock(file, mode | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_running() -> bool:
+    """Returns whether a training holds the lock."""
     with open(LOCK, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not try_lock(file, fcntl.LOCK_SH)
 
 
 def status(offset: int = -1) -> dict[str, Any]:
-    """The state: "idle", "running", or "ended" with the exit code and the log's last line; which job; the step it has reached.
-    Worker 0 adds what its log says from a byte on (-1: its end).
+    """Returns the state of this worker.
 
-    A training that is gone without an exit code went down with its machine, which counts as a preemption.
+    Args:
+      offset: byte of the log from which worker 0 adds its text; -1 stands for the last 2,000 bytes.
+
+    Returns:
+      `state` ("idle", "running" or "ended"), `step` (updates made) and `job` (digest of the training's arguments). If the
+      training has ended, `code` and `said` are its exit code and the last line of its log; one that left no exit code went down
+      with its machine, which counts as a preemption. Worker 0 adds `log` and `offset`, the text and where to continue.
     """
-    running, remembered = alive(), _read(PID).split()
-    answer: dict[str, Any] = {"state": "running" if running else "ended" if remembered else "idle", "step": _last_step()}
-    answer["job"] = remembered[2] if remembered else ""
-    if answer["state"] == "ended":
-        answer.update(code=int(_read(EXIT) or PREEMPTED), said=_log(-1)[0].strip().rpartition("\n")[2][-300:])
-    if _first():
-        # Other workers' answers may come in between a long one; of a training that has ended, though, nobody asks again.
-        answer["log"], answer["offset"] = _log(offset, most=1 << 15 if running else 1 << 20)
+    running, pid, run = is_running(), _read(PID).split(), Path(read_job()["workdir"])
+    state = "running" if running else "ended" if pid else "idle"
+    answer: dict[str, Any] = {"state": state, "job": pid[2] if pid else "", "step": 0}
+    with contextlib.suppress(OSError):  # The storage behind the folder may fail.
+        files = [run / "metrics.jsonl", *run.glob("seed-*/metrics.jsonl")]
+        answer["step"] = sum(last_step(file) for file in files if file.exists())
+    if state == "ended":
+        answer.update(code=int(_read(EXIT) or PREEMPTED), said=_read_log(-1)[0].strip().rpartition("\n")[2][-300:])
+    if re.search("-w-[1-9][0-9]*$", _host()) is None:
+        # Other workers' answers may be printed into a long one. Once the training has ended, there is no later answer.
+        answer["log"], answer["offset"] = _read_log(offset, LOG_CHUNK if running else 1 << 20)
     return answer
 
 
-def _log(offset: int, most: int = 1 << 15) -> tuple[str, int]:
-    """What the log says from this byte on, and the byte to go on from; of a log that is shorter than that, all."""
-    if not LOG.exists():
-        return "", 0
-    size = LOG.stat().st_size
-    begin = max(size - 2000, 0) if offset < 0 else offset if offset <= size else 0
-    with open(LOG, "rb") as log:
+def _read_log(offset: int, max_bytes: int = LOG_CHUNK) -> tuple[str, int]:
+    """Returns the log from a byte on and the byte to continue from. A log that is shorter than that is read from its start."""
+    with open(LOG, "ab+") as log:
+        size = log.seek(0, os.SEEK_END)
+        begin = max(size - 2000, 0) if offset < 0 else offset if offset <= size else 0
         log.seek(begin)
-        text = log.read(most)
+        text = log.read(max_bytes)
     return text.decode(errors="replace"), begin + len(text)
 
 
-def _last_step() -> int:
-    """Updates that the records in the run's folder tell of, all together (a fine-tuning may have a run for each seed)."""
-    total, run = 0, Path(job()["workdir"])
-    with contextlib.suppress(OSError):  # whatever the folder's storage is up to
-        for metrics in (run / "metrics.jsonl", *run.glob("seed-*/metrics.jsonl")):
-            if metrics.exists():
-                with open(metrics, "rb") as lines:
-                    lines.seek(max(metrics.stat().st_size - 65536, 0))
-                    total += int((re.findall(rb'"step": (\d+)', lines.read()) or [0])[-1])
-    return total
+def last_step(metrics: Path) -> int:
+    """Returns the step of the last complete record in a metrics.jsonl, or 0 if there is none."""
+    with open(metrics, "rb") as file:
+        file.seek(max(metrics.stat().st_size - 65536, 0))
+        steps = re.findall(rb'"step": (\d+)[,}]', file.read())
+    return int(steps[-1]) if steps else 0
 
 
 def start() -> dict[str, Any]:
-    """Starts the training in the background, unless one runs."""
-    if alive():
-        return status()
-    before = _read(PID)
-    with open(LOG, "ab") as log:
+    """Starts the training in the background unless one is running."""
+    deadline = time.monotonic() + 1
+    with open(LOCK, "ab") as lock, open(LOG, "ab") as log:
+        while not try_lock(lock, fcntl.LOCK_EX):  # `status` holds the lock for a moment, a training for longer
+            if time.monotonic() > deadline:
+                return status()
+            time.sleep(0.1)
+        _forget_training()
+        command, fd = [sys.executable, __file__, "run", str(lock.fileno())], lock.fileno()
+        # A session of its own lets it outlive this ssh.
         runner = subprocess.Popen(
-            [sys.executable, __file__, "run"],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # so that it outlives this ssh
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[fd], start_new_session=True
         )
-    while runner.poll() is None and _read(PID) in ("", before):
+    while runner.poll() is None and not PID.exists():
         time.sleep(0.02)
     if runner.returncode:
         return {"state": "failed", "why": f"the training could not be started; see {LOG}"}
     return status()
 
 
-def run() -> None:
-    """The process behind `start`: holds the lock, runs the training, and writes down how it ended."""
-    with open(LOCK, "ab") as lock:
-        for _ in range(10):  # a `status` may hold it for a moment; a training holds it for longer
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.1)
-        else:
-            return
-        for file in (PID, EXIT):
-            if file.exists():
-                file.unlink()
-        task = job()
-        words, begin = [str(PYTHON), "-m", "gpt_jax", *task["command"][1:]], LOG.stat().st_size
-        variables = {"JAX_PLATFORMS": "tpu,cpu", **os.environ}  # named, so that a broken TPU is no training on the CPU
-        training = subprocess.Popen(words, cwd=SOURCE, env=variables, pass_fds=[lock.fileno()])
-        _write(PID, f"{training.pid} {os.getpid()} {task['digest']}")
-        code = training.wait()
-        with contextlib.suppress(OSError):  # whatever the folder's storage is up to
-            _keep_log(Path(task["workdir"], "logs"), begin)
-        _write(EXIT, str(128 - code if code < 0 else code))
+def run(lock: int) -> None:
+    """Runs the training and records how it ended. This is the background process of `start`, whose lock both inherit."""
+    job = read_job()
+    words, begin = [str(PYTHON), "-m", "gpt_jax", *job["command"][1:]], LOG.stat().st_size
+    environment = {"JAX_PLATFORMS": "tpu,cpu", **os.environ}  # With a broken TPU, JAX would otherwise train on the CPU.
+    training = subprocess.Popen(words, cwd=SOURCE, env=environment, pass_fds=[lock])
+    _write(PID, f"{training.pid} {os.getpid()} {job['digest']}")
+    code = training.wait()
+    with contextlib.suppress(OSError):  # The storage behind the folder may fail.
+        _keep_log(Path(job["workdir"], "logs"), begin)
+    _write(EXIT, str(128 - code if code < 0 else code))
+
+
+def _forget_training() -> None:
+    for file in (PID, EXIT):
+        file.unlink(missing_ok=True)
 
 
 def _keep_log(folder: Path, begin: int) -> None:
-    """Adds what the log says from a byte on to this worker's file in the run's folder, as its disk goes with the machine."""
+    """Appends the log from a byte on to this worker's file in the run's folder, because the disk goes with the machine."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(LOG, "rb") as log, open(folder / f"{_host()}.log", "ab") as kept:
         log.seek(begin)
@@ -149,38 +149,40 @@ def _keep_log(folder: Path, begin: int) -> None:
 
 
 def stop(seconds: float = 0) -> dict[str, Any]:
-    """Asks the training to save and end, kills what is left of it after so many seconds, and forgets it."""
-    if alive() and _read(PID):
-        if not EXIT.exists():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(_read(PID).split()[0]), signal.SIGTERM)
-        until = time.monotonic() + seconds
-        while alive() and time.monotonic() < until:
-            time.sleep(0.05)
-        until = time.monotonic() + 10  # the lock goes with the last of them
-        while alive() and time.monotonic() < until:
-            with contextlib.suppress(ProcessLookupError, IndexError):
-                os.killpg(int(_read(PID).split()[1]), signal.SIGKILL)
-            time.sleep(0.05)
-    for file in (PID, EXIT):
-        if file.exists():
-            file.unlink()
+    """Asks the training to save and end, kills what is left of it after `seconds`, and forgets it."""
+    if is_running() and not EXIT.exists():
+        _signal_training(os.kill, 0, signal.SIGTERM)
+    deadline = time.monotonic() + seconds
+    while is_running() and time.monotonic() < deadline + 10:  # the last process to end releases the lock
+        if time.monotonic() >= deadline:
+            _signal_training(os.killpg, 1, signal.SIGKILL)
+        time.sleep(0.05)
+    _forget_training()
     return status()
+
+
+def _signal_training(send: Callable[[int, int], None], field: int, number: int) -> None:
+    """Sends a signal to a process in `pid`: 0 is the training, 1 its parent, which leads their process group."""
+    with contextlib.suppress(ProcessLookupError, IndexError):
+        send(int(_read(PID).split()[field]), number)
 
 
 # -- the environment --------------------------------------------------------------------------------------------------------
 
 
 def install() -> dict[str, Any]:
-    """The job's commit, its packages and its buckets; what is there already stays."""
-    task = job()
+    """Mounts the job's buckets and installs its commit with its packages, as far as they are not there already."""
+    job = read_job()
     try:
-        for bucket in task["buckets"]:
+        for bucket in job["buckets"]:
             _mount(bucket)
-        _check_out(task["commit"])
-        _install_packages(task["extras"])
-    except Failed as error:
-        return {"state": "failed", "why": str(error)}
+        _check_out(job["commit"])
+        _install_packages(job["extras"])
+    except OSError as error:
+        return {"state": "failed", "why": f"{error.filename}: {error.strerror}"}
+    except subprocess.CalledProcessError as error:
+        last_line = (error.stdout.decode(errors="replace").strip().splitlines() or ["no output"])[-1]
+        return {"state": "failed", "why": f"{' '.join(error.cmd[:4])} ... ended with {error.returncode}: {last_line}"}
     return {"state": "installed"}
 
 
@@ -188,71 +190,59 @@ def _mount(bucket: str) -> None:
     folder = Path("/gcs", bucket)
     if os.path.ismount(folder):
         return
-    try:
-        folder.stat()
-    except FileNotFoundError:
-        pass
-    except OSError:  # of a mount whose gcsfuse is gone
-        _do("sudo", "umount", "--lazy", str(folder))
+    if (
+        not os.path.exists(folder) and os.path.isdir("/gcs") and bucket in os.listdir("/gcs")
+    ):  # a mount without its gcsfuse process
+        _call("sudo", "umount", "--lazy", str(folder))
     if shutil.which("gcsfuse") is None:
-        _do("sudo", "apt-get", "install", "--quiet", "--yes", "gcsfuse")
-    _do("sudo", "mkdir", "--parents", str(folder))
-    _do("sudo", "chown", str(os.getuid()), str(folder))
-    # A checkpoint is committed by renaming its folder, which gcsfuse refuses above this number of files.
-    _do("gcsfuse", "--implicit-dirs", "--rename-dir-limit", "100000", bucket, str(folder))
+        _call("sudo", "apt-get", "install", "--quiet", "--yes", "gcsfuse")
+    _call("sudo", "mkdir", "--parents", str(folder))
+    _call("sudo", "chown", str(os.getuid()), str(folder))
+    # A checkpoint is completed by renaming its folder, which gcsfuse refuses for folders with more files than this.
+    _call("gcsfuse", "--implicit-dirs", "--rename-dir-limit", "100000", bucket, str(folder))
 
 
 def _check_out(commit: str) -> None:
     git = ["git", "-C", str(SOURCE)]
     if not (SOURCE / ".git").exists():
-        _do("git", "init", "--quiet", str(SOURCE))
-    _do(*git, "fetch", "--quiet", "--force", str(HOME / "source.bundle"), "HEAD")
-    _do(*git, "reset", "--quiet", "--hard", commit)
-    _do(*git, "clean", "--quiet", "--force", "-d")
+        _call("git", "init", "--quiet", str(SOURCE))
+    _call(*git, "fetch", "--quiet", "--force", str(HOME / "source.bundle"), "HEAD")
+    _call(*git, "reset", "--quiet", "--hard", commit)
+    _call(*git, "clean", "--quiet", "--force", "-d")
     if (HOME / "uncommitted.diff").stat().st_size:
-        # Into the index too, so that a file which is new there differs from the commit, for the run's own record.
-        _do(*git, "apply", "--index", "--whitespace=nowarn", str(HOME / "uncommitted.diff"))
+        # --index makes new files part of the difference from the commit, which the run records.
+        _call(*git, "apply", "--index", "--whitespace=nowarn", str(HOME / "uncommitted.diff"))
 
 
 def _install_packages(extras: str) -> None:
-    """The package and what it depends on, in the versions of its constraints file. The machine's own Python may be too old for
-    it, so uv brings one.
+    """Installs the package and its dependencies in the versions of the constraints file.
+
+    uv brings a Python of its own, because the machine's may be too old for the package.
     """
     lock = SOURCE / "constraints" / "py312.txt"
-    wanted = [SOURCE / "setup.cfg", SOURCE / "pyproject.toml", lock]
-    stamp = hashlib.sha256(b"\0".join([extras.encode(), *(file.read_bytes() for file in wanted)])).hexdigest()
+    inputs = [extras.encode(), *(file.read_bytes() for file in (SOURCE / "setup.cfg", SOURCE / "pyproject.toml", lock))]
+    stamp = hashlib.sha256(b"\0".join(inputs)).hexdigest()
     if _read(INSTALLED) == stamp:
         return
     uv = HOME / "uv" / "bin" / "uv"
     if not uv.exists():
-        _do("python3", "-m", "pip", "install", "--quiet", "--target", str(HOME / "uv"), "uv")
+        _call("python3", "-m", "pip", "install", "--quiet", "--target", str(HOME / "uv"), "uv")
     if not PYTHON.exists():
-        _do(str(uv), "venv", "--quiet", "--python", "3.12", str(HOME / "venv"))
-    requirement = f"{SOURCE}[{extras}]"
-    _do(str(uv), "pip", "install", "--quiet", "--python", str(PYTHON), "--constraint", str(lock), "--editable", requirement)
+        _call(str(uv), "venv", "--quiet", "--python", "3.12", str(HOME / "venv"))
+    package = ["--constraint", str(lock), "--editable", f"{SOURCE}[{extras}]"]
+    _call(str(uv), "pip", "install", "--quiet", "--python", str(PYTHON), *package)
     _write(INSTALLED, stamp)
 
 
-def _do(*words: str) -> None:
-    """Runs a command.
-
-    Raises:
-      Failed: it did not succeed; the message has the last line that it said.
-    """
-    try:
-        done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-    except OSError as error:
-        raise Failed(f"{words[0]}: {error.strerror}") from None
-    if done.returncode:
-        said = done.stdout.decode(errors="replace").strip().splitlines()
-        raise Failed(f"{' '.join(words[:4])} ... ended with {done.returncode}: {said[-1] if said else 'without a word'}")
+def _call(*words: str) -> None:
+    subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
 
 
-# -- what it says -----------------------------------------------------------------------------------------------------------
+# -- files, and the command line ------------------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> str:
-    """What a file says; nothing if it is not there."""
+    """Returns the content of a file, or an empty string if there is none."""
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
@@ -263,22 +253,15 @@ def _write(path: Path, text: str) -> None:
 
 
 def _host() -> str:
-    """This machine's name, which ends in -w- and the worker's number."""
+    """Returns this machine's name, which ends with -w- and the number of the worker."""
     return os.environ.get("HOSTNAME") or socket.gethostname()
 
 
-def _first() -> bool:
-    """Whether this is worker 0 of its slice."""
-    return re.search("-w-[1-9][0-9]*$", _host()) is None
-
-
 def main(words: list[str]) -> None:
-    verbs = {"status": status, "install": install, "start": start, "stop": stop}
-    if words[0] == "run":
-        return run()
-    answer = verbs[words[0]](*map(int, words[1:]))
-    print(f"\n{MARK}", _host(), json.dumps(answer), flush=True)  # on a line of its own, whatever another worker is saying
-    return None
+    commands: dict[str, Any] = {"status": status, "install": install, "start": start, "stop": stop, "run": run}
+    answer = commands[words[0]](*map(int, words[1:]))
+    if answer is not None:
+        print(f"\n{MARK}", _host(), json.dumps(answer), flush=True)  # on its own line, whatever another worker prints
 
 
 if __name__ == "__main__":

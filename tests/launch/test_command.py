@@ -1,25 +1,26 @@
-"""The words of `gpt-jax launch` and `gpt-jax supervise`."""
+"""The arguments of `gpt-jax launch` and `gpt-jax supervise`, and what is called for them."""
 
 import argparse
+import dataclasses
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from gpt_jax.config.load import config_folder
+from gpt_jax.config import load
 from gpt_jax.errors import UserError
 from gpt_jax.launch import command, gke, local, tpu_vm
 from gpt_jax.launch import supervise as supervision
+from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
+from gpt_jax.runtime import git_info
 from gpt_jax.runtime.git_info import Checkout
 
 
 def launch(*words):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     command.add_launch(parser)
-    parser.set_defaults(parser=parser)
     return command.launch(*parser.parse_known_args(words))
 
 
@@ -30,28 +31,27 @@ def supervise(*words):
 
 
 @pytest.fixture
-def submitted(monkeypatch):
-    """What reaches the targets, which do nothing; the checkout has no changes."""
-    calls = []
+def submitted(monkeypatch, tmp_path):
+    """The jobs that reach a target, which does nothing with them; the checkout has no changes."""
+    jobs = []
     for module in (gke, local, tpu_vm):
-        monkeypatch.setattr(module, "submit", lambda job, checked, **own: calls.append((job, checked, own)) or 7)
-    monkeypatch.setattr(checkout, "find", lambda: Checkout(Path("."), "c0ffee", b"", ()))
-    return calls
+        monkeypatch.setattr(module, "submit", lambda job: jobs.append(job) or 7)
+    monkeypatch.setattr(git_info, "find_checkout", lambda: Checkout(tmp_path, "c0ffee", b"", ()))
+    return jobs
 
 
-def test_the_words_become_a_job(submitted):
+def test_the_arguments_become_a_job(submitted):
     words = "tpu-vm gpt1_1b5 --workdir gs://b/run --accelerator v5e-32 --slices 2 --zone z --project p --spot --preemptions 5"
     overrides = ("--mesh.slice", "2", "--mesh.fsdp", "32", "--mesh.data", "1", "--train.batch-size", "64")
     overrides += ("--data.store", "gs://b/store")
     assert launch(*words.split(), "--crashes", "1", "--grace-seconds", "60", "--delete-on-exit", *overrides) == 7
-    ((job, checked, own),) = submitted
-    assert job == Job(
+    expected = Job(
         verb="pretrain",
         config="gpt1_1b5",
         overrides=overrides,
         workdir="gs://b/run",
         name="gpt1-1b5",
-        accelerator="v5e-32",
+        accelerator=parse_accelerator("v5e-32"),
         slices=2,
         zone="z",
         project="p",
@@ -59,28 +59,28 @@ def test_the_words_become_a_job(submitted):
         preemptions=5,
         crashes=1,
         grace_seconds=60,
+        delete_on_exit=True,
     )
-    assert checked.config.train.batch_size == 64
-    assert own == {"delete_on_exit": True}
+    assert submitted == [expected]
 
 
-def test_what_is_not_said_has_the_defaults_of_a_job(submitted):
+def test_options_that_are_left_out_have_the_defaults_of_a_job(submitted):
     assert launch("local", "smoke", "--workdir", "RUN") == 7
-    ((job, _, own),) = submitted
-    assert job == Job("pretrain", "smoke", (), "RUN", "smoke", "cpu-1")
-    assert own == {}
+    assert submitted == [Job("pretrain", "smoke", (), "RUN", "smoke", parse_accelerator("cpu-1"))]
 
 
-def test_a_fine_tuning_is_known_by_its_config(submitted, tmp_path):
+def test_a_fine_tuning_is_recognized_by_its_config(submitted, tmp_path):
     (tmp_path / "Mine.py").write_text(
         "from gpt_jax.config import FinetuneConfig\n\n\ndef config():\n    return FinetuneConfig()\n"
     )
     for config in ("finetune/cola", str(tmp_path / "Mine.py")):
         launch("local", config, "--workdir", "RUN", "--processes", "2", "--seeds", "3", "--init.from", "BASE", "--name", "mine")
-    for job, _, own in submitted:
-        assert (job.verb, job.name, job.accelerator, job.overrides) == ("finetune", "mine", "cpu-2", ("--init.from", "BASE"))
+    assert len(submitted) == 2
+    for job in submitted:
+        assert (job.verb, job.name, job.accelerator.name) == ("finetune", "mine", "cpu-2")
+        assert job.overrides == ("--init.from", "BASE")
         assert job.command()[-4:] == ["--seeds", "3", "--init.from", "BASE"]
-        assert own == {"processes": 2}
+        assert job.processes == 2
 
 
 def test_a_dry_run_prints_and_runs_nothing(submitted, tmp_path, capsys):
@@ -94,18 +94,18 @@ def test_a_dry_run_prints_and_runs_nothing(submitted, tmp_path, capsys):
     ("words", "message"),
     [
         ("tpuvm smoke", "there is no target 'tpuvm'; did you mean tpu-vm?"),
-        ("tpu-vm smoke --workdir gs://b/r", "--accelerator: say on what, as in --accelerator v5e-16"),
+        ("tpu-vm smoke --workdir gs://b/r", "--accelerator: name the hardware, for example --accelerator v5e-16"),
         ("tpu-vm smok --accelerator v5e-1", "no config is named 'smok'; did you mean smoke"),
-        ("tpu-vm smoke --accelerator v5e-1 --processes 2", "--processes: only local has this; leave it out for tpu-vm"),
-        ("tpu-vm smoke --accelerator v5e-1 --processes 1", "--processes: only local has this; leave it out for tpu-vm"),
+        ("tpu-vm smoke --accelerator v5e-1 --processes 2", "--processes: only local takes this option; leave it out for tpu-vm"),
+        ("tpu-vm smoke --accelerator v5e-1 --processes 1", "--processes: only local takes this option; leave it out for tpu-vm"),
         ("local smoke --workdir R --processes 0 --dry-run", "--processes: 0 cannot share the 1 devices of cpu-1"),
-        ("local smoke --workdir R --seeds 2", "--seeds: goes with a fine-tuning"),
-        ("local smoke --delete-on-exit", "--delete-on-exit: only tpu-vm has this; leave it out for local"),
-        ("local smoke", "--workdir: say which folder shall hold the run"),
+        ("local smoke --workdir R --seeds 2", "--seeds: applies to fine-tuning"),
+        ("local smoke --delete-on-exit", "--delete-on-exit: only tpu-vm takes this option; leave it out for local"),
+        ("local smoke", "--workdir: name the folder that the run is kept in"),
         ("local smoke --workdir R --optim.peak-rl 1", "--optim.peak-rl: no such field; did you mean optim.peak-lr"),
     ],
 )
-def test_mistakes_are_one_line(submitted, words, message):
+def test_mistakes_are_reported_in_one_line(submitted, words, message):
     with pytest.raises(UserError) as error:
         launch(*words.split())
     assert message in str(error.value)
@@ -114,52 +114,54 @@ def test_mistakes_are_one_line(submitted, words, message):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "warning"),
     [
-        ("local smoke --workdir RUN", "uncommitted.diff in the run's folder will say how\n"),
-        ("gke smoke --workdir gs://b/r --accelerator cpu-4 --image IMAGE", "the image holds what it was built from\n"),
+        ("local smoke --workdir RUN", "the run keeps them as uncommitted.diff\n"),
+        ("gke smoke --workdir gs://b/r --accelerator cpu-4 --image IMAGE", "the image contains the files it was built from\n"),
         (
             "tpu-vm smoke --workdir gs://b/r --accelerator v5e-1 --zone z",
-            "uncommitted.diff in the run's folder will say how\n"
-            "warning: git does not track a.py, b.py, c.py, ...: the workers will not have that\n",
+            "the run keeps them as uncommitted.diff\n"
+            "warning: git does not track a.py, b.py, c.py, ...; the workers will not have these files\n",
         ),
     ],
 )
-def test_uncommitted_changes_are_warned_of(submitted, monkeypatch, capsys, words, said):
-    source = Checkout(Path("."), "c0ffee" * 4, b"a difference\n", ("a.py", "b.py", "c.py", "d.py"))
-    monkeypatch.setattr(checkout, "find", lambda: source)
+def test_uncommitted_changes_cause_a_warning(submitted, monkeypatch, tmp_path, capsys, words, warning):
+    changed = Checkout(tmp_path, "c0ffee" * 4, b"a difference\n", ("a.py", "b.py", "c.py", "d.py"))
+    monkeypatch.setattr(git_info, "find_checkout", lambda: changed)
     for more in ((), ("--dry-run",)):
         launch(*words.split(), *more)
-        assert capsys.readouterr().err == f"warning: files differ from commit c0ffeec0ffee; {said}"
+        assert capsys.readouterr().err == f"warning: files differ from commit c0ffeec0ffee; {warning}"
 
 
 def test_a_config_that_git_does_not_track_does_not_reach_a_tpu_vm(submitted, monkeypatch, tmp_path):
     (tmp_path / "configs" / "my").mkdir(parents=True)
     for name in ("my/own", "old"):
-        (tmp_path / "configs" / f"{name}.py").write_text((config_folder() / "smoke.py").read_text())
-    monkeypatch.setattr(config_io, "config_folder", lambda: tmp_path / "configs")
-    source = Checkout(tmp_path, "c0ffee", b"", ("configs/my/own.py",))
-    monkeypatch.setattr(checkout, "find", lambda: source)
+        (tmp_path / "configs" / f"{name}.py").write_text((load.config_folder() / "smoke.py").read_text())
+    for module in (load, tpu_vm):
+        monkeypatch.setattr(module, "config_folder", lambda: tmp_path / "configs")
+    monkeypatch.setattr(git_info, "find_checkout", lambda: Checkout(tmp_path, "c0ffee", b"", ("configs/my/own.py",)))
     words = ("--workdir", "gs://b/r", "--accelerator", "v5e-1", "--zone", "z")
+    message = "configs/my/own.py is not tracked by git, so the workers would not have it; run git add configs/my/own.py"
     for more in ((), ("--dry-run",)):
         with pytest.raises(UserError) as error:
             launch("tpu-vm", "my/own", *words, *more)
-        assert (
-            str(error.value) == "git does not track configs/my/own.py, so the workers will not have it: git add configs/my/own.py"
-        )
+        assert str(error.value) == message
     assert submitted == []
     assert launch("tpu-vm", "old", *words) == 7
     assert launch("local", "my/own", "--workdir", "RUN") == 7  # which sees this folder
 
 
-def test_every_target_takes_the_same(submitted):
-    for target in command.TARGETS:
-        module = __import__(f"gpt_jax.launch.{target.replace('-', '_')}", fromlist=["render"])
-        own = list(command.OWN.get(target, {}))
-        assert [*inspect.signature(module.render).parameters] == ["job", "checked", *own], target
+def test_all_targets_have_the_same_interface():
+    for name in command.TARGETS:
+        target = __import__(f"gpt_jax.launch.{name.replace('-', '_')}", fromlist=["render"])
+        for function in (target.check, target.render):
+            assert [*inspect.signature(function).parameters] == ["job"], name
+        assert next(iter(inspect.signature(target.submit).parameters)) == "job", name
+        assert set(target.UNSUPPORTED) <= command.OPTIONS.keys(), name
+        assert set(target.MOUNTS) <= {"/gcs/", "/mnt/"}, name
 
 
-def test_what_is_supervised_comes_after_two_dashes(monkeypatch):
+def test_the_supervised_command_follows_two_dashes(monkeypatch):
     calls = []
     monkeypatch.setattr(supervision, "supervise", lambda *call: calls.append(call) or 42)
     assert supervise("--crashes", "1", "--", "pretrain", "smoke", "--workdir", "RUN", "--crashes", "5") == 42
@@ -167,15 +169,27 @@ def test_what_is_supervised_comes_after_two_dashes(monkeypatch):
     assert calls == [(["pretrain", "smoke", "--workdir", "RUN", "--crashes", "5"], 100, 1, 120), (["demo"], 100, 3, 9)]
 
 
-def test_defaults_of_the_words_are_those_of_a_job():
+def test_every_option_of_a_job_is_an_argument_with_a_help_text():
     parser = argparse.ArgumentParser()
     command.add_launch(parser)
-    job = Job("pretrain", "", (), "", "", "")
-    for name in ("slices", "spot", "preemptions", "crashes", "grace_seconds", "seeds", "image", "queue", "zone", "project"):
-        assert parser.get_default(name) == getattr(job, name)
+    helps = {action.dest: action.help for action in parser._actions}
+    fields = {field.name for field in dataclasses.fields(Job)} - {"verb", "overrides"}
+    assert fields <= helps.keys()
+    assert all(helps.values())
+    assert {
+        name: parser.get_default(name) for name in ("slices", "spot", "preemptions", "crashes", "grace_seconds", "seeds")
+    } == {
+        "slices": 1,
+        "spot": False,
+        "preemptions": 100,
+        "crashes": 3,
+        "grace_seconds": 120,
+        "seeds": 1,
+    }
+    assert {parser.get_default(name) for name in ("image", "queue", "zone", "project")} == {""}
 
 
-def test_help_needs_nothing_heavy():
+def test_help_imports_nothing_heavy():
     code = (
         "import sys; from gpt_jax.launch import command; print(sorted({'jax', 'tyro', 'yaml', 'tensorflow'} & set(sys.modules)))"
     )

@@ -1,32 +1,29 @@
-"""What a job is, and what is refused before anything is created."""
+"""Accelerators, jobs, and the checks that are the same for every target."""
 
 import contextlib
 import dataclasses
+import functools
+import math
 import subprocess
 import sys
 import typing
 
+import jax
 import pytest
 
-from gpt_jax.config import FinetuneConfig, ModelConfig, PretrainConfig
+from gpt_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, load
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.data import sources
 from gpt_jax.errors import UserError
-from gpt_jax.launch import accelerators, job
-from gpt_jax.launch.job import Checked, Job
-from gpt_jax.model import network
+from gpt_jax.launch import accelerators, checks, job
+from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.launch.job import BUCKETS, CLAIMS, Job
+from gpt_jax.model.network import network
 
 
-def make(**fields):
-    usual = {
-        "verb": "pretrain",
-        "config": "gpt1",
-        "overrides": (),
-        "workdir": "gs://runs/a",
-        "name": "a",
-        "accelerator": "v5e-16",
-    }
-    return Job(**usual | fields)
+def make(accelerator="v5e-16", **fields):
+    defaults = {"verb": "pretrain", "config": "gpt1", "overrides": (), "workdir": "gs://runs/a", "name": "a"}
+    return Job(accelerator=parse_accelerator(accelerator), **defaults | fields)
 
 
 STORE = ("--data.store", "gs://data/store")
@@ -35,10 +32,10 @@ COORDINATOR = ("--distributed.coordinator=a:1", "--distributed.num-processes=1",
 
 
 def check(**fields):
-    """Checks a job of `make`, with a store where it is a pre-training."""
+    """Checks a job of `make`, which gets a store if it is a pre-training."""
     given = make(**fields)
     store = () if given.config.startswith("finetune/") else STORE
-    return job.check(dataclasses.replace(given, overrides=(*given.overrides, *store)))
+    return checks.check_job(dataclasses.replace(given, overrides=(*given.overrides, *store)))
 
 
 # -- accelerators -----------------------------------------------------------------------------------------------------------
@@ -52,22 +49,17 @@ def check(**fields):
         ("v5e-1", "v5litepod-1", "1x1", 1, 1, 16),
         ("v5litepod-16", "v5litepod-16", "4x4", 4, 16, 16),
         ("v6e-32", "v6e-32", "4x8", 8, 32, 32),
-        ("v5p-8", "v5p-8", "2x2x1", 1, 4, 95),  # counts TensorCores, two a chip
+        ("v5p-8", "v5p-8", "2x2x1", 1, 4, 95),  # The size counts TensorCores, two in a chip.
         ("v5p-16", "v5p-16", "2x2x2", 2, 8, 95),
         ("v4-32", "v4-32", "2x2x4", 4, 16, 32),
-        ("7x-8", "tpu7x-8", "2x2x1", 1, 8, 96),  # the same, and each is a device
+        ("7x-8", "tpu7x-8", "2x2x1", 1, 8, 96),  # Here each TensorCore is a device.
         ("7x-128", "tpu7x-128", "4x4x4", 16, 128, 96),
     ],
 )
 def test_tpu_slices(name, gcloud, topology, hosts, devices, gib):
-    found = accelerators.find(name)
-    assert (found.gcloud, found.topology, found.hosts, found.devices, found.memory) == (
-        gcloud,
-        topology,
-        hosts,
-        devices,
-        gib << 30,
-    )
+    accelerator = parse_accelerator(name)
+    assert (accelerator.gcloud, accelerator.topology) == (gcloud, topology)
+    assert (accelerator.hosts, accelerator.devices, accelerator.memory) == (hosts, devices, gib << 30)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +73,9 @@ def test_tpu_slices(name, gcloud, topology, hosts, devices, gib):
     ],
 )
 def test_nodes_of_gpus_and_cpus(name, kind, devices, gib):
-    found = accelerators.find(name)
-    assert (found.kind, found.hosts, found.devices, found.memory) == (kind, 1, devices, gib << 30)
+    accelerator = parse_accelerator(name)
+    assert (accelerator.kind, accelerator.hosts) == (kind, 1)
+    assert (accelerator.devices, accelerator.memory) == (devices, gib << 30)
 
 
 @pytest.mark.parametrize(
@@ -97,41 +90,45 @@ def test_nodes_of_gpus_and_cpus(name, kind, devices, gib):
         ("", ["v5e-16"]),
     ],
 )
-def test_an_unknown_accelerator_is_told_its_nearest(name, hints):
+def test_the_message_for_an_unknown_accelerator_lists_the_nearest(name, hints):
     with pytest.raises(UserError) as raised:
-        accelerators.find(name)
+        parse_accelerator(name)
     assert f"'{name}'" in str(raised.value)
     assert all(hint in str(raised.value) for hint in hints)
     assert "\n" not in str(raised.value)
 
 
-def test_every_slice_is_filled_with_whole_hosts():
-    for family, tpu in accelerators._TPUS.items():
-        for topology in tpu.topologies.split():
-            found = accelerators._tpu(family, topology)
-            assert found == accelerators.find(found.name)  # no two slices of a family have one name
-            assert found.hosts * found.chips_per_host * tpu.devices_per_chip == found.devices
+def test_the_hosts_of_a_slice_have_all_its_chips():
+    slices = {name: accelerator for name, accelerator in accelerators.ACCELERATORS.items() if accelerator.kind == "tpu"}
+    # No two slices of a family have the same name.
+    assert len(slices) == sum(len(topologies.split()) for *_, topologies in accelerators._TPUS.values())
+    for name, accelerator in slices.items():
+        assert parse_accelerator(name) == parse_accelerator(accelerator.gcloud) == accelerator
+        chips = math.prod(map(int, accelerator.topology.split("x")))
+        assert accelerator.hosts * accelerator.chips_per_host == chips
+        *_, devices_per_chip, _ = accelerators._TPUS[accelerator.family]
+        assert accelerator.devices == chips * devices_per_chip
 
 
 @pytest.mark.parametrize(("family", "least"), [("v4", "v4-16"), ("v5e", "v5e-16"), ("v5p", "v5p-16"), ("7x", "7x-16")])
-def test_the_smallest_slice_of_several_hosts(family, least):
-    assert accelerators.smallest_of_several_hosts(family) == accelerators.find(least)
+def test_the_smallest_slice_with_several_hosts(family, least):
+    assert accelerators.smallest_multi_host_slice(family) == parse_accelerator(least)
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_is_the_one_that_would_be_typed():
+def test_the_command_is_the_one_that_a_user_would_type():
     given = make(overrides=("--mesh.fsdp", "2", "--train.duration", "3 epochs"), preemptions=7, crashes=1, grace_seconds=30)
     words = ["pretrain", "gpt1", "--workdir", "gs://runs/a", "--mesh.fsdp", "2", "--train.duration", "3 epochs"]
     assert given.command() == ["gpt-jax", *words]
-    options = ["--preemptions", "7", "--crashes", "1", "--grace-seconds", "30"]
-    assert given.supervised() == ["gpt-jax", "supervise", *options, "--", *words]
+    options = ["--preemptions=7", "--crashes=1", "--grace-seconds=30"]
+    assert given.supervised_command() == ["gpt-jax", "supervise", *options, "--", *words]
     seeds = make(verb="finetune", config="finetune/cola", overrides=("--init.from", "gs://runs/b"), seeds=5).command()
     assert seeds[1:] == ["finetune", "finetune/cola", "--workdir", "gs://runs/a", "--seeds", "5", "--init.from", "gs://runs/b"]
 
 
-def test_names_are_made_of_what_every_target_takes():
+def test_default_names_are_valid_on_every_target():
     assert [job.default_name(config) for config in ("gpt1_1b5", "finetune/cola", "my/Big_run.py", "_")] == [
         "gpt1-1b5",
         "finetune-cola",
@@ -140,15 +137,14 @@ def test_names_are_made_of_what_every_target_takes():
     ]
 
 
-def test_a_job_that_fits_gives_its_config_and_its_accelerator():
-    checked = check(config="gpt1_1b5", overrides=("--mesh.slice", "2", "--mesh.fsdp", "16"), slices=2)
-    assert checked.accelerator == accelerators.find("v5e-16")
-    assert (checked.config.mesh.fsdp, checked.config.model.num_layers) == (16, 36)
-    assert check(accelerator="h100-8", **COLA, overrides=("--init.from", "gs://runs/a")).config.task.name == "cola"
+def test_checking_a_job_returns_its_config():
+    config = check(config="gpt1_1b5", overrides=("--mesh.slice", "2", "--mesh.fsdp", "16"), slices=2)
+    assert (config.mesh.fsdp, config.model.num_layers) == (16, 36)
+    assert check(accelerator="h100-8", **COLA, overrides=("--init.from", "gs://runs/a")).task.name == "cola"
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"name": "Big_run"}, "--name: 'Big_run'"),
         ({"name": "a" * 41}, "at most 40"),
@@ -156,50 +152,50 @@ def test_a_job_that_fits_gives_its_config_and_its_accelerator():
         ({"crashes": -1}, "--crashes: must be at least 0, not -1"),
         ({"grace_seconds": 0}, "--grace-seconds: must be at least 1"),
         ({"seeds": 0}, "--seeds: must be at least 1, not 0"),
-        ({"seeds": 2}, "--seeds: goes with a fine-tuning; a pre-training has --train.seed"),
-        ({"workdir": ""}, "--workdir: say which folder"),
-        # what no target could make sense of
-        ({"workdir": "gs://runs/a\n"}, r"--workdir: 'gs://runs/a\n' holds a line end or another control character"),
+        ({"seeds": 2}, "--seeds: applies to fine-tuning; for pre-training, set --train.seed"),
+        ({"workdir": ""}, "--workdir: name the folder"),
+        # Characters that no target can handle.
+        ({"workdir": "gs://runs/a\n"}, r"--workdir: 'gs://runs/a\n' contains a line break or another control character"),
         ({"image": "a\n# b"}, "--image: "),
         ({"config": "gpt1\x1b"}, "--config: "),
-        ({"overrides": ("--train.prompts", "a\nb")}, r"'a\nb' holds a line end"),
-        ({"zone": "us east"}, "--zone: 'us east' is none; its characters are a-z, 0-9 and '-'"),
+        ({"overrides": ("--train.prompts", "a\nb")}, r"'a\nb' contains a line break"),
+        ({"zone": "us east"}, "--zone: 'us east' must consist of a-z, 0-9 and '-'"),
         ({"zone": "us-east5-a;reboot"}, "--zone: "),
-        ({"project": "my project"}, "--project: 'my project' must hold no blanks and no quotes"),
+        ({"project": "my project"}, "--project: 'my project' must not contain blanks or quotes"),
         ({"project": "it's"}, "--project: "),
         ({"queue": 'a"b'}, "--queue: "),
         ({"accelerator": "v5e-15"}, "v5e-16"),
         ({"config": "gpt2"}, "no config is named 'gpt2'; did you mean gpt1"),
-        ({"verb": "finetune"}, "gpt1 is a config for gpt-jax pretrain"),
         ({"overrides": ("--mesh.fsdq", "2")}, "did you mean mesh.fsdp"),
-        # the mesh and the devices
+        # The mesh and the devices.
         ({"overrides": ("--mesh.data", "3")}, "asks for 3 devices, and there are 16 devices on v5e-16"),
         ({"overrides": ("--mesh.fsdp", "3")}, "the other axes multiply to 3, and there are 16 devices on v5e-16"),
+        ({"overrides": ("--mesh.fsdp", "3"), "slices": 2}, "and there are 32 devices on 2 x v5e-16"),
         ({"overrides": ("--mesh.tensor", "16")}, "16 does not divide model.num-heads 12"),
-        ({"slices": 2}, "there are 2 TPU slices, so say --mesh.slice 2"),
-        ({"slices": 2, "accelerator": "h100-8"}, "there are 2 nodes, so say --mesh.slice 2"),
+        ({"slices": 2}, "there are 2 TPU slices, so set --mesh.slice 2"),
+        ({"slices": 2, "accelerator": "h100-8"}, "there are 2 nodes, so set --mesh.slice 2"),
         (
             {"accelerator": "h100-2", "overrides": ("--mesh.data", "1", "--mesh.tensor", "4")},
             "asks for 4 devices, and there are 2",
         ),
         ({"accelerator": "v5e-256"}, "64 does not divide over slice x data x fsdp = 256; 256 would"),
         (COLA | {"accelerator": "v5e-64", "overrides": ("--init.from", "gs://runs/a")}, "32 does not divide"),
-        (COLA, "--init.from: say which run or checkpoint to fine-tune"),
+        (COLA, "--init.from: name the run or checkpoint to fine-tune"),
         ({"overrides": COORDINATOR}, "--distributed.coordinator: leave it out"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(fields, said):
+def test_impossible_jobs_are_refused_in_one_line(fields, message):
     with pytest.raises(UserError) as raised:
         check(**fields)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_all_that_are_left_are_found_over_slices_and_hosts():
+def test_an_axis_of_minus_one_takes_the_devices_of_all_slices_and_hosts():
     mesh = load_config("gpt1_1b5").mesh
-    sizes = job.mesh_sizes(dataclasses.replace(mesh, slice=2, data=-1, tensor=8), accelerators.find("v5e-16"), 2)
+    sizes = checks.mesh_sizes(dataclasses.replace(mesh, slice=2, data=-1, tensor=8), parse_accelerator("v5e-16"), 2)
     assert sizes == {"slice": 2, "data": 2, "fsdp": 1, "tensor": 8}
-    sizes = job.mesh_sizes(dataclasses.replace(mesh, slice=1, data=2, fsdp=-1), accelerators.find("cpu-4"), 3)
+    sizes = checks.mesh_sizes(dataclasses.replace(mesh, slice=1, data=2, fsdp=-1), parse_accelerator("cpu-4"), 3)
     assert sizes == {"slice": 1, "data": 2, "fsdp": 6, "tensor": 1}
 
 
@@ -215,39 +211,42 @@ def test_all_that_are_left_are_found_over_slices_and_hosts():
         ModelConfig(kind="lstm", vocab_size=300, embed_dim=24, num_heads=2, lstm_units=56),
     ],
 )
-def test_parameters_are_counted_as_the_network_counts_them(model):
-    assert job.parameters(model) == network.count(model)
+def test_the_number_of_parameters_equals_that_of_the_initialized_network(model):
+    shapes = jax.eval_shape(functools.partial(network(model).init, model), jax.random.key(0))
+    padding = (model.padded_vocab_size - model.vocab_size) * model.embed_dim
+    assert model.num_parameters == sum(leaf.size for leaf in jax.tree.leaves(shapes)) - padding
 
 
-def test_the_papers_model_has_its_parameters():
-    assert job.parameters(ModelConfig()) == 116_534_784
+def test_the_model_of_the_paper_has_its_number_of_parameters():
+    assert ModelConfig().num_parameters == 116_534_784
 
 
 def test_a_state_larger_than_the_devices_is_refused_with_the_axis_that_helps():
     # 1,479,539,712 parameters x (4 + 4 + 8) bytes are 22.05 GiB.
-    with pytest.raises(UserError, match=r"--mesh.fsdp: 1,479,539,712 .* 22.0 GiB .* v5e-16 has 16 GiB; .*--mesh.fsdp 2 would"):
+    message = r"--mesh.fsdp: 1,479,539,712 .* 22.0 GiB .* v5e-16 has 16 GiB; set --mesh.data -1 --mesh.fsdp 2$"
+    with pytest.raises(UserError, match=message):
         check(config="gpt1_1b5")
     check(config="gpt1_1b5", overrides=("--mesh.fsdp", "2"))
     check(config="gpt1_1b5", overrides=("--mesh.tensor", "2"))
     check(config="gpt1_1b5", accelerator="h100-8")  # 80 GiB
-    check(config="gpt1_1b5", accelerator="cpu-4")  # how much a CPU has is not known
-    with pytest.raises(UserError, match=r"no --mesh\.fsdp is enough"):
+    check(config="gpt1_1b5", accelerator="cpu-4")  # The memory of a CPU is unknown.
+    with pytest.raises(UserError, match=r"no --mesh\.fsdp is large enough"):
         check(config="gpt1_1b5", accelerator="v5e-1")
 
 
-def test_bfloat16_parameters_need_less():
-    assert job.bytes_per_parameter(ModelConfig()) == 16
-    assert job.bytes_per_parameter(ModelConfig(param_dtype="bfloat16")) == 12
+def test_bfloat16_parameters_need_less_memory():
+    assert checks.bytes_per_parameter(ModelConfig()) == 16
+    assert checks.bytes_per_parameter(ModelConfig(param_dtype="bfloat16")) == 12
 
 
-# -- where files are --------------------------------------------------------------------------------------------------------
+# -- paths ------------------------------------------------------------------------------------------------------------------
 
 
-def reach(volumes=False, **fields):
-    """What the workers cannot see of a job; empty: they see all."""
+def fault(roots=(BUCKETS,), **fields):
+    """Returns the message about a path that workers cannot see, or an empty string if they see all."""
     given = make(**fields)
     try:
-        job.require_reachable(given, Checked(config_of(given), accelerators.find(given.accelerator)), "there", volumes=volumes)
+        checks.check_paths(given, config_of(given), roots)
     except UserError as error:
         return str(error)
     return ""
@@ -258,9 +257,9 @@ def config_of(given):
 
 
 @pytest.mark.parametrize("workdir", ["runs/a", "/home/me/runs/a", "./gs:/x", "s3://bucket/a", "~/a"])
-def test_workers_elsewhere_do_not_see_this_machines_folders(workdir):
-    assert f"--workdir: '{workdir}' is a folder of this machine" in reach(workdir=workdir)
-    assert reach(workdir=workdir).endswith("give gs://BUCKET/PATH")
+def test_workers_do_not_see_the_folders_of_this_machine(workdir):
+    assert f"--workdir: '{workdir}' is a path on this machine" in fault(workdir=workdir)
+    assert fault(workdir=workdir).endswith("give gs://BUCKET/PATH")
 
 
 @pytest.mark.parametrize(
@@ -284,24 +283,24 @@ def test_every_field_that_names_a_path_is_checked(config, field, value):
         random = ("--init.from", "none") if field == "init.like" else ()
         return {"config": config, "overrides": (*random, f"--{field}", path)}
 
-    assert f"--{field}: '{value}' is a path of this machine, which the workers of there do not see" in reach(**given(value))
-    assert reach(**given("gs://data/there")) == reach(**given("/gcs/data/there")) == ""
-    # The other targets see this machine's files and mount no buckets.
-    for path, fault in (
+    assert f"--{field}: '{value}' is a path on this machine, which workers cannot read" in fault(**given(value))
+    assert fault(**given("gs://data/there")) == fault(**given("/gcs/data/there")) == ""
+    # The other targets see the files of this machine and mount no buckets.
+    for path, message in (
         (value, ""),
-        ("gs://data/there", f"--{field}: 'gs://data/there' is no file or folder; local mounts no buckets"),
+        ("gs://data/there", f"--{field}: 'gs://data/there' is not a file or folder, and this target mounts no buckets"),
     ):
         other = make(workdir="runs/a", **given(path))
-        with pytest.raises(UserError, match=f"^{fault}$") if fault else contextlib.nullcontext():
-            job.require_no_buckets(other, Checked(config_of(other), accelerators.find("cpu")), "local")
+        with pytest.raises(UserError, match=f"^{message}$") if message else contextlib.nullcontext():
+            checks.check_paths(other, config_of(other), ())
 
 
-def texts(kind, prefix=""):
-    """The names of the fields that take any text."""
+def text_fields(kind, prefix=""):
+    """Yields the names of the fields that take any text."""
     for name, hint in typing.get_type_hints(kind).items():
         dotted = prefix + name.rstrip("_").replace("_", "-")
         if dataclasses.is_dataclass(hint):
-            yield from texts(hint, dotted + ".")
+            yield from text_fields(hint, dotted + ".")
         elif hint is str:
             yield dotted
 
@@ -309,111 +308,112 @@ def texts(kind, prefix=""):
 def test_no_field_that_names_a_path_was_forgotten():
     others = ["data.text-field", "distributed.coordinator", "optim.warmup", "task.label", "task.name"]
     others += ["train.duration", "train.eval-every", "train.save-every"]
-    assert {*texts(PretrainConfig), *texts(FinetuneConfig)} == {*job.PATHS, *others}
+    assert {*text_fields(PretrainConfig), *text_fields(FinetuneConfig)} == {*checks.PATHS, *others}
 
 
-def test_what_is_no_path_is_seen_everywhere():
-    assert reach(config="smoke") == ""  # builtin:docs
-    assert reach(overrides=("--data.source", "tfds:c4")) == ""
-    assert reach(config="finetune/cola", overrides=("--init.from", "none", "--init.like", "gpt1")) == ""
+def test_names_that_are_not_paths_are_valid_everywhere():
+    assert fault(config="smoke") == ""  # builtin:docs
+    assert fault(overrides=("--data.source", "tfds:c4")) == ""
+    assert fault(config="finetune/cola", overrides=("--init.from", "none", "--init.like", "gpt1")) == ""
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         ("gs://runs/a/../b", "leads out of what is mounted"),
         ("/gcs/runs/..", "leads out"),
-        ("gs://../b", "no bucket is named '..'"),
-        ("gs://Runs/a", "no bucket is named 'Runs'"),
-        ("gs:///a", "no bucket is named ''"),
-        ("/gcs/my runs/a", "no bucket is named 'my runs'"),
-        ("gs://runs,ro/a", "no bucket is named 'runs,ro'"),
+        ("gs://../b", "'..' cannot be the name of a bucket"),
+        ("gs://Runs/a", "'Runs' cannot be the name of a bucket"),
+        ("gs:///a", "'' cannot be the name of a bucket"),
+        ("/gcs/my runs/a", "'my runs' cannot be the name of a bucket"),
+        ("gs://runs,ro/a", "'runs,ro' cannot be the name of a bucket"),
         ("gs://runs", "names nothing inside 'runs'"),
         ("gs://runs/", "names nothing inside 'runs'"),
-        ("/mnt/disk/a", "nothing is mounted below /mnt/ on the workers of there; give gs://BUCKET/PATH"),
+        ("/mnt/disk/a", "is a path on this machine, which workers cannot read; give gs://BUCKET/PATH"),
     ],
 )
-def test_a_path_names_something_in_a_bucket(path, said):
-    assert f"--workdir: '{path}'" in reach(workdir=path)
-    assert said in reach(workdir=path)
-    assert f"--data.store: '{path}'" in reach(overrides=("--data.store", path))
+def test_a_path_names_something_in_a_bucket(path, message):
+    assert f"--workdir: '{path}'" in fault(workdir=path)
+    assert message in fault(workdir=path)
+    assert f"--data.store: '{path}'" in fault(overrides=("--data.store", path))
 
 
-def test_volumes_are_seen_where_they_are_mounted():
-    fields = {"workdir": "/mnt/disk-1.a/run", "overrides": ("--data.store", "/mnt/disk/store")}
-    assert reach(volumes=True, **fields) == ""
+def test_volumes_are_visible_on_targets_that_mount_them():
+    both = (BUCKETS, CLAIMS)
+    assert fault(both, workdir="/mnt/disk-1.a/run", overrides=("--data.store", "/mnt/disk/store")) == ""
     for name in ("Disk", "my_disk", "-disk", "a..b", "a" * 254):
-        assert f"no PersistentVolumeClaim is named '{name}'" in reach(volumes=True, workdir=f"/mnt/{name}/a")
-    assert "leads out" in reach(volumes=True, workdir="/mnt/disk/../a")
-    assert "give gs://BUCKET/PATH or /mnt/CLAIM/PATH" in reach(volumes=True, workdir="runs/a")
+        assert f"'{name}' cannot be the name of a PersistentVolumeClaim" in fault(both, workdir=f"/mnt/{name}/a")
+    assert "leads out" in fault(both, workdir="/mnt/disk/../a")
+    assert "give gs://BUCKET/PATH or /mnt/CLAIM/PATH" in fault(both, workdir="runs/a")
 
 
-def own_config(folder, **data):
-    """A config file with its own paths."""
+def write_config(folder, **data):
+    """Writes a config file with paths of its own; returns its path."""
     file = folder / "own.py"
     file.write_text(f"from gpt_jax.config import *\n\n\ndef config():\n    return PretrainConfig(data=DataConfig(**{data}))\n")
     return str(file)
 
 
-def test_a_configs_own_paths_count(tmp_path, monkeypatch):
-    monkeypatch.setattr(config_io, "config_folder", lambda: tmp_path)
-    own_config(tmp_path, store="my/store")
-    assert "--data.store: 'my/store' is a path of this machine" in reach(config="own")
-    assert reach(config="own", overrides=STORE) == ""
-    assert reach(config="own", overrides=("--data.store=", "--data.source", "builtin:docs")) == ""
-    # One in a bucket must be among the words that become mounts.
+def test_the_paths_in_a_config_file_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "config_folder", lambda: tmp_path)
+    write_config(tmp_path, store="my/store")
+    assert "--data.store: 'my/store' is a path on this machine" in fault(config="own")
+    assert fault(config="own", overrides=STORE) == ""
+    assert fault(config="own", overrides=("--data.store=", "--data.source", "builtin:docs")) == ""
+    # A path in a bucket must be among the words that become mounts.
     for store in ("gs://data/store", "/gcs/data/store"):
-        own_config(tmp_path, store=store)
-        assert f"--data.store: '{store}' stands only in the config" in reach(config="own")
-        assert reach(config="own", overrides=(f"--data.store={store}",)) == ""
-        assert job.buckets(make(overrides=(f"--data.store={store}",)).command()) == ["runs", "data"]
+        write_config(tmp_path, store=store)
+        assert f"--data.store: '{store}' is only in the config; repeat it on the command line" in fault(config="own")
+        assert fault(config="own", overrides=(f"--data.store={store}",)) == ""
+        assert job.mounts(make(overrides=(f"--data.store={store}",)).command(), BUCKETS) == ["runs", "data"]
 
 
 @pytest.mark.parametrize("config", ["{}", "/mnt/disk/own.py"])
-def test_a_config_that_is_a_file_of_this_machine_is_not_seen(tmp_path, monkeypatch, config):
-    config, real = config.format(own_config(tmp_path, store="gs://data/store")), tmp_path / "own.py"
-    load = load_config
-    monkeypatch.setattr(config_io, "load", lambda name: load(str(real)))
-    assert f"--config: '{config}' is a file of this machine" in reach(config=config, overrides=STORE)
-    assert reach(config="/gcs/runs/own.py", overrides=STORE) == ""
-    assert "leads out" in reach(config="/gcs/runs/../own.py", overrides=STORE)
+def test_workers_do_not_see_a_config_file_of_this_machine(tmp_path, monkeypatch, config):
+    config, real = config.format(write_config(tmp_path, store="gs://data/store")), tmp_path / "own.py"
+    monkeypatch.setattr(sys.modules[__name__], "load_config", lambda name: load.load_config(str(real)))
+    message = f"--config: '{config}' is on this machine, where workers cannot read it; move it into configs/"
+    assert fault(config=config, overrides=STORE) == message
+    assert fault(config="/gcs/runs/own.py", overrides=STORE) == ""
+    assert "leads out" in fault(config="/gcs/runs/../own.py", overrides=STORE)
 
 
-def test_a_pre_training_has_text_to_read(tmp_path):
+def test_a_pre_training_needs_text_to_read(tmp_path):
     with pytest.raises(UserError) as raised:
-        job.check(make())
+        checks.check_job(make())
     with pytest.raises(UserError) as training:
         sources.open_source(PretrainConfig().data)
     assert str(raised.value) == str(training.value)
     for words in (STORE, ("--data.source", "gs://data/text")):
-        job.check(make(overrides=words))
-    # One whose store lies in its folder already, as far as this machine sees that.
+        checks.check_job(make(overrides=words))
+    # The store may already be in the run's folder, if this machine sees that.
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "index.json").write_text("{}")
-    job.check(make(workdir=str(tmp_path)))
+    checks.check_job(make(workdir=str(tmp_path)))
 
 
 def test_buckets_become_mounts():
-    words = [
-        "--workdir",
-        "gs://runs/a",
-        "--data.store=gs://data/x/y",
-        "--data.source",
-        "text gs://no",
-        "--init.from",
-        "/mnt/disk/b",
-    ]
+    words = ["--workdir", "gs://runs/a", "--data.store=gs://data/x/y", "--data.source", "text gs://no", "--init.from"]
+    words += ["/mnt/disk/b"]
     assert job.mounted(words) == [
         *["--workdir", "/gcs/runs/a", "--data.store=/gcs/data/x/y", "--data.source", "text gs://no", "--init.from", "/mnt/disk/b"]
     ]
-    assert job.buckets([*words, "/gcs/runs/c"]) == ["runs", "data"]
-    assert job.volumes(words) == ["disk"]
+    assert job.mounts([*words, "/gcs/runs/c"], BUCKETS) == ["runs", "data"]
+    assert job.mounts(words, CLAIMS) == ["disk"]
 
 
-# -- where it comes from ----------------------------------------------------------------------------------------------------
+# -- imports ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_machine_that_only_launches_needs_no_jax_to_import_it():
-    names = ("job", "accelerators", "gke", "slurm", "sky")
-    code = "import sys; " + "; ".join(f"import gpt_jax.launch.{name}" for name in names) + "; print('jax' in sys.modules)"
+def test_launching_needs_no_jax():
+    code = """
+import sys
+from gpt_jax.launch import checks, gke, job, local, sky, slurm, tpu_vm
+from gpt_jax.launch.accelerators import parse_accelerator
+words = ("--data.store", "gs://data/store")
+given = job.Job("pretrain", "gpt1", words, "gs://runs/a", "a", parse_accelerator("v5e-16"), image="i")
+checks.check(given, gke)
+gke.render(given)
+print("jax" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"

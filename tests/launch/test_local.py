@@ -1,4 +1,4 @@
-"""Several processes of a run on this machine: what each is told, where its words go, and that a killed one costs nothing."""
+"""Several processes of a run on this machine: their variables, their logs, and a run that survives a killed process unchanged."""
 
 import dataclasses
 import json
@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError
-from gpt_jax.launch import accelerators, local
-from gpt_jax.launch.job import Checked, Job, check
+from gpt_jax.launch import local
+from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.launch.checks import check
+from gpt_jax.launch.job import Job
 
 tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
 
@@ -29,13 +30,13 @@ print("devices", os.environ["JAX_NUM_CPU_DEVICES"], "words", *sys.argv[1:], file
 """
 
 
-def on(name):
-    return Checked(load_config("smoke"), accelerators.find(name))
-
-
 @pytest.fixture
 def job(tmp_path):
-    return Job("pretrain", "smoke", ("--train.duration", "7 steps"), str(tmp_path / "run"), "tiny", "cpu-4")
+    return make(str(tmp_path / "run"), ("--train.duration", "7 steps"))
+
+
+def make(workdir, overrides, processes=2):
+    return Job("pretrain", "smoke", overrides, workdir, "tiny", parse_accelerator("cpu-4"), processes=processes)
 
 
 def variables(line):
@@ -43,8 +44,8 @@ def variables(line):
     return dict(word.split("=", 1) for word in words[: words.index("gpt-jax")])
 
 
-def test_processes_share_a_cpu_s_devices(job):
-    first, second, end = local.render(job, on("cpu-4"), 2).splitlines()
+def test_processes_share_the_devices_of_a_cpu(job):
+    first, second, end = local.render(job).splitlines()
     assert variables(second) == {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
@@ -58,52 +59,62 @@ def test_processes_share_a_cpu_s_devices(job):
     assert end == "wait  # supervised: 100 restarts after preemptions, 3 after crashes"
 
 
-def test_one_process_has_no_others_to_join(job):
-    line, _ = local.render(job, on("cpu-4"), 1).splitlines()
+def test_a_single_process_joins_no_others(job):
+    line, _ = local.render(dataclasses.replace(job, processes=1)).splitlines()
     assert variables(line) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
 
 
 @pytest.mark.parametrize(("processes", "expected"), [(4, ["0", "1", "2", "3"]), (2, ["0,1", "2,3"]), (1, ["0,1,2,3"])])
 def test_processes_share_gpus(job, processes, expected):
-    lines = local.render(job, on("h100-4"), processes).splitlines()[:-1]
+    job = dataclasses.replace(job, accelerator=parse_accelerator("h100-4"), processes=processes)
+    lines = local.render(job).splitlines()[:-1]
     assert [variables(line)["CUDA_VISIBLE_DEVICES"] for line in lines] == expected
     assert "JAX_NUM_CPU_DEVICES" not in variables(lines[0])
+
+
+ELSEWHERE = "leave it out; local runs in the environment of this command, on this machine"
 
 
 @pytest.mark.parametrize(
     ("change", "accelerator", "processes", "message"),
     [
         ({}, "v5e-8", 1, "--accelerator: local runs on CPUs and GPUs"),
-        ({"slices": 2}, "cpu-4", 1, "--slices: 2 of them are several machines; local has --processes"),
-        ({"zone": "z"}, "cpu-4", 1, "--zone: local runs in this environment on this machine; leave it out"),
-        ({"spot": True}, "cpu-4", 1, "--spot: local runs"),
-        ({"workdir": "gs://b/run"}, "cpu-4", 1, "--workdir: 'gs://b/run' is no file or folder; local mounts no buckets"),
+        (
+            {"slices": 2},
+            "cpu-4",
+            1,
+            "--slices: leave it out; local runs on this machine alone, where --processes sets the number",
+        ),
+        ({"zone": "z"}, "cpu-4", 1, f"--zone: {ELSEWHERE}"),
+        ({"spot": True}, "cpu-4", 1, f"--spot: {ELSEWHERE}"),
+        ({"image": "i"}, "cpu-4", 1, f"--image: {ELSEWHERE}"),
+        ({"workdir": "gs://b/run"}, "cpu-4", 1, "--workdir: 'gs://b/run' is not a file or folder, and this target mounts no"),
         ({}, "cpu-4", 3, "--processes: 3 cannot share the 4 devices of cpu-4 evenly; give a divisor of 4"),
         ({}, "cpu-4", 0, "--processes: 0 cannot share"),
     ],
 )
-def test_what_this_machine_is_not(job, change, accelerator, processes, message):
-    for call in (local.render, local.submit):
-        with pytest.raises(UserError, match=message):
-            call(dataclasses.replace(job, **change), on(accelerator), processes)
+def test_jobs_that_this_machine_cannot_run_are_refused(job, change, accelerator, processes, message):
+    job = dataclasses.replace(job, accelerator=parse_accelerator(accelerator), processes=processes, **change)
+    with pytest.raises(UserError, match=message):
+        check(job, local)
 
 
-def test_each_process_has_its_log_and_the_first_is_shown(job, monkeypatch, capsys):
+def test_each_process_has_its_log_and_that_of_the_first_is_shown(job, monkeypatch, capsys):
     spawn = local.spawn
     monkeypatch.setattr(local, "spawn", lambda command, **options: spawn([sys.executable, "-SEc", STAND_IN, *command], **options))
-    assert local.submit(job, on("cpu-4"), 2) == 0
-    assert local.submit(job, on("cpu-4"), 2) == 0
+    assert local.submit(job) == 0
+    assert local.submit(job) == 0
     logs = [(Path(job.workdir) / "logs" / f"process-{number}.log").read_text().splitlines() for number in (0, 1)]
     assert [len(log) for log in logs] == [4, 4]
     first, again = logs[0][0:4:2]
     port = first.rpartition(":")[2]
     assert first == f"process 0 of 2 at 127.0.0.1:{port}"
     assert logs[1][0] == f"process 1 of 2 at 127.0.0.1:{port}"
-    assert first != again  # another port
+    assert first != again  # The ports differ.
     assert logs[1][1].startswith("devices 2 words ")
     assert logs[1][1].endswith(f"-m gpt_jax pretrain smoke --workdir {job.workdir} --train.duration 7 steps")
     shown = capsys.readouterr().err
-    assert shown.count("process 0 of 2 at") == 2  # and not once more what the log held before
+    assert shown.count("process 0 of 2 at") == 2  # Earlier content of the log is not repeated.
     assert "process 1 of 2" not in shown
 
 
@@ -111,38 +122,41 @@ def test_no_process_outlives_one_that_could_not_be_started(job, monkeypatch):
     started, spawn = [], local.spawn
     sleep = [sys.executable, "-SEc", "import time; time.sleep(60)"]
     monkeypatch.setattr(local, "spawn", lambda command, **options: started.append(spawn(sleep, **options)) or started[-1])
-    (Path(job.workdir) / "logs" / "process-1.log").mkdir(parents=True)  # so no log can be written
+    (Path(job.workdir) / "logs" / "process-1.log").mkdir(parents=True)  # so that the log of process 1 cannot be opened
     with pytest.raises(IsADirectoryError):
-        local.submit(job, on("cpu-4"), 2)
+        local.submit(job)
     assert [process.returncode for process in started] == [-signal.SIGKILL]
 
 
-def test_processes_do_not_take_themselves_for_tasks_of_slurm(job, monkeypatch):
+def test_processes_do_not_see_the_variables_of_slurm(job, monkeypatch):
     for name in ("SLURM_LOCALID", "SLURM_JOB_ID"):
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("OTHER", "0")
     seen, spawn = [], local.spawn
     end = [sys.executable, "-SEc", ""]
     monkeypatch.setattr(local, "spawn", lambda command, **options: seen.append(options["env"]) or spawn(end, **options))
-    assert local.submit(job, on("cpu-4"), 2) == 0
-    assert [("OTHER" in each, any(name.startswith("SLURM_") for name in each)) for each in seen] == [(True, False)] * 2
-    assert local.render(job, on("cpu-4"), 2).splitlines()[0].split()[:1] == ["unset"]
-    assert {"SLURM_JOB_ID", "SLURM_LOCALID"} <= set(local.render(job, on("cpu-4"), 2).splitlines()[0].split())
+    assert local.submit(job) == 0
+    assert [("OTHER" in variables, any(name.startswith("SLURM_") for name in variables)) for variables in seen] == [
+        (True, False)
+    ] * 2
+    assert local.render(job).splitlines()[0].split()[:1] == ["unset"]
+    assert {"SLURM_JOB_ID", "SLURM_LOCALID"} <= set(local.render(job).splitlines()[0].split())
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of two processes of two devices each that nothing disturbs."""
+    """The job of an undisturbed run of two processes with two devices each."""
     folder = tmp_path_factory.mktemp("local")
-    job = Job("pretrain", "smoke", tiny.overrides(folder, steps=60), str(folder / "whole"), "tiny", "cpu-4")
-    assert local.submit(job, check(job), 2) == 0
+    job = make(str(folder / "whole"), tiny.overrides(folder, steps=60))
+    check(job, local)
+    assert local.submit(job) == 0
     return job
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_is_killed_changes_nothing(whole, tmp_path, monkeypatch, capfd, killed):
-    """Bit for bit."""
+    """The records of the run equal those of the undisturbed one bit for bit."""
     job = dataclasses.replace(whole, workdir=str(tmp_path / "run"))
     metrics = tmp_path / "run" / "metrics.jsonl"
     started = []
@@ -156,11 +170,11 @@ def test_a_process_that_is_killed_changes_nothing(whole, tmp_path, monkeypatch, 
         os.kill(started[killed].pid, signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    assert local.submit(job, check(job), 2) == 0
-    said = capfd.readouterr().err
-    print(said)
-    assert "crash restart 1 of 3 in 1 s" in said
-    assert "resuming at step " in said
-    assert "done (preemptions: 0, crashes: 1)" in said
+    assert local.submit(job) == 0
+    shown = capfd.readouterr().err
+    print(shown)
+    assert "crash restart 1 of 3 in 1 s" in shown
+    assert "resuming at step " in shown
+    assert "done (preemptions: 0, crashes: 1)" in shown
     assert tiny.trajectory(tmp_path / "run") == tiny.trajectory(Path(whole.workdir))
     assert {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()} == {1, 2}

@@ -1,0 +1,200 @@
+"""The checks of a job before anything is created: arithmetic on its config, and whether its processes can see every path.
+
+None of them needs JAX or the accelerator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig
+from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
+from gpt_jax.data.sources import open_source
+from gpt_jax.errors import UserError, require
+from gpt_jax.runtime.mesh import check_batch, check_model, resolve_mesh
+
+from .accelerators import GIB, Accelerator
+from .job import BUCKETS, CLAIMS, Job, mounted
+
+PATHS = (
+    *("data.source", "data.store", "data.tokenizer.path", "init.from", "init.like", "init.tokenizer"),
+    *("task.path", "task.train", "task.validation", "task.test"),
+)
+"""The config fields that name files or folders."""
+MINIMUMS = {"slices": 1, "preemptions": 0, "crashes": 0, "grace_seconds": 1, "seeds": 1}
+BUCKET_NAME = "[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
+KUBERNETES_NAME = r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
+"""A DNS subdomain, which most objects of Kubernetes have as their name."""
+
+
+def check(job: Job, target: Any) -> None:
+    """Checks that a target can run a job, as far as this machine can tell.
+
+    Args:
+      job: what to run.
+      target: the target's module. It has `MOUNTS` (see `check_paths`), `UNSUPPORTED` (the options that it does not take, each
+        with the reason) and a function `check(job)` for its own requirements.
+
+    Raises:
+      UserError: as `check_job` and `check_paths`, or the target does not support something that the job asks for.
+    """
+    check_paths(job, check_job(job), target.MOUNTS)
+    for name, reason in target.UNSUPPORTED.items():
+        require(getattr(job, name) == getattr(Job, name), name, f"leave it out; {reason}")
+    target.check(job)
+
+
+# -- the job by itself ------------------------------------------------------------------------------------------------------
+
+
+def check_job(job: Job) -> RunConfig:
+    """Checks all that is the same on every target; returns the job's config with its overrides.
+
+    Raises:
+      UserError: an option, the name, the config or its overrides are wrong; there is nothing to read or to start from; the mesh
+        does not fit the devices, or the batch and the model do not divide over it; or parameters, gradients and optimizer state
+        alone exceed the memory of the devices.
+    """
+    _check_options(job)
+    config = apply_overrides(load_config(job.config), list(job.overrides), f"gpt-jax {job.verb} {job.config}")
+    require(not config.distributed.coordinator, "distributed.coordinator", "leave it out; the launcher sets it")
+    _check_input(job, config)
+    sizes = mesh_sizes(config.mesh, job.accelerator, job.slices)
+    check_batch(sizes, config.train.batch_size, config.train.grad_accum_steps)
+    if not isinstance(config, FinetuneConfig):  # The architecture of a fine-tuning is its checkpoint's.
+        check_model(sizes, config.model)
+        _check_memory(config.model, sizes, job.accelerator)
+    return config
+
+
+def _check_options(job: Job) -> None:
+    options = {field.name: getattr(job, field.name) for field in dataclasses.fields(job)}
+    words = [(f"--{name}: ", str(value)) for name, value in options.items() if name != "overrides"]
+    words += [("", word) for word in job.overrides]
+    for prefix, word in words:
+        if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
+            raise UserError(f"{prefix}{word!r} contains a line break or another control character; remove it")
+    valid = re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", job.name) is not None
+    rule = "must be at most 40 of a-z, 0-9 and '-', start with a letter and not end with '-'"
+    require(valid, "name", f"'{job.name}' {rule}")
+    require(re.fullmatch("[a-z0-9-]*", job.zone) is not None, "zone", f"'{job.zone}' must consist of a-z, 0-9 and '-'")
+    for name in ("project", "queue"):
+        require(re.search(r"[\s'\"`]", options[name]) is None, name, f"{options[name]!r} must not contain blanks or quotes")
+    for name, minimum in MINIMUMS.items():
+        require(options[name] >= minimum, name, f"must be at least {minimum}, not {options[name]}")
+    require(job.verb == "finetune" or job.seeds == 1, "seeds", "applies to fine-tuning; for pre-training, set --train.seed")
+    require(bool(job.workdir), "workdir", "name the folder that the run is kept in")
+
+
+def _check_input(job: Job, config: RunConfig) -> None:
+    """Checks that a fine-tuning has a checkpoint to start from, and that a pre-training has text to read."""
+    if isinstance(config, FinetuneConfig):
+        require(bool(config.init.from_), "init.from", "name the run or checkpoint to fine-tune, or none for random parameters")
+    if isinstance(config, PretrainConfig) and not (config.data.store or config.data.source):
+        store = Path(job.workdir) / "store" / "index.json"
+        if not store.exists():
+            open_source(config.data)  # raises the error that the training would raise
+
+
+def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[str, int]:
+    """Returns the size of each mesh axis on `slices` slices or nodes.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or the slice axis does not match `slices`.
+    """
+    where = f" on {f'{slices} x ' if slices > 1 else ''}{accelerator.name}"
+    sizes = resolve_mesh(mesh, accelerator.devices * slices, where)
+    # This keeps the other axes on the fast interconnect inside a slice or node, which CPUs do not have.
+    if accelerator.kind != "cpu" and slices > 1:
+        parts = "TPU slices" if accelerator.kind == "tpu" else "nodes"
+        require(sizes["slice"] == slices, "mesh.slice", f"there are {slices} {parts}, so set --mesh.slice {slices}")
+    return sizes
+
+
+def _check_memory(model: ModelConfig, sizes: Mapping[str, int], accelerator: Accelerator) -> None:
+    """Checks that the training state fits into the devices' memory, where that is known."""
+    total = model.num_parameters * bytes_per_parameter(model)
+    needed = total / (sizes["fsdp"] * sizes["tensor"])
+    if not accelerator.memory or needed <= accelerator.memory:
+        return
+    devices = sizes["data"] * sizes["fsdp"]  # what these two axes can share between them
+    fitting = [
+        fsdp
+        for fsdp in range(1, devices + 1)
+        if devices % fsdp == 0 and model.embed_dim % fsdp == 0 and total / (fsdp * sizes["tensor"]) <= accelerator.memory
+    ]
+    advice = f"set --mesh.data -1 --mesh.fsdp {fitting[0]}" if fitting else "no --mesh.fsdp is large enough: use more devices"
+    raise UserError(
+        f"--mesh.fsdp: {model.num_parameters:,} parameters, their gradients and the optimizer state need {needed / GIB:.1f} GiB "
+        f"on each device, without activations, and {accelerator.name} has {accelerator.memory / GIB:.0f} GiB; {advice}"
+    )
+
+
+def bytes_per_parameter(model: ModelConfig) -> int:
+    """Returns the bytes of a parameter, its gradient in the same type, and the two moments of Adam in float32."""
+    return 2 * {"float32": 4, "bfloat16": 2}[model.param_dtype] + 2 * 4
+
+
+# -- paths ------------------------------------------------------------------------------------------------------------------
+
+
+def check_paths(job: Job, config: RunConfig, roots: tuple[str, ...]) -> None:
+    """Checks that the processes can see the config file and every path that it and --workdir name.
+
+    Args:
+      job: what to run.
+      config: its config.
+      roots: where the target mounts storage on its workers, which are other machines (`BUCKETS`, `CLAIMS`); empty if processes
+        see the same files as this machine, and no buckets.
+
+    Raises:
+      UserError: a path is on this machine only, is not valid, or stands where the launcher cannot see that it must be mounted.
+    """
+    if not roots:
+        for field, path in _paths(job, config):
+            require("://" not in path, field, f"'{path}' is not a file or folder, and this target mounts no buckets")
+        return
+    if job.config.endswith(".py"):
+        visible = job.config.startswith(roots)
+        require(visible, "config", f"'{job.config}' is on this machine, where workers cannot read it; move it into configs/")
+        _check_mount("config", job.config, roots)
+    given = {word.partition("=")[2] if word.startswith("--") else word for word in job.command()}
+    for field, path in _paths(job, config):
+        _check_mount(field, path, roots)
+        require(path in given, field, f"'{path}' is only in the config; repeat it on the command line, so that it is mounted")
+
+
+def _paths(job: Job, config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yields each option or field that names a file or folder, and its path."""
+    yield "workdir", job.workdir
+    fields = flatten_config(config)
+    for field in PATHS:
+        path = fields[field][0] if field in fields else ""
+        other = (
+            (field == "data.source" and path.startswith(("builtin:", "tfds:")))
+            or (field == "init.from" and path == "none")
+            or (field == "init.like" and path in config_names())
+        )
+        if path and not other:
+            yield field, path
+
+
+def _check_mount(field: str, path: str, roots: tuple[str, ...]) -> None:
+    """Checks that a path lies in storage that workers mount."""
+    form = "gs://BUCKET/PATH or /mnt/CLAIM/PATH" if CLAIMS in roots else "gs://BUCKET/PATH"
+    match = re.fullmatch(f"({BUCKETS}|{CLAIMS})([^/]*)(.*)", mounted([path])[0])
+    if match is None or match[1] not in roots:
+        raise UserError(f"--{field}: '{path}' is a path on this machine, which workers cannot read; give {form}")
+    root, name, inside = match.groups()
+    kind, pattern, characters = {
+        BUCKETS: ("bucket", BUCKET_NAME, "a-z, 0-9, '-', '_' and '.'"),
+        CLAIMS: ("PersistentVolumeClaim", KUBERNETES_NAME, "a-z, 0-9, '-' and '.'"),
+    }[root]
+    valid = re.fullmatch(pattern, name) is not None
+    require(valid, field, f"'{path}': '{name}' cannot be the name of a {kind}, which consists of {characters}")
+    require(bool(inside.strip("/")), field, f"'{path}' names nothing inside '{name}'; give {form}")
+    require(".." not in inside.split("/"), field, f"'{path}' leads out of what is mounted; remove the '..'")

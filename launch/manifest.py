@@ -1,0 +1,22 @@
+"""YAML documents that people read before they submit them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import yaml
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a string of several lines as a block."""
+
+
+_Dumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+)
+
+
+def write_manifest(comments: Iterable[str], document: dict[str, Any]) -> str:
+    """Returns a document as YAML in the order of its keys, after one comment line for each of `comments`."""
+    return "".join(f"# {comment}\n" for comment in comments) + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)
