@@ -35,10 +35,15 @@ class Preempted(Exception):
     exit_code = 42
 
 
+def field_error(field: str, message: str) -> UserError:
+    """Returns an error that names a config field, or another option, as on the command line."""
+    return UserError(f"--{field.replace('_', '-')}: {message}")
+
+
 def require(condition: bool, field: str, message: str) -> None:
     """Raises a `UserError` that names `field` unless `condition` holds."""
     if not condition:
-        raise UserError(f"--{field.replace('_', '-')}: {message}")
+        raise field_error(field, message)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

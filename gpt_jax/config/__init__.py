@@ -20,24 +20,3 @@ from gpt_jax.config.schema import (
     TrainConfig,
     TransferConfig,
 )
-
-__all__ = [
-    "DataConfig",
-    "DistributedConfig",
-    "FinetuneConfig",
-    "FinetuneLoopConfig",
-    "FinetuneRunConfig",
-    "InitConfig",
-    "LoopConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "ModelOptions",
-    "OptimConfig",
-    "PipelineConfig",
-    "PretrainConfig",
-    "RunConfig",
-    "TaskConfig",
-    "TokenizerConfig",
-    "TrainConfig",
-    "TransferConfig",
-]

@@ -91,23 +91,19 @@ def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json
     """
     kind = FinetuneRunConfig if "task" in values else PretrainConfig
     known = flatten_config(kind())
-    current: dict[str, Any] = {}
-    for old_name, old_value in _leaves(values, set(known) | set(RENAMED_FIELDS)):
-        name, value = upgrade_field(old_name, old_value)
-        if name not in known:
-            raise UserError(f"{where}: no field of a config is named '{old_name}'; {nearest(name, known)}")
-        current[name] = tuple(value) if isinstance(value, list) else value
-    return _build(kind, current)
+    fields = dict(upgrade_field(name, value) for name, value in _flatten_dict(values).items())
+    for name in fields.keys() - known.keys():
+        raise UserError(f"{where}: no field of a config is named '{name}'; {nearest(name, known)}")
+    return _build(kind, fields)
 
 
-def _leaves(values: Mapping[str, Any], known: set[str], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
-    """Yields the dotted name and the value of each field in nested dictionaries."""
+def _flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Maps the dotted name of each field in nested dictionaries to its value."""
+    leaves: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + _option_name(key)
-        if isinstance(value, dict) and name not in known:
-            yield from _leaves(value, known, name + ".")
-        else:
-            yield name, value
+        leaves |= _flatten_dict(value, name + ".") if isinstance(value, dict) else {name: value}
+    return leaves
 
 
 def _build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
@@ -118,7 +114,7 @@ def _build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         if dataclasses.is_dataclass(field.default):
             arguments[field.name] = _build(type(field.default), values, name + ".")
         elif name in values:
-            arguments[field.name] = values[name]
+            arguments[field.name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
     return kind(**arguments)
 
 

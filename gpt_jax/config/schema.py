@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import tyro
 
-from gpt_jax.errors import require
+from gpt_jax.errors import field_error, require
 
 Effect = Literal["result", "speed", "display"]
 
@@ -78,20 +78,16 @@ def duration_to_steps(
       UserError: the duration cannot be parsed, or its unit makes no sense for this field.
     """
     number, unit = parse_duration(duration, field)
-    if unit == "%":
-        require(
-            total is not None,
-            field,
-            f"'{duration}' is a share of the run, which makes no sense here; give steps, tokens or epochs",
-        )
-        assert total is not None
-        return number * total / 100
     if unit == "epochs":
         return number * epoch / batch_size
     if unit == "tokens":
-        require(context_length is not None, field, "examples differ in their number of tokens; give steps or epochs")
-        assert context_length is not None
+        if context_length is None:
+            raise field_error(field, "examples differ in their number of tokens; give steps or epochs")
         return number / (batch_size * context_length)
+    if unit == "%":
+        if total is None:
+            raise field_error(field, f"'{duration}' is a share of the run; give steps, tokens or epochs here")
+        return number * total / 100
     return number
 
 
@@ -102,12 +98,9 @@ def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "
       UserError: it is not a number followed by a known unit.
     """
     match = DURATION.fullmatch(duration)
-    require(
-        match is not None,
-        field,
-        f"'{duration}' is not a duration; write for example '2000 steps', '3 epochs', '6e6 tokens' or '0.2%'",
-    )
-    assert match is not None
+    if match is None:
+        example = "'2000 steps', '3 epochs', '6e6 tokens' or '0.2%'"
+        raise field_error(field, f"'{duration}' is not a duration; write for example {example}")
     unit: Any = {"s": "steps", "e": "epochs", "t": "tokens", "%": "%"}[(match[2] or "steps")[0].lower()]
     return float(match[1]), unit
 
@@ -229,11 +222,8 @@ class ModelConfig(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.kind == "lstm" or self.embed_dim % self.num_heads == 0,
-            "model.num_heads",
-            f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}",
-        )
+        divides = self.kind == "lstm" or self.embed_dim % self.num_heads == 0
+        require(divides, "model.num_heads", f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}")
 
     @property
     def head_dim(self) -> int:
@@ -317,19 +307,13 @@ class LoopConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.batch_size % self.grad_accum_steps == 0,
-            "train.grad_accum_steps",
-            f"{self.grad_accum_steps} does not divide train.batch-size {self.batch_size}",
-        )
+        steps, size = self.grad_accum_steps, self.batch_size
+        require(size % steps == 0, "train.grad_accum_steps", f"{steps} does not divide train.batch-size {size}")
         for name in ("duration", "eval_every", "save_every"):
             number, unit = parse_duration(getattr(self, name), f"train.{name}")
             require(number > 0, f"train.{name}", f"must be positive, not '{getattr(self, name)}'")
-            require(
-                name != "duration" or unit != "%",
-                "train.duration",
-                "a share of itself makes no sense; give steps, tokens or epochs",
-            )
+            absolute = name != "duration" or unit != "%"
+            require(absolute, "train.duration", "a share of itself makes no sense; give steps, tokens or epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,13 +387,10 @@ class DistributedConfig(Section):
         super().__post_init__()
         if not self.coordinator:
             return
+        count, number = self.num_processes, self.process_id
         require(":" in self.coordinator, "distributed.coordinator", f"'{self.coordinator}' is not HOST:PORT")
-        require(self.num_processes > 0, "distributed.num_processes", "must be given with distributed.coordinator")
-        require(
-            0 <= self.process_id < self.num_processes,
-            "distributed.process_id",
-            f"must lie in [0, {self.num_processes}), not {self.process_id}",
-        )
+        require(count > 0, "distributed.num_processes", "must be given with distributed.coordinator")
+        require(0 <= number < count, "distributed.process_id", f"must lie in [0, {count}), not {number}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -437,13 +418,10 @@ class TransferConfig(InitConfig):
     "Impact of number of layers transferred"). The other blocks start at random."""
 
     def __post_init__(self) -> None:
-        require(self.blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {self.blocks}")
-        require(self.from_ != "none" or self.blocks == -1, "init.blocks", "with --init.from none there are no blocks to transfer")
-        require(
-            self.from_ == "none" or not self.like,
-            "init.like",
-            "goes with --init.from none; a checkpoint brings its own architecture and tokenizer",
-        )
+        random, blocks = self.from_ == "none", self.blocks
+        require(blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {blocks}")
+        require(not random or blocks == -1, "init.blocks", "with --init.from none there are no blocks to transfer")
+        require(random or not self.like, "init.like", "goes with --init.from none; a checkpoint has its own architecture")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,24 +469,18 @@ class TaskConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         own = bool(self.train or self.validation or self.test)
-        require(
-            not (self.name and own),
-            "task.name",
-            f"'{self.name}' is a task of the paper; leave out either it or --task.train, --task.validation and --task.test",
-        )
+        if self.name and own:
+            hint = "leave out either it or --task.train, --task.validation and --task.test"
+            raise field_error("task.name", f"'{self.name}' is a task of the paper; {hint}")
         for name in ("kind", "texts", "label", "labels"):
             given = getattr(self, name) != type(self).__dataclass_fields__[name].default
             require(not (self.name and given), f"task.{name}", f"describes a task of your own, and '{self.name}' is known")
         require(not (own and self.path), "task.path", "is for the paper's tasks; your own task has --task.train and so on")
-        num_texts = {"classification": 1, "entailment": 2, "similarity": 2}.get(self.kind)
-        if own and num_texts is not None:
-            require(
-                len(self.texts) == num_texts, "task.texts", f"{self.kind} takes {num_texts} text columns, not {len(self.texts)}"
-            )
+        given, wanted = len(self.texts), {"classification": 1, "entailment": 2, "similarity": 2}.get(self.kind)
+        if own and wanted is not None:
+            require(given == wanted, "task.texts", f"{self.kind} takes {wanted} text columns, not {given}")
         elif own:
-            require(
-                len(self.texts) >= 3, "task.texts", "multiple_choice takes the context's column and those of at least two answers"
-            )
+            require(given >= 3, "task.texts", "multiple_choice takes columns of the context and of at least two answers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -532,17 +504,9 @@ class PretrainConfig(RunConfig):
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
-        fixed = {"gpt1": 40_478, "bytes": 257}.get(self.data.tokenizer.kind)
-        require(
-            fixed is None or self.model.vocab_size == fixed,
-            "model.vocab_size",
-            f"the {self.data.tokenizer.kind} tokenizer has {fixed} entries, not {self.model.vocab_size}",
-        )
-        require(
-            self.mesh.tensor == -1 or self.model.kind == "lstm" or self.model.num_heads % self.mesh.tensor == 0,
-            "mesh.tensor",
-            f"{self.mesh.tensor} does not divide model.num-heads {self.model.num_heads}",
-        )
+        model, kind = self.model, self.data.tokenizer.kind
+        size = {"gpt1": 40_478, "bytes": 257}.get(kind, model.vocab_size)
+        require(model.vocab_size == size, "model.vocab_size", f"the {kind} tokenizer has {size} entries, not {model.vocab_size}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from gpt_jax.data.windows import ElementSpec, NumpyBatch
 from gpt_jax.errors import UserError, require
 
 WORKERS = 4
-"""Batches made at the same time. Waiting for the disk or the network overlaps; the index arithmetic holds the interpreter lock."""
+"""Batches made at the same time. Waiting for disk or network overlaps; the index arithmetic holds the interpreter lock."""
 
 
 class BatchSource(Protocol):

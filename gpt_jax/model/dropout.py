@@ -10,8 +10,8 @@ dropped. A resumed run, another mesh, another micro-batch size and another atten
     apply_dropout(x, key, rate, layer, site)              like x, [batch, time, embed]
 
 Queries q and q + 8, which differ in bit 3, form a pair and share one product. Eight rows are the sublanes of a TPU vector
-register, and r and r + 8 are the two rows that a GPU thread holds of a tensor-core accumulator, so a kernel that computes by pairs
-(`row_term`, `column_terms`, `keep_pair`) moves nothing between lanes, whatever its block size.
+register, and r and r + 8 are the two rows that a GPU thread holds of a tensor-core accumulator. A kernel that computes by pairs
+(`row_term`, `column_terms`, `keep_pair`) therefore moves nothing between lanes, whatever its block size.
 
 Everything is 32-bit integer arithmetic with operators: the same lines run on NumPy arrays, under `jax.jit` and inside Pallas
 kernels. The values are frozen: no change without a new version number.
@@ -154,7 +154,7 @@ def dropout(x: Float[Array, "*shape T E"], stream: UInt32[Array, "*shape 2"], ra
 
 
 def apply_dropout(x: jax.Array, key: DropoutKey | None, rate: float, layer: jax.Array | int, site: Site) -> jax.Array:
-    """Applies dropout to activations [batch, time, embed] at one site; without a key, as in evaluation, returns them unchanged."""
+    """Applies dropout to activations [batch, time, embed] at one site; without a key, in evaluation, they are unchanged."""
     if key is None or rate == 0:
         return x
     return dropout(x, mask_stream(key.seed, key.step, layer, site, key.example_id, 0), rate)

@@ -29,7 +29,7 @@ read and written whole for every chunk (docs/benchmarks.md has the measurements)
 
 
 def normalize(batch: Batch) -> Batch:
-    """Divides the loss weights by their sum over the global batch, so that the losses of micro-batches add up to that of the whole."""
+    """Divides the loss weights by their sum over the global batch, so that the losses of micro-batches add up to the total."""
     return batch | {"loss_weights": batch["loss_weights"] / jnp.maximum(batch["loss_weights"].sum(), 1e-6)}
 
 

@@ -2,10 +2,10 @@
 
     embeddings, dropout -> LSTM -> projection to the embeddings' width, dropout -> softmax over the transposed embeddings
 
-The paper gives the number of units and nothing else. In this implementation the token embeddings are `embed_dim` wide and tied with
-the output layer, like the Transformer's, and a projection leads from the units back to that width. There are no positions, since
-the recurrence makes them unnecessary. Dropout has the Transformer's rates. The mesh axis "tensor" splits the units, whose outputs
-are gathered at every step: this saves memory, not time.
+The paper gives the number of units and nothing else. In this implementation the token embeddings are `embed_dim` wide and tied
+with the output layer, like the Transformer's, and a projection leads from the units back to that width. There are no positions,
+since the recurrence makes them unnecessary. Dropout has the Transformer's rates. The mesh axis "tensor" splits the units, whose
+outputs are gathered at every step: this saves memory, not time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ State = tuple[Float[Array, "batch units"], Float[Array, "batch units"]]
 
 
 class Lstm(nnx.Module):
-    """One LSTM layer: i, f, o = sigmoid, g = tanh of x @ input + h @ recurrent + bias; c = f c + i g; h = o tanh(c); no peepholes.
+    """An LSTM layer: i, f, o = sigmoid, g = tanh of x @ input + h @ recurrent + bias; c = f c + i g; h = o tanh(c); no peepholes.
 
     Kernels are N(0, 1 / inputs) and the forget gate's bias is 1. At the paper's sizes that is close to the Transformer's
     N(0, 0.02). At smaller sizes 0.02 would nearly extinguish the signal, and there is no layer normalization to raise it again.
@@ -118,28 +118,39 @@ def apply(
       dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
       segment_ids: numbers of the examples packed into one row: the state restarts where the number changes.
     """
-    restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    state = _zero_state(config, tokens.shape[0])
-    return _forward(config, params, tokens, dropout_key, restart, state)[0]
+    return apply_cached(config, params, tokens, None, None, dropout_key=dropout_key, segment_ids=segment_ids)[0]
 
 
 def apply_cached(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "batch time"],
-    cache: Cache,
-    start: Int[Array, "batch"],
-) -> tuple[Float[Array, "batch time embed"], Cache]:
+    cache: Cache | None,
+    start: Int[Array, "batch"] | None,
+    *,
+    dropout_key: DropoutKey | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+) -> tuple[Float[Array, "batch time embed"], Cache | None]:
     """Continues each row from its state after position `start[i]` - 1; returns the new positions' output and the updated cache.
 
-    States beyond a row's own length, which padding leaves there, are never read and are overwritten as the row grows.
+    States beyond a row's own length, which padding leaves there, are never read and are overwritten as the row grows. Without a
+    cache and `start`, rows begin at position 0.
     """
-
-    def before(array: jax.Array) -> jax.Array:
-        last = jnp.take_along_axis(array, jnp.maximum(start - 1, 0)[:, None, None], axis=1)[:, 0]
-        return jnp.where(start[:, None] > 0, last, 0)
-
-    output, states = _forward(config, params, tokens, None, None, (before(cache["hidden"]), before(cache["cell"])))
+    state = _zero_state(config, tokens.shape[0])
+    if cache is not None and start is not None:
+        last = jnp.maximum(start - 1, 0)[:, None, None]
+        before = {name: jnp.take_along_axis(array, last, axis=1)[:, 0] for name, array in cache.items()}
+        state = tuple(jnp.where(start[:, None] > 0, before[name], 0) for name in ("hidden", "cell"))  # type: ignore[assignment]
+    restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    with jax.default_matmul_precision(config.matmul_precision):
+        x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens]
+        x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
+        x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
+        output, states = nnx.merge(_graph(config), params["lstm"])(x, restart, state)
+        output = apply_dropout(output, dropout_key, config.residual_dropout, 0, Site.RESIDUAL_MLP)
+        output = constrain(output, "batch", None, None)
+    if cache is None:
+        return output, None
     write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
     return output, {name: write(cache[name], states[name], start) for name in cache}
 
@@ -154,23 +165,6 @@ def _zero_state(config: ModelConfig, batch: Any) -> State:  # The batch is a sym
     """Returns the state before the first token. The cell is a sum over time, and float32 whatever the compute dtype is."""
     shape = (batch, config.lstm_units)
     return jnp.zeros(shape, compute_dtype(config)), jnp.zeros(shape, jnp.float32)
-
-
-def _forward(
-    config: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    dropout_key: DropoutKey | None,
-    restart: jax.Array | None,
-    state: State,
-) -> tuple[jax.Array, Cache]:
-    with jax.default_matmul_precision(config.matmul_precision):
-        x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens]
-        x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
-        x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
-        output, states = nnx.merge(_graph(config), params["lstm"])(x, restart, state)
-        output = apply_dropout(output, dropout_key, config.residual_dropout, 0, Site.RESIDUAL_MLP)
-        return constrain(output, "batch", None, None), states
 
 
 @functools.cache

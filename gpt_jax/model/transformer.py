@@ -5,8 +5,8 @@
     scores = logits(config, params, hidden)
 
 Layers are stacked: every array under `params["blocks"]` has a leading axis of `num_layers`, over which `apply` scans. Flax's
-graph definition stays in this module. `param_specs` gives the logical axes of each parameter, from which all shardings are derived,
-and whether weight decay applies to it.
+graph definition stays in this module. `param_specs` gives the logical axes of each parameter, from which all shardings are
+derived, and whether weight decay applies to it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: n = LN(x + attention(x)); h = LN(n + mlp(n)). Normalization comes after the sum, as in the original Transformer."""
+    """A layer: n = LN(x + attention(x)); h = LN(n + mlp(n)). Normalization follows the sum, as in the original Transformer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
@@ -217,28 +217,39 @@ def apply(
       dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
       segment_ids: numbers of the examples packed into one row: attention and positions restart where the number changes.
     """
-    with jax.default_matmul_precision(config.matmul_precision):
-        hidden, _ = _forward(config, params, tokens, _positions(tokens, segment_ids), dropout_key, segment_ids, None, None)
-    return hidden
+    return apply_cached(config, params, tokens, None, None, dropout_key=dropout_key, segment_ids=segment_ids)[0]
 
 
 def apply_cached(
     config: ModelConfig,
     params: Params,
     tokens: Int[Array, "batch time"],
-    cache: Cache,
-    start: Int[Array, "batch"],
-) -> tuple[Float[Array, "batch time embed"], Cache]:
+    cache: Cache | None,
+    start: Int[Array, "batch"] | None,
+    *,
+    dropout_key: DropoutKey | None = None,
+    segment_ids: Int[Array, "batch time"] | None = None,
+) -> tuple[Float[Array, "batch time embed"], Cache | None]:
     """Continues rows whose first `start[i]` positions are in the cache; returns the new positions' output and the updated cache.
 
     Keys and values beyond a row's own length, which padding leaves there, are never attended to and are overwritten as the row
-    grows.
+    grows. Without a cache and `start`, rows begin at position 0.
     """
+    embedding = params["embedding"]
+    positions = _positions(tokens, segment_ids) if start is None else start[:, None] + jnp.arange(tokens.shape[1])
+    graph = _block_graph(config)
+
+    def layer(x: jax.Array, scanned: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Cache | None]:
+        layer_params, number, layer_cache = scanned
+        return nnx.merge(graph, layer_params)(x, number, dropout_key, segment_ids, layer_cache, start)
+
     with jax.default_matmul_precision(config.matmul_precision):
-        positions = start[:, None] + jnp.arange(tokens.shape[1])
-        hidden, filled = _forward(config, params, tokens, positions, None, None, cache, start)
-    assert filled is not None
-    return hidden, filled
+        # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
+        table = constrain(embedding["tokens"], "vocab", None)
+        x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
+        x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
+        x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
+        return jax.lax.scan(rematerialize(config, layer), x, (params["blocks"], jnp.arange(config.num_layers), cache))
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
@@ -263,32 +274,6 @@ def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
-
-
-def _forward(
-    config: ModelConfig,
-    params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    dropout_key: DropoutKey | None,
-    segment_ids: jax.Array | None,
-    cache: Cache | None,
-    start: jax.Array | None,
-) -> tuple[jax.Array, Cache | None]:
-    embedding = params["embedding"]
-    # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
-    table = constrain(embedding["tokens"], "vocab", None)
-    x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
-    x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
-    x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
-
-    graph = _block_graph(config)
-
-    def layer(x: jax.Array, scanned: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Cache | None]:
-        layer_params, number, layer_cache = scanned
-        return nnx.merge(graph, layer_params)(x, number, dropout_key, segment_ids, layer_cache, start)
-
-    return jax.lax.scan(rematerialize(config, layer), x, (params["blocks"], jnp.arange(config.num_layers), cache))
 
 
 def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""The git checkout that this package runs from: which commit it is, and what differs from it."""
+"""The git checkout that this package runs from: its commit, and what differs from it."""
 
 from __future__ import annotations
 
@@ -11,27 +11,29 @@ from typing import NamedTuple
 
 
 class Checkout(NamedTuple):
-    """What a run needs to say about its code."""
+    """The version of the code that a run uses."""
 
     folder: Path
     commit: str
-    """Full hash; empty: not known."""
+    """Full hash; empty: unknown."""
     diff: bytes
-    """What tracked files have that the commit has not, as `git apply` takes it."""
+    """Changes of tracked files since the commit, in the form that `git apply` takes."""
     untracked: tuple[str, ...]
     """Files that git neither tracks nor ignores."""
 
     @property
     def version(self) -> str:
-        """The commit, with "+" and the beginning of the difference's SHA-256 if there is one."""
+        """The commit, followed by "+" and the beginning of the SHA-256 of the changes if there are any."""
         return self.commit + (f"+{hashlib.sha256(self.diff).hexdigest()[:8]}" if self.diff else "")
 
 
-def find() -> Checkout:
-    """Asks git, which takes some hundredths of a second. Where the package is installed without its checkout, GPT_JAX_COMMIT may
-    say what it was made from, and GPT_JAX_DIFF which file holds the difference.
+def find_checkout() -> Checkout:
+    """Asks git, which takes a few hundredths of a second.
+
+    Where the package is installed without its checkout, the environment variable GPT_JAX_COMMIT may name the commit that it was
+    made from, and GPT_JAX_DIFF a file with the changes.
     """
-    folder = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> bytes:
         try:
@@ -41,12 +43,15 @@ def find() -> Checkout:
         return done.stdout if done.returncode == 0 else b""
 
     if not (folder / ".git").exists() or shutil.which("git") is None:
-        difference = Path(os.environ.get("GPT_JAX_DIFF") or os.devnull).expanduser()
-        return Checkout(folder, os.environ.get("GPT_JAX_COMMIT", ""), difference.read_bytes(), ())
+        diff = Path(os.environ.get("GPT_JAX_DIFF") or os.devnull).expanduser()
+        return Checkout(folder, os.environ.get("GPT_JAX_COMMIT", ""), diff.read_bytes(), ())
     return Checkout(
         folder=folder,
         commit=git("rev-parse", "HEAD").decode().strip(),
-        # A person's settings of how differences look must not make one that git cannot apply.
+        # A user's settings for displaying differences must not make one that git cannot apply.
         diff=git("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"),
         untracked=tuple(git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()),
     )
+
+
+find = find_checkout

@@ -1,9 +1,9 @@
 """A run's folder: its config, its record, its result; and the one way files are written.
 
-    config.json        resolved config; commit, versions, flags, devices    metrics.jsonl    one JSON object a line
-    checkpoints/STEP/  what training can go on from                         result.json      final scores
-    tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so that a run is whole
-    uncommitted.diff   what differed from the commit, if anything did
+    config.json        resolved config; commit, versions, flags, devices    metrics.jsonl    one JSON object on each line
+    checkpoints/STEP/  states that training can continue from               result.json      final scores
+    tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so that a run is complete
+    uncommitted.diff   the difference from the commit, if there is one
 
 Every record of metrics.jsonl has `step` (updates made), `time` (seconds since the epoch), `attempt` (1 for the first start) and
 `kind`: "train", "eval", "event" or "final". Floats are written so that equal text means equal bits.
@@ -25,16 +25,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.config.load import config_digest, config_from_dict, config_to_dict, flatten_config
+from gpt_jax.config.load import CONFIG_VERSION, config_digest, config_from_dict, config_to_dict, flatten_config
 from gpt_jax.errors import UserError
-from gpt_jax.runtime import git_info
+from gpt_jax.runtime.git_info import find_checkout
 
 PACKAGES = (
     *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece"),
-    # Compilers and runtimes of accelerators, which come apart from jaxlib.
+    # Compilers and runtimes of accelerators, which are packaged apart from jaxlib.
     *("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
 )
-"""What the numbers of a run may depend on."""
+"""Packages that the numbers of a run may depend on."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
@@ -53,17 +53,17 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def staged(out: Path, field: str) -> Iterator[Path]:
-    """A hidden folder that takes the name `out` at the end of the body, or is gone.
+def staged_folder(out: Path, field: str) -> Iterator[Path]:
+    """Yields a hidden folder that is renamed to `out` after the body, or removed if the body fails.
 
     Raises:
-      UserError: `out` holds something already, or cannot be made; `field` is the option that named it. No space left.
+      UserError: `out` is not empty, or cannot be made (`field` is the option that named it); no space is left.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--{field}: {out} holds something already; name a folder that is empty or not there")
+        raise UserError(f"--{field}: {out} is not empty; name a folder that is empty or does not exist")
     if out == Path.cwd():
-        raise UserError(f"--{field}: {out} is the folder that you are in; name one below it")
+        raise UserError(f"--{field}: {out} is the current folder; name one below it")
     staging = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(staging, ignore_errors=True)
     try:
@@ -82,7 +82,7 @@ def staged(out: Path, field: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turns "no space left" into the one line a user needs."""
+    """Turns "no space left" into the one line that a user needs."""
     try:
         yield
     except OSError as error:
@@ -92,13 +92,30 @@ def explain_full_disk(path: Path) -> Iterator[None]:
 
 
 def sha256(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file."""
+    """Returns the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: the file does not exist, or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not valid JSON: it holds no object")
+    return value
+
+
 class RunDir:
-    """The folder of one run. Only the primary process writes; the others hold the same object and write nothing."""
+    """The folder of one run. Only the primary process writes; the others have the same object, which then writes nothing."""
 
     def __init__(self, path: Path, primary: bool = True):
         self.path = path
@@ -111,35 +128,34 @@ class RunDir:
         self._primary = primary
         self._metrics: Any = None
 
-    def check(self, config: Any, allow_changes: bool = False) -> None:
-        """Refuses a folder that holds another config's run. One in which nothing was trained yet holds none.
+    def check_config(self, config: Any, allow_changes: bool = False) -> None:
+        """Checks that the folder does not hold a run of another config; a folder in which nothing was trained holds none.
 
         Raises:
-          UserError: `result` fields differ and `allow_changes` is off (the fields are named), or the folder is no run.
+          UserError: `result` fields differ and `allow_changes` is off (the fields are named), or there is no config.json.
         """
         if not self._trained():
             return
         file = self.path / "config.json"
         if not file.exists():
             raise UserError(f"{self.path} holds a run but no config.json; name another --workdir")
-        stored = read_json(file)
-        old = flatten_config(config_from_dict(stored["config"]))
+        old = flatten_config(config_from_dict(read_json(file)["config"], file))
         changed = [
-            f"--{name} {_show(value)} (was {_show(old[name][0])})"
-            for name, (value, effect) in flatten_config(config).items()
-            if effect == "result" and name in old and value != old[name][0]
+            f"--{name} {value!r} (was {old[name][0]!r})"
+            for name, (value, affects) in flatten_config(config).items()
+            if affects == "result" and name in old and value != old[name][0]
         ]
         if changed and not allow_changes:
             raise UserError(
                 f"{self.path} holds a run of another config; it differs in {', '.join(changed)}. "
-                "Name another --workdir, or say --allow-changes if it is meant"
+                "Name another --workdir, or add --allow-changes if this is intended"
             )
 
-    def require_own(self) -> None:
-        """Refuses a folder whose model was imported: its checkpoint has no optimiser's state to go on with.
+    def require_not_imported(self) -> None:
+        """Checks that the folder's model was not imported: such a checkpoint has no optimizer state to continue with.
 
         Raises:
-          UserError: it was.
+          UserError: it was imported.
         """
         file = self.path / "config.json"
         if file.exists() and (source := read_json(file).get("imported_from")):
@@ -148,7 +164,7 @@ class RunDir:
             )
 
     def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
-        """Refuses data that are not those the run has been trained on.
+        """Checks that the data are those that the run has been trained on.
 
         Raises:
           UserError: they differ and `allow_changes` is off.
@@ -158,8 +174,8 @@ class RunDir:
         stored = read_json(self.path / "config.json")["data_digest"]
         if stored != data_digest and not allow_changes:
             raise UserError(
-                f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]}); give it back "
-                "its own, or name another --workdir"
+                f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]}); give it its "
+                "own data, or name another --workdir"
             )
 
     def open(self, config: Any, data_digest: str, **facts: Any) -> None:
@@ -168,13 +184,14 @@ class RunDir:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         facts |= {
+            "config_version": CONFIG_VERSION,
             "digest": config_digest(config),
             "data_digest": data_digest,
             **environment(),
             "config": config_to_dict(config),
         }
         write_atomic(self.path / "config.json", json.dumps(facts, indent=1) + "\n")
-        if diff := git_info.find().diff:
+        if diff := find_checkout().diff:
             write_atomic(self.path / "uncommitted.diff", diff)
         else:
             (self.path / "uncommitted.diff").unlink(missing_ok=True)
@@ -185,7 +202,7 @@ class RunDir:
         return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
 
     def supersede(self, step: int) -> None:
-        """Moves records past `step`, where training goes on from, to metrics.superseded.jsonl; and a line that was cut off."""
+        """Moves records past `step`, from which training continues, to metrics.superseded.jsonl; also a line that was cut off."""
         if not self._primary:
             return
         kept: list[str] = []
@@ -199,7 +216,7 @@ class RunDir:
                 superseded.writelines(moved)
                 superseded.flush()
                 os.fsync(superseded.fileno())
-        if "".join(kept) != before:  # differs by a missing line end, too
+        if "".join(kept) != before:  # It differs by a missing line end, too.
             self._metrics.close()
             write_atomic(self._record, "".join(kept))
             self._append()
@@ -212,8 +229,10 @@ class RunDir:
                 self._metrics.write(json.dumps(head | values) + "\n")
 
     def sync(self) -> None:
-        """Makes the record durable up to here. It is closed for that: to a bucket that is mounted with Cloud Storage FUSE a file
-        is uploaded when it is closed, and until then its lines are lost with the machine.
+        """Makes the record so far durable, by closing it and opening it again.
+
+        A file on a bucket that is mounted with Cloud Storage FUSE is uploaded when it is closed; until then its lines would be
+        lost with the machine.
 
         Raises:
           UserError: no space left.
@@ -226,18 +245,18 @@ class RunDir:
         self._metrics = open(self._record, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole records so far."""
+        """Returns all whole records so far."""
         lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
         return [record for record in map(_parse, lines) if record is not None]
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json, the run's final scores, once the record is durable: nothing is added to a run that has them."""
+        """Writes result.json, the run's final scores, once the record is durable; nothing is added to a run that has it."""
         if self._primary:
             self.sync()
             write_atomic(self.result, json.dumps(result, indent=1) + "\n")
 
     def close(self) -> None:
-        """Closes the record once it is on the disk.
+        """Closes the record, after waiting until it is on the disk.
 
         Raises:
           UserError: no space left.
@@ -249,31 +268,14 @@ class RunDir:
                 os.fsync(metrics.fileno())
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: the file is not there, or not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it holds no object")
-        return value
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
 def environment() -> dict[str, Any]:
-    """What produced a run: commit, versions of what is installed, flags, command."""
+    """Returns what produced a run: commit, versions of installed packages, compiler flags, command."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "commit": git_info.find().version,
+        "commit": find_checkout().version,
         "versions": versions,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
@@ -284,10 +286,6 @@ def environment() -> dict[str, Any]:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # the process was killed while it wrote this line
+    except ValueError:  # The process was killed while it wrote this line.
         return None
     return record if isinstance(record, dict) and "step" in record else None
-
-
-def _show(value: Any) -> str:
-    return repr(value) if isinstance(value, str) else str(value)

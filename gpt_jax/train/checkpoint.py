@@ -1,18 +1,20 @@
 """Checkpoints: written asynchronously with Orbax, sealed with a manifest, verified before they are used.
 
 A run's `checkpoints/STEP/` holds Orbax's files (the state as nested dictionaries of arrays), `config.json`, `tokenizer/`
-and, written last, `manifest.json`, one JSON object of format version 1:
+and, written last, `manifest.json`, one JSON object of format version 2:
 
     format_version, step, config_digest, data_digest, mask_version, permutation_version, metrics {name: number},
-    process_count, device_count, device_kind,
+    selection_metric (number, the lower the better, or null), process_count, device_count, device_kind,
     files {relative path: {size, sha256}} of every other file in the folder,
     sha256 of this object without this entry, as JSON with sorted keys
 
-Orbax loads a file with a flipped byte without noticing; hence the checksums. A folder without a manifest is a save that was
-cut short ("incomplete"), one that differs from its manifest is "damaged"; neither is ever restored. `STEP.replaced/` is a
-sound checkpoint that waits until a new one of the same step is sealed.
+Version 1 is still read. Its state has the optimizer's own tree in place of `moments`, and its selection metric is the metric
+"rank", or else "loss".
 
-Which checkpoints stay is decided here and not by `ocp.training.Checkpointer`: that one deletes old checkpoints when the
+Orbax loads a file with a flipped byte without noticing, hence the checksums. A folder without a manifest is a save that was
+cut short ("incomplete"); one that differs from its manifest is "damaged". Neither is ever restored.
+
+This module, and not `ocp.training.Checkpointer`, decides which checkpoints are kept: the latter deletes old checkpoints when the
 arrays of the new one are committed, which is before its manifest exists.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -27,164 +30,149 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from gpt_jax.config import RunConfig
+from gpt_jax.config.load import config_digest, config_from_dict, config_to_dict
 from gpt_jax.data.windows import PERMUTATION_VERSION
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
 from gpt_jax.model.dropout import MASK_VERSION
-from gpt_jax.runtime.rundir import sha256
+from gpt_jax.runtime.console import Log
+from gpt_jax.runtime.rundir import read_json, sha256, write_atomic
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-RANK = "rank"
-"""The metric that says which checkpoints are best, the lowest; where there is none it is "loss"."""
-CHUNK_BYTES = 1 << 23
-"""Of a large parameter in one piece on disk."""
-STEP_FOLDER = re.compile(r"(\d+)(\.replaced)?")
 
-# Orbax tells of every phase of a save, and of every failure that it raises as well.
+# Orbax logs every phase of a save, and every failure that it raises as well.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
-class Info:
+class CheckpointInfo:
     """One checkpoint on disk."""
 
     step: int
     path: Path
     state: Literal["sound", "incomplete", "damaged"]
     problem: str
-    """What is wrong with it; empty for a sound one."""
+    """The reason why it is not sound; empty for a sound one."""
     size: int
     """Bytes on disk."""
-    metrics: dict[str, float]
-    """What was measured at `step` on the validation split; empty unless sound."""
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Scores of the validation split at `step`; empty unless sound."""
+    selection_metric: float | None = None
+    """The number by which the best checkpoint is selected, the lowest; None: not scored."""
+    format_version: int = FORMAT_VERSION
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
 
 
-class Checkpoints:
-    """Writes a run's checkpoints in the background, one at a time, and deletes those that are no longer wanted.
+class CheckpointWriter:
+    """Writes a run's checkpoints in the background, one at a time, and deletes those that are no longer to be kept.
 
     All processes of a run construct it and call `save` at the same steps; process 0 alone writes what is not arrays. Used
     as a context manager it finishes the last save on the way out.
+
+    Args:
+      folder: RUN/checkpoints; made if missing, and cleared of saves that a killed process left behind.
+      config: the resolved config, copied into every checkpoint; says how many to keep.
+      data_digest: identifies the data, in the manifest.
+      tokenizer: folder that is copied into every checkpoint, or None.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        keep_latest: int,
-        keep_best: int,
-        config_json: str | bytes,
-        config_digest: str,
-        data_digest: str,
-        tokenizer: Path | None,
-    ):
-        """Takes over `folder` and clears it of saves that a killed process left behind.
-
-        Args:
-          folder: RUN/checkpoints; made if missing.
-          keep_latest: newest checkpoints kept, > 0.
-          keep_best: best checkpoints (`best`) kept besides.
-          config_json: the resolved config, copied into every checkpoint.
-          config_digest, data_digest: what the manifest says the state was computed from.
-          tokenizer: a folder copied into every checkpoint, or None.
-        """
+    def __init__(self, folder: Path, config: RunConfig, data_digest: str, tokenizer: Path | None):
         self._folder = folder.absolute()
-        self._keep_latest, self._keep_best = keep_latest, keep_best
-        self._config = config_json.encode() if isinstance(config_json, str) else config_json
-        self._digests = {"config_digest": config_digest, "data_digest": data_digest}
-        self._tokenizer = tokenizer
+        self._config, self._data_digest, self._tokenizer = config, data_digest, tokenizer
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._orbax = ocp.Context()
         self._orbax.array.saving.use_compression = False  # Weights shrink by 7 % in three times the time.
-        self._orbax.array.saving.scoped_storage_options_creator = _storage
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._clear_cut_short()
+            self._clear_unfinished()
 
-    def save(self, step: int, state: dict[str, Any], metrics: dict[str, float]) -> None:
+    def save(self, step: int, state: dict[str, Any], metrics: dict[str, float], selection_metric: float | None = None) -> None:
         """Starts saving `state`, whose arrays may be donated or deleted as soon as this returns.
 
-        Waits for the previous save first: nothing is dropped. A checkpoint of the same step is replaced, and a sound one is
-        kept until then.
+        Waits for the previous save first: nothing is dropped. Replaces a checkpoint of the same step that is not sound.
 
         Args:
-          step: updates done so far.
+          step: updates made so far.
           state: nested dictionaries of jax arrays.
           metrics: scalars measured at this step; those that are not finite are left out.
+          selection_metric: the number by which the best checkpoint is selected, the lowest.
 
         Raises:
           UserError: the previous save, or the beginning of this one, found no space or no access.
+          ValueError: there is a sound checkpoint of this step.
         """
         self.wait()
-        with self._explained(step):
+        with self._explain_failure(step):
             path = self._folder / str(step)
             if jax.process_index() == 0 and path.exists():
-                _set_aside(path)  # Orbax's save begins with a barrier, so no process looks at the folder before this is done.
+                if inspect_checkpoint(path, checksums=True).state == "sound":
+                    raise ValueError(f"{path} is a sound checkpoint already")
+                _delete(path)  # Orbax's save begins with a barrier, so no process looks at the folder before this is done.
             with self._orbax:
                 response = ocp.save_async(path, state)
-        self._pending = self._thread.submit(self._finish, step, response, metrics)
+        self._pending = self._thread.submit(self._finish, step, response, metrics, selection_metric)
 
     def wait(self) -> None:
-        """Returns once nothing is being saved; raises what the last save failed with."""
+        """Returns once nothing is being saved; raises the error that the last save failed with."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
-    def close(self) -> None:
-        """Finishes the pending save; raises what it failed with."""
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         try:
             self.wait()
         finally:
             self._thread.shutdown()
 
-    def __enter__(self) -> Checkpoints:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _finish(self, step: int, response: Any, metrics: dict[str, float]) -> None:
-        """Waits until Orbax has committed on all processes, then seals the checkpoint and makes room."""
-        with self._explained(step):
+    def _finish(self, step: int, response: Any, metrics: dict[str, float], selection_metric: float | None) -> None:
+        """Waits until Orbax has committed on all processes, then seals the checkpoint and deletes others."""
+        with self._explain_failure(step):
             response.result()
             if jax.process_index() != 0:
                 return
             path = self._folder / str(step)
-            (path / "config.json").write_bytes(self._config)
+            write_atomic(path / "config.json", json.dumps(config_to_dict(self._config), indent=1))
             if self._tokenizer is not None:
                 shutil.copytree(self._tokenizer, path / "tokenizer")
-            measured = {name: float(value) for name, value in metrics.items()}
+            numbers = {name: float(value) for name, value in metrics.items()}
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
-                **self._digests,
+                "config_digest": config_digest(self._config),
+                "data_digest": self._data_digest,
                 "mask_version": MASK_VERSION,
                 "permutation_version": PERMUTATION_VERSION,
-                "metrics": {name: value for name, value in measured.items() if math.isfinite(value)},
+                "metrics": {name: value for name, value in numbers.items() if math.isfinite(value)},
+                "selection_metric": selection_metric
+                if selection_metric is not None and math.isfinite(selection_metric)
+                else None,
                 "process_count": jax.process_count(),
                 "device_count": jax.device_count(),
                 "device_kind": jax.devices()[0].device_kind,
             }
             _seal(path, manifest)
-            # Steps beyond this one belong to a future that the run went back from: no reason to delete what leads there.
-            past = [info for info in inspect(self._folder, checksums=False) if info.step <= step]
-            _discard(past, self._keep_latest, self._keep_best)
+            # Steps beyond this one belong to a future that the run went back from: they must not cost their predecessors.
+            past = [info for info in list_checkpoints(self._folder, checksums=False) if info.step <= step]
+            _discard(past, self._config.train.keep_latest, self._config.train.keep_best)
 
     @contextlib.contextmanager
-    def _explained(self, step: int) -> Iterator[None]:
-        """Turns a full disk, a missing permission and their like into one line, and frees the space of the failed save."""
+    def _explain_failure(self, step: int) -> Iterator[None]:
+        """Turns a full disk, a missing permission and the like into one line, and frees the space of the failed save."""
         try:
             yield
         except Exception as error:
@@ -192,61 +180,38 @@ class Checkpoints:
             if code is None and not isinstance(error, OSError):
                 raise
             if jax.process_index() == 0:
-                self._clear_cut_short()
+                self._clear_unfinished()
                 unsealed = self._folder / str(step)
-                if unsealed.exists() and _examine(unsealed, checksums=False).state != "sound":
+                if unsealed.exists() and inspect_checkpoint(unsealed, checksums=False).state != "sound":
                     shutil.rmtree(unsealed, ignore_errors=True)
-            sound = [info.step for info in inspect(self._folder, checksums=False) if info.state == "sound"]
+            sound = [info.step for info in list_checkpoints(self._folder, checksums=False) if info.state == "sound"]
             raise UserError(
                 f"{self._folder}: checkpoint {step} could not be saved ({os.strerror(int(code[1])) if code else error}); "
-                + (f"checkpoint {sound[-1]} is sound: run again to go on from there" if sound else "there is no earlier one")
+                + (f"checkpoint {sound[-1]} is sound: run again to continue from it" if sound else "there is no earlier one")
             ) from error
 
-    def _clear_cut_short(self) -> None:
+    def _clear_unfinished(self) -> None:
         for leftover in self._folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _storage(path: tuple[Any, ...], leaf: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
-    """Large parameters are stored in pieces of at most `CHUNK_BYTES`, and stacked ones layer by layer, so that whoever reads one
-    tensor (`open_arrays`) needs no more memory than that takes."""
-    options = ocp.options.ArrayOptions.Saving.StorageOptions
-    part, *inside = (getattr(key, "key", None) for key in path[:2])
-    if part != "params" or leaf.nbytes <= CHUNK_BYTES:
-        return options()
-    return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if inside == ["blocks"] else None)
-
-
-def _set_aside(path: Path) -> None:
-    """Frees the name of a step that is about to be saved again, without losing a sound checkpoint."""
-    if _examine(path, checksums=True).state == "sound":
-        replaced = path.with_name(f"{path.name}.replaced")
-        _remove(replaced)
-        path.rename(replaced)
-    else:
-        _remove(path)
-
-
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, once every file that it vouches for has reached the disk."""
+    """Writes the manifest, once every file that it lists has reached the disk."""
     files = sorted(file for file in path.rglob("*") if file.is_file())
     for entry in (*files, *(folder for folder in path.rglob("*") if folder.is_dir()), path, path.parent):
         _sync(entry)
     with ThreadPoolExecutor() as pool:
-        sums = pool.map(sha256, files)
-        listed = {
-            str(file.relative_to(path)): {"size": file.stat().st_size, "sha256": checksum}
-            for file, checksum in zip(files, sums, strict=True)
-        }
-    temporary = path / f"{MANIFEST}.tmp"
-    temporary.write_bytes(_encode(manifest | {"files": listed}))
-    _sync(temporary)
-    temporary.rename(path / MANIFEST)
+        entries = [
+            {"size": file.stat().st_size, "sha256": checksum}
+            for file, checksum in zip(files, pool.map(sha256, files), strict=True)
+        ]
+    listed = {str(file.relative_to(path)): entry for file, entry in zip(files, entries, strict=True)}
+    write_atomic(path / MANIFEST, _encode_manifest(manifest | {"files": listed}))
     _sync(path)
 
 
-def _encode(manifest: dict[str, Any]) -> bytes:
-    """The bytes of a manifest, which are a function of its entries other than the checksum, so that any change shows."""
+def _encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """Returns the bytes of a manifest, a function of its entries other than the checksum, so that any change shows."""
     entries = {name: value for name, value in manifest.items() if name != "sha256"}
     entries["sha256"] = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
     return (json.dumps(entries, sort_keys=True, indent=1) + "\n").encode()
@@ -264,47 +229,48 @@ def _sync(path: Path) -> None:
 # -- deleting ---------------------------------------------------------------------------------------------------------------
 
 
-def prune(folder: Path, keep_latest: int, keep_best: int) -> list[Info]:
-    """Deletes all but the newest `keep_latest` and the best `keep_best` sound checkpoints, and what failed saves have left.
+def prune(folder: Path, keep_latest: int, keep_best: int) -> list[CheckpointInfo]:
+    """Deletes all but the newest `keep_latest` and the best `keep_best` sound checkpoints, and the remains of failed saves.
 
     Nothing newer than the newest sound checkpoint is touched (it may be about to be sealed), and nothing at all if none is
     sound.
 
     Returns:
-      What was deleted.
+      The checkpoints that were deleted.
+
+    Raises:
+      UserError: a number is out of range.
     """
-    if keep_latest < 1:
-        raise UserError(f"--keep-latest: must be positive, not {keep_latest}")
-    if keep_best < 0:
-        raise UserError(f"--keep-best: must not be negative, is {keep_best}")
-    return _discard(inspect(folder), keep_latest, keep_best)
+    require(keep_latest > 0, "keep_latest", f"must be positive, not {keep_latest}")
+    require(keep_best >= 0, "keep_best", f"must be at least 0, not {keep_best}")
+    return _discard(list_checkpoints(folder), keep_latest, keep_best)
 
 
-def best(infos: Sequence[Info], count: int) -> list[Info]:
-    """The `count` best of the sound checkpoints (`RANK`), best first, the newer of two equals first."""
-    ranked = [info for info in infos if info.state == "sound" and info.metrics.keys() & {RANK, "loss"}]
-    return sorted(ranked, key=lambda info: (info.metrics.get(RANK, info.metrics.get("loss")), -info.step))[:count]
+def best_checkpoints(infos: Sequence[CheckpointInfo], count: int) -> list[CheckpointInfo]:
+    """Returns the `count` sound checkpoints with the lowest selection metric, best first, the newer of two equals first."""
+    ranked = [(info.selection_metric, -info.step, info) for info in infos if info.selection_metric is not None]
+    return [info for _, _, info in sorted(ranked, key=lambda item: item[:2])][:count]
 
 
-def _discard(infos: list[Info], keep_latest: int, keep_best: int) -> list[Info]:
-    sound = list({info.step: info for info in infos if info.state == "sound"}.values())  # STEP wins over STEP.replaced.
-    kept = {info.path for info in (*sound[-keep_latest:], *best(sound, keep_best))}
+def _discard(infos: list[CheckpointInfo], keep_latest: int, keep_best: int) -> list[CheckpointInfo]:
+    sound = [info for info in infos if info.state == "sound"]
+    kept = {info.path for info in (*sound[-keep_latest:], *best_checkpoints(sound, keep_best))}
     doomed = [info for info in infos if sound and info.step <= sound[-1].step and info.path not in kept]
     for info in doomed:
-        _remove(info.path)
+        _delete(info.path)
     return doomed
 
 
-def _remove(path: Path) -> None:
-    """Deletes a checkpoint, its manifest first: half deleted, it is incomplete."""
+def _delete(path: Path) -> None:
+    """Deletes a checkpoint, its manifest first, so that it is incomplete when only half of it is deleted."""
     (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)  # What stays is incomplete and goes with the next turn.
+    shutil.rmtree(path, ignore_errors=True)  # A remainder is incomplete and is deleted the next time.
 
 
 # -- looking ----------------------------------------------------------------------------------------------------------------
 
 
-def inspect(folder: Path, checksums: bool = True) -> list[Info]:
+def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInfo]:
     """Describes all checkpoints of a run, by ascending step.
 
     Args:
@@ -314,22 +280,22 @@ def inspect(folder: Path, checksums: bool = True) -> list[Info]:
     Raises:
       UserError: a checkpoint was written by a newer gpt_jax.
     """
-    return [_examine(path, checksums) for path in _step_folders(folder)]
+    return [inspect_checkpoint(path, checksums) for path in _step_folders(folder)]
 
 
-def newest(folder: Path, log: Callable[[str], None]) -> Info | None:
-    """The newest sound checkpoint of a run, or None if no save was ever finished, so that the run starts at its beginning.
+def newest_checkpoint(folder: Path, log: Log) -> CheckpointInfo | None:
+    """Returns the newest sound checkpoint of a run, or None if no save was ever finished.
 
     Args:
       folder: RUN or RUN/checkpoints.
-      log: told in one line of each newer checkpoint that cannot be used.
+      log: receives a line for each newer checkpoint that cannot be used.
 
     Raises:
       UserError: there are damaged checkpoints and no sound one.
     """
-    unusable: list[Info] = []
+    unusable: list[CheckpointInfo] = []
     for path in reversed(_step_folders(folder)):
-        info = _examine(path, checksums=True)
+        info = inspect_checkpoint(path, checksums=True)
         if info.state == "sound":
             for other in unusable:
                 log(f"checkpoint {other.path.name} is {other.state} ({other.problem}); using {info.path.name}")
@@ -341,80 +307,81 @@ def newest(folder: Path, log: Callable[[str], None]) -> Info | None:
     return None
 
 
-def resolve(path: Path, log: Callable[[str], None]) -> Info:
+def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
     """Finds the checkpoint that a CHECKPOINT argument means, and verifies it.
 
     Args:
       path: a run's folder (its newest sound checkpoint) or the folder of one step.
-      log: told in one line of each newer checkpoint that cannot be used.
+      log: receives a line for each newer checkpoint that cannot be used.
 
     Raises:
       UserError: there is none, or it is not sound.
     """
+    hint = "give a run's folder or a checkpoint's (RUN/checkpoints/STEP)"
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder; give a run's folder or a checkpoint's (RUN/checkpoints/STEP)")
-    if STEP_FOLDER.fullmatch(path.absolute().name) and not (path / "checkpoints").is_dir():
-        info = _examine(path.absolute(), checksums=True)
-        _demand_sound(info)
+        raise UserError(f"{path}: no such folder; {hint}")
+    if path.absolute().name.isdecimal() and not (path / "checkpoints").is_dir():
+        info = inspect_checkpoint(path.absolute(), checksums=True)
+        _require_sound(info)
         return info
-    found = newest(path, log)
-    if found is None:
-        if seeds := sorted(each.name for each in path.glob("seed-*")):
-            raise UserError(f"{path}: holds runs of several seeds; name one of them, as {path / seeds[0]}")
-        raise UserError(f"{path}: holds no finished checkpoint; give a run's folder or a checkpoint's (RUN/checkpoints/STEP)")
-    return found
+    newest = newest_checkpoint(path, log)
+    if newest is None:
+        if seeds := sorted(folder.name for folder in path.glob("seed-*")):
+            raise UserError(f"{path}: holds runs of several seeds; name one of them, such as {path / seeds[0]}")
+        raise UserError(f"{path}: holds no finished checkpoint; {hint}")
+    return newest
 
 
-def read_config(info: Info) -> dict[str, Any]:
-    """The resolved config that the checkpoint was made with."""
-    return json.loads((info.path / "config.json").read_bytes())
-
-
-def read_manifest(info: Info) -> dict[str, Any]:
-    """The manifest of a sound checkpoint (config_digest, data_digest and so on; see the head of this module)."""
-    return json.loads((info.path / MANIFEST).read_bytes())
-
-
-def _step_folders(folder: Path) -> list[Path]:
-    """Folders of checkpoints by ascending step, STEP.replaced before STEP."""
-    folder = folder.absolute()
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
-    found = [(match, path) for path in folder.glob("*") if path.is_dir() and (match := STEP_FOLDER.fullmatch(path.name))]
-    return [path for match, path in sorted(found, key=lambda item: (int(item[0][1]), item[0][2] is None))]
-
-
-def _examine(path: Path, checksums: bool) -> Info:
+def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     """Compares a checkpoint's folder with its manifest."""
-    step = int(path.name.removesuffix(".replaced"))
-    size = _size(path)
+    step, size = int(path.name), _folder_size(path)
 
-    def unsound(state: Literal["incomplete", "damaged"], problem: str) -> Info:
-        return Info(step, path, state, problem, size, {})
+    def damaged(problem: str) -> CheckpointInfo:
+        return CheckpointInfo(step, path, "damaged", problem, size)
 
     try:
         raw = (path / MANIFEST).read_bytes()
         manifest = json.loads(raw)
     except FileNotFoundError:
-        return unsound("incomplete", f"file {MANIFEST}: missing, so its save was cut short")
+        return CheckpointInfo(step, path, "incomplete", f"file {MANIFEST}: missing, so its save was cut short", size)
     except (OSError, ValueError):
-        return unsound("damaged", f"file {MANIFEST}: not readable as JSON")
-    if not isinstance(manifest, dict) or raw != _encode(manifest):
-        return unsound("damaged", f"file {MANIFEST}: checksum differs")
+        return damaged(f"file {MANIFEST}: not readable as JSON")
+    if not isinstance(manifest, dict) or raw != _encode_manifest(manifest):
+        return damaged(f"file {MANIFEST}: checksum differs")
     if (version := manifest["format_version"]) > FORMAT_VERSION:
         raise UserError(f"{path}: has format version {version}, and this gpt_jax reads up to {FORMAT_VERSION}; update gpt_jax")
     if manifest["step"] != step:
-        return unsound("damaged", f"file {MANIFEST}: belongs to checkpoint {manifest['step']}")
+        return damaged(f"file {MANIFEST}: belongs to checkpoint {manifest['step']}")
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda item: _file_problem(path / item[0], item[1], checksums), manifest["files"].items())
-        problems = [f"file {name}: {problem}" for name, problem in zip(manifest["files"], found, strict=True) if problem]
+        results = pool.map(lambda item: _file_problem(path / item[0], item[1], checksums), manifest["files"].items())
+        problems = [f"file {name}: {problem}" for name, problem in zip(manifest["files"], results, strict=True) if problem]
     if problems:
-        return unsound("damaged", ", ".join(problems))
-    return Info(step, path, "sound", "", size, manifest["metrics"])
+        return damaged(", ".join(problems))
+    metrics = dict(manifest["metrics"])
+    selection_metric = metrics.pop("rank", metrics.get("loss")) if version == 1 else manifest["selection_metric"]
+    return CheckpointInfo(step, path, "sound", "", size, metrics, selection_metric, version)
 
 
-def _size(path: Path) -> int:
-    """Bytes of all files in a folder, which may be being deleted meanwhile."""
+def read_config(info: CheckpointInfo) -> RunConfig:
+    """Reads the resolved config that the checkpoint was made with."""
+    return config_from_dict(read_json(info.path / "config.json"), info.path / "config.json")
+
+
+def read_manifest(info: CheckpointInfo) -> dict[str, Any]:
+    """Reads the manifest of a sound checkpoint (see the head of this module)."""
+    return read_json(info.path / MANIFEST)
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    """Returns the folders of a run's checkpoints by ascending step."""
+    folder = folder.absolute()
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    return sorted((path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()), key=lambda p: int(p.name))
+
+
+def _folder_size(path: Path) -> int:
+    """Returns the bytes of all files in a folder, which may be deleted meanwhile."""
     size = 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -424,7 +391,7 @@ def _size(path: Path) -> int:
 
 
 def _file_problem(file: Path, expected: dict[str, Any], checksums: bool) -> str:
-    """What is wrong with a file that a manifest lists, or nothing."""
+    """Returns what is wrong with a file that a manifest lists; empty if it is as listed."""
     try:
         size = file.stat().st_size
         if size != expected["size"]:
@@ -434,7 +401,7 @@ def _file_problem(file: Path, expected: dict[str, Any], checksums: bool) -> str:
         return error.strerror or str(error)
 
 
-def _demand_sound(info: Info) -> None:
+def _require_sound(info: CheckpointInfo) -> None:
     if info.state != "sound":
         raise UserError(f"{info.path}: is {info.state} ({info.problem}); `gpt-jax checkpoint list` shows the others")
 
@@ -442,88 +409,77 @@ def _demand_sound(info: Info) -> None:
 # -- reading ----------------------------------------------------------------------------------------------------------------
 
 
-def restore(info: Info, abstract_state: dict[str, Any]) -> dict[str, Any]:
+def restore(info: CheckpointInfo, abstract_state: dict[str, Any]) -> dict[str, Any]:
     """Reads a whole state, onto any mesh; all processes call it.
 
     Args:
-      info: a sound checkpoint, as `resolve` returns it.
+      info: a sound checkpoint, as `find_checkpoint` returns it.
       abstract_state: nested dictionaries of `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
-      The same nested dictionaries of arrays.
+      Nested dictionaries of arrays, like `abstract_state`.
 
     Raises:
-      UserError: names, shapes or dtypes differ from what is stored; all differences in one line.
+      UserError: names, shapes or dtypes differ from those stored; all differences are in one line.
     """
-    return _load(info, abstract_state, partial=False)
+    stored = _stored_leaves(info)
+    if info.format_version > 1:
+        return _load(info, stored, abstract_state, partial=False)
+    # Version 1 kept the optimizer's own tree, with the moments somewhere inside it and step counters that equal `step`.
+    path, moments = _find_moments(stored["optimizer"])
+
+    def nest(tree: dict[str, Any]) -> dict[str, Any]:
+        return functools.reduce(lambda inner, key: {key: inner}, reversed(("optimizer", *path)), tree)
+
+    others = {name: tree for name, tree in abstract_state.items() if name != "moments"}
+    stored = {name: stored[name] for name in others if name in stored} | nest(moments)
+    loaded = _load(info, stored, others | nest(abstract_state["moments"]), partial=True)
+    return {name: loaded[name] for name in others} | {"moments": functools.reduce(dict.__getitem__, path, loaded["optimizer"])}
 
 
-def restore_part(info: Info, abstract_subtree: dict[str, Any], key: str = "params") -> dict[str, Any]:
-    """Reads entries of one part of a state, by default of the parameters; entries that are not asked for are left alone, and all
-    else is as in `restore`."""
-    return _load(info, {key: abstract_subtree}, partial=True)[key]
+def _find_moments(tree: dict[str, Any], path: tuple[str, ...] = ()) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Returns Adam's moments in the optimizer's tree of format version 1, and the keys that lead to them."""
+    if "mu" in tree:
+        return path, {name: tree[name] for name in ("mu", "nu")}
+    found = (_find_moments(child, (*path, key)) for key, child in tree.items() if isinstance(child, dict))
+    return next((result for result in found if result[1]), ((), {}))
 
 
-def open_arrays(info: Info, key: str = "params") -> dict[str, Any]:
-    """Opens one part of a state without reading it, for whoever wants it piece by piece in little memory; on one process.
-
-    Returns:
-      The part's nested dictionaries with a `tensorstore.TensorStore` for each array: it has shape and dtype, can be sliced like
-      an array, and `read_array` reads it.
-    """
-    import tensorstore
-
-    _demand_sound(info)
-    kvstore = {"driver": "ocdbt", "base": f"file://{info.path}/state/"}
-
-    def opened(path: tuple[Any, ...], _: Any) -> Any:
-        name = ".".join([key, *(part.key for part in path)])
-        return tensorstore.open({"driver": "zarr3", "kvstore": kvstore | {"path": f"{name}/"}}, open=True, read=True).result()
-
-    return jax.tree_util.tree_map_with_path(opened, ocp.metadata(info.path).metadata[key])
+def restore_params(info: CheckpointInfo, abstract_params: dict[str, Any]) -> dict[str, Any]:
+    """Reads the parameters alone, and of these only the entries that are asked for; otherwise like `restore`."""
+    stored = _stored_leaves(info)["params"]
+    stored = {name: stored[name] for name in abstract_params if name in stored}
+    return _load(info, {"params": stored}, {"params": abstract_params}, partial=True)["params"]
 
 
-def read_array(array: Any) -> np.ndarray:
-    """Reads what `open_arrays` has opened, or a slice of it, one stored piece after the other: at once, all pieces would be held
-    beside the result."""
-    if not array.ndim:
-        return np.asarray(array.read().result())
-    result = np.empty(array.shape, array.dtype.numpy_dtype)
-    rows = array.chunk_layout.read_chunk.shape[0] or 1
-    for begin in range(0, len(result), rows):
-        end = min(begin + rows, len(result))
-        result[begin:end] = array[begin:end].read().result()
-    return result
+def _stored_leaves(info: CheckpointInfo) -> dict[str, Any]:
+    """Returns the shapes and dtypes of the arrays in a checkpoint."""
+    _require_sound(info)
+    return ocp.metadata(info.path).metadata
 
 
-def _load(info: Info, wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
-    _demand_sound(info)
-    stored = ocp.metadata(info.path).metadata
-    if partial:
-        stored = {
-            key: {name: stored[key][name] for name in wanted[key] if name in stored[key]} for key in wanted if key in stored
-        }
-    _compare(info, stored, wanted)
+def _load(info: CheckpointInfo, stored: dict[str, Any], wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
+    """Loads the tree `wanted`, after comparing it with `stored`; with `partial`, a checkpoint may hold more."""
+    _require_same_leaves(info, stored, wanted)
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     with context:
         return ocp.load(info.path, wanted)
 
 
-def _compare(info: Info, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
+def _require_same_leaves(info: CheckpointInfo, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     """Raises a `UserError` that lists every leaf whose name, shape or dtype differs."""
-    have, want = _describe(stored), _describe(wanted)
+    have, want = _describe_leaves(stored), _describe_leaves(wanted)
     differences = [f"{name} is {have[name]}, not {want[name]}" for name in have.keys() & want.keys() if have[name] != want[name]]
     differences += [f"{name} {want[name]} is missing" for name in want.keys() - have.keys()]
-    differences += [f"{name} {have[name]} is not wanted" for name in have.keys() - want.keys()]
+    differences += [f"{name} {have[name]} is unexpected" for name in have.keys() - want.keys()]
     if differences:
         raise UserError(f"{info.path}: checkpoint {info.step} does not fit this config: {'; '.join(sorted(differences))}")
 
 
-def _describe(tree: dict[str, Any]) -> dict[str, str]:
-    """Maps each leaf's name ("params/embed/tokens") to its dtype and shape as text ("float32[512,768]")."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def _describe_leaves(tree: dict[str, Any]) -> dict[str, str]:
+    """Maps each leaf's name ("params/embedding/tokens") to its dtype and shape as text ("float32[512,768]")."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in leaves
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }

@@ -1,19 +1,19 @@
-"""What a person sees of a run: a header, a live line or log lines, samples, TensorBoard's curves."""
+"""The progress of a training as a person follows it: a live line or log lines, and TensorBoard's curves."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gpt_jax.config import ModelConfig
-from gpt_jax.runtime.console import format_duration, say
+from jax.sharding import Mesh
 
-# Peak dense bfloat16 rate of one JAX device in FLOP/s, from the makers' data sheets, by `device_kind`. A chip that is not here
-# has no peak that we know, and its utilisation is not printed. (TPU v7x shows each chip as two devices.)
+from gpt_jax.config import ModelConfig, RunConfig
+from gpt_jax.runtime.console import Log, ProgressLine, format_duration
+
+# Peak dense bfloat16 rate of one JAX device in FLOP/s, from the makers' data sheets, by `device_kind`. The utilization of a chip
+# that is not listed is not shown. (TPU v7x presents each chip as two devices.)
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -32,8 +32,10 @@ PEAK_FLOPS = {
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Floating-point operations that training one token takes: 6 for each parameter in a matrix product (the embedding counts
-    once, as the output layer), and 12 x layers x width x context for attention, counted without regard to its mask as is usual.
+    """Returns the floating-point operations that training on one token takes.
+
+    They are 6 for each parameter in a matrix product (the embedding counts once, as the output layer), and 12 x layers x width x
+    context for attention, counted without regard to its mask as is usual.
     """
     embed, units = model.embed_dim, model.lstm_units
     if model.kind == "lstm":
@@ -42,75 +44,64 @@ def flops_per_token(model: ModelConfig) -> float:
     return 6 * (model.num_layers * block + model.vocab_size * embed) + 12 * model.num_layers * embed * model.context_length
 
 
-class Progress:
-    """Follows a run. On a terminal one line is redrawn in place; elsewhere a line is logged every `log_seconds`.
+class ProgressLogger:
+    """Follows a training: shows step, loss, rate and remaining time, and writes TensorBoard's curves.
 
     Args:
-      total: updates in the whole run.
-      unit: what the rate counts: "tokens" or "examples".
-      units_per_step: units of one update, over all hosts.
-      flops: FLOPs of a unit, over the peak of all devices together, for the utilisation; 0 where that is not known.
-      log_seconds: seconds between log lines.
-      tensorboard: folder of TensorBoard's event files, or None.
-      primary: whether this process talks; the others say nothing.
+      total_steps: updates in the whole run.
+      unit: what the rate counts; only the length of "tokens" is known, and with it the utilization (MFU).
+      tensorboard: folder of TensorBoard's event files.
+      log: takes the lines; None on all processes but the first, which show and write nothing.
     """
 
     def __init__(
         self,
-        total: int,
-        unit: str,
-        units_per_step: int,
-        flops: float,
-        log_seconds: float,
-        tensorboard: Path | None,
-        primary: bool,
+        config: RunConfig,
+        mesh: Mesh,
+        total_steps: int,
+        unit: Literal["tokens", "examples"],
+        tensorboard: Path,
+        log: Log | None,
     ):
-        self.say: Callable[[str], None] = say if primary else lambda line: None
-        self._total, self._unit, self._units_per_step, self._flops = total, unit, units_per_step, flops
-        self._primary, self._live = primary, sys.stderr.isatty()
-        self._interval = 0.2 if self._live else log_seconds
+        train, peak = config.train, PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+        self._total_steps, self._unit, self._log = total_steps, unit, log
+        self._units_per_step = train.batch_size * (config.model.context_length if unit == "tokens" else 1)
+        self._utilization_per_rate = flops_per_token(config.model) / (peak * mesh.size) if peak and unit == "tokens" else 0.0
+        self._line = ProgressLine(train.log_seconds, lambda line: log(time.strftime("%H:%M:%S ") + line)) if log else None
         self._writer: Any = None
-        if tensorboard is not None and primary:
+        if train.tensorboard and log is not None:
             # Not TensorFlow's writer, since training must not need it; and not tensorboardX's own thread, which dies on a full
             # disk and then blocks whoever writes.
             from tensorboardX.event_file_writer import EventsWriter
 
             tensorboard.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(tensorboard / "events"))
-        self._mark: tuple[float, int] | None = None  # time and step that the rate shown counts from
-        self._last: tuple[float, int] | None = None  # time and step of the last update seen without a pause after it
-        self._busy = self._updates = 0.0  # seconds and updates of the whole run, without compilation, evaluations and saves
-        self._shown = time.monotonic()
+        self._window: tuple[float, int] | None = None  # Time and step from which the rate on display is counted.
+        self._last: tuple[float, int] | None = None  # Time and step of the last update that no pause followed.
+        self._busy = self._updates = 0.0  # Seconds and updates of the whole run, without compilation, evaluations and saves.
         self._rate_shown = 0.0
 
-    def start(self, step: int) -> None:
-        """The clock of the rate starts here: called whenever a compilation, an evaluation or a save is over."""
-        self._mark = self._last = (time.monotonic(), step)
+    def resume_clock(self, step: int) -> None:
+        """Restarts the clock of the rate, after a compilation, an evaluation or a save."""
+        self._window = self._last = (time.monotonic(), step)
 
     @property
     def rate(self) -> float:
-        """Mean units a second of the whole run, pauses for compilation, evaluations and saves left out."""
+        """Mean units per second over the whole run, without pauses for compilation, evaluations and saves."""
         return self._updates * self._units_per_step / self._busy if self._busy else 0.0
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Shows one update's numbers, when it is time to."""
+        """Records the numbers of one update, and shows them when it is time to."""
         self.scalars("train", step, metrics)
         now = time.monotonic()
         if self._last is not None:
             self._busy += now - self._last[0]
             self._updates += step - self._last[1]
             self._last = (now, step)
-        if self._mark is None:
-            self.start(step)
-            self._shown = now
-        elif now - self._shown >= self._interval or step == self._total:
-            since, first = self._mark
-            if step > first:
-                self._rate_shown = (step - first) * self._units_per_step / max(now - since, 1e-9)
-            if now - since > 30:  # the rate of the last half minute or so
-                self._mark = (now, step)
-            self._show(f"step {step}/{self._total}  loss {metrics['loss']:.4f}  {self._rate(step)}")
-            self._shown = now
+        if self._window is None:
+            self.resume_clock(step)
+        elif self._line is not None:
+            self._line.show(lambda: self._describe(step, metrics["loss"], now), last=step == self._total_steps)
 
     def scalars(self, group: str, step: int, values: dict[str, float]) -> None:
         """Adds points to TensorBoard's curves."""
@@ -125,24 +116,25 @@ class Progress:
                 self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         except OSError as error:
             self._writer = None
-            self.say(f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has them all")
+            if self._log is not None:
+                self._log(f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has all of them")
 
     def close(self) -> None:
-        """Brings TensorBoard's curves to the disk."""
+        """Writes TensorBoard's curves to the disk."""
         if self._writer is not None:
-            with contextlib.suppress(OSError):  # the curves stand in metrics.jsonl too
+            with contextlib.suppress(OSError):  # The curves are in metrics.jsonl too.
                 self._writer.close()
 
-    def _rate(self, step: int) -> str:
-        if not self._rate_shown:
-            return ""
-        left = (self._total - step) * self._units_per_step / self._rate_shown
-        utilisation = f"  MFU {self._rate_shown * self._flops:.1%}" if self._flops else ""
-        return f"{self._rate_shown:,.0f} {self._unit}/s{utilisation}  {format_duration(left)} left"
-
-    def _show(self, line: str) -> None:
-        if self._primary and self._live:
-            sys.stderr.write("\r\x1b[K" + line)
-            sys.stderr.flush()
-        elif self._primary:
-            say(time.strftime("%H:%M:%S ") + line)
+    def _describe(self, step: int, loss: float, now: float) -> str:
+        assert self._window is not None
+        began, first = self._window
+        if step > first:
+            self._rate_shown = (step - first) * self._units_per_step / max(now - began, 1e-9)
+        if now - began > 30:  # The rate shown is that of the last half minute or so.
+            self._window = (now, step)
+        line = f"step {step}/{self._total_steps}  loss {loss:.4f}  "
+        if self._rate_shown:
+            utilization = f"  MFU {self._rate_shown * self._utilization_per_rate:.1%}" if self._utilization_per_rate else ""
+            left = (self._total_steps - step) * self._units_per_step / self._rate_shown
+            line += f"{self._rate_shown:,.0f} {self._unit}/s{utilization}  {format_duration(left)} left"
+        return line

@@ -1,143 +1,346 @@
-"""The training loop. It knows a loss, batches and an evaluation, and no task."""
+"""One training run from its beginning to its result, whatever is trained: folder, state, loop, evaluations, checkpoints.
+
+`train.pretrain` and `tasks.finetune` call `start_run`, prepare what is theirs, and hand it to `run_training`.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from gpt_jax.config import RunConfig
-from gpt_jax.data.pipeline import batches
-from gpt_jax.errors import Preempted, TrainingError
-from gpt_jax.runtime.distributed import StopRequest
-from gpt_jax.runtime.rundir import RunDir
-from gpt_jax.runtime.sharding import place_batch
-from gpt_jax.train import checkpoint
-from gpt_jax.train.checkpoint import Checkpoints
-from gpt_jax.train.logging import Progress
-from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, State, TrainableModel, lower_step
+from gpt_jax.config.load import flatten_config
+from gpt_jax.config.schema import duration_to_steps
+from gpt_jax.data.pipeline import BatchSource, DatasetFn, iterate_batches
+from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
+from gpt_jax.errors import Preempted, TrainingError, UserError, require
+from gpt_jax.model.attention import resolve_attention
+from gpt_jax.model.transformer import Params, compute_dtype
+from gpt_jax.runtime import distributed
+from gpt_jax.runtime.console import Log, say
+from gpt_jax.runtime.rundir import RunDir, environment, read_json
+from gpt_jax.runtime.sharding import host_rows, place_batch
+from gpt_jax.train.checkpoint import CheckpointInfo, CheckpointWriter, find_checkpoint, newest_checkpoint, restore
+from gpt_jax.train.logging import ProgressLogger
+from gpt_jax.train.step import CompiledByShape, State, TrainableModel, abstract_state, lower_step
 
 
-class Work(NamedTuple):
-    """What there is to do."""
+class RunContext(NamedTuple):
+    """The folder, the stop request and the log of a run, which exist before anything is known of its data."""
 
-    horizon: Horizon
+    run: RunDir
+    stop: distributed.StopRequest
+    log: Log
+    """Prints a line, on process 0 alone."""
+
+
+class Schedule(NamedTuple):
+    """The durations of a run in updates."""
+
+    total_steps: int
+    warmup_steps: float
+    """A share of a short run need not be a whole number."""
     eval_every: int
-    """Updates between evaluations."""
     save_every: int
-    """Updates between checkpoints."""
-    batch_at: Callable[[int], dict[str, np.ndarray]]
-    """This host's rows of the batch of an update."""
-    evaluate: Callable[[int, Any], dict[str, float]]
-    """(step, params) -> scores, which rank the checkpoints (`checkpoint.best`)."""
-    evidence: Callable[[int], dict[str, Any]]
-    """What to note of the batch of an update that went wrong."""
-    model_fns: TrainableModel = LANGUAGE_MODEL
-    save_evaluated: bool = False
-    """Save at every evaluation too, as the best of them will be chosen."""
+
+
+class Scores(NamedTuple):
+    """The result of an evaluation."""
+
+    metrics: dict[str, float]
+    selection_metric: float | None = None
+    """The number by which the best checkpoint is selected, the lowest."""
 
 
 class NonFinite(Exception):
     """The loss or the gradient of update `step` was not finite."""
 
-    def __init__(self, step: int, values: dict[str, float]):
+    def __init__(self, step: int, metrics: dict[str, float]):
         super().__init__(step)
-        self.step, self.values = step, values
+        self.step, self.metrics = step, metrics
 
 
-def train(
-    config: RunConfig,
-    work: Work,
-    mesh: Mesh,
-    state: State,
-    run: RunDir,
-    checkpoints: Checkpoints,
-    progress: Progress,
-    stop: StopRequest,
-) -> tuple[State, dict[str, float]]:
-    """Trains from `state` to the end of the horizon; returns the last state and its scores.
-
-    Update s + 1 is dispatched before the numbers of update s are read, so the devices never wait for Python. The guard inside
-    the compiled step makes that safe: after a non-finite update the state stays what it was.
+@contextlib.contextmanager
+def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
+    """Joins the other processes and watches for signals, from the first moment to the last, so that no save is cut short.
 
     Raises:
+      UserError: the processes do not agree on what they run.
+      TrainingError: the other processes did not come.
+      Preempted: the run was told to stop when it was finished.
+    """
+    distributed.start(config.distributed, say)
+    distributed.require_agreement(_facts(config, workdir), say)
+    primary = distributed.is_primary()
+    with distributed.StopRequest() as stop, contextlib.closing(RunDir(workdir, primary)) as run:
+        yield RunContext(run, stop, say if primary else lambda line: None)
+        if stop.requested:
+            raise Preempted(f"told to stop when {workdir} was finished")
+
+
+def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
+    """Returns the facts that all processes of a run must have in common, by names for a person."""
+    env = environment()
+    return {
+        "commit": env["commit"] or "unknown",
+        **env["versions"],
+        "XLA_FLAGS": env["xla_flags"],
+        "LIBTPU_INIT_ARGS": env["libtpu_init_args"],
+        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "devices in total": str(jax.device_count()),
+        "--workdir": str(workdir.absolute()),
+        # Processes differ in distributed.*, and what is displayed changes nothing.
+        **{
+            f"--{name}": str(value)
+            for name, (value, affects) in flatten_config(config).items()
+            if affects != "display" and not name.startswith("distributed.")
+        },
+    }
+
+
+def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) -> Schedule:
+    """Converts the durations of a config to updates.
+
+    Args:
+      context_length: tokens in an example, for durations in tokens; None where examples differ.
+      epoch: examples in an epoch.
+
+    Raises:
+      UserError: the run is shorter than an update, or not longer than its warm-up.
+    """
+    train = config.train
+
+    def steps(duration: str, field: str, total: int | None = None) -> float:
+        sizes = {"batch_size": train.batch_size, "context_length": context_length, "epoch": epoch}
+        return duration_to_steps(duration, field, total=total, **sizes)  # type: ignore[arg-type]
+
+    total = int(steps(train.duration, "train.duration"))
+    require(total > 0, "train.duration", f"'{train.duration}' is less than one update of {train.batch_size} examples")
+    warmup = steps(config.optim.warmup, "optim.warmup", total)
+    require(warmup < total, "optim.warmup", f"{warmup:g} steps of warm-up leave nothing of a run of {total} steps")
+    eval_every = max(int(steps(train.eval_every, "train.eval_every", total)), 1)
+    save_every = max(int(steps(train.save_every, "train.save_every", total)), 1)
+    return Schedule(total, warmup, eval_every, save_every)
+
+
+def run_training(
+    ctx: RunContext,
+    config: RunConfig,
+    mesh: Mesh,
+    model: TrainableModel,
+    source: BatchSource,
+    schedule: Schedule,
+    *,
+    tokenizer: Tokenizer,
+    data_digest: str,
+    title: str,
+    unit: Literal["tokens", "examples"],
+    initialize: Callable[[], tuple[State, str]],
+    evaluate: Callable[[int, Params], Scores],
+    batch_provenance: Callable[[int], dict[str, Any]],
+    summarize: Callable[[State, Scores], dict[str, Any]],
+    save_evaluated: bool = False,
+    dataset_fn: DatasetFn | None = None,
+    allow_changes: bool = False,
+) -> dict[str, Any]:
+    """Trains in the run's folder, from its newest sound checkpoint if it has one; returns the contents of result.json.
+
+    Args:
+      source: the batches.
+      tokenizer, data_digest: the tokenizer and the digest of the data that the batches are made from.
+      title: half a line that says what is trained on what.
+      unit: what the rate counts.
+      initialize: makes the state of a run that begins, and a line that says where it comes from.
+      evaluate: (step, params) -> scores of the validation split.
+      batch_provenance: where the batch of an update comes from, recorded if the update goes wrong.
+      summarize: (last state, last scores) -> entries of result.json besides step, parameters and rate.
+      save_evaluated: also save at every evaluation, because the best of these checkpoints will be chosen.
+      dataset_fn: makes the tf.data.Dataset of the batches in place of `pipeline.make_dataset`.
+      allow_changes: continue although the data differ.
+
+    Raises:
+      UserError: the folder, its checkpoint or its tokenizer do not fit; the message says how.
       TrainingError: a loss or gradient was not finite; the state before it is saved.
       Preempted: the process was told to stop; the state is saved.
     """
-    total, scores = work.horizon.total, {}
-    start = int(state["step"])
-    saved = start or None  # the newest step on disk: beyond 0 a run starts from a checkpoint
-    update = ByShape(lambda batch: lower_step(config, mesh, horizon=work.horizon, model_fns=work.model_fns, batch=batch))
+    started = time.monotonic()
+    run, log, total = ctx.run, ctx.log, schedule.total_steps
+    run.check_data(data_digest, allow_changes)
+    newest, step = _newest_checkpoint(run, log)
+    if step > total:
+        raise UserError(f"{run.path}: its checkpoint {step} lies beyond --train.duration ({total} steps)")
+    if step == total and run.result.exists() and (result := read_json(run.result)).get("step") == step:
+        log(f"{run.path}: finished at step {step} already; nothing to do")
+        return result
+    device = mesh.devices.flat[0]
+    run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
+    if distributed.is_primary() and not (
+        run.tokenizer.exists() and load_tokenizer(run.tokenizer).fingerprint == tokenizer.fingerprint
+    ):
+        tokenizer.save(run.tokenizer)
 
-    def account(step: int, metrics: dict[str, jax.Array]) -> None:
+    if step:
+        info = newest or find_checkpoint(run.checkpoints / str(step), log)
+        require_tokenizer(info, tokenizer, "--workdir")
+        state, origin = restore(info, abstract_state(config, mesh, model)), f"resuming at step {step}"
+    else:
+        state, origin = initialize()
+    run.supersede(step)
+    log(_header(config, mesh, title, total))
+    log(f"{origin}; compiling")
+    run.record("event", step, event="start", origin=origin)
+
+    progress = ProgressLogger(config, mesh, total, unit, run.tensorboard, log if distributed.is_primary() else None)
+    rows = host_rows(mesh, config.train.batch_size)
+    pipeline = {"kind": config.data.pipeline, "prefetch": config.data.prefetch, "dataset_fn": dataset_fn}
+    batches = iterate_batches(source, step, total, rows, **pipeline)  # type: ignore[arg-type]
+    with contextlib.closing(progress), contextlib.closing(batches), distributed.exit_if_peer_lost():
+        with CheckpointWriter(run.checkpoints, config, data_digest, run.tokenizer) as writer:
+            state, scores = train_loop(
+                ctx, config, mesh, model, schedule, state, batches, evaluate, batch_provenance, writer, progress, save_evaluated
+            )
+        summary = summarize(state, scores)
+    result = {
+        "step": int(state["step"]),
+        "parameters": config.model.num_parameters,
+        **summary,
+        f"{unit}_per_second": round(progress.rate, 1),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    run.record("final", result["step"], **{name: value for name, value in result.items() if name != "step"})
+    run.write_result(result)
+    return result
+
+
+def _header(config: RunConfig, mesh: Mesh, title: str, total_steps: int) -> str:
+    """Returns the line that describes a run before it starts."""
+    axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "single device"
+    return (
+        f"{config.model.num_parameters:,} parameters | {title} in {total_steps:,} steps | "
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes} | attention {resolve_attention(config.model.attention)} | "
+        f"{compute_dtype(config.model)} over {config.model.param_dtype}"
+    )
+
+
+def train_loop(
+    ctx: RunContext,
+    config: RunConfig,
+    mesh: Mesh,
+    model: TrainableModel,
+    schedule: Schedule,
+    state: State,
+    batches: Iterator[Any],
+    evaluate: Callable[[int, Params], Scores],
+    batch_provenance: Callable[[int], dict[str, Any]],
+    writer: CheckpointWriter,
+    progress: ProgressLogger,
+    save_evaluated: bool = False,
+) -> tuple[State, Scores]:
+    """Trains from `state` to the end of the schedule; returns the last state and its scores.
+
+    Update s + 1 is dispatched before the numbers of update s are read, so that the devices never wait for Python. The guard
+    inside the compiled step makes that safe: after a non-finite update the state stays what it was.
+
+    Raises:
+      TrainingError, Preempted: as `run_training`.
+    """
+    run, total, scores = ctx.run, schedule.total_steps, Scores({})
+    step = int(state["step"])
+    saved = step or None  # The newest step on disk: beyond 0 a run starts from a checkpoint.
+    update = CompiledByShape(
+        lambda batch: lower_step(config, mesh, total_steps=total, warmup_steps=schedule.warmup_steps, model=model, batch=batch)
+    )
+
+    def log_metrics(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if not values.pop("ok"):
             raise NonFinite(step, values)
         run.record("train", step, **values)
         progress.update(step, values)
 
-    stream = batches(work.batch_at, start, total, kind=config.data.pipeline, prefetch=config.data.prefetch)
-    with contextlib.closing(stream), jax.set_mesh(mesh):
-        if start == total:  # stopped between the last save and the result
-            scores = work.evaluate(total, state["params"])
+    with jax.set_mesh(mesh):
+        if step == total:  # The run was stopped between its last save and its result.
+            scores = evaluate(total, state["params"])
         pending: tuple[int, dict[str, jax.Array]] | None = None
         compilations = 0
         try:
-            for index, batch in stream:
+            for batch in batches:
                 state, metrics = update(state, place_batch(mesh, batch, config.train.batch_size))
-                if len(update) > compilations:  # a batch of a new shape: the time that took is none of training
-                    compilations = len(update)
-                    progress.start(index)
+                if update.compilations > compilations:  # A batch of a new shape; compiling it is not training time.
+                    compilations = update.compilations
+                    progress.resume_clock(step)
                 if pending is not None:
-                    account(*pending)
-                step, pending = index + 1, (index + 1, metrics)
-                stopping = stop.now()
-                evaluating = step % work.eval_every == 0 or step == total
-                saving = step % work.save_every == 0 or step == total or stopping or (evaluating and work.save_evaluated)
+                    log_metrics(*pending)
+                step += 1
+                pending = (step, metrics)
+                stopping = ctx.stop.after_update()
+                evaluating = step % schedule.eval_every == 0 or step == total
+                saving = step % schedule.save_every == 0 or step == total or stopping or (evaluating and save_evaluated)
                 if evaluating or saving:
-                    account(*pending)
+                    log_metrics(*pending)
                     pending = None
                 if evaluating:
-                    scores = work.evaluate(step, state["params"])  # before the save, which is ranked by it
-                    measured = {name: value for name, value in scores.items() if name != checkpoint.RANK}
-                    if measured:
-                        run.record("eval", step, **measured)
-                    progress.scalars("eval", step, measured)
+                    scores = evaluate(step, state["params"])  # before the save, which records the selection metric
+                    if scores.metrics:
+                        run.record("eval", step, **scores.metrics)
+                    progress.scalars("eval", step, scores.metrics)
                 if saving:
-                    run.sync()  # before the checkpoint is sealed: whoever goes on from it has the record up to there
-                    checkpoints.save(step, state, scores if evaluating else {})
+                    run.sync()  # before the checkpoint is sealed: a run that continues from it has the record up to there
+                    writer.save(step, state, *(scores if evaluating else Scores({})))
                     saved = step
                 if stopping and step != total:
-                    checkpoints.wait()
+                    writer.wait()
                     run.record("event", step, event="preempted")
-                    raise Preempted(f"told to stop: saved at step {step} of {total}; the same command goes on from there")
+                    raise Preempted(f"told to stop: saved at step {step} of {total}; the same command continues from there")
                 if evaluating or saving:
-                    progress.start(step)
+                    progress.resume_clock(step)
         except NonFinite as error:
-            _keep_last_good(error, work, state, saved, run, checkpoints)
+            raise _save_last_good(error, state, saved, run, writer, batch_provenance(error.step - 1)) from error
+    require(step == total, "dataset_fn", f"the dataset ended after step {step} of {total}")
     return state, scores
 
 
-def _keep_last_good(
-    error: NonFinite, work: Work, state: State, saved: int | None, run: RunDir, checkpoints: Checkpoints
-) -> NoReturn:
-    """Saves the state before the update that went wrong, notes what its batch was, and ends the training."""
-    step, values = error.step, error.values
+def _save_last_good(
+    error: NonFinite, state: State, saved: int | None, run: RunDir, writer: CheckpointWriter, provenance: dict[str, Any]
+) -> TrainingError:
+    """Saves the state before the update that went wrong and records its batch; returns the error that ends the training."""
     good = int(state["step"])
-    if good != saved:  # saving it again would lose its scores
+    if good != saved:  # Saving it again would lose its scores.
         run.sync()
-        checkpoints.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
-    checkpoints.wait()
-    evidence = {name: str(value) if not math.isfinite(value) else value for name, value in values.items()}
-    run.record("event", step, event="non-finite", **evidence, **work.evidence(step - 1))
-    raise TrainingError(
-        f"update {step} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}); the state before it is saved "
-        f"as checkpoint {good}, its batch is noted in {run.path / 'metrics.jsonl'}"
-    ) from error
+        writer.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
+    writer.wait()
+    # JSON has no NaN.
+    metrics = {name: value if math.isfinite(value) else str(value) for name, value in error.metrics.items()}
+    run.record("event", error.step, event="non-finite", **metrics, **provenance)
+    return TrainingError(
+        f"update {error.step} is not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); the state before it "
+        f"is saved as checkpoint {good}, its batch is recorded in {run.path / 'metrics.jsonl'}"
+    )
+
+
+def _newest_checkpoint(run: RunDir, log: Log) -> tuple[CheckpointInfo | None, int]:
+    """Returns the run's newest sound checkpoint, on process 0 alone, and its step on all of them; 0: there is none."""
+    info = newest_checkpoint(run.checkpoints, log) if distributed.is_primary() and run.checkpoints.exists() else None
+    return info, distributed.broadcast(0 if info is None else info.step)
+
+
+def require_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer, field: str) -> None:
+    """Checks that a checkpoint was trained with the tokenizer of the data.
+
+    Raises:
+      UserError: it was trained with another one.
+    """
+    other = load_tokenizer(info.path / "tokenizer")
+    if other.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{field}: {info.path} was trained with another tokenizer ({other.kind}, {other.vocab_size} entries, "
+            f"fingerprint {other.fingerprint[:12]}) than the data ({tokenizer.kind}, {tokenizer.fingerprint[:12]})"
+        )

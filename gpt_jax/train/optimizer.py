@@ -1,8 +1,8 @@
-"""The paper's optimiser and schedules (section 4.1), and plain AdamW, as optax transformations."""
+"""The paper's optimizer and schedules (section 4.1), and Optax's AdamW, with the same state: first and second moments."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,95 +11,95 @@ from jaxtyping import Array, Float, Int
 
 from gpt_jax.config import OptimConfig
 
-
-class Horizon(NamedTuple):
-    """The run's length and its warm-up, in updates."""
-
-    total: int
-    warmup: float
-    """A share of a short run need not be a whole number of updates."""
+Moments = dict[str, Any]
+"""`mu` and `nu`: Adam's first and second moments, each a tree like the parameters, float32."""
 
 
-def learning_rate(config: OptimConfig, horizon: Horizon, step: Int[Array, ""] | int) -> Float[Array, ""]:
-    """The rate of update `step`, counted from 0, as a function of x = step / total and the warm-up's share w of the run.
+def learning_rate(config: OptimConfig, total_steps: int, warmup_steps: float, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """Returns the rate of update `step`, counted from 0, as a function of x = step / total_steps.
 
-    cosine: peak x/w up to w, then peak 0.5 (1 + cos(pi x)), which is not restarted after the warm-up.
-    linear: peak min(x/w, 1) (1 - x).
-    Both are the released code's; the first update has rate 0 when there is a warm-up.
+    With the warm-up's share w = warmup_steps / total_steps, the schedules are those of the released code:
+
+        cosine    peak x/w up to w, then peak 0.5 (1 + cos(pi x)), which is not restarted after the warm-up
+        linear    peak min(x/w, 1) (1 - x)
+
+    With a warm-up, the first update has rate 0.
+
+    Args:
+      total_steps: updates in the whole run.
+      warmup_steps: updates of warm-up; a share of a short run need not be a whole number.
     """
     step = jnp.asarray(step, jnp.float32)
-    x = step / horizon.total
-    warming = jnp.minimum(step / horizon.warmup, 1.0) if horizon.warmup else jnp.ones(())
+    x = step / total_steps
+    warming = jnp.minimum(step / warmup_steps, 1.0) if warmup_steps else jnp.ones(())
     if config.schedule == "linear":
         return config.peak_lr * warming * (1 - x)
     return config.peak_lr * jnp.where(warming < 1, warming, 0.5 * (1 + jnp.cos(jnp.pi * x)))
 
 
-def make_optimizer(config: OptimConfig, horizon: Horizon, decay: Any) -> optax.GradientTransformation:
-    """The configured optimiser, with gradient clipping in front where it is on.
+def init_moments(params: Any) -> Moments:
+    """Returns zero moments, in float32 whatever the type of the parameters: in bfloat16 a b2 of 0.999 would be 1."""
+
+    def zeros() -> Any:  # Two separate trees: the step donates its state, and a buffer can be donated only once.
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
+
+    return {"mu": zeros(), "nu": zeros()}
+
+
+def make_optimizer(config: OptimConfig, decay_mask: Any) -> optax.GradientTransformationExtraArgs:
+    """Returns the configured optimizer, with gradient clipping in front where it is on.
+
+    Its state is `Moments`; `update` takes the step (counted from 0) and the learning rate as keyword arguments, so that a run has
+    one step counter and one place that computes the rate. It computes in float32 whatever the type of the parameters.
 
     Args:
-      decay: a tree of booleans like the parameters': where weight decay falls (by role, not by rank: stacked biases have two
-        dimensions).
+      decay_mask: a tree of booleans like the parameters, True where weight decay applies. It goes by role, not by rank, because
+        stacked biases have two dimensions.
     """
+    rule = {"adam_gpt1": _adam_gpt1, "adamw": _adamw}[config.kind]
 
-    def schedule(step: Any) -> Any:
-        return learning_rate(config, horizon, step)
+    def update(
+        gradients: Any, moments: Moments, params: Any, *, step: Int[Array, ""], learning_rate: Float[Array, ""]
+    ) -> tuple[Any, Moments]:
+        gradients, params = optax.tree.cast((gradients, params), jnp.float32)
+        if config.clip_norm:
+            gradients, _ = optax.clip_by_global_norm(config.clip_norm).update(gradients, optax.EmptyState())
+        return rule(config, decay_mask, gradients, moments, params, step, learning_rate)
 
-    if config.kind == "adam_gpt1":
-        optimizer = adam_gpt1(schedule, config.b1, config.b2, config.epsilon, config.weight_decay, decay)
-    else:
-        optimizer = optax.adamw(schedule, config.b1, config.b2, config.epsilon, weight_decay=config.weight_decay, mask=decay)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return in_float32(optax.chain(clip, optimizer))  # always a chain, so that a checkpoint's layout does not depend on clipping
-
-
-def in_float32(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Computes and keeps moments in float32 whatever the parameters' type: in bfloat16 a b2 of 0.999 would be 1."""
-
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-    def update(gradients: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return optimizer.update(wide(gradients), state, wide(params))
-
-    return optax.GradientTransformation(lambda params: optimizer.init(wide(params)), update)
+    return optax.GradientTransformationExtraArgs(init_moments, update)
 
 
-class AdamState(NamedTuple):
-    """`step`: updates made; `mu` and `nu`: first and second moments, like the parameters."""
-
-    step: Int[Array, ""]
-    mu: Any
-    nu: Any
-
-
-def adam_gpt1(
-    schedule: optax.Schedule, b1: float, b2: float, epsilon: float, weight_decay: float, decay: Any
-) -> optax.GradientTransformation:
-    """Adam as the released code has it. With t counted from 0:
+def _adam_gpt1(
+    config: OptimConfig, decay_mask: Any, gradients: Any, moments: Moments, params: Any, step: Any, learning_rate: Any
+) -> tuple[Any, Moments]:
+    """Applies Adam as released. With t counted from 0:
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
-        rate = schedule(t) sqrt(1 - b2^(t+1)) / (1 - b1^(t+1))
+        rate = learning_rate sqrt(1 - b2^(t+1)) / (1 - b1^(t+1))
         w <- w - rate (m / (sqrt(v) + epsilon) + weight_decay w)
 
-    So epsilon stands outside the bias correction, and decay is scaled by the corrected rate: neither is optax's AdamW.
+    Epsilon stands outside the bias correction and decay is scaled by the corrected rate, unlike in Optax's AdamW.
     """
+    b1, b2 = config.b1, config.b2
+    mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments["mu"], gradients)
+    nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), moments["nu"], gradients)
+    t = (step + 1).astype(jnp.float32)
+    rate = learning_rate * jnp.sqrt(1 - b2**t) / (1 - b1**t)
 
-    def init(params: Any) -> AdamState:
-        # Two trees of arrays of their own: the step donates its state, and a buffer can be given away only once.
-        zeros = lambda: jax.tree.map(jnp.zeros_like, params)  # noqa: E731
-        return AdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
+    def change(m: jax.Array, v: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
+        return -rate * (m / (jnp.sqrt(v) + config.epsilon) + (config.weight_decay * w if decays else 0))
 
-    def update(gradients: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), state.nu, gradients)
-        t = (state.step + 1).astype(jnp.float32)
-        rate = schedule(state.step) * jnp.sqrt(1 - b2**t) / (1 - b1**t)
+    return jax.tree.map(change, mu, nu, params, decay_mask), {"mu": mu, "nu": nu}
 
-        def change(m: jax.Array, v: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
-            return -rate * (m / (jnp.sqrt(v) + epsilon) + (weight_decay * w if decays else 0))
 
-        return jax.tree.map(change, mu, nu, params, decay), AdamState(state.step + 1, mu, nu)
+def _adamw(
+    config: OptimConfig, decay_mask: Any, gradients: Any, moments: Moments, params: Any, step: Any, learning_rate: Any
+) -> tuple[Any, Moments]:
+    """Applies Optax's AdamW, whose own step counter and schedule are replaced by the run's."""
+    adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
+    updates, state = adam.update(gradients, optax.ScaleByAdamState(step, moments["mu"], moments["nu"]))
 
-    return optax.GradientTransformation(init, update)
+    def change(u: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
+        return -learning_rate * (u + config.weight_decay * w if decays else u)
+
+    return jax.tree.map(change, updates, params, decay_mask), {"mu": state.mu, "nu": state.nu}

@@ -1,7 +1,8 @@
-"""Pre-training on unlabelled text (section 3.1): the token store, its windows, and what is measured on the way."""
+"""Pre-training on unlabeled text (section 3.1): from a config to a trained language model."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,64 +12,91 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt_jax.config import ModelConfig, PretrainConfig
+from gpt_jax.config import ModelConfig, PretrainConfig, RunConfig
+from gpt_jax.data.pipeline import DatasetFn
 from gpt_jax.data.prepare import check_recipe, prepare
 from gpt_jax.data.store import Store
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import EvaluationWindows, Windows
-from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import Batch, language_model_loss
 from gpt_jax.model.transformer import Params
-from gpt_jax.runtime import distributed, sharding
-from gpt_jax.train import checkpoint
-from gpt_jax.train.logging import PEAK_FLOPS, flops_per_token
-from gpt_jax.train.loop import Work
-from gpt_jax.train.run import Training, conduct, require_tokenizer, schedule, session
-from gpt_jax.train.step import ByShape, State, abstract_state, init_state, lower_evaluation
+from gpt_jax.runtime import distributed
+from gpt_jax.runtime.console import Log
+from gpt_jax.runtime.sharding import check_divisibility, host_rows, make_mesh, place_batch
+from gpt_jax.train.checkpoint import find_checkpoint, restore_params
+from gpt_jax.train.generate import sample_texts
+from gpt_jax.train.loop import Scores, require_tokenizer, resolve_schedule, run_training, start_run
+from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
 
 
-def pretrain(config: PretrainConfig, workdir: Path, allow_changes: bool = False) -> dict[str, Any]:
-    """Pre-trains in `workdir`, going on from its newest sound checkpoint if it has one; returns what result.json holds.
+def pretrain(
+    config: PretrainConfig,
+    workdir: Path,
+    allow_changes: bool = False,
+    *,
+    dataset_fn: DatasetFn | None = None,
+    dataset_version: str = "",
+) -> dict[str, Any]:
+    """Pre-trains in `workdir`, from its newest sound checkpoint if it has one; returns the contents of result.json.
+
+    Args:
+      allow_changes: continue a run although its config or its data differ.
+      dataset_fn: makes the tf.data.Dataset of the training batches in place of `pipeline.make_dataset`.
+      dataset_version: names what `dataset_fn` changes in the results, if anything; it becomes part of the data digest, so that a
+        run never continues with another one unnoticed.
 
     Raises:
       UserError: config, store, workdir, mesh or checkpoint do not fit; the message says how.
-      TrainingError, Preempted: as `loop.train`.
+      TrainingError, Preempted: as `loop.run_training`.
     """
-    with session(config, workdir) as begun:
-        begun.run.require_own()
-        begun.run.check(config, allow_changes)
-        mesh = sharding.make_mesh(config.mesh)
-        sharding.check_divisibility(mesh, config.model, config.train.batch_size, config.train.grad_accum_steps)
-        store = open_store(config, workdir, begun.log)
+    with start_run(config, workdir) as ctx:
+        ctx.run.require_not_imported()
+        ctx.run.check_config(config, allow_changes)
+        train, context_length = config.train, config.model.context_length
+        mesh = make_mesh(config.mesh)
+        check_divisibility(mesh, config.model, train.batch_size, train.grad_accum_steps)
+
+        store = open_store(config, workdir, ctx.log)
         tokenizer = store.tokenizer()
-        work = plan_work(config, mesh, store, tokenizer, begun.log)
-        tokens_per_step = config.train.batch_size * config.model.context_length
-        peak = PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
-        training = Training(
-            work=work,
+        text = store.split("train")
+        windows = Windows(text, context_length, train.batch_size, train.seed)
+        schedule = resolve_schedule(config, context_length, windows.windows_per_epoch)
+        digest = store.digest
+        if dataset_version:
+            digest = hashlib.sha256(f"{digest} {dataset_version}".encode()).hexdigest()
+
+        tokens_per_step = train.batch_size * context_length
+        result = run_training(
+            ctx,
+            config,
+            mesh,
+            LANGUAGE_MODEL,
+            windows,
+            schedule,
             tokenizer=tokenizer,
-            data_digest=store.digest,
-            title=f"{work.horizon.total * tokens_per_step:,} tokens, from {store.split('train').num_tokens:,},",
+            data_digest=digest,
+            title=f"{schedule.total_steps * tokens_per_step:,} tokens, from {text.num_tokens:,},",
             unit="tokens",
-            units_per_step=tokens_per_step,
-            flops=flops_per_token(config.model) / (peak * mesh.size) if peak else 0.0,
-            fresh=lambda: fresh_state(config, mesh, tokenizer, begun.log),
-            conclude=lambda state, scores: {"tokens": int(state["step"]) * tokens_per_step, **scores},
+            initialize=lambda: initial_state(config, mesh, tokenizer, ctx.log),
+            evaluate=make_evaluation(config, mesh, store, tokenizer, ctx.log),
+            batch_provenance=lambda step: window_provenance(windows, step, train.batch_size),
+            summarize=lambda state, scores: {"tokens": int(state["step"]) * tokens_per_step, **scores.metrics},
+            dataset_fn=dataset_fn,
+            allow_changes=allow_changes,
         )
-        result = conduct(config, mesh, training, begun, allow_changes)
-        score = f", validation loss {result['loss']:.4f}" if "loss" in result else ""
-        begun.log(f"done: {workdir} holds checkpoint {result['step']}{score}")
+        loss = f", validation loss {result['loss']:.4f}" if "loss" in result else ""
+        ctx.log(f"done: {workdir} holds checkpoint {result['step']}{loss}")
         return result
 
 
-def open_store(config: PretrainConfig, workdir: Path, log: Callable[[str], None]) -> Store:
-    """The config's token store, made by process 0 if it is not there yet.
+def open_store(config: PretrainConfig, workdir: Path, log: Log) -> Store:
+    """Opens the config's token store, which process 0 makes if it does not exist yet.
 
     Raises:
-      UserError: what `prepare` raises; or the store was made from another source, or with another tokenizer.
+      UserError: as `prepare`; or the store was made from another source, or with another tokenizer.
     """
     folder = Path(config.data.store) if config.data.store else workdir / "store"
-    with distributed.first_alone("the token store", log):
+    with distributed.primary_first("the token store", log):
         if distributed.is_primary() and not (folder / "index.json").exists():
             prepare(config, folder, log)
         store = Store.open(folder, config.data.verify)
@@ -76,83 +104,79 @@ def open_store(config: PretrainConfig, workdir: Path, log: Callable[[str], None]
     return store
 
 
-def plan_work(config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: Callable[[str], None]) -> Work:
-    """Turns durations into updates, and the store into batches and scores."""
-    train, model = config.train, config.model
-    windows = Windows(store.split("train"), model.context_length, train.batch_size, train.seed)
-    rows = sharding.host_rows(mesh, train.batch_size)
-    horizon, eval_every, save_every = schedule(config, model.context_length, windows.windows_per_epoch)
+def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log: Log) -> tuple[State, str]:
+    """Returns a state with random parameters or those of another run (`--init.from`), and a line that says which."""
+    state = init_state(config, mesh)
+    if not config.init.from_:
+        return state, "starting from random parameters"
+    info = find_checkpoint(Path(config.init.from_), log)
+    require_tokenizer(info, tokenizer, "--init.from")
+    params = restore_params(info, abstract_state(config, mesh)["params"])
+    return state | {"params": params}, f"starting from the parameters of {info.path}"
 
-    def evidence(index: int) -> dict[str, Any]:
-        epoch, window = windows.window_numbers(index, np.arange(train.batch_size))
-        return {"epochs": epoch.tolist(), "windows": window.tolist()}
 
-    return Work(
-        horizon=horizon,
-        eval_every=eval_every,
-        save_every=save_every,
-        batch_at=lambda index: windows.batch_at(index, rows),
-        evaluate=make_evaluation(config, mesh, store, tokenizer, rows, log),
-        evidence=evidence,
-    )
+def window_provenance(windows: Windows, step: int, batch_size: int) -> dict[str, Any]:
+    """Returns the epoch and the window behind each row of a batch, to be recorded if its update goes wrong."""
+    epochs, numbers = windows.window_numbers(step, np.arange(batch_size))
+    return {"epochs": epochs.tolist(), "windows": numbers.tolist()}
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------------
 
 
 def make_evaluation(
-    config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, rows: np.ndarray, log: Callable[[str], None]
-) -> Callable[[int, Any], dict[str, float]]:
-    """(step, params) -> loss (nats a token), perplexity and bits a byte on the validation split; samples are shown besides."""
-    split = store.split("validation")
-    if split.num_tokens == 0:
-        held_out = None
-    else:
-        held_out = EvaluationWindows(split, config.model.context_length, config.train.batch_size, config.train.eval_windows)
-    score = ByShape(lambda batch: lower_evaluation(config, mesh, total_loss, batch=batch))
+    config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: Log
+) -> Callable[[int, Params], Scores]:
+    """Returns a function (step, params) -> scores of the validation split, which also shows continuations of the prompts."""
+    split, train = store.split("validation"), config.train
+    held_out = None
+    if split.num_tokens:
+        held_out = EvaluationWindows(split, config.model.context_length, train.batch_size, train.eval_windows)
+    score_windows = make_window_scorer(config, mesh, train.batch_size)
 
-    def evaluate(step: int, params: Params) -> dict[str, float]:
-        scores: dict[str, float] = {}
+    def evaluate(step: int, params: Params) -> Scores:
+        scores = Scores({})
         if held_out is not None:
-            total = weight = 0.0
-            for index in range(held_out.num_batches):
-                batch = sharding.place_batch(mesh, held_out.batch_at(index, rows), config.train.batch_size)
-                part, count = score(params, batch)
-                total, weight = total + float(part), weight + float(count)
-            loss = total / weight
-            scores = {
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "bits_per_byte": loss / math.log(2) * split.num_tokens / split.text_bytes,
-            }
-            log(f"step {step}: validation loss {loss:.4f}, perplexity {scores['perplexity']:.1f}")
-        if config.train.sample_tokens and config.train.prompts:
-            for prompt, text in zip(config.train.prompts, samples(config, params, tokenizer, step), strict=True):
+            total, weight = score_windows(params, held_out)
+            metrics = language_model_metrics(total / weight, split.num_tokens / split.text_bytes)
+            scores = Scores(metrics, metrics["loss"])
+            log(f"step {step}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}")
+        if train.sample_tokens and train.prompts:
+            texts = sample_texts(config.model, params, tokenizer, train.prompts, train.sample_tokens, seed=step)
+            for prompt, text in zip(train.prompts, texts, strict=True):
                 log(f"    {prompt}|{text}".replace("\n", " "))
         return scores
 
     return evaluate
 
 
+def make_window_scorer(
+    config: RunConfig, mesh: Mesh, batch_size: int
+) -> Callable[[Params, EvaluationWindows], tuple[float, float]]:
+    """Returns a function (params, windows) -> sum of the losses of all next tokens (nats), and their number."""
+    score = jit_evaluation(config, mesh, total_loss)
+    rows = host_rows(mesh, batch_size)
+
+    def score_windows(params: Params, windows: EvaluationWindows) -> tuple[float, float]:
+        total = weight = 0.0
+        with jax.set_mesh(mesh):
+            for index in range(windows.num_batches):
+                batch_total, batch_weight = score(params, place_batch(mesh, windows.batch_at(index, rows), batch_size))
+                total, weight = total + float(batch_total), weight + float(batch_weight)
+        return total, weight
+
+    return score_windows
+
+
 def total_loss(model: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Sum of weight x loss, and sum of weights, of a batch; without dropout."""
+    """Returns the sum of weight x loss, and the sum of weights, of a batch, without dropout."""
     return language_model_loss(model, params, batch, None), batch["loss_weights"].sum()
 
 
-def samples(config: PretrainConfig, params: Params, tokenizer: Tokenizer, step: int) -> list[str]:
-    """Continuations of the config's prompts, drawn from the forty likeliest tokens each time."""
-    prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in config.train.prompts]
-    room = config.model.context_length - max(map(len, prompts))
-    if room < 1:
-        return ["" for _ in prompts]
-    count = min(config.train.sample_tokens, room)
-    drawn = generate(config.model, params, prompts, count, top_k=40, stop=tokenizer.eos_id, seed=step)
-    return [tokenizer.decode(tokens) for tokens in drawn]
-
-
-def fresh_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log: Callable[[str], None]) -> tuple[State, str]:
-    """Random parameters or those of another run (`--init.from`), and a line that says which."""
-    state = init_state(config, mesh)
-    if not config.init.from_:
-        return state, "starting from random parameters"
-    info = checkpoint.resolve(Path(config.init.from_), log)
-    require_tokenizer(info, tokenizer, "--init.from")
-    params = checkpoint.restore_part(info, abstract_state(config, mesh)["params"])
-    return state | {"params": params}, f"starting from the parameters of {info.path}"
+def language_model_metrics(loss: float, tokens_per_byte: float) -> dict[str, float]:
+    """Returns the metrics of a mean loss in nats per token: the loss itself, perplexity and bits per byte of text."""
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+    }

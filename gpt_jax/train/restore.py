@@ -10,40 +10,45 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from gpt_jax.config import MeshConfig, RunConfig
-from gpt_jax.config.load import config_from_dict
-from gpt_jax.data.tokenizers import Tokenizer, load
+from gpt_jax.config import MeshConfig, ModelConfig, RunConfig
+from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.model.transformer import Params
-from gpt_jax.runtime import sharding
 from gpt_jax.runtime.console import say
-from gpt_jax.train import checkpoint
+from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, read_config, restore_params
 from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel, abstract_state
 
 
-class Trained(NamedTuple):
-    """A checkpoint's config (with this machine's mesh), its parameters, its tokenizer, and where it lies."""
+class RestoredModel(NamedTuple):
+    """The model of a checkpoint, spread over this machine's devices."""
 
     config: RunConfig
+    """The checkpoint's config, with this machine's mesh."""
     mesh: Mesh
     params: Params
     tokenizer: Tokenizer
-    info: checkpoint.Info
+    info: CheckpointInfo
 
 
-def load_model(path: Path, model_fns: TrainableModel = LANGUAGE_MODEL) -> Trained:
-    """Reads a checkpoint's model, spread over this machine's devices.
+def load_model(path: Path, model: TrainableModel = LANGUAGE_MODEL) -> RestoredModel:
+    """Reads the model of a checkpoint.
 
     Args:
       path: a run's folder (its newest sound checkpoint) or one checkpoint's.
-      model_fns: says which parameters are read; of a fine-tuned model, too, the language model alone can be.
+      model: decides which parameters are read; the language model alone can be read from a fine-tuned model, too.
 
     Raises:
-      UserError: no sound checkpoint there.
+      UserError: there is no sound checkpoint.
     """
-    info = checkpoint.resolve(path, say)
-    config = config_from_dict(checkpoint.read_config(info))
-    spread = math.gcd(config.model.embed_dim, jax.device_count())
-    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
+    info = find_checkpoint(path, say)
+    config = read_config(info)
+    mesh = local_mesh(config.model)
     config = dataclasses.replace(config, mesh=MeshConfig())
-    params = checkpoint.restore_part(info, abstract_state(config, mesh, model_fns)["params"])
-    return Trained(config, mesh, params, load(info.path / "tokenizer"), info)
+    params = restore_params(info, abstract_state(config, mesh, model)["params"])
+    return RestoredModel(config, mesh, params, load_tokenizer(info.path / "tokenizer"), info)
+
+
+def local_mesh(model: ModelConfig) -> Mesh:
+    """Returns a mesh that spreads the parameters over as many of this machine's devices as divide the model's width."""
+    spread = math.gcd(model.embed_dim, jax.device_count())
+    return make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])

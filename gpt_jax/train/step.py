@@ -1,6 +1,6 @@
-"""The compiled update: sharded state, micro-batches, and the guard against non-finite numbers.
+"""The compiled update: sharded state, gradient accumulation, and the guard against non-finite numbers.
 
-Both the training loop and anyone who only wants to know what a step would cost get it from `lower_step`.
+The training loop, and anything that only has to know the cost of a step, get it from `lower_step`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,206 +17,172 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import ModelConfig, RunConfig
-from gpt_jax.model import network, transformer
+from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.model.loss import Batch, language_model_loss, normalize
+from gpt_jax.model.network import network
+from gpt_jax.model.transformer import Params, ParamSpec, compute_dtype
 from gpt_jax.runtime.sharding import constrain, named_sharding
-from gpt_jax.train.optimizer import Horizon, learning_rate, make_optimizer
+from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
-# Plain nested dictionaries of arrays: params, optimizer, step (updates made, int32) and ok (bool: no update was ever non-finite).
 State = dict[str, Any]
+"""The training state, a nested dictionary of arrays: `params`, `moments` (`optimizer.Moments`), `step` (updates made, int32) and
+`ok` (bool: every update so far was finite)."""
 
-Abstract = dict[str, jax.ShapeDtypeStruct]
+AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
 
 class TrainableModel(NamedTuple):
-    """What is minimised. Pre-training's is `LANGUAGE_MODEL`; the loop and the step know no other property of a task."""
+    """A model and its loss: all that the step and the loop have to know of a task. `LANGUAGE_MODEL` is pre-training's."""
 
-    loss: Callable[[ModelConfig, transformer.Params, Batch, transformer.DropoutKey | None], jax.Array]
-    """(config, params, batch, dropout) -> float32 []: a sum over the batch's examples, whose weights `normalize` has scaled."""
+    loss: Callable[[ModelConfig, Params, Batch, DropoutKey | None], jax.Array]
+    """(config, params, batch, dropout_key) -> float32 []: a sum over the examples, whose weights `normalize` has scaled."""
     normalize: Callable[[Batch], Batch]
-    """Scales a global batch's weights so that the losses of its micro-batches add up to the loss of the whole."""
-    init: Callable[[ModelConfig, jax.Array], transformer.Params]
-    """(config, key) -> parameters."""
-    describe: Callable[[ModelConfig], Any]
-    """config -> a tree like the parameters' with a `transformer.ParamSpec` for each."""
+    """Scales the weights of a global batch so that the losses of its micro-batches add up to the loss of the whole."""
+    init: Callable[[ModelConfig, jax.Array], Params]
+    """(config, key) -> random parameters."""
+    param_specs: Callable[[ModelConfig], Any]
+    """config -> a tree like the parameters, with a `ParamSpec` for each."""
 
 
-LANGUAGE_MODEL = TrainableModel(language_model_loss, normalize, network.init, network.param_specs)
+LANGUAGE_MODEL = TrainableModel(
+    loss=language_model_loss,
+    normalize=normalize,
+    init=lambda config, key: network(config).init(config, key),
+    param_specs=lambda config: network(config).param_specs(config),
+)
 
 
-def state_shardings(config: RunConfig, mesh: Mesh, model_fns: TrainableModel = LANGUAGE_MODEL) -> State:
-    """A `NamedSharding` for each array of the state; the optimiser's moments lie like their parameters."""
-    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
-    description = model_fns.describe(config.model)
-    params = jax.tree.map(lambda parameter: named_sharding(mesh, parameter.axes), description, is_leaf=is_parameter)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    optimizer = _optimizer(config, Horizon(1, 0), model_fns)
-    shapes = jax.eval_shape(lambda: model_fns.init(config.model, jax.random.key(0)))
-    moments = optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        jax.eval_shape(optimizer.init, shapes),
-        params,
-        transform_non_params=lambda _: everywhere,
-    )
-    return {"params": params, "optimizer": flax.serialization.to_state_dict(moments), "step": everywhere, "ok": everywhere}
+def state_shardings(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
+    """Returns a `NamedSharding` for each array of the state; moments are placed like their parameters."""
+    params = _map_specs(lambda spec: named_sharding(mesh, spec.axes), model.param_specs(config.model))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return {"params": params, "moments": {"mu": params, "nu": params}, "step": replicated, "ok": replicated}
 
 
-def init_state(config: RunConfig, mesh: Mesh, model_fns: TrainableModel = LANGUAGE_MODEL) -> State:
-    """Random parameters and zero moments, made under jit on the devices that keep them: no host ever holds the whole."""
-    create = functools.partial(_create, config, model_fns)
+def init_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
+    """Returns random parameters and zero moments, made under jit on the devices that keep them: no host ever holds the whole."""
     with jax.set_mesh(mesh):
-        return jax.jit(create, out_shardings=state_shardings(config, mesh, model_fns))(np.uint32(config.train.seed))
+        create = jax.jit(functools.partial(_init, config, model), out_shardings=state_shardings(config, mesh, model))
+        return create(np.uint32(config.train.seed))
 
 
-def abstract_state(config: RunConfig, mesh: Mesh, model_fns: TrainableModel = LANGUAGE_MODEL) -> State:
-    """The state's shapes, dtypes and shardings, without the arrays."""
-    shapes = jax.eval_shape(functools.partial(_create, config, model_fns), np.uint32(0))
-    with_sharding = lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # noqa: E731
-    return jax.tree.map(with_sharding, shapes, state_shardings(config, mesh, model_fns))
+def abstract_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
+    """Returns the shapes, dtypes and shardings of the state, without the arrays."""
+    shapes = jax.eval_shape(functools.partial(_init, config, model), np.uint32(0))
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        state_shardings(config, mesh, model),
+    )
 
 
-def abstract_batch(config: RunConfig, mesh: Mesh) -> Abstract:
-    """Shapes, dtypes and shardings of a pre-training batch."""
-    size, time = config.train.batch_size, config.model.context_length
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, ("batch", None)[: len(shape)]))
-
-    return {
-        "tokens": array(jnp.int32, size, time),
-        "targets": array(jnp.int32, size, time),
-        "loss_weights": array(jnp.float32, size, time),
-        "example_id": array(jnp.int32, size),
-    }
+def abstract_batch(config: RunConfig, mesh: Mesh) -> AbstractBatch:
+    """Returns the shapes, dtypes and shardings of a pre-training batch."""
+    shape = (config.train.batch_size, config.model.context_length)
+    by_token, by_example = named_sharding(mesh, ("batch", None)), named_sharding(mesh, ("batch",))
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
+    arrays = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_token) for name, dtype in dtypes.items()}
+    return arrays | {"example_id": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=by_example)}
 
 
 def lower_step(
     config: RunConfig,
     mesh: Mesh,
     *,
-    horizon: Horizon | None = None,
-    model_fns: TrainableModel = LANGUAGE_MODEL,
-    batch: Abstract | None = None,
+    total_steps: int = 1,
+    warmup_steps: float = 0,
+    model: TrainableModel = LANGUAGE_MODEL,
+    batch: AbstractBatch | None = None,
 ) -> jax.stages.Lowered:
     """Traces and lowers the update for a mesh, whose devices need not be attached. `.compile()` makes it callable.
 
-    The compiled function maps (state, batch) to (state, metrics) and takes the state's buffers over. Metrics, all scalars:
+    The compiled function maps (state, batch) to (state, metrics) and takes over the state's buffers. Metrics, all scalars:
     `loss` (nats), `grad_norm` (global, before clipping), `learning_rate`, and `ok`, which is False from the first update on whose
-    loss or gradient is not finite: that update and all later ones leave the state as it was.
+    loss or gradient is not finite: that update and all later ones leave the state unchanged.
 
     Args:
-      horizon: length and warm-up of the run, in updates; None where only the cost of a step is asked for.
+      total_steps, warmup_steps: length and warm-up of the run, in updates; the defaults do where only the cost matters.
       batch: abstract arrays of a batch; None: those of pre-training.
     """
-    config = _for_devices(config, mesh)
-    shardings = state_shardings(config, mesh, model_fns)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(
-        functools.partial(_update, config, horizon or Horizon(1, 0), model_fns),
-        out_shardings=(shardings, dict.fromkeys(("loss", "grad_norm", "learning_rate", "ok"), everywhere)),
-        donate_argnums=0,
-    )
+    config = _settle_by_device(config, mesh)
+    decay_mask = _map_specs(lambda spec: spec.decay, model.param_specs(config.model))
+    optimizer = make_optimizer(config.optim, decay_mask)
+    schedule = functools.partial(learning_rate, config.optim, total_steps, warmup_steps)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate", "ok"), replicated)
+    update = functools.partial(train_step, config, model, optimizer, schedule)
+    step = jax.jit(update, out_shardings=(state_shardings(config, mesh, model), metrics), donate_argnums=0)
     with jax.set_mesh(mesh):
-        return step.lower(abstract_state(config, mesh, model_fns), batch or abstract_batch(config, mesh))
+        return step.lower(abstract_state(config, mesh, model), batch or abstract_batch(config, mesh))
 
 
-def lower_evaluation(
-    config: RunConfig,
-    mesh: Mesh,
-    function: Callable[[ModelConfig, transformer.Params, Batch], Any],
-    *,
-    model_fns: TrainableModel = LANGUAGE_MODEL,
-    batch: Abstract | None = None,
-) -> jax.stages.Lowered:
-    """Traces and lowers what scores parameters. The compiled function maps (params, batch) to `function(model, params, batch)`,
-    whose arrays are whole on every device.
+def jit_evaluation(
+    config: RunConfig, mesh: Mesh, function: Callable[[ModelConfig, Params, Batch], Any]
+) -> Callable[[Params, Batch], Any]:
+    """Returns a compiled function (params, batch) -> `function(model_config, params, batch)`, to be called with the mesh set.
+
+    The arrays that it returns are whole on every device.
     """
-    config = _for_devices(config, mesh)
-    params = abstract_state(config, mesh, model_fns)["params"]
-    evaluate = jax.jit(functools.partial(function, config.model), out_shardings=NamedSharding(mesh, PartitionSpec()))
-    with jax.set_mesh(mesh):
-        return evaluate.lower(params, batch or abstract_batch(config, mesh))
+    model_config = _settle_by_device(config, mesh).model
+    return jax.jit(functools.partial(function, model_config), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-class ByShape:
-    """A function of (state or parameters, batch) that is compiled once for each shape of a batch, when the first one comes."""
+class CompiledByShape:
+    """A function of (state or parameters, batch) that is compiled when the first batch of each shape comes."""
 
-    def __init__(self, lower: Callable[[Abstract], jax.stages.Lowered]):
+    def __init__(self, lower: Callable[[AbstractBatch], jax.stages.Lowered]):
         self._lower = lower
         self._programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
 
-    def __len__(self) -> int:
-        """Compilations so far."""
+    @property
+    def compilations(self) -> int:
+        """Number of compilations so far."""
         return len(self._programs)
 
-    def __call__(self, first: Any, batch: Batch) -> Any:
+    def __call__(self, state: Any, batch: Batch) -> Any:
         key = tuple(batch[name].shape for name in sorted(batch))
         if key not in self._programs:
             abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}
             self._programs[key] = self._lower(abstract).compile()
-        return self._programs[key](first, batch)
+        return self._programs[key](state, batch)
 
 
-def _for_devices(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """Settles what depends on the mesh's devices, which need not be those of this machine."""
-    platform = mesh.devices.flat[0].platform
-    dtype: Any = str(transformer.compute_dtype(config.model, platform))
-    chunk = config.model.loss_chunk or (0 if platform == "cpu" else 128)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype, loss_chunk=chunk))
-
-
-def _create(config: RunConfig, model_fns: TrainableModel, seed: jax.Array) -> State:
-    params = model_fns.init(config.model, jax.random.key(seed))
-    moments = _optimizer(config, Horizon(1, 0), model_fns).init(params)
-    return {
-        "params": params,
-        "optimizer": flax.serialization.to_state_dict(moments),
-        "step": jnp.zeros((), jnp.int32),
-        "ok": jnp.ones((), jnp.bool),
-    }
-
-
-def _update(
-    config: RunConfig, horizon: Horizon, model_fns: TrainableModel, state: State, batch: Batch
+def train_step(
+    config: RunConfig,
+    model: TrainableModel,
+    optimizer: optax.GradientTransformationExtraArgs,
+    schedule: Callable[[jax.Array], jax.Array],
+    state: State,
+    batch: Batch,
 ) -> tuple[State, dict[str, jax.Array]]:
+    """Makes one update, unless its loss or gradient, or that of an earlier update, is not finite; see `lower_step`."""
     params, step = state["params"], state["step"]
-    batch = model_fns.normalize(batch)
+    batch = model.normalize(batch)
 
-    def loss_of(params: transformer.Params, part: Batch) -> jax.Array:
-        return model_fns.loss(config.model, params, part, transformer.DropoutKey(config.train.seed, step, part["example_id"]))
+    def loss_fn(params: Params, part: Batch) -> jax.Array:
+        return model.loss(config.model, params, part, DropoutKey(config.train.seed, step, part["example_id"]))
 
-    loss, gradients = _accumulate(jax.value_and_grad(loss_of), params, batch, config.train.grad_accum_steps)
-    norm = optax.tree.norm(gradients)
-    ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(norm)
+    loss, gradients = _accumulate(jax.value_and_grad(loss_fn), params, batch, config.train.grad_accum_steps)
+    grad_norm = optax.tree.norm(gradients)
+    ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    optimizer = _optimizer(config, horizon, model_fns)
-    moments = flax.serialization.from_state_dict(jax.eval_shape(optimizer.init, params), state["optimizer"])
-    updates, moments = optimizer.update(gradients, moments, params)
-    new = {
-        "params": optax.apply_updates(params, updates),
-        "optimizer": flax.serialization.to_state_dict(moments),
-        "step": step + 1,
-        "ok": ok,
-    }
+    rate = schedule(step)
+    updates, moments = optimizer.update(gradients, state["moments"], params, step=step, learning_rate=rate)
+    new = {"params": optax.apply_updates(params, updates), "moments": moments, "step": step + 1, "ok": ok}
     guarded = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state | {"ok": ok})
-    rate = learning_rate(config.optim, horizon, step)
-    return guarded, {"loss": loss, "grad_norm": norm, "learning_rate": rate, "ok": ok}
+    return guarded, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "ok": ok}
 
 
-def _accumulate(
-    value_and_grad: Callable[..., Any], params: transformer.Params, batch: Batch, parts: int
-) -> tuple[jax.Array, Any]:
-    """Loss and gradients of a batch, summed over `parts` micro-batches.
+def _accumulate(value_and_grad: Callable[..., Any], params: Params, batch: Batch, parts: int) -> tuple[jax.Array, Any]:
+    """Returns loss and gradients of a batch, summed over `parts` micro-batches.
 
-    Micro-batch j takes rows j, j + parts, j + 2 parts, ...: each device cuts its own rows, and nothing moves between devices.
+    Micro-batch j takes rows j, j + parts, j + 2 parts, ..., so that each device cuts its own rows and nothing moves between
+    devices.
     """
     if parts == 1:
         return value_and_grad(params, batch)
-    strided = {
-        name: array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1) for name, array in batch.items()
-    }
-    strided = {name: constrain(array, None, "batch", *[None] * (array.ndim - 2)) for name, array in strided.items()}
+    strided = {name: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+    strided = {name: constrain(x, None, "batch", *[None] * (x.ndim - 2)) for name, x in strided.items()}
 
     def add(total: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
@@ -226,7 +191,23 @@ def _accumulate(
     return jax.lax.scan(add, zero, strided)[0]
 
 
-def _optimizer(config: RunConfig, horizon: Horizon, model_fns: TrainableModel) -> optax.GradientTransformation:
-    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
-    decay = jax.tree.map(lambda parameter: parameter.decay, model_fns.describe(config.model), is_leaf=is_parameter)
-    return make_optimizer(config.optim, horizon, decay)
+def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
+    params = model.init(config.model, jax.random.key(seed))
+    return {
+        "params": params,
+        "moments": init_moments(params),
+        "step": jnp.zeros((), jnp.int32),
+        "ok": jnp.ones((), jnp.bool),
+    }
+
+
+def _settle_by_device(config: RunConfig, mesh: Mesh) -> RunConfig:
+    """Replaces the settings that depend on the mesh's devices, which need not be those of this machine."""
+    platform = mesh.devices.flat[0].platform
+    dtype: Any = str(compute_dtype(config.model, platform))
+    chunk = config.model.loss_chunk or (0 if platform == "cpu" else 128)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype, loss_chunk=chunk))
+
+
+def _map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:
+    return jax.tree.map(function, specs, is_leaf=lambda leaf: isinstance(leaf, ParamSpec))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model import dropout
+from gpt_jax.model import dropout as masks
 from gpt_jax.model.attention import IMPLEMENTATIONS, attention
 
 SQUARE = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
@@ -69,8 +69,8 @@ def test_values(implementation, mask):
 @pytest.mark.parametrize("implementation", ["auto", *IMPLEMENTATIONS])
 def test_dropout_falls_on_the_probabilities(implementation):
     arrays = random(20, 20)
-    stream = dropout.stream(1, 2, 3, dropout.Site.ATTENTION, jnp.array([[5], [9]]), jnp.arange(3))
-    kept = dropout.keep(np.asarray(stream), np.arange(20), np.arange(20), 0.25) / 0.75
+    stream = masks.mask_stream(1, 2, 3, masks.Site.ATTENTION, jnp.array([[5], [9]]), jnp.arange(3))
+    kept = masks.keep(np.asarray(stream), np.arange(20), np.arange(20), 0.25) / 0.75
     causal = np.tril(np.ones((20, 20)))
     actual = run(*arrays, stream=stream, rate=0.25, implementation=implementation)
     np.testing.assert_allclose(actual, expected(*arrays, causal, kept), atol=1e-6)

@@ -138,8 +138,13 @@ def test_on_a_mesh(params, greedy):
     [
         ([], 1, {}, "a prompt is empty"),
         ([[1], []], 1, {}, "a prompt is empty"),
-        ([[1], [1] * 41], 8, {}, "a prompt of 41 tokens and 8 new ones exceed the model's context of 48; ask for at most 7 "),
-        ([[1] * 50], 1, {}, "ask for at most 0 or shorten"),
+        (
+            [[1], [1] * 41],
+            8,
+            {},
+            "a prompt of 41 tokens and 8 new ones exceed the model's context of 48; ask for at most 7 new tokens ",
+        ),
+        ([[1] * 50], 1, {}, "ask for at most 0 new tokens or shorten"),
         ([[1]], 0, {}, "at least one new token"),
         ([[1]], 1, {"temperature": -0.1}, "temperature >= 0"),
         ([[1]], 1, {"top_k": -1}, "top-k >= 0"),

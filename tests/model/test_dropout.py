@@ -6,18 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model import dropout
+from gpt_jax.model import dropout as masks
 from gpt_jax.model.dropout import Site
 
 WORD = 0xFFFFFFFF
 
-bits = jax.jit(dropout.bits)  # compiled whole: one operation at a time, each would be compiled by itself
-keep = jax.jit(dropout.keep, static_argnums=3)
-dropout = jax.jit(dropout.dropout, static_argnums=2)
+bits = jax.jit(masks.bits)  # compiled whole: one operation at a time, each would be compiled by itself
+keep = jax.jit(masks.keep, static_argnums=3)
+dropout = jax.jit(masks.dropout, static_argnums=2)
 
 
 def stream_of(*place):
-    return jax.jit(dropout.stream)(*(np.asarray(x, np.uint32) for x in place))
+    return jax.jit(masks.mask_stream)(*(np.asarray(x, np.uint32) for x in place))
 
 
 # The definition of docs/masks.md once more, on Python integers, sharing nothing with the module.
@@ -36,7 +36,7 @@ def threefry(k0, k1, x0, x1):
     return x0, x1
 
 
-def finalise(x):
+def finalize(x):
     x = (x ^ x >> 16) * 0x21F0AAAD & WORD
     x = (x ^ x >> 15) * 0xD35A2D97 & WORD
     return x ^ x >> 15
@@ -45,9 +45,9 @@ def finalise(x):
 def expected_value(seed, step, layer, site, row, head, query, key):
     a, b = threefry(seed, step, row, layer << 20 | site << 16 | head)
     pair, which = query // 16 * 8 + query % 8, query // 8 % 2
-    column = finalise(b ^ key)
-    multiplier = finalise(a ^ column) | 1
-    word = (finalise(a ^ pair) ^ column) * multiplier & WORD
+    column = finalize(b ^ key)
+    multiplier = finalize(a ^ column) | 1
+    word = (finalize(a ^ pair) ^ column) * multiplier & WORD
     if which == 1:
         word = word * 0xADB4A92D & WORD
     return word >> 16 ^ 0x8000
@@ -73,7 +73,7 @@ def test_equals_its_definition_bit_for_bit(place):
     values = bits(stream, jnp.asarray(queries, jnp.uint32), jnp.asarray(keys, jnp.uint32))
     assert values.dtype == jnp.uint32
     np.testing.assert_array_equal(values, expected)
-    on_numpy = dropout.bits(np.asarray(stream), queries, keys)
+    on_numpy = masks.bits(np.asarray(stream), queries, keys)
     assert isinstance(on_numpy, np.ndarray)
     np.testing.assert_array_equal(on_numpy, expected)
 
@@ -86,7 +86,7 @@ def test_stream_is_the_threefry_that_jax_has():
 
 def test_golden_values():
     """Frozen with version 1. If this fails, a resumed run would see other masks: raise VERSION or undo the change."""
-    assert dropout.VERSION == 1
+    assert masks.VERSION == 1
     stream = stream_of(1, 2, 3, Site.ATTENTION, 4, 5)
     assert [int(word) for word in stream] == [0x72FA1EF1, 0x03713D72]
     values = np.asarray(bits(stream, jnp.arange(16), jnp.arange(8)))
@@ -103,7 +103,7 @@ def test_golden_values():
 
 def test_shapes_broadcast_and_tracing_changes_nothing():
     def make(seed, step, row):
-        stream = dropout.stream(seed, step, 3, Site.ATTENTION, row[:, None], jnp.arange(3))
+        stream = masks.mask_stream(seed, step, 3, Site.ATTENTION, row[:, None], jnp.arange(3))
         return stream, keep(stream, jnp.arange(32), jnp.arange(16), 0.1)
 
     rows = jnp.array([0, 7], jnp.int32)
@@ -119,13 +119,13 @@ def test_shapes_broadcast_and_tracing_changes_nothing():
 
 def test_a_block_is_a_slice_of_the_whole():
     stream = np.asarray(stream_of(0, 1, 2, Site.ATTENTION, np.arange(2)[:, None], np.arange(3)))
-    whole = dropout.bits(stream, np.arange(128), np.arange(96))
+    whole = masks.bits(stream, np.arange(128), np.arange(96))
     for q, k, tall, wide in ((0, 0, 16, 16), (16, 32, 48, 64), (64, 5, 64, 1), (121, 95, 7, 1)):
-        block = dropout.bits(stream, q + np.arange(tall), k + np.arange(wide))
+        block = masks.bits(stream, q + np.arange(tall), k + np.arange(wide))
         np.testing.assert_array_equal(block, whole[..., q : q + tall, k : k + wide])
     # Positions of their own per batch row, as in cached decoding.
     queries = np.array([[[3, 4]], [[90, 91]]])
-    ragged = dropout.bits(stream, queries, np.arange(96))
+    ragged = masks.bits(stream, queries, np.arange(96))
     np.testing.assert_array_equal(ragged[0], whole[0, :, 3:5])
     np.testing.assert_array_equal(ragged[1], whole[1, :, 90:92])
 
@@ -135,7 +135,7 @@ def test_kernels_compute_by_pairs():
     def by_pairs(stream):
         a, b = stream
         pairs, keys = jnp.arange(64, dtype=jnp.uint32), jnp.arange(48, dtype=jnp.uint32)
-        kept = dropout.keep_pair(dropout.row_term(a, pairs)[:, None], *dropout.column_terms(a, b, keys), 0.1)
+        kept = masks.keep_pair(masks.row_term(a, pairs)[:, None], *masks.column_terms(a, b, keys), 0.1)
         return jnp.stack([half.reshape(8, 8, 48) for half in kept], 1).reshape(128, 48)
 
     stream = stream_of(3, 1, 4, Site.ATTENTION, 1, 5)
@@ -144,13 +144,13 @@ def test_kernels_compute_by_pairs():
 
 def test_queries_eight_apart_share_one_word():
     stream = stream_of(3, 1, 4, Site.ATTENTION, 1, 5)
-    words = dropout._words(np.asarray(stream), np.arange(32), np.arange(8))
+    words = masks._words(np.asarray(stream), np.arange(32), np.arange(8))
     for q in (*range(8), *range(16, 24)):
-        np.testing.assert_array_equal(words[q] * np.uint32(dropout.SECOND), words[q + 8])
+        np.testing.assert_array_equal(words[q] * np.uint32(masks.SECOND), words[q + 8])
 
 
 def test_every_argument_matters():
-    place = {"seed": 9, "step": 8, "layer": 7, "site": Site.RESIDUAL_MLP, "row": 6, "head": 5}
+    place = {"seed": 9, "step": 8, "layer": 7, "site": Site.RESIDUAL_MLP, "example": 6, "head": 5}
 
     def mask(**change):
         return np.asarray(keep(stream_of(*(place | change).values()), jnp.arange(64), jnp.arange(64), 0.5))
@@ -181,8 +181,8 @@ def test_dropout():
     kept = np.asarray(keep(stream, jnp.arange(32), jnp.arange(48), 0.1))
     assert 0 < kept.sum() < kept.size
     np.testing.assert_allclose(out, np.where(kept, x / (1 - 6554 / 65536), 0), rtol=1e-6)
-    assert jax.eval_shape(lambda x: dropout.dropout(x, stream, 0.1), x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    assert dropout.dropout(x, stream, 0.0) is x
+    assert jax.eval_shape(lambda x: masks.dropout(x, stream, 0.1), x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert masks.dropout(x, stream, 0.0) is x
     gradient = jax.grad(lambda x: dropout(x, stream, 0.1).sum())(x)
     np.testing.assert_allclose(gradient, kept / (1 - 6554 / 65536), rtol=1e-6)
 
@@ -193,11 +193,11 @@ def test_limits():
     for rate in (-0.1, 1.0, 1.5, float("nan"), 1 - 2.0**-18):
         with pytest.raises(ValueError, match="dropout rate"):
             keep(stream, jnp.arange(2), jnp.arange(2), rate)
-    good = {"seed": 0, "step": 0, "layer": 0, "site": 0, "row": 0, "head": 0}
-    for name, limit in {"seed": 2**32, "step": 2**32, "layer": 4096, "site": 16, "row": 2**32, "head": 65536}.items():
+    good = {"seed": 0, "step": 0, "layer": 0, "site": 0, "example": 0, "head": 0}
+    for name, limit in {"seed": 2**32, "step": 2**32, "layer": 4096, "site": 16, "example": 2**32, "head": 65536}.items():
         for wrong in (limit, -1):
             with pytest.raises(ValueError, match=name):
-                dropout.stream(**good | {name: wrong})
+                masks.mask_stream(**good | {name: wrong})
 
 
 def test_no_structure_in_a_few_masks():
@@ -210,8 +210,8 @@ def test_no_structure_in_a_few_masks():
     chi2 = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
     assert abs(chi2 - 4095) < 5 * (2 * 4095) ** 0.5
 
-    share = dropout.threshold(rate) / 65536
-    mask = ((values < dropout.threshold(rate)) - share) / (share * (1 - share)) ** 0.5
+    share = masks.threshold(rate) / 65536
+    mask = ((values < masks.threshold(rate)) - share) / (share * (1 - share)) ** 0.5
     pairs = mask.reshape(16, size // 16, 2, 8, size)
     products = {
         "next query": mask[:, 1:] * mask[:, :-1],

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
-from gpt_jax.model import dropout, lstm, network, transformer
+from gpt_jax.model import dropout as masks
+from gpt_jax.model import lstm, transformer
 from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import language_model_loss
 from gpt_jax.runtime.sharding import make_mesh
@@ -27,9 +28,9 @@ TINY = ModelConfig(
     loss_chunk=8,
 )
 SEED, STEP, ROWS = 11, 22, np.array([5, 3], np.int32)
-DROPOUT = transformer.DropoutKey(SEED, STEP, ROWS)
+DROPOUT = masks.DropoutKey(SEED, STEP, ROWS)
 
-apply = jax.jit(network.apply, static_argnums=0)
+apply = jax.jit(lstm.apply, static_argnums=0)
 
 
 def sigmoid(x):
@@ -38,8 +39,8 @@ def sigmoid(x):
 
 def kept(shape, rate, site):
     """What dropout multiplies an array [2, time, channels] by, whose rows are number ROWS."""
-    stream = np.asarray(dropout.stream(SEED, STEP, 0, site, ROWS, 0))
-    return dropout.keep(stream, np.arange(shape[1]), np.arange(shape[2]), rate) / (1 - round(rate * 65536) / 65536)
+    stream = np.asarray(masks.mask_stream(SEED, STEP, 0, site, ROWS, 0))
+    return masks.keep(stream, np.arange(shape[1]), np.arange(shape[2]), rate) / (1 - round(rate * 65536) / 65536)
 
 
 def by_hand(params, tokens, dropout=False):
@@ -47,7 +48,7 @@ def by_hand(params, tokens, dropout=False):
     params = jax.tree.map(lambda array: np.asarray(array, np.float64), params)
     layer = params["lstm"]
     x = params["embedding"]["tokens"][tokens]
-    x = x * kept(x.shape, 0.1, dropout.Site.EMBEDDING) if dropout else x
+    x = x * kept(x.shape, 0.1, masks.Site.EMBEDDING) if dropout else x
     hidden = cell = np.zeros((len(tokens), 20))
     outputs = []
     for t in range(tokens.shape[1]):
@@ -59,14 +60,14 @@ def by_hand(params, tokens, dropout=False):
         hidden = sigmoid(o) * np.tanh(cell)
         outputs.append(hidden @ layer["output"]["kernel"] + layer["output"]["bias"])
     output = np.stack(outputs, axis=1)
-    return output * kept(output.shape, 0.3, dropout.Site.RESIDUAL_MLP) if dropout else output
+    return output * kept(output.shape, 0.3, masks.Site.RESIDUAL_MLP) if dropout else output
 
 
 @pytest.fixture(scope="module")
 def params():
     """Parameters of which none is 0 or 1: a forgotten bias shows."""
     draw = np.random.default_rng(0)
-    shapes = jax.eval_shape(functools.partial(network.init, TINY), jax.random.key(0))
+    shapes = jax.eval_shape(functools.partial(lstm.init, TINY), jax.random.key(0))
     return jax.tree.map(lambda leaf: (0.1 + 0.5 * draw.normal(size=leaf.shape)).astype(np.float32), shapes)
 
 
@@ -93,7 +94,7 @@ def test_forward_pass_with_dropout(params, tokens):
 
 def test_output_is_tied_to_the_embeddings(params, tokens):
     hidden = np.asarray(apply(TINY, params, tokens))
-    scores = jax.jit(network.logits, static_argnums=0)(TINY, params, hidden)
+    scores = jax.jit(transformer.logits, static_argnums=0)(TINY, params, hidden)
     np.testing.assert_allclose(scores, hidden @ params["embedding"]["tokens"][:50].T, atol=1e-5)
 
 
@@ -114,7 +115,7 @@ def test_cell_is_float32_and_products_are_in_the_compute_dtype(params, tokens):
     assert len(products) == 3, "inputs, recurrence, output"
     assert all(line.split(":")[-1].count("xbf16>") == 3 for line in products)
     assert all("xf32>" in line for line in text.splitlines() if "stablehlo.tanh" in line)
-    assert {name: array.dtype.name for name, array in network.empty_cache(config, 2, 3).items()} == {
+    assert {name: array.dtype.name for name, array in lstm.empty_cache(config, 2, 3).items()} == {
         "hidden": "bfloat16",
         "cell": "float32",
     }
@@ -128,9 +129,9 @@ def test_cached_outputs_equal_uncached_ones(params):
     texts = np.random.default_rng(1).integers(0, 50, (3, 24)).astype(np.int32)
     lengths = np.array([7, 1, 10], np.int32)
     expected = by_hand(params, texts)
-    step = jax.jit(functools.partial(network.apply_cached, TINY))
+    step = jax.jit(functools.partial(lstm.apply_cached, TINY))
     padded = np.where(np.arange(10) < lengths[:, None], texts[:, :10], 49).astype(np.int32)
-    output, cache = step(params, padded, network.empty_cache(TINY, 3, 20), np.zeros(3, np.int32))
+    output, cache = step(params, padded, lstm.empty_cache(TINY, 3, 20), np.zeros(3, np.int32))
     assert cache["cell"].shape == (3, 20, 20)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(output[row, :length], expected[row, :length], atol=1e-5)
@@ -174,7 +175,7 @@ def batch():
 
 
 def loss(config, params, batch):
-    return language_model_loss(config, params, batch, transformer.DropoutKey(3, 4, batch["example_id"]))
+    return language_model_loss(config, params, batch, masks.DropoutKey(3, 4, batch["example_id"]))
 
 
 value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
@@ -223,13 +224,13 @@ def test_micro_batches_add_to_the_whole(params, batch, gradients):
 def test_equal_on_a_mesh(params, batch, gradients):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
-    shardings = jax.tree.map(lambda leaf: named_sharding(mesh, leaf.axes), network.param_specs(TINY), is_leaf=is_parameter)
+    shardings = jax.tree.map(lambda leaf: named_sharding(mesh, leaf.axes), lstm.param_specs(TINY), is_leaf=is_parameter)
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, shardings)
         assert placed["lstm"]["recurrent"].addressable_shards[0].data.shape == (20, 4, 10)
         assert_close(value_and_grad(TINY, placed, batch), gradients)
-        spread = jax.jit(functools.partial(network.init, TINY), out_shardings=shardings)(jax.random.key(7))
-    jax.tree.map(np.testing.assert_array_equal, spread, jax.jit(functools.partial(network.init, TINY))(jax.random.key(7)))
+        spread = jax.jit(functools.partial(lstm.init, TINY), out_shardings=shardings)(jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, spread, jax.jit(functools.partial(lstm.init, TINY))(jax.random.key(7)))
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -241,7 +242,7 @@ def test_remat_saves_memory(params, batch):
     memory = {}
     for remat in ("off", "dots", "full"):
         config = dataclasses.replace(TINY, remat=remat, embed_dropout=0.0, residual_dropout=0.0, lstm_units=64)
-        shapes = jax.eval_shape(functools.partial(network.init, config), jax.random.key(0))
+        shapes = jax.eval_shape(functools.partial(lstm.init, config), jax.random.key(0))
         compiled = value_and_grad.lower(config, shapes, batch).compile()
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert memory["full"] < memory["dots"] < memory["off"]
@@ -252,14 +253,14 @@ def test_remat_saves_memory(params, batch):
 
 def test_the_papers_lstm_by_hand():
     config = ModelConfig(kind="lstm")
-    assert network.count(config) == 40_478 * 768 + (768 + 2048 + 1) * 4 * 2048 + 2048 * 768 + 768
-    assert network.count(ModelConfig()) == 116_534_784
+    assert config.num_parameters == 40_478 * 768 + (768 + 2048 + 1) * 4 * 2048 + 2048 * 768 + 768
+    assert ModelConfig().num_parameters == 116_534_784
 
 
 def test_initial_values():
     """N(0, 1 / inputs), the forget gate's bias (the second) 1, and embeddings as the Transformer's."""
     config = dataclasses.replace(TINY, vocab_size=300, embed_dim=64, lstm_units=100)
-    params = jax.jit(functools.partial(network.init, config))(jax.random.key(1))
+    params = jax.jit(functools.partial(lstm.init, config))(jax.random.key(1))
     kernels = {"input": 64, "output": 100}
     drawn = [(params["lstm"][name]["kernel"], inputs**-0.5) for name, inputs in kernels.items()]
     drawn += [(params["lstm"]["recurrent"], 0.1), (params["embedding"]["tokens"][:300], 0.02)]
@@ -275,7 +276,7 @@ def test_initial_values():
 
 def test_description_fits_the_parameters():
     shapes = jax.eval_shape(functools.partial(lstm.init, TINY), jax.random.key(0))
-    described = network.param_specs(TINY)
+    described = lstm.param_specs(TINY)
     sizes = {"embed": 12, "mlp": 20, "vocab": 128}
     is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
     for (path, parameter), (at, shape) in zip(
@@ -293,7 +294,7 @@ def test_it_learns(batch):
     """Adam from the initial values, on eight sentences: the signal does not vanish."""
     config = dataclasses.replace(TINY, embed_dropout=0.0, residual_dropout=0.0)
     batch = jax.tree.map(jnp.asarray, batch)
-    params = jax.jit(functools.partial(network.init, config))(jax.random.key(0))
+    params = jax.jit(functools.partial(lstm.init, config))(jax.random.key(0))
     optimizer = optax.adam(1e-2)
     moments = optimizer.init(params)
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
-from gpt_jax.model import dropout, network, transformer
+from gpt_jax.model import dropout as masks
+from gpt_jax.model import transformer
 from gpt_jax.model.loss import language_model_loss
 from gpt_jax.runtime.sharding import make_mesh
 
@@ -52,8 +53,8 @@ def softmax(x):
 def kept(shape, rate, layer, site):
     """What dropout multiplies an array [batch, heads, queries, keys] or [batch, time, channels] by; its rows are number ROWS."""
     rows, heads = (ROWS[:, None], np.arange(shape[1])) if len(shape) == 4 else (ROWS, 0)
-    stream = np.asarray(dropout.stream(SEED, STEP, layer, site, rows, heads))
-    return dropout.keep(stream, np.arange(shape[-2]), np.arange(shape[-1]), rate) / (1 - round(rate * 65536) / 65536)
+    stream = np.asarray(masks.mask_stream(SEED, STEP, layer, site, rows, heads))
+    return masks.keep(stream, np.arange(shape[-2]), np.arange(shape[-1]), rate) / (1 - round(rate * 65536) / 65536)
 
 
 def drop(x, rate, layer, site):
@@ -108,7 +109,7 @@ def tokens():
     return np.random.default_rng(1).integers(0, 50, (2, 24)).astype(np.int32)
 
 
-DROPOUT = transformer.DropoutKey(SEED, STEP, ROWS)
+DROPOUT = masks.DropoutKey(SEED, STEP, ROWS)
 
 
 def test_forward_pass(params, tokens):
@@ -174,7 +175,7 @@ def test_packed_examples_equal_separate_ones(params, tokens):
 
 def test_the_papers_model_has_116534784_parameters_in_146_arrays():
     paper_config = ModelConfig()
-    assert network.count(paper_config) == 116_534_784
+    assert paper_config.num_parameters == 116_534_784
     shapes = jax.eval_shape(functools.partial(transformer.init, paper_config), jax.random.key(0))
     assert len(jax.tree.leaves(shapes["embedding"])) + sum(leaf.shape[0] for leaf in jax.tree.leaves(shapes["blocks"])) == 146
     assert shapes["blocks"]["attention"]["qkv"]["kernel"].shape == (12, 768, 3, 12, 64)
@@ -281,7 +282,7 @@ def test_remat_saves_memory_and_changes_no_number():
     shapes = jax.eval_shape(functools.partial(transformer.init, base), jax.random.key(0))
     params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 10, shapes)
     tokens, direction = draw.integers(0, 50, (4, 32)).astype(np.int32), draw.normal(size=(4, 32, 32)).astype(np.float32)
-    dropout = transformer.DropoutKey(SEED, STEP, np.arange(4, dtype=np.int32))
+    dropout = masks.DropoutKey(SEED, STEP, np.arange(4, dtype=np.int32))
     results, memory = {}, {}
     for remat in ("off", "dots", "full"):
         config = dataclasses.replace(base, remat=remat)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import LoopConfig, MeshConfig, ModelConfig, OptimConfig, RunConfig
-from gpt_jax.model import network
+from gpt_jax.model import transformer
 from gpt_jax.runtime import sharding
 from gpt_jax.tasks.head import Head, normalize, transfer
 from gpt_jax.train.optimizer import Horizon
@@ -41,8 +41,8 @@ def random_batch(head, sequences, seed=0):
 def written_out(head, params, batch):
     """L3(C) = L2(C) + lambda L1(C), equation 5, an example and a sequence at a time."""
     tokens = batch["tokens"].reshape(-1, TIME)
-    hidden = network.apply(MODEL, params, tokens).reshape(*batch["tokens"].shape, -1)
-    logs = jax.nn.log_softmax(network.logits(MODEL, params, hidden.reshape(*tokens.shape, -1))).reshape(*hidden.shape[:3], -1)
+    hidden = transformer.apply(MODEL, params, tokens).reshape(*batch["tokens"].shape, -1)
+    logs = jax.nn.log_softmax(transformer.logits(MODEL, params, hidden.reshape(*tokens.shape, -1))).reshape(*hidden.shape[:3], -1)
     kernel, bias = params["head"]["kernel"], params["head"]["bias"]
     total = 0.0
     for b, ends in enumerate(batch["extract"].tolist()):
@@ -109,7 +109,7 @@ def test_parts_and_meshes_do_not_change_an_update(parts, mesh):
     for grad_accum_steps, shape in ((1, MeshConfig(data=1)), (parts, mesh)):
         config = RunConfig(model=MODEL, optim=optim, train=LoopConfig(batch_size=EXAMPLES, grad_accum_steps=grad_accum_steps))
         devices = sharding.make_mesh(shape, jax.devices()[: 1 if shape.data == 1 else 8])
-        model_fns = CHOICES.model_fns()
+        model_fns = CHOICES.trainable_model()
         placed = sharding.place_batch(devices, jax.device_get(batch), EXAMPLES)
         abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in placed.items()}
         step = lower_step(config, devices, horizon=Horizon(10, 0), model_fns=model_fns, batch=abstract).compile()
