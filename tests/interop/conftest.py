@@ -1,61 +1,84 @@
-"""Tiny models to carry over: a pre-trained one (tests/conftest.py), and one fine-tuned on each kind of task."""
+"""Tiny models to export: a pre-trained one (tests/conftest.py) and one fine-tuned on each kind of task."""
 
 import dataclasses
+import json
 import random
 from pathlib import Path
 
 import pytest
 
-from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, OptimConfig, PipelineConfig, TaskConfig, TransferConfig
+from gpt_jax.config import FinetuneRunConfig, PipelineConfig, TaskConfig, TransferConfig
 
-KINDS = {
+TEXTS = {
     "classification": ("text",),
     "entailment": ("first", "second"),
     "similarity": ("first", "second"),
     "multiple_choice": ("context", "a", "b", "c"),
 }
+STEP = 6
+
+
+def write_task(kind: str, folder: Path) -> TaskConfig:
+    """Writes the rows of a task with three labels and returns its config."""
+    rng = random.Random(2)
+    texts, labels = TEXTS[kind], ("0", "1", "2") if kind == "multiple_choice" else ("no", "yes", "maybe")
+    files = {}
+    for split in ("train", "validation"):
+        rows = ["\t".join([*texts, "label"])]
+        rows += ["\t".join(["".join(rng.choices("abcd ", k=5)) + "." for _ in texts] + [rng.choice(labels)]) for _ in range(24)]
+        rows += ["\t".join(["word."] * len(texts) + [label]) for label in labels]
+        files[split] = str(folder / f"{kind}-{split}.tsv")
+        Path(files[split]).write_text("\n".join(rows) + "\n")
+    return TaskConfig(kind=kind, texts=texts, labels=labels, **files, num_length_buckets=1)
+
+
+def random_params(model, head):
+    """Parameters that all differ, the biases of the head and of the last layer norm far from 0; padding rows are zero."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        center = {"gain": 1.0, "bias": 0.2}.get(path[-1].key, 0.0)
+        return jnp.asarray(rng.normal(center, 0.2, leaf.shape), jnp.float32)
+
+    params = jax.tree.map_with_path(draw, jax.eval_shape(lambda: head.init(model, jax.random.key(0))))
+    is_entry = jnp.arange(model.padded_vocab_size)[:, None] < model.vocab_size
+    params["embedding"]["tokens"] = params["embedding"]["tokens"] * is_entry
+    return params
 
 
 @pytest.fixture(scope="session")
 def fine_tuned(pretrained, tmp_path_factory):
-    """For each kind of task the folder of a finished fine-tuning, a few updates with a rate at which the head's bias moves."""
-    from gpt_jax.tasks.finetune import finetune
+    """A function from a kind of task to the folder of a finished fine-tuning, whose parameters are random instead of trained."""
+    from gpt_jax.tasks.finetune import make_head
+    from gpt_jax.tasks.registry import task_from_config
+    from gpt_jax.tasks.transforms import SpecialTokens
+    from gpt_jax.train.checkpoint import CheckpointWriter, find_checkpoint, read_config
 
     folder = tmp_path_factory.mktemp("fine_tuned")
-    rng = random.Random(2)
 
-    def run(kind: str) -> Path:
-        texts = KINDS[kind]
-        labels = ("0", "1", "2") if kind == "multiple_choice" else ("no", "yes", "maybe")
-        for split in ("train", "validation"):
-            rows = ["\t".join([*texts, "label"])]
-            rows += [
-                "\t".join(["".join(rng.choices("abcd ", k=5)) + "." for _ in texts] + [rng.choice(labels)]) for _ in range(24)
-            ]
-            rows += ["\t".join(["word."] * len(texts) + [label]) for label in labels]
-            (folder / f"{kind}-{split}.tsv").write_text("\n".join(rows) + "\n")
-        config = FinetuneConfig(
+    def write_run(kind: str) -> Path:
+        model = read_config(find_checkpoint(pretrained, print)).model
+        config = FinetuneRunConfig(
+            model=dataclasses.replace(model, vocab_size=model.vocab_size + len(SpecialTokens._fields)),
             data=PipelineConfig(pipeline="threads"),
-            optim=OptimConfig(peak_lr=0.02, schedule="linear", warmup="10%", clip_norm=1.0),
-            train=FinetuneLoopConfig(batch_size=8, duration="2 epochs", tensorboard=False),
-            task=TaskConfig(
-                kind=kind,
-                texts=texts,
-                labels=labels,
-                train=str(folder / f"{kind}-train.tsv"),
-                validation=str(folder / f"{kind}-validation.tsv"),
-                num_length_buckets=1,
-            ),
+            task=write_task(kind, folder),
             init=TransferConfig(str(pretrained)),
         )
-        finetune(dataclasses.replace(config), folder / kind)
+        head = make_head(task_from_config(config.task), config)
+        with CheckpointWriter(folder / kind / "checkpoints", config, "", pretrained / "tokenizer") as writer:
+            writer.save(STEP, {"params": random_params(config.model, head)}, {"accuracy": 0.5})
+        (folder / kind / "result.json").write_text(json.dumps({"best_step": STEP}))
         return folder / kind
 
-    made: dict[str, Path] = {}
+    runs: dict[str, Path] = {}
 
-    def get(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = run(kind)
-        return made[kind]
+    def get_run(kind: str) -> Path:
+        if kind not in runs:
+            runs[kind] = write_run(kind)
+        return runs[kind]
 
-    return get
+    return get_run

@@ -1,7 +1,7 @@
-"""Our model beside Hugging Face's `openai-gpt`, which nobody here wrote: the same weights, through a folder as we export it.
+"""Our model beside Hugging Face's `openai-gpt`, an independent implementation, with the same weights from an exported folder.
 
-Each comparison is made with a small model, whose weights are large enough for every part to matter, and some with the paper's
-(section 4.1), drawn as it draws them. Gains and biases are drawn too, so that each parameter has numbers of its own.
+Each comparison is made with a small model, whose weights are large enough for every part to matter, and some comparisons with
+the paper's model (section 4.1), initialized as in the paper. Gains and biases are random too, so that all parameters differ.
 """
 
 import copy
@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import LoopConfig, ModelConfig, OptimConfig, RunConfig
-from gpt_jax.interop import export, huggingface, param_map, tensor_files, weights
-from gpt_jax.model import decode, network
+from gpt_jax.interop import export, huggingface, param_map, tensor_files
+from gpt_jax.model import decode, transformer
+from gpt_jax.model.network import network
 from gpt_jax.runtime import sharding
 from gpt_jax.tasks.batches import ScoringBatches
 from gpt_jax.tasks.evaluate import evaluate_task
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.readers import Example
 from gpt_jax.tasks.transforms import SpecialTokens, encode_examples
-from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.restore import load_model
-from gpt_jax.train.step import LANGUAGE_MODEL, ByShape, TrainableModel, init_state, lower_step, state_shardings
+from gpt_jax.train.step import LANGUAGE_MODEL, CompiledByShape, TrainableModel, init_state, lower_step, state_shardings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when it is first imported
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -49,70 +49,71 @@ SIZES = [pytest.param(SMALL, id="small"), pytest.param(FULL, id="full size", mar
 
 UPDATES = 10
 ADAMW = OptimConfig(kind="adamw", peak_lr=2.5e-4, schedule="linear", warmup="0 steps", weight_decay=1.0)
-"""With so much decay a parameter in the wrong group would stand out."""
+"""The decay is so strong that a parameter in the wrong group would stand out."""
 
 CHOICES = Head(outputs=3, choices=True, lm_weight=0.5, dropout=0.0)
 CLASSES = Head(outputs=3, choices=False, lm_weight=0.5, dropout=0.0)
 
 
 class Pair(NamedTuple):
-    """One model twice."""
+    """The same model in both implementations."""
 
     model: ModelConfig
-    model_fns: TrainableModel
+    trainable: TrainableModel
     params: Any
-    pieces: list[param_map.Piece]
+    maps: list[param_map.TensorMap]
     theirs: Any
 
-    def named(self, tree: Any) -> dict[str, np.ndarray]:
+    def to_tensors(self, tree: Any) -> dict[str, np.ndarray]:
         """Our parameters, or their gradients, under Hugging Face's names."""
-        arrays = param_map.paths(jax.device_get(tree))
-        return {piece.name: piece.to(piece.of(arrays[piece.path])) for piece in self.pieces}
+        return param_map.to_tensors(self.maps, tree, "float32")
 
     def loss_and_gradients(self, batch: dict[str, np.ndarray]) -> tuple[float, Any]:
-        """Ours, without dropout."""
+        """Our loss and gradients, without dropout."""
 
         @jax.jit
         def compute(params: Any, batch: Any) -> Any:
-            normalized = self.model_fns.normalize(batch)
-            return jax.value_and_grad(lambda params: self.model_fns.loss(self.model, params, normalized, None))(params)
+            normalized = self.trainable.normalize(batch)
+            return jax.value_and_grad(lambda params: self.trainable.loss(self.model, params, normalized, None))(params)
 
         loss, gradients = compute(self.params, batch)
         return float(loss), gradients
 
     def their_gradients(self, loss: Any) -> dict[str, np.ndarray]:
-        """Of each of their parameters that has a part in the loss."""
+        """The gradients of those of their parameters that the loss depends on."""
         self.theirs.zero_grad()
         loss.backward()
         return {name: leaf.grad.numpy() for name, leaf in self.theirs.named_parameters() if leaf.grad is not None}
 
 
 def make_pair(model: ModelConfig, head: Head | None, folder: Path, orders: int = 1) -> Pair:
-    """Random weights, and theirs loaded from the folder that we write of them."""
-    model_fns = head.model_fns() if head else LANGUAGE_MODEL
-    pair = Pair(model, model_fns, draw(model, model_fns), param_map.pieces("huggingface", model, head), None)
-    known, tensors = weights.described(pair.pieces, "float32"), pair.named(pair.params)
+    """Our model with random weights, and theirs loaded from the folder that we write."""
+    trainable = head.trainable_model() if head else LANGUAGE_MODEL
+    maps = param_map.tensor_maps("huggingface", model, head)
+    pair = Pair(model, trainable, random_params(model, trainable), maps, None)
+    tensors = pair.to_tensors(pair.params)
     if huggingface.architecture(head) == huggingface.CLASSIFIER:
         linear, norm = jax.device_get((pair.params["head"], pair.params["blocks"]["mlp_norm"]))
-        score = huggingface.score_weight(linear["kernel"], linear["bias"] / orders, norm["gain"][-1], norm["bias"][-1])
-        tensors[huggingface.SCORE], known[huggingface.SCORE] = score, tensor_files.Tensor(score.shape, score.dtype)
-    tensor_files.write_safetensors(folder, known, iter(tensors.items()), most_bytes=200_000_000)
+        tensors[huggingface.SCORE] = huggingface.score_weight(
+            linear["kernel"], linear["bias"] / orders, norm["gain"][-1], norm["bias"][-1]
+        )
+    tensor_files.save_safetensors(folder, tensors, shard_bytes=200_000_000)
     task = types.SimpleNamespace(labels="abc") if head else None
-    config = huggingface.model_config(RunConfig(model), types.SimpleNamespace(eos_id=0), task, head, "float32")
+    config = huggingface.to_config_json(RunConfig(model), types.SimpleNamespace(eos_id=0), task, head, "float32")
     (folder / "config.json").write_text(json.dumps(config))
     return pair._replace(theirs=load(getattr(transformers, huggingface.architecture(head)), folder))
 
 
 def load(kind: Any, folder: Path) -> Any:
-    """Their model, every weight of which is in the folder, and which takes every weight that is there."""
+    """Their model; its weights are exactly those in the folder."""
     model, loading = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(loading.values()), loading
     return model.eval()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def draw(model: ModelConfig, model_fns: TrainableModel) -> Any:
-    """Parameters as at the start of a training, but gains are 1 + 0.1 N and biases 0.1 N."""
+def random_params(model: ModelConfig, trainable: TrainableModel) -> Any:
+    """Initial parameters, except that gains are 1 + 0.1 N and biases 0.1 N."""
 
     def spread(path: tuple, leaf: jax.Array) -> jax.Array:
         if path[-1].key not in ("gain", "bias"):
@@ -120,11 +121,11 @@ def draw(model: ModelConfig, model_fns: TrainableModel) -> Any:
         name = jax.tree_util.keystr(path)
         return leaf + 0.1 * jax.random.normal(jax.random.key(zlib.crc32(name.encode())), leaf.shape)
 
-    return jax.tree_util.tree_map_with_path(spread, model_fns.init(model, jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(spread, trainable.init(model, jax.random.key(0)))
 
 
 def largest_difference(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
-    """Over all tensors: the norm of the difference, relative to the norm of theirs."""
+    """The largest norm of a tensor's difference, relative to the norm of theirs."""
     assert ours.keys() == theirs.keys()
     norms = {name: np.linalg.norm(theirs[name]) for name in theirs}
     assert min(norms.values()) > 0, norms
@@ -145,7 +146,7 @@ def pair(request, tmp_path_factory):
 
 
 def next_tokens(tokens):
-    """A batch with the loss that theirs has: of every token but the first."""
+    """A batch with the loss of their model, which predicts every token but the first."""
     counted = np.broadcast_to(np.arange(tokens.shape[1]) < tokens.shape[1] - 1, tokens.shape).astype(np.float32)
     row = np.arange(len(tokens), dtype=np.int32)
     return {"tokens": tokens, "targets": np.roll(tokens, -1, axis=1), "loss_weights": counted, "example_id": row}
@@ -157,13 +158,13 @@ def their_loss(theirs, tokens):
 
 
 def test_every_parameter_is_theirs(pair):
-    assert {piece.name for piece in pair.pieces} == {name for name, _ in pair.theirs.named_parameters()}
-    assert network.count(pair.model) == sum(parameter.numel() for parameter in pair.theirs.parameters())
+    assert {m.name for m in pair.maps} == {name for name, _ in pair.theirs.named_parameters()}
+    assert pair.model.num_parameters == sum(parameter.numel() for parameter in pair.theirs.parameters())
 
 
 def test_logits_are_theirs_at_every_position(pair):
     model, tokens = pair.model, random_tokens(pair.model, 1, pair.model.context_length)
-    ours = jax.jit(lambda params, tokens: network.logits(model, params, network.apply(model, params, tokens)))
+    ours = jax.jit(lambda params, tokens: transformer.logits(model, params, network(model).apply(model, params, tokens)))
     with torch.inference_mode():
         expected = pair.theirs(torch.from_numpy(tokens).long()).logits.numpy()
     assert expected.shape == (1, model.context_length, model.vocab_size)
@@ -176,11 +177,11 @@ def test_loss_and_every_gradient_are_theirs(pair):
     loss, gradients = pair.loss_and_gradients(next_tokens(tokens))
     expected = their_loss(pair.theirs, tokens)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
-    assert largest_difference(pair.named(gradients), pair.their_gradients(expected)) < 1e-4
+    assert largest_difference(pair.to_tensors(gradients), pair.their_gradients(expected)) < 1e-4
 
 
 def test_ten_updates_with_adamw_are_theirs(pair):
-    """Losses are compared before each update, and how far each parameter has moved after the last."""
+    """The losses before each update are compared, and the distances that the parameters have moved after the last update."""
     model, theirs = pair.model, copy.deepcopy(pair.theirs)
     batches = [random_tokens(model, 2, 64, seed=step) for step in range(UPDATES)]
 
@@ -201,7 +202,7 @@ def test_ten_updates_with_adamw_are_theirs(pair):
 
     config = RunConfig(model, optim=ADAMW, train=LoopConfig(batch_size=2))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
-    update = ByShape(lambda batch: lower_step(config, mesh, horizon=Horizon(UPDATES, 0), batch=batch))
+    update = CompiledByShape(lambda batch: lower_step(config, mesh, total_steps=UPDATES, batch=batch))
     state = init_state(config, mesh) | {"params": jax.tree.map(jax.numpy.copy, pair.params)}
     state = jax.device_put(state, state_shardings(config, mesh))
     losses = []
@@ -210,19 +211,19 @@ def test_ten_updates_with_adamw_are_theirs(pair):
         losses.append(float(metrics["loss"]))
 
     np.testing.assert_allclose(losses, expected, rtol=1e-3)
-    begin = pair.named(pair.params)
+    begin = pair.to_tensors(pair.params)
 
     def moved(end: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without the keys' biases, which no softmax sees: Adam makes whole steps of the rounding that is their gradient."""
+        """The changes, without the keys' biases: they cancel in every softmax, so Adam makes full steps of rounding errors."""
         keys = slice(model.embed_dim, 2 * model.embed_dim)
         return {name: np.delete(end[name] - begin[name], keys if "c_attn.bias" in name else [], axis=0) for name in end}
 
     theirs = {name: parameter.detach().numpy() for name, parameter in named.items()}
-    assert largest_difference(moved(pair.named(state["params"])), moved(theirs)) < 1e-3
+    assert largest_difference(moved(pair.to_tensors(state["params"])), moved(theirs)) < 1e-3
 
 
 def test_greedy_text_is_theirs_token_for_token(pair):
-    """With positions ten times as large: a random model that hears little of them repeats one token for ever."""
+    """The position embeddings are ten times as large; with small ones a random model repeats one token forever."""
     embedding, theirs = pair.params["embedding"], copy.deepcopy(pair.theirs)
     params = pair.params | {"embedding": embedding | {"positions": 10 * embedding["positions"]}}
     theirs.transformer.positions_embed.weight.data *= 10
@@ -238,22 +239,22 @@ def test_greedy_text_is_theirs_token_for_token(pair):
 
 
 class Examples(NamedTuple):
-    """Labelled examples as a fine-tuning step gets them, and as Figure 1 has them."""
+    """Labeled examples as the batch of a fine-tuning step, and as the sequences of Figure 1."""
 
     batch: dict[str, np.ndarray]
     sequences: list[list[list[int]]]
-    """Of each example its sequences of tokens, without padding."""
+    """For each example, its sequences of tokens without padding."""
     labels: Any
 
     @property
     def tokens(self) -> Any:
-        """As one tensor [examples, sequences, time]."""
+        """The sequences as one tensor [examples, sequences, time]."""
         longest = max(len(sequence) for example in self.sequences for sequence in example)
         return torch.tensor([[one + [0] * (longest - len(one)) for one in example] for example in self.sequences])
 
     @property
     def ends(self) -> Any:
-        """Where the extract tokens are."""
+        """The positions of the extract tokens."""
         return torch.tensor([[len(sequence) - 1 for sequence in example] for example in self.sequences])
 
     def mean(self, values: Any) -> Any:
@@ -262,13 +263,13 @@ class Examples(NamedTuple):
         return torch.stack(kept).mean()
 
     def language_model_term(self, logits: Any) -> Any:
-        """That mean of the next token's negative log-probability; logits [examples, sequences, time, vocabulary or more]."""
+        """The `mean` of the next token's negative log-probability; logits [examples, sequences, time, vocabulary or more]."""
         targets = self.tokens[..., 1:, None]
         return self.mean(-logits[..., :-1, :].log_softmax(-1).take_along_dim(targets, -1)[..., 0])
 
 
 def make_examples(model: ModelConfig, kind: Any) -> Examples:
-    """Four examples of random words and lengths, through our transformation and batches; and written out."""
+    """Four examples of random words and lengths: through our transformation and batches, and written out by hand."""
     start, delimiter, extract = range(model.vocab_size - 3, model.vocab_size)
     draw = np.random.default_rng(0)
     number = {"classification": 1, "similarity": 2, "multiple_choice": 4}[kind]
@@ -302,14 +303,14 @@ def test_a_multiple_choice_step_is_theirs(choices):
     output = choices.theirs(data.tokens, mc_token_ids=data.ends, mc_labels=data.labels)
     expected = output.mc_loss + 0.5 * data.language_model_term(output.logits)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
-    ours, theirs = choices.named(gradients), choices.their_gradients(expected)
-    for every in (ours, theirs):  # what is added to all choices alike changes nothing: rounding is left of its gradient
-        assert abs(every.pop("multiple_choice_head.summary.bias")) < 1e-6
+    ours, theirs = choices.to_tensors(gradients), choices.their_gradients(expected)
+    for side in (ours, theirs):  # Adding the same number to all choices changes nothing, so this gradient is only rounding.
+        assert abs(side.pop("multiple_choice_head.summary.bias")) < 1e-6
     assert largest_difference(ours, theirs) < 1e-4
 
 
 def test_the_released_loss_is_larger_by_the_share_that_its_softmax_gives_to_positions(choices):
-    """The released matrix of embeddings has the positions below the tokens, and its softmax spans both (ours: tokens only)."""
+    """The released embedding matrix has the positions below the tokens, and its softmax spans both; ours spans the tokens."""
     data = make_examples(choices.model, "multiple_choice")
     loss, _ = choices.loss_and_gradients(data.batch)
     with torch.inference_mode():
@@ -325,13 +326,13 @@ def test_the_released_loss_is_larger_by_the_share_that_its_softmax_gives_to_posi
 
 @pytest.fixture(scope="module", params=[("classification", 1), ("similarity", 2)], ids=["one text", "both orders"])
 def classifier(request, tmp_path_factory):
-    """Data of a task with classes, and a model with their classifier."""
+    """Examples of a task with classes, and a model with their classifier."""
     kind, orders = request.param
     return make_examples(SMALL, kind), make_pair(SMALL, CLASSES, tmp_path_factory.mktemp("classes"), orders)
 
 
 def test_scores_of_classes_are_theirs(classifier):
-    """Their classifier reads each sequence; both orders' scores are added."""
+    """Their classifier scores each sequence, and the scores of both orders are added."""
     data, pair = classifier
     with torch.inference_mode():
         scores = pair.theirs(data.tokens.flatten(0, 1)).logits.reshape(*data.tokens.shape[:2], -1).sum(1)
@@ -340,7 +341,7 @@ def test_scores_of_classes_are_theirs(classifier):
 
 
 def test_a_step_with_classes_is_theirs(classifier):
-    """Their network with a linear layer of PyTorch, which has a bias, on the sum of the extract tokens' activations."""
+    """Their network is followed by a PyTorch linear layer with a bias, on the sum of the extract tokens' activations."""
     data, pair = classifier
     loss, gradients = pair.loss_and_gradients(data.batch)
     kernel, bias = (torch.from_numpy(np.array(pair.params["head"][name])).requires_grad_() for name in ("kernel", "bias"))
@@ -352,25 +353,25 @@ def test_a_step_with_classes_is_theirs(classifier):
     expected = task + 0.5 * data.language_model_term(hidden @ transformer.tokens_embed.weight.T)
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     theirs = pair.their_gradients(expected) | {"kernel": kernel.grad.numpy(), "bias": bias.grad.numpy()}
-    assert largest_difference(pair.named(gradients) | jax.device_get(gradients["head"]), theirs) < 1e-4
+    assert largest_difference(pair.to_tensors(gradients) | jax.device_get(gradients["head"]), theirs) < 1e-4
 
 
 # -- exported folders -------------------------------------------------------------------------------------------------------
 
 
 def exported(run, folder):
-    """An export of a run, and what was found when it was verified."""
-    found = export.export(run, "huggingface", folder, print)
-    assert found == json.loads((folder / "parity.json").read_text())
-    assert found["verified_with"] == f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
-    return found
+    """Exports a run and returns the report of the verification."""
+    report = export.export(run, "huggingface", folder, print)
+    assert report == json.loads((folder / "parity.json").read_text())
+    assert report["verified_with"] == f"transformers {transformers.__version__}, torch {torch.__version__.partition('+')[0]}"
+    return report
 
 
 def test_a_pretrained_folder_is_a_language_model_of_theirs(pretrained, tmp_path):
-    found = exported(pretrained, tmp_path / "out")
-    assert found["logits"]["max_abs_difference"] < 1e-4
-    assert found["logits"]["top1_agreement"] == 1
-    assert found["tokenizer"]["equal"] == found["tokenizer"]["texts"]
+    report = exported(pretrained, tmp_path / "out")
+    assert report["logits"]["max_abs_difference"] < 1e-4
+    assert report["logits"]["top1_agreement"] == 1
+    assert report["tokenizer"]["equal"] == report["tokenizer"]["texts"]
     model = load(transformers.AutoModelForCausalLM, tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = load_model(pretrained, LANGUAGE_MODEL)
@@ -390,11 +391,11 @@ def test_a_pretrained_folder_is_a_language_model_of_theirs(pretrained, tmp_path)
     ],
 )
 def test_a_fine_tuned_folder_is_a_classifier_of_theirs(kind, fine_tuned, tmp_path):
-    """With their tokenizer and their model the texts of the validation split get the probabilities that our evaluation writes."""
+    """Their tokenizer and their model give the texts of the validation split the probabilities that our evaluation writes."""
     run = fine_tuned(kind)
-    found = exported(run, tmp_path / "out")
-    assert found["outputs"]["max_abs_difference"] < 1e-4
-    assert found["outputs"]["top1_agreement"] == 1
+    report = exported(run, tmp_path / "out")
+    assert report["outputs"]["max_abs_difference"] < 1e-4
+    assert report["outputs"]["top1_agreement"] == 1
     evaluate_task(run, [], "validation", tmp_path / "ours", print)
     expected = [json.loads(line)["probabilities"] for line in (tmp_path / "ours" / "validation.jsonl").read_text().splitlines()]
 
@@ -413,4 +414,4 @@ def test_a_fine_tuned_folder_is_a_classifier_of_theirs(kind, fine_tuned, tmp_pat
         with torch.inference_mode():
             scores = model(ids[None], mc_token_ids=ends[None]).mc_logits[0] if choices else model(ids).logits.sum(0)
         np.testing.assert_allclose(scores.softmax(-1), probabilities, atol=1e-5)
-    assert np.std(expected, axis=0).max() > 0.01  # the texts matter
+    assert np.std(expected, axis=0).max() > 0.01  # The outputs depend on the texts.
