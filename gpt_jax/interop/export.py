@@ -34,6 +34,7 @@ from gpt_jax.interop.onnx import load_onnx, write_onnx
 from gpt_jax.interop.parity import Computation, ExportedFunction
 from gpt_jax.interop.stablehlo import load_savedmodel, load_stablehlo, write_savedmodel, write_stablehlo
 from gpt_jax.model.transformer import Params
+from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.rundir import sha256, staged_folder
 from gpt_jax.tasks.evaluate import best_checkpoint
 from gpt_jax.tasks.finetune import make_head
@@ -93,7 +94,7 @@ class ExportedModel(NamedTuple):
 
 
 def export(
-    path: Path, format_: str, out: Path, log: Callable[[str], None], *, dtype: Dtype = "float32", shard_bytes: float = SHARD_BYTES
+    path: Path, format_: str, out: Path, log: Log, *, dtype: Dtype = "float32", shard_bytes: float = SHARD_BYTES
 ) -> dict[str, Any]:
     """Writes a checkpoint in another format and returns the contents of parity.json.
 
@@ -143,7 +144,7 @@ def require_format(format_: str) -> None:
         raise UserError(f"--format: {format_} needs {' and '.join(missing)}: pip install {FORMATS[format_].install}")
 
 
-def load_checkpoint(path: Path, format_: str, log: Callable[[str], None]) -> ExportedModel:
+def load_checkpoint(path: Path, format_: str, log: Log) -> ExportedModel:
     """Verifies and loads the checkpoint that a CHECKPOINT argument names.
 
     Raises:
@@ -200,7 +201,7 @@ def _rounded(params: Params, dtype: Dtype) -> Any:
 
 def _write_huggingface(exported: ExportedModel, folder: Path, dtype: Dtype) -> None:
     config, tokenizer, task, head = exported.config, exported.tokenizer, exported.task, exported.head
-    names = _special_names(exported)
+    names = huggingface.SPECIALS if task else ()
     for name, content in (
         ("config.json", huggingface.to_config_json(config, tokenizer, task, head, dtype)),
         ("tokenizer.json", tokenizer_json.convert(tokenizer, names)),
@@ -209,10 +210,6 @@ def _write_huggingface(exported: ExportedModel, folder: Path, dtype: Dtype) -> N
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     card = huggingface.model_card(exported.info, config, tokenizer, task, head, dtype)
     (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _special_names(exported: ExportedModel) -> tuple[str, ...]:
-    return huggingface.SPECIALS if exported.task is not None else ()
 
 
 def _write_run_files(exported: ExportedModel, folder: Path) -> None:
@@ -228,7 +225,7 @@ def _write_run_files(exported: ExportedModel, folder: Path) -> None:
 # -- verifying --------------------------------------------------------------------------------------------------------------
 
 
-def _verify(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype, log: Callable[[str], None]) -> dict[str, Any]:
+def _verify(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype, log: Log) -> dict[str, Any]:
     """Compares what was written with the checkpoint and returns the contents of parity.json."""
     framework, logits, outputs = _load_back(exported, format_, folder)
     log(f"verifying with {framework}")
@@ -274,25 +271,20 @@ def _load_back(exported: ExportedModel, format_: str, folder: Path) -> tuple[str
     return framework, ExportedFunction(exported.config.model).bind(params), exported.function.bind(params) if head else None
 
 
-def _compare_tokenizers(exported: ExportedModel, folder: Path, log: Callable[[str], None]) -> dict[str, Any]:
+def _compare_tokenizers(exported: ExportedModel, folder: Path, log: Log) -> dict[str, Any]:
     """Compares tokenizer.json with the tokenizer on real text, if the `tokenizers` library is installed."""
     try:
         import tokenizers as library
     except ModuleNotFoundError:
         return {"verified_with": "nothing (tokenizers is not installed)"}
-    tokenizer, names = exported.tokenizer, _special_names(exported)
+    tokenizer, names = exported.tokenizer, huggingface.SPECIALS if exported.task else ()
     converted = library.Tokenizer.from_file(str(folder / "tokenizer.json"))
     texts = [paragraph for document in parity.documents()[:100] for paragraph in document.split("\n\n")]
     promised = [text for text in texts if tokenizer_json.claims_equality(tokenizer, text, names)]
     equal = [text for text in texts if converted.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)]
     wrong = [text for text in promised if text not in set(equal)]
-    log(
-        f"parity: tokenizer.json gives the same ids as the tokenizer for {len(equal):,} of {len(texts):,} texts; equality is "
-        f"promised for {len(promised):,}"
-    )
+    log(f"parity: tokenizer.json gives the same ids for {len(equal):,} of {len(texts):,} texts (promised: {len(promised):,})")
     if wrong:
-        raise VerificationError(
-            f"tokenizer.json promises the same ids as the tokenizer but gives others for {wrong[0][:80]!r}; it is removed"
-        )
+        raise VerificationError(f"tokenizer.json gives other ids than the tokenizer for {wrong[0][:80]!r}; it is removed")
     version = f"tokenizers {library.__version__}"
     return {"verified_with": version, "texts": len(texts), "promised": len(promised), "equal": len(equal)}

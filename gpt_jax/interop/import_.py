@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.interop import huggingface, param_map, tensor_files
 from gpt_jax.interop.tensor_files import Tensors
 from gpt_jax.model.transformer import Params
+from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.rundir import RunDir, read_json, sha256, staged_folder
 from gpt_jax.tasks.finetune import make_head
 from gpt_jax.tasks.head import Head
@@ -58,7 +58,7 @@ class ForeignModel(NamedTuple):
 def import_(
     folder: Path,
     workdir: Path,
-    log: Callable[[str], None],
+    log: Log,
     *,
     config: PretrainConfig | None = None,
     tokenizer: Path | None = None,

@@ -30,6 +30,7 @@ from gpt_jax.errors import VerificationError
 from gpt_jax.model import transformer
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params
+from gpt_jax.runtime.console import Log
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.transforms import special_tokens
 
@@ -100,7 +101,7 @@ class ExportedFunction:
         return arrays | {"params/embedding/tokens": arrays["params/embedding/tokens"][: self.model.vocab_size]}
 
 
-# -- comparing ----------------------------------------------------------------------------------------------------------------
+# -- comparing --------------------------------------------------------------------------------------------------------------
 
 
 def documents() -> list[str]:
@@ -150,7 +151,7 @@ def _read_tokens(tokenizer: Tokenizer, count: int) -> Int[np.ndarray, " count"]:
 
 
 def compare(
-    ours: Computation, theirs: Computation, batches: Iterable[Inputs], unit: str, tolerance: float, log: Callable[[str], None]
+    ours: Computation, theirs: Computation, batches: Iterable[Inputs], unit: str, tolerance: float, log: Log
 ) -> dict[str, Any]:
     """Compares the outputs of two models, [..., outputs], on the same inputs.
 

@@ -118,7 +118,7 @@ def test_a_folder_of_another_origin_is_imported(pretrained, tmp_path):
     assert_equal(load_params(tmp_path / "run"), load_params(pretrained))
 
 
-# -- errors ---------------------------------------------------------------------------------------------------------------
+# -- errors -----------------------------------------------------------------------------------------------------------------
 
 
 def refused(capsys, *words):
