@@ -1,4 +1,4 @@
-"""The JobSet is valid, gives each pod what its process needs, and restarts what it should."""
+"""The JobSet: it is valid, its pods have what their processes need, and the right failures lead to a restart."""
 
 import copy
 import functools
@@ -15,30 +15,25 @@ import pytest
 import yaml
 
 from gpt_jax.errors import UserError
-from gpt_jax.launch import gke
-from gpt_jax.launch.job import Job, check
+from gpt_jax.launch import checks, gke
+from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.launch.job import Job
 from gpt_jax.train import checkpoint
 
 BUCKETS = ("--data.store", "gs://data/store")
 
 
-def make(**fields):
-    usual = {
-        "verb": "pretrain",
-        "config": "gpt1",
-        "overrides": BUCKETS,
-        "workdir": "gs://runs/a",
-        "name": "a",
-        "accelerator": "v5e-16",
-    }
-    return Job(**usual | {"image": "host/repository/gpt-jax:1"} | fields)
+def make(accelerator="v5e-16", **fields):
+    defaults = {"verb": "pretrain", "config": "gpt1", "overrides": BUCKETS, "workdir": "gs://runs/a", "name": "a"}
+    return Job(accelerator=parse_accelerator(accelerator), **defaults | {"image": "host/repository/gpt-jax:1"} | fields)
 
 
-checked = functools.cache(check)  # which takes a good part of a second
+check = functools.cache(checks.check)  # A check takes a large part of a second.
 
 
 def rendered(job):
-    return gke.render(job, checked(job))
+    check(job, gke)
+    return gke.render(job)
 
 
 def manifest(**fields):
@@ -88,7 +83,7 @@ KINDS = {
 def test_the_manifest_is_valid(fields, invalid):
     document = manifest(**fields)
     assert invalid(document, "jobset") == []
-    # What the API demands beyond its types.
+    # Rules of the API beyond its types.
     pod, container = pod_of(document), container_of(document)
     assert pod["restartPolicy"] == "Never"
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
@@ -99,7 +94,7 @@ def test_the_manifest_is_valid(fields, invalid):
             assert rule["onExitCodes"]["values"] == sorted(set(rule["onExitCodes"]["values"]))
 
 
-def test_the_validator_sees_mistakes(invalid):
+def test_the_validator_detects_mistakes(invalid):
     document = manifest()
     for path, value in [
         (("spec", "failurePolicy", "maxRestart"), 3),
@@ -118,7 +113,7 @@ def test_the_validator_sees_mistakes(invalid):
     assert invalid(document, "jobset") == ["$.spec.replicatedJobs[0].template.spec.template.spec: containers is missing"]
 
 
-def test_two_slices_are_two_jobs_of_a_pod_for_each_host():
+def test_two_slices_are_two_jobs_with_a_pod_for_each_host():
     document = manifest(**TWO_SLICES)
     (replicated,) = document["spec"]["replicatedJobs"]
     assert replicated["replicas"] == 2
@@ -139,14 +134,14 @@ def test_two_slices_are_two_jobs_of_a_pod_for_each_host():
     assert document["metadata"]["annotations"]["alpha.jobset.sigs.k8s.io/exclusive-topology"] == "cloud.google.com/gke-nodepool"
 
 
-def test_nodes_of_gpus():
+def test_gpu_nodes_are_selected_by_their_label():
     document = manifest(**KINDS["GPU nodes"])
     assert pod_of(document)["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
     assert container_of(document)["resources"]["limits"] == {"nvidia.com/gpu": 8}
     assert "labels" not in document["metadata"]
 
 
-def test_buckets_and_volumes_are_mounted_where_the_command_looks_for_them():
+def test_buckets_and_volumes_are_mounted_where_the_command_reads_them():
     document = manifest(overrides=(*BUCKETS, "--init.from", "/mnt/disk/run", "--data.source", "gs://data/text"))
     words = container_of(document)["command"]
     assert words[words.index("--workdir") + 1] == "/gcs/runs/a"
@@ -158,7 +153,7 @@ def test_buckets_and_volumes_are_mounted_where_the_command_looks_for_them():
     assert volumes[mounts["/mnt/disk"]] == {"persistentVolumeClaim": {"claimName": "disk"}}
     csi = volumes[mounts["/gcs/data"]]["csi"]
     assert (csi["driver"], csi["volumeAttributes"]["bucketName"]) == ("gcsfuse.csi.storage.gke.io", "data")
-    # Files belong to the user that the container runs as, and folders with many files can be renamed.
+    # Files belong to the user of the container, and folders with many files can be renamed.
     user = pod_of(document)["securityContext"]["runAsUser"]
     assert {f"uid={user}", f"gid={user}", "implicit-dirs"} < set(csi["volumeAttributes"]["mountOptions"].split(","))
     assert "rename-dir-limit" in csi["volumeAttributes"]["mountOptions"]
@@ -169,19 +164,19 @@ def test_buckets_and_volumes_are_mounted_where_the_command_looks_for_them():
 # -- failures ---------------------------------------------------------------------------------------------------------------
 
 
-def fate(document, code, disrupted=False):
-    """What becomes of the JobSet when a pod ends so, by the rules of Job's and JobSet's controllers."""
+def jobset_action(document, code, disrupted=False):
+    """Returns what the JobSet does after a pod ended with an exit code, by the rules of the controllers of Job and JobSet."""
     job = job_of(document)
     reason = "BackoffLimitExceeded" if job["backoffLimit"] == 0 else None
     for rule in job["podFailurePolicy"]["rules"]:
         if "onExitCodes" in rule:
             listed = code in rule["onExitCodes"]["values"]
-            hit = listed if rule["onExitCodes"]["operator"] == "In" else not listed
+            matches = listed if rule["onExitCodes"]["operator"] == "In" else not listed
         else:
-            hit = disrupted and {"type": "DisruptionTarget", "status": "True"} in rule["onPodConditions"]
-        if hit and rule["action"] == "Ignore":
-            return "this pod alone is made anew"
-        if hit:
+            matches = disrupted and {"type": "DisruptionTarget", "status": "True"} in rule["onPodConditions"]
+        if matches and rule["action"] == "Ignore":
+            return "replace this pod alone"
+        if matches:
             reason = {"FailJob": "PodFailurePolicy", "Count": reason}[rule["action"]]
             break
     policy = document["spec"]["failurePolicy"]
@@ -194,26 +189,25 @@ def fate(document, code, disrupted=False):
 @pytest.mark.parametrize(
     ("code", "disrupted", "expected"),
     [
-        (42, False, "restart, at most 7 times"),  # preempted, and saved
+        (42, False, "restart, at most 7 times"),  # preempted after saving
         (42, True, "restart, at most 7 times"),
-        (137, True, "restart, at most 7 times"),  # the node went away
+        (137, True, "restart, at most 7 times"),  # The node is gone.
         (137, False, "restart, at most 7 times"),  # killed from outside
         (1, True, "restart, at most 7 times"),
-        (1, False, "FailJobSet"),  # supervise gave up
+        (1, False, "FailJobSet"),  # `supervise` gave up.
         (2, False, "FailJobSet"),  # a user's mistake
-        (127, False, "FailJobSet"),  # no such command in the image
+        (127, False, "FailJobSet"),  # The image lacks the command.
     ],
 )
 def test_preemptions_restart_and_other_codes_fail_fast(code, disrupted, expected):
-    assert fate(manifest(preemptions=7), code, disrupted) == expected
+    assert jobset_action(manifest(preemptions=7), code, disrupted) == expected
 
 
-def test_crashes_are_counted_in_the_pod_and_a_save_fits_into_the_grace():
+def test_crashes_are_counted_in_the_pod_and_the_grace_period_is_kept():
     document = manifest(crashes=5, preemptions=7, grace_seconds=300)
     words = container_of(document)["command"]
-    assert words[words.index("supervise") :][:8] == [
-        *["supervise", "--preemptions", "7", "--crashes", "5", "--grace-seconds", "300", "--"]
-    ]
+    options = ["--preemptions=7", "--crashes=5", "--grace-seconds=300"]
+    assert words[words.index("supervise") :][:5] == ["supervise", *options, "--"]
     assert pod_of(document)["terminationGracePeriodSeconds"] == 300
 
 
@@ -221,7 +215,7 @@ def test_crashes_are_counted_in_the_pod_and_a_save_fits_into_the_grace():
 
 
 def pods(document):
-    """The hostname and the environment of each pod, as JobSet's and Job's controllers and the kubelet make them."""
+    """Yields the hostname and the environment of each pod, as the controllers of JobSet and Job and the kubelet make them."""
     name = document["metadata"]["name"]
     (replicated,) = document["spec"]["replicatedJobs"]
     for slice_index in range(replicated["replicas"]):
@@ -239,14 +233,14 @@ def pods(document):
 
 
 def command_of(document, environment):
-    """The container's command with the references that Kubernetes would resolve; it leaves those that name no variable."""
+    """Returns the command of the container, with the references to variables that Kubernetes would resolve."""
     resolve = lambda match: environment.get(match[1], match[0])  # noqa: E731
     return [re.sub(r"\$\(([^)]*)\)", resolve, word) for word in container_of(document)["command"]]
 
 
 @pytest.fixture
 def reporter(tmp_path):
-    """A PATH whose `gpt-jax` prints what it was told and how it found itself."""
+    """A PATH on which `gpt-jax` prints its arguments and its place among the processes."""
     program = tmp_path / "bin" / "gpt-jax"
     program.parent.mkdir()
     program.write_text('#!/bin/sh\necho "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS: $*"\n')
@@ -255,32 +249,32 @@ def reporter(tmp_path):
 
 
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
-def test_every_pod_knows_its_number_and_where_the_first_one_is(fields, reporter):
+def test_every_pod_has_its_number_and_the_address_of_the_first(fields, reporter):
     document = manifest(**fields)
-    every = list(pods(document))
-    said = []
-    for _, environment in every:
+    all_pods = list(pods(document))
+    places = []
+    for _, environment in all_pods:
         command = command_of(document, environment)
-        done = subprocess.run(command, env={"PATH": reporter} | environment, capture_output=True, text=True, check=True)
-        said.append(done.stdout.partition(": supervise ")[0])
-    first = every[0][0]
-    assert said == [f"{number} of {len(every)} at {first}:1234" for number in range(len(every))]
+        result = subprocess.run(command, env={"PATH": reporter} | environment, capture_output=True, text=True, check=True)
+        places.append(result.stdout.partition(": supervise ")[0])
+    first = all_pods[0][0]
+    assert places == [f"{number} of {len(all_pods)} at {first}:1234" for number in range(len(all_pods))]
     ports = {port["name"]: port["containerPort"] for port in container_of(document)["ports"]}
     assert ports["jax"] == 1234
 
 
-def test_slices_find_each_other_and_other_jobs_look_for_none():
+def test_only_jobs_of_several_slices_have_the_variables_that_connect_slices():
     document = manifest(**TWO_SLICES)
-    every = list(pods(document))
-    assert [environment["MEGASCALE_SLICE_ID"] for _, environment in every] == ["0"] * 4 + ["1"] * 4
-    assert {environment["MEGASCALE_NUM_SLICES"] for _, environment in every} == {"2"}
-    assert {environment["MEGASCALE_COORDINATOR_ADDRESS"] for _, environment in every} == {f"{every[0][0]}:8080"}
+    all_pods = list(pods(document))
+    assert [environment["MEGASCALE_SLICE_ID"] for _, environment in all_pods] == ["0"] * 4 + ["1"] * 4
+    assert {environment["MEGASCALE_NUM_SLICES"] for _, environment in all_pods} == {"2"}
+    assert {environment["MEGASCALE_COORDINATOR_ADDRESS"] for _, environment in all_pods} == {f"{all_pods[0][0]}:8080"}
     assert {"name": "megascale", "containerPort": 8080} in container_of(document)["ports"]
     for kind in ("slice", "GPU nodes", "CPUs"):
         assert not any("MEGASCALE" in name for _, environment in pods(manifest(**KINDS[kind])) for name in environment)
 
 
-def test_a_broken_driver_is_an_error_and_not_a_training_on_the_cpu():
+def test_the_platform_is_named_so_that_a_broken_driver_is_an_error():
     platforms = {kind: next(pods(manifest(**fields)))[1]["JAX_PLATFORMS"] for kind, fields in KINDS.items()}
     assert platforms == {
         "slice": "tpu,cpu",
@@ -301,10 +295,10 @@ TINY = """
 
 @pytest.mark.slow
 def test_two_pods_train_together(tmp_path):
-    """The container's own command, in two processes with nothing but what Kubernetes gives them."""
+    """The command of the container runs in two processes that have only what Kubernetes gives them."""
     text = tmp_path / "gcs" / "data" / "text.jsonl"
     text.parent.mkdir(parents=True)
-    text.write_text("".join(json.dumps({"text": f"The {number}th text of no use to anybody."}) + "\n" for number in range(200)))
+    text.write_text("".join(json.dumps({"text": f"The {number}th text that nobody needs."}) + "\n" for number in range(200)))
     overrides = (*TINY.split(), "--data.source", "gs://data/text.jsonl", "--data.store", "")
     document = manifest(config="smoke", overrides=overrides, accelerator="cpu-2", slices=2, crashes=0)
     with socket.socket() as free:
@@ -314,9 +308,11 @@ def test_two_pods_train_together(tmp_path):
     for host, environment in pods(document):
         assert environment["JAX_COORDINATOR_ADDRESS"] == "a-workers-0-0.a:1234"
         here = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": str(tmp_path)} | environment
-        here["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # the compiler's
-        here["JAX_COORDINATOR_ADDRESS"] = address  # there is no service here that would resolve the name
-        command = [word.replace("/gcs/", f"{tmp_path}/gcs/") for word in command_of(document, environment)]  # nor a mount
+        here["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # those of the compiler
+        here["JAX_COORDINATOR_ADDRESS"] = address  # No service resolves the name here,
+        command = [
+            word.replace("/gcs/", f"{tmp_path}/gcs/") for word in command_of(document, environment)
+        ]  # and no bucket is mounted.
         with open(tmp_path / host, "wb") as log:
             processes.append(subprocess.Popen(command, env=here, stdout=log, stderr=log, start_new_session=True))
     try:
@@ -325,65 +321,62 @@ def test_two_pods_train_together(tmp_path):
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, 9)
-    said = "\n".join((tmp_path / host).read_text(errors="replace") for host, _ in pods(document))
-    assert codes == [0, 0], said
-    assert "4 x cpu | mesh data=4" in said, said
-    assert [info.step for info in checkpoint.inspect(tmp_path / "gcs" / "runs" / "a") if info.state == "sound"] == [2, 4], said
+    logs = "\n".join((tmp_path / host).read_text(errors="replace") for host, _ in pods(document))
+    assert codes == [0, 0], logs
+    assert "4 x cpu | mesh data=4" in logs, logs
+    assert [info.step for info in checkpoint.inspect(tmp_path / "gcs" / "runs" / "a") if info.state == "sound"] == [2, 4], logs
 
 
 # -- kubectl and xpk --------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_printed_is_what_kubectl_gets(tmp_path, monkeypatch):
+def test_kubectl_gets_what_a_dry_run_prints(tmp_path, monkeypatch):
     program = tmp_path / "kubectl"
     program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/words\ncat > {tmp_path}/given\nexit 3\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     job = make()
-    assert gke.submit(job, checked(job)) == 3
+    assert gke.submit(job) == 3
     assert (tmp_path / "words").read_text() == "apply -f -\n"
     assert (tmp_path / "given").read_text() == rendered(job)
 
 
-def test_without_kubectl_or_an_image_or_a_bucket_nothing_is_submitted(monkeypatch):
+def test_without_kubectl_nothing_is_submitted(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    job = make()
-    with pytest.raises(UserError, match="kubectl is not on this machine: install"):
-        gke.submit(job, checked(job))
-    with pytest.raises(UserError, match="--image: say which"):
-        rendered(make(image=""))
-    with pytest.raises(UserError, match="--workdir: 'runs/a' is a folder of this machine"):
-        rendered(make(workdir="runs/a"))
+    with pytest.raises(UserError, match="kubectl is not installed on this machine: install"):
+        gke.submit(make())
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
-        ({"accelerator": "h100-8", "project": "mine"}, "--project: leave it out: kubectl's current context decides"),
+        ({"image": ""}, "--image: name a container image"),
+        ({"workdir": "runs/a"}, "--workdir: 'runs/a' is a path on this machine"),
+        ({"accelerator": "h100-8", "project": "mine"}, "--project: leave it out; kubectl's current context selects the project"),
         ({"accelerator": "cpu-4", "project": "mine"}, "--project: leave it out"),
         (
             {"accelerator": "v5e-8", "slices": 2, "overrides": (*BUCKETS, "--mesh.slice", "2")},
-            "--slices: GKE joins only slices of several hosts, and v5e-8 has one; v5e-16 would do",
+            "--slices: GKE connects only slices with several hosts, and v5e-8 has one; use at least v5e-16",
         ),
         (
             {"accelerator": "v5p-8", "slices": 2, "overrides": (*BUCKETS, "--mesh.slice", "2")},
-            "v5p-8 has one; v5p-16 would do",
+            "v5p-8 has one; use at least v5p-16",
         ),
-        ({"queue": "Team"}, "--queue: 'Team' is no LocalQueue's name"),
+        ({"queue": "Team"}, "--queue: 'Team' cannot be a LocalQueue's name"),
         ({"queue": "my_team"}, "--queue: "),
         ({"queue": "a" * 64}, "--queue: "),
-        ({"workdir": "/mnt/My_disk/a"}, "--workdir: '/mnt/My_disk/a': no PersistentVolumeClaim is named 'My_disk'"),
-        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path of this machine"),
+        ({"workdir": "/mnt/My_disk/a"}, "--workdir: '/mnt/My_disk/a': 'My_disk' cannot be the name of a PersistentVolumeClaim"),
+        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path on this machine"),
     ],
 )
-def test_what_gke_cannot_do_is_refused_in_one_line(fields, said):
+def test_jobs_that_gke_cannot_run_are_refused_in_one_line(fields, message):
     with pytest.raises(UserError) as raised:
-        rendered(make(**fields))
-    assert said in str(raised.value)
+        check(make(**fields), gke)
+    assert message in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_xpk_is_told_the_same():
+def test_the_commands_of_xpk_describe_the_same_job():
     lines = [line.removeprefix("# ") for line in rendered(make(**TWO_SLICES, project="mine")).splitlines() if "xpk " in line]
     attach, create = [line for line in lines if "storage attach" in line], lines[-1]
     place = "--cluster=CLUSTER --project=mine --zone=us-east5-a"
@@ -393,7 +386,7 @@ def test_xpk_is_told_the_same():
     for flag in ("--spot", "--storage=runs --storage=data", "--max-restarts=100", "--restart-on-exit-codes=42"):
         assert f" {flag} " in create
     assert "--workdir /gcs/runs/a --data.store /gcs/data/store --mesh.slice 2" in create
-    # Whatever a shell makes something of is quoted.
+    # Characters with a meaning in a shell are quoted.
     odd = {"project": "$(reboot)", "image": "host/image:1;reboot", "overrides": (*BUCKETS, "--data.text-field", "it's a `text`")}
     lines = [shlex.split(line.removeprefix("# ")) for line in rendered(make(**odd)).splitlines() if line[:6] == "# xpk "]
     assert all("--project=$(reboot)" in words for words in lines)

@@ -35,8 +35,9 @@ def job(tmp_path):
     return make(str(tmp_path / "run"), ("--train.duration", "7 steps"))
 
 
-def make(workdir, overrides, processes=2):
-    return Job("pretrain", "smoke", overrides, workdir, "tiny", parse_accelerator("cpu-4"), processes=processes)
+def make(workdir, overrides):
+    """A job of two processes with two devices each."""
+    return Job("pretrain", "smoke", overrides, workdir, "tiny", parse_accelerator("cpu-4"), processes=2)
 
 
 def variables(line):
@@ -145,7 +146,7 @@ def test_processes_do_not_see_the_variables_of_slurm(job, monkeypatch):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The job of an undisturbed run of two processes with two devices each."""
+    """The job of a run that was not disturbed."""
     folder = tmp_path_factory.mktemp("local")
     job = make(str(folder / "whole"), tiny.overrides(folder, steps=60))
     check(job, local)

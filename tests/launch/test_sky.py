@@ -1,4 +1,4 @@
-"""The SkyPilot task is valid, and every node knows its place."""
+"""The SkyPilot task: it is valid, and every node has its number and the address of the first."""
 
 import functools
 import os
@@ -9,11 +9,13 @@ import pytest
 import yaml
 
 from gpt_jax.errors import UserError
-from gpt_jax.launch import sky
-from gpt_jax.launch.job import Job, check
+from gpt_jax.launch import checks, sky
+from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.launch.job import Job
+from gpt_jax.runtime import git_info
 from gpt_jax.runtime.git_info import Checkout
 
-checked = functools.cache(check)  # which takes a good part of a second
+check_job = functools.cache(checks.check_job)  # A check takes a large part of a second.
 ROOT = Path(__file__).parents[2]
 STORE = ("--data.store", "gs://data/store")
 GPUS = {
@@ -25,23 +27,28 @@ GPUS = {
 KINDS = {"slice": {}, "GPU nodes": GPUS, "CPU": {"accelerator": "cpu-4"}, "image": {"image": "host/image:1"}}
 
 
-def make(**fields):
-    usual = {"verb": "pretrain", "config": "gpt1", "overrides": STORE, "name": "a"}
-    return Job(**usual | {"workdir": "gs://runs/a", "accelerator": "v5e-16"} | fields)
+def make(accelerator="v5e-16", **fields):
+    defaults = {"verb": "pretrain", "config": "gpt1", "overrides": STORE, "name": "a", "workdir": "gs://runs/a"}
+    return Job(accelerator=parse_accelerator(accelerator), **defaults | fields)
 
 
 @pytest.fixture(autouse=True)
-def origin(tmp_path, monkeypatch):
-    """The checkout as a commit of which nothing differs, and an empty home."""
+def checkout(tmp_path, monkeypatch):
+    """A checkout without changes, and an empty home folder."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    source = Checkout(ROOT, "c" * 40, b"", ())
-    monkeypatch.setattr(sky.checkout, "find", lambda: source)
-    return source
+    monkeypatch.setattr(checks, "check_job", check_job)
+    clean = Checkout(ROOT, "c" * 40, b"", ())
+    monkeypatch.setattr(git_info, "find_checkout", lambda: clean)
+    return clean
+
+
+def rendered(job):
+    checks.check(job, sky)
+    return sky.render(job)
 
 
 def task(**fields):
-    job = make(**fields)
-    return yaml.safe_load(sky.render(job, checked(job)))
+    return yaml.safe_load(rendered(make(**fields)))
 
 
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
@@ -56,14 +63,14 @@ def test_the_task_is_valid(fields, invalid):
 @pytest.mark.slow
 @pytest.mark.skipif("GPT_JAX_SKY" not in os.environ, reason="make sky sets GPT_JAX_SKY")
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
-def test_skypilots_own_loader_takes_the_task(fields, tmp_path):
-    """GPT_JAX_SKY: a Python that has SkyPilot, whose packages do not go with ours."""
+def test_skypilots_own_loader_accepts_the_task(fields, tmp_path):
+    """GPT_JAX_SKY names a Python with SkyPilot, whose packages conflict with those of this project."""
     job, file = make(**fields), tmp_path / "task.yaml"
-    file.write_text(sky.render(job, checked(job)))
+    file.write_text(rendered(job))
     code = "import sys, sky; task = sky.Task.from_yaml(sys.argv[1]); print(task.name, task.num_nodes, len(task.resources))"
     done = subprocess.run([os.environ["GPT_JAX_SKY"], "-c", code, file], capture_output=True, text=True)
     assert done.stdout.split()[-3:] == [job.name, str(job.slices), "1"], done.stderr
-    assert "default" not in done.stdout + done.stderr  # nothing that it would have to guess
+    assert "default" not in done.stdout + done.stderr  # It had to fill in nothing.
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,7 @@ def test_skypilots_own_loader_takes_the_task(fields, tmp_path):
         ({"image": "host/image:1"}, {"image_id": "docker:host/image:1"}),
     ],
 )
-def test_machines_are_those_that_were_asked_for(fields, expected):
+def test_the_resources_are_those_of_the_job(fields, expected):
     resources = task(**fields)["resources"]
     assert {name: resources.get(name) for name in expected} == expected
 
@@ -98,7 +105,7 @@ def test_the_checkout_is_installed_with_its_locked_versions():
 
 
 def run_on(node, document, tmp_path):
-    """What `gpt-jax` is told on one node, and how it finds itself there."""
+    """Returns the arguments of `gpt-jax` on one node, and its place among the processes."""
     program = tmp_path / ".venv" / "bin" / "gpt-jax"
     program.parent.mkdir(parents=True, exist_ok=True)
     program.write_text('#!/bin/sh\necho "$JAX_PLATFORMS|$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINATOR_ADDRESS|$*"\n')
@@ -111,33 +118,33 @@ def run_on(node, document, tmp_path):
     return done.stdout.strip().replace(f"{tmp_path}/gcs/", "/gcs/")
 
 
-def test_nodes_find_the_first_one(tmp_path):
+def test_nodes_have_their_number_and_the_address_of_the_first(tmp_path):
     words = "pretrain gpt1_1b5 --workdir /gcs/runs/a --data.store /gcs/data/store --mesh.slice 2 --mesh.fsdp 8"
     for node in (0, 1):
         assert run_on(node, task(**GPUS), tmp_path) == f"cuda,cpu|{node} of 2 at 10.0.0.7:1234|{words}"
 
 
-def test_hosts_of_a_slice_find_each_other_without_help(tmp_path):
+def test_the_hosts_of_a_slice_need_no_addresses(tmp_path):
     words = "pretrain gpt1 --workdir /gcs/runs/a --data.store /gcs/data/store"
     assert run_on(0, task(), tmp_path) == f"tpu,cpu| of  at |{words}"
     assert task()["file_mounts"] == {
         "/gcs/runs": {"source": "gs://runs", "mode": "MOUNT"},
         "/gcs/data": {"source": "gs://data", "mode": "MOUNT"},
+        "~/uncommitted.diff": str(sky._diff_file(make())),
     }
 
 
-def test_what_differs_from_the_commit_travels_along(monkeypatch, origin):
-    monkeypatch.setattr(sky.checkout, "find", lambda: origin._replace(diff=b"a diff\n"))
+def test_the_commit_and_the_uncommitted_changes_are_sent(checkout):
     document = task()
     assert document["file_mounts"]["~/uncommitted.diff"] == str(sky._diff_file(make()))
-    assert document["envs"] == {"GPT_JAX_COMMIT": origin.commit, "GPT_JAX_DIFF": "~/uncommitted.diff"}
-    document = task(image="host/image:1")  # which says so itself
+    assert document["envs"] == {"GPT_JAX_COMMIT": checkout.commit, "GPT_JAX_DIFF": "~/uncommitted.diff"}
+    document = task(image="host/image:1")  # An image has its own record.
     assert "~/uncommitted.diff" not in document["file_mounts"]
     assert "envs" not in document
 
 
-def differing(tmp_path):
-    """A repository with a change, as `checkout.find` describes it."""
+def changed_checkout(tmp_path):
+    """Returns the description of a new repository with a changed file."""
     git = ["git", "-C", str(tmp_path / "my clone"), "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "my clone").mkdir()
     (tmp_path / "my clone" / "file").write_text("one\n")
@@ -148,20 +155,19 @@ def differing(tmp_path):
     return Checkout(tmp_path / "my clone", "c" * 40, diff, ())
 
 
-def test_the_printed_command_makes_the_file_that_the_task_takes_along(tmp_path, monkeypatch):
-    origin = differing(tmp_path)
-    monkeypatch.setattr(sky.checkout, "find", lambda: origin)
-    job = make()
-    first, *_ = sky.render(job, checked(job)).splitlines()
+def test_the_printed_command_writes_the_file_that_the_task_sends(tmp_path, monkeypatch):
+    changed = changed_checkout(tmp_path)
+    monkeypatch.setattr(git_info, "find_checkout", lambda: changed)
+    first, *_ = rendered(make()).splitlines()
     assert not (tmp_path / "home").exists()
     subprocess.run(["bash", "-c", first.removeprefix("# ")], check=True, cwd="/")
     file = tmp_path / "home" / ".cache" / "gpt_jax" / "launch" / "a" / "uncommitted.diff"
-    assert file.read_bytes() == origin.diff
+    assert file.read_bytes() == changed.diff
     assert task()["file_mounts"]["~/uncommitted.diff"] == str(file)
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_the_setup_finds_uv_or_installs_it_for_the_user(tmp_path, there):
+def test_the_setup_uses_uv_and_installs_it_if_it_is_missing(tmp_path, there):
     programs = {"uv": f'#!/bin/sh\necho "$*" >> {tmp_path}/uv\n', "python3": "#!/bin/sh\n"}
     programs["python3"] += (
         f'echo "$*" >> {tmp_path}/pip\nmkdir -p "$HOME/.local/bin"; cp {tmp_path}/bin/uv-of-pip "$HOME/.local/bin/uv"\n'
@@ -177,52 +183,51 @@ def test_the_setup_finds_uv_or_installs_it_for_the_user(tmp_path, there):
     assert there or (tmp_path / "pip").read_text() == "-m pip install --quiet --user uv\n"
 
 
-def test_what_is_printed_is_what_sky_gets(tmp_path, monkeypatch, origin):
+def test_sky_gets_what_a_dry_run_prints(tmp_path, monkeypatch, checkout):
     program = tmp_path / "sky"
     program.write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/words\nfor file; do :; done\ncat "$file" > {tmp_path}/given\n')
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(sky.checkout, "find", lambda: origin._replace(diff=b"a diff\n"))
+    monkeypatch.setattr(git_info, "find_checkout", lambda: checkout._replace(diff=b"a diff\n"))
     job = make(image="host/image:1")
-    assert sky.submit(job, checked(job)) == 0
-    assert not (tmp_path / "home").exists()  # an image says itself what it was built from
+    assert sky.submit(job) == 0
+    assert not (tmp_path / "home").exists()  # An image needs no file with changes.
     job = make()
-    assert sky.submit(job, checked(job)) == 0
+    assert sky.submit(job) == 0
     assert (tmp_path / "words").read_text().startswith("jobs launch --yes --detach-run --name a /")
-    assert (tmp_path / "given").read_text() == sky.render(job, checked(job))
+    assert (tmp_path / "given").read_text() == rendered(job)
     assert sky._diff_file(job).read_text() == "a diff\n"
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
-        ({"workdir": "runs/a"}, "--workdir: 'runs/a' is a folder of this machine"),
+        ({"workdir": "runs/a"}, "--workdir: 'runs/a' is a path on this machine"),
         ({"project": "mine"}, "--project: leave it out"),
         ({"queue": "team"}, "--queue: leave it out"),
-        ({"preemptions": 5}, "--preemptions: leave it out: SkyPilot replaces lost machines without limit"),
+        ({"preemptions": 5}, "--preemptions: leave it out; SkyPilot replaces lost machines without a limit"),
         ({"grace_seconds": 60}, "--grace-seconds: leave it out"),
-        ({"workdir": "/mnt/disk/a"}, "--workdir: '/mnt/disk/a': nothing is mounted below /mnt/ on the workers of sky"),
-        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path of this machine"),
-        ({"slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}, "--slices: several TPU slices"),
-        ({"accelerator": "7x-8"}, "--accelerator: 7x-8 is to be had with gke only"),
+        ({"workdir": "/mnt/disk/a"}, "--workdir: '/mnt/disk/a' is a path on this machine, which workers cannot read; give gs://"),
+        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path on this machine"),
+        ({"slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}, "--slices: sky cannot connect several TPU slices"),
+        ({"accelerator": "7x-8"}, "--accelerator: 7x-8 is available with gke only"),
     ],
 )
-def test_what_skypilot_does_not_have_is_refused(fields, said):
+def test_jobs_that_skypilot_cannot_run_are_refused(fields, message):
     with pytest.raises(UserError) as raised:
-        task(**fields)
-    assert said in str(raised.value)
+        checks.check(make(**fields), sky)
+    assert message in str(raised.value)
 
 
-def test_without_a_commit_there_is_an_image(monkeypatch, origin):
-    monkeypatch.setattr(sky.checkout, "find", lambda: origin._replace(commit=""))
-    with pytest.raises(UserError, match="this package is not in one of git: run it from a clone, or give --image"):
+def test_without_a_commit_an_image_is_required(monkeypatch, checkout):
+    monkeypatch.setattr(git_info, "find_checkout", lambda: checkout._replace(commit=""))
+    with pytest.raises(UserError, match="this package is not in one; run it from a clone, or give --image"):
         task()
     assert "workdir" not in task(image="host/image:1")
 
 
 def test_without_skypilot_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    job = make()
-    with pytest.raises(UserError, match="sky is not on this machine: pip install"):
-        sky.submit(job, checked(job))
+    with pytest.raises(UserError, match="sky is not installed on this machine: run pip install"):
+        sky.submit(make())
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The batch file asks for what the job needs, numbers its processes, and queues itself again when it should."""
+"""The batch file: its directives, the numbers of its processes, and when it requeues the job."""
 
 import functools
 import os
@@ -11,17 +11,25 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.launch import slurm
-from gpt_jax.launch.job import Job, check
+from gpt_jax.launch import checks, slurm
+from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.launch.job import Job
 
-checked = functools.cache(check)  # which takes a good part of a second
 STORE = ("--data.store", "/shared/store")
 GPUS = {"accelerator": "h100-8", "slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}
 
 
-def make(workdir, **fields):
-    usual = {"verb": "pretrain", "config": "gpt1", "overrides": STORE, "name": "a", "accelerator": "cpu-4"}
-    return Job(**usual | {"workdir": str(workdir)} | fields)
+check = functools.cache(checks.check)  # A check takes a large part of a second.
+
+
+def make(workdir, accelerator="cpu-4", **fields):
+    defaults = {"verb": "pretrain", "config": "gpt1", "overrides": STORE, "name": "a"}
+    return Job(workdir=str(workdir), accelerator=parse_accelerator(accelerator), **defaults | fields)
+
+
+def rendered(job):
+    check(job, slurm)
+    return slurm.render(job)
 
 
 def directives(script):
@@ -31,7 +39,7 @@ def directives(script):
 
 def test_one_process_for_each_gpu():
     job = make("/shared/run", **GPUS, queue="gpus", project="team", grace_seconds=300)
-    assert directives(slurm.render(job, checked(job))) == {
+    assert directives(rendered(job)) == {
         "job-name": "a",
         "partition": "gpus",
         "account": "team",
@@ -45,14 +53,14 @@ def test_one_process_for_each_gpu():
     }
 
 
-def test_one_process_for_each_node_of_cpus():
+def test_one_process_for_each_node_with_cpus():
     job = make("/shared/run", slices=2)
-    asked = directives(slurm.render(job, checked(job)))
-    assert (asked["nodes"], asked["ntasks-per-node"], asked["cpus-per-task"]) == ("2", "1", "4")
-    assert not {"gpus-per-node", "partition", "account"} & asked.keys()
+    options = directives(rendered(job))
+    assert (options["nodes"], options["ntasks-per-node"], options["cpus-per-task"]) == ("2", "1", "4")
+    assert not {"gpus-per-node", "partition", "account"} & options.keys()
 
 
-# -- the script, with SLURM's commands played -------------------------------------------------------------------------------
+# -- the script, with stand-ins for SLURM's commands ------------------------------------------------------------------------
 
 SRUN = """\
 #!/bin/bash
@@ -70,7 +78,7 @@ TASK = '#!/bin/sh\necho "$JAX_PROCESS_ID of $JAX_NUM_PROCESSES at $JAX_COORDINAT
 
 
 class Play:
-    """A node on which the script of a job runs, with commands that note what they are told."""
+    """A node on which the script of a job runs; its commands write their arguments to files in `folder`."""
 
     def __init__(self, folder, monkeypatch):
         self.folder = folder
@@ -87,7 +95,7 @@ class Play:
         (self.bin / name).chmod(0o755)
 
     def start(self, job, then, restarts=0, **more):
-        """Starts the script; `then` is what each process does, `more` what SLURM says besides."""
+        """Starts the script; `then` is what each process does, `more` are further variables of SLURM."""
         self.program("gpt-jax", TASK.format(then=then))
         (Path(job.workdir) / "logs").mkdir(parents=True, exist_ok=True)
         environment = {
@@ -99,19 +107,20 @@ class Play:
         }
         if restarts:
             environment["SLURM_RESTART_COUNT"] = str(restarts)
-        script = slurm.render(job, checked(job))
+        script = rendered(job)
         return subprocess.Popen(
             ["bash", "-c", script], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def run(self, job, then, restarts=0, **more):
-        """The script's exit code, and its last line."""
+        """Runs the script; returns its exit code and the line that it prints."""
         process = self.start(job, then, restarts, **more)
-        said, _ = process.communicate(timeout=30)
-        assert len(said.splitlines()) == 1, said
-        return process.returncode, said.strip()
+        output, _ = process.communicate(timeout=30)
+        assert len(output.splitlines()) == 1, output
+        return process.returncode, output.strip()
 
-    def noted(self, name):
+    def recorded(self, name):
+        """Returns the lines that a command has written."""
         file = self.folder / name
         return file.read_text().splitlines() if file.exists() else []
 
@@ -121,23 +130,23 @@ def play(tmp_path, monkeypatch):
     return Play(tmp_path, monkeypatch)
 
 
-def test_processes_get_their_numbers_and_the_first_nodes_address(play):
+def test_processes_get_their_numbers_and_the_address_of_the_first_node(play):
     job = make("runs/my run", overrides=("--data.source", "it's text"), slices=2)
     assert play.run(job, "exit 0")[0] == 0
     words = "pretrain gpt1 --workdir runs/my run --data.source it's text"
-    assert play.noted("tasks") == [f"{number} of 2 at node7:22345: {words}" for number in (0, 1)]
-    assert f"--output={play.folder}/runs/my run/logs/process-%t.log" in play.noted("srun")
-    assert play.noted("scontrol") == []
+    assert play.recorded("tasks") == [f"{number} of 2 at node7:22345: {words}" for number in (0, 1)]
+    assert f"--output={play.folder}/runs/my run/logs/process-%t.log" in play.recorded("srun")
+    assert play.recorded("scontrol") == []
 
 
-def test_processes_get_the_cpus_that_the_job_has(play):
+def test_processes_get_the_cpus_of_the_job(play):
     play.run(make("runs/a"), "exit 0", SLURM_CPUS_PER_TASK="4")
-    play.run(make("runs/a"), "exit 0")  # as of GPUs, where nobody has said how many
-    assert play.noted("cpus") == ["4", "none"]
+    play.run(make("runs/a"), "exit 0")  # as for GPUs, where SLURM leaves the number open
+    assert play.recorded("cpus") == ["4", "none"]
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "crashes", "again", "said"),
+    ("code", "restarts", "crashes", "requeued", "message"),
     [
         (0, 5, 2, False, "done, after 3 preemptions and 2 crashes"),
         (42, 0, 0, True, "preempted (exit 42): restart 1 of 4"),
@@ -146,10 +155,10 @@ def test_processes_get_the_cpus_that_the_job_has(play):
         (1, 0, 0, True, "crashed (exit 1): restart 1 of 2"),
         (137, 4, 1, True, "crashed (exit 137): restart 2 of 2"),
         (1, 2, 2, False, "giving up (exit 1), after 0 preemptions and 2 crashes: the budget is spent"),
-        (2, 0, 0, False, "giving up: exit 2 is a mistake in what was asked for"),
+        (2, 0, 0, False, "giving up: exit 2 is a mistake in the command or its input"),
     ],
 )
-def test_budgets(play, code, restarts, crashes, again, said):
+def test_the_exit_code_and_the_budgets_decide_about_a_restart(play, code, restarts, crashes, requeued, message):
     job = make("runs/a", preemptions=4, crashes=2)
     counter = play.folder / "runs" / "a" / "logs" / "crashes-12345"
     counter.parent.mkdir(parents=True)
@@ -157,67 +166,67 @@ def test_budgets(play, code, restarts, crashes, again, said):
         counter.write_text(f"{crashes}\n")
     ended, line = play.run(job, f"exit {code}", restarts)
     assert ended == code
-    assert said in line
-    assert play.noted("scontrol") == (["requeue 12345"] if again else [])
-    if again and code != 42:
+    assert message in line
+    assert play.recorded("scontrol") == (["requeue 12345"] if requeued else [])
+    if requeued and code != 42:
         assert counter.read_text() == f"{crashes + 1}\n"
 
 
-def test_the_worst_of_several_codes_counts(play):
+def test_the_largest_of_several_exit_codes_counts(play):
     # A process that lost a preempted one ends with 1.
     assert "preempted" in play.run(make("runs/a"), '[ "$JAX_PROCESS_ID" = 0 ] && exit 42; exit 1')[1]
 
 
-def test_a_job_that_is_told_to_stop_is_left_to_slurm(play):
-    """As scancel and `scontrol requeue` do, which signal the script besides the processes."""
+def test_a_job_that_is_asked_to_stop_is_left_to_slurm(play):
+    """scancel and `scontrol requeue` signal the script as well as the processes."""
     process = play.start(make("runs/a"), 'touch "$PLAY/began"; sleep 0.5; exit 42')
     limit = time.monotonic() + 20
     while not (play.folder / "began").exists():
         assert time.monotonic() < limit
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=30)
-    assert "told to stop (exit 42); SLURM decides" in said
-    assert play.noted("scontrol") == []
+    output, _ = process.communicate(timeout=30)
+    assert "stop requested (exit 42); SLURM decides" in output
+    assert play.recorded("scontrol") == []
 
 
 # -- submitting -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_printed_is_what_sbatch_gets(play, monkeypatch):
+def test_sbatch_gets_what_a_dry_run_prints(play, monkeypatch):
     play.program("sbatch", '#!/bin/sh\ncat > "$PLAY/given"\n')
     monkeypatch.setenv("PLAY", str(play.folder))
     monkeypatch.setenv("PATH", str(play.bin), prepend=os.pathsep)
     job = make("runs/a", slices=2)
-    assert slurm.submit(job, checked(job)) == 0
-    assert (play.folder / "given").read_text() == slurm.render(job, checked(job))
+    assert slurm.submit(job) == 0
+    assert (play.folder / "given").read_text() == rendered(job)
     assert (play.folder / "runs" / "a" / "logs").is_dir()
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"accelerator": "v5e-16"}, "--accelerator: SLURM runs GPUs and CPUs"),
-        ({"workdir": "gs://runs/a"}, "--workdir: 'gs://runs/a' is no file or folder; slurm mounts no buckets"),
-        ({"overrides": ("--data.store", "gs://data/store")}, "--data.store: 'gs://data/store' is no file or folder"),
-        ({"workdir": "/shared/50%j"}, "--workdir: '/shared/50%j' has a % or \\, which sbatch takes for a pattern"),
+        ({"workdir": "gs://runs/a"}, "--workdir: 'gs://runs/a' is not a file or folder, and this target mounts no buckets"),
+        ({"overrides": ("--data.store", "gs://data/store")}, "--data.store: 'gs://data/store' is not a file or folder"),
+        ({"workdir": "/shared/50%j"}, "--workdir: '/shared/50%j' contains % or \\, which sbatch reads as a pattern"),
         ({"workdir": "/shared/a\\b"}, "--workdir: "),
-        ({"grace_seconds": 65536}, "--grace-seconds: sbatch takes at most 65535"),
+        ({"grace_seconds": 65536}, "--grace-seconds: sbatch accepts at most 65535"),
         ({"image": "host/image:1"}, "--image: leave it out"),
-        ({"zone": "us-east5-a"}, "--zone: SLURM has none"),
-        ({"spot": True}, "--spot: SLURM has no such machines"),
+        ({"zone": "us-east5-a"}, "--zone: leave it out; SLURM has no zones"),
+        ({"spot": True}, "--spot: leave it out; SLURM has no spot machines"),
     ],
 )
-def test_what_slurm_does_not_have_is_refused(fields, said):
+def test_jobs_that_slurm_cannot_run_are_refused(fields, message):
     job = make(**{"workdir": "/shared/run"} | fields)
     with pytest.raises(UserError) as raised:
-        slurm.render(job, checked(job))
-    assert said in str(raised.value)
+        check(job, slurm)
+    assert message in str(raised.value)
 
 
 def test_without_sbatch_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")
     job = make(tmp_path / "run")
-    with pytest.raises(UserError, match="sbatch is not on this machine"):
-        slurm.submit(job, checked(job))
+    with pytest.raises(UserError, match="sbatch is not installed on this machine"):
+        slurm.submit(job)
     assert not (tmp_path / "run").exists()

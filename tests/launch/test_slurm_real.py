@@ -1,8 +1,9 @@
-"""A SLURM cluster of two pretended nodes on this machine runs launch's own batch file: `make slurm`.
+"""The batch file on a SLURM cluster of two virtual nodes on this machine: `make slurm`.
 
-Needs Debian's slurm-wlm and munge, and to be root or a user who may start them.
+This needs Debian's slurm-wlm and munge, and the right to start them, as root has.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.launch import slurm
-from gpt_jax.launch.job import Job, check
+from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.launch.checks import check
+from gpt_jax.launch.job import Job
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 SYSTEM = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -26,7 +29,7 @@ pytestmark = [
 ]
 
 CONFIGURATION = """
-ClusterName=pretended
+ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 SlurmUser={user}
@@ -52,30 +55,28 @@ PartitionName=all Nodes=n1,n2 Default=YES
 
 
 def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return [free.getsockname()[1] for free in sockets]
 
 
 def read(*words):
+    """Runs a command; returns its output."""
     return subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def wait_for(what, condition, said, seconds=300):
-    limit = time.monotonic() + seconds
+def wait_for(event, condition, logs, seconds=300):
+    deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < limit, f"{what}: not after {seconds} s\n{said()}"
+        assert time.monotonic() < deadline, f"{event}: not after {seconds} s\n{logs()}"
         time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """Daemons of our own, away from any that the machine has; their folder."""
+    """The folder of a cluster whose daemons run apart from any that the machine has."""
     folder = tmp_path_factory.mktemp("slurm")
     for inner in ("munge", "state"):
         (folder / inner).mkdir()
@@ -114,17 +115,17 @@ TINY = """
 
 
 class Run:
-    """A job of two nodes, and its folder."""
+    """A submitted job of two nodes, and its folder."""
 
     def __init__(self, folder, name, capfd):
         text = folder / "text.jsonl"
-        text.write_text(
-            "".join(json.dumps({"text": f"The {number}th text of no use to anybody."}) + "\n" for number in range(200))
-        )
+        text.write_text("".join(json.dumps({"text": f"The {number}th text that nobody needs."}) + "\n" for number in range(200)))
         self.folder = folder / name
         words = (*TINY.split(), "--data.source", str(text))
-        job = Job("pretrain", "smoke", words, str(self.folder), name, "cpu-1", slices=2, grace_seconds=20)
-        assert slurm.submit(job, check(job)) == 0
+        cpu = parse_accelerator("cpu-1")
+        job = Job("pretrain", "smoke", words, str(self.folder), name, cpu, slices=2, grace_seconds=20)
+        check(job, slurm)
+        assert slurm.submit(job) == 0
         self.id = capfd.readouterr().out.split()[-1]  # "Submitted batch job 1"
 
     def state(self):
@@ -139,51 +140,51 @@ class Run:
             (record["kind"], record["step"], record["loss"]) for record in self.records() if record["kind"] in ("train", "eval")
         ]
 
-    def said(self):
+    def logs(self):
         return "\n".join(f"== {log.name}\n{log.read_text(errors='replace')}" for log in sorted(self.folder.glob("logs/*.log")))
 
     def wait(self, state):
-        wait_for(state, lambda: self.state()["JobState"] == state, self.said)
+        wait_for(state, lambda: self.state()["JobState"] == state, self.logs)
 
 
-def test_a_job_that_is_requeued_goes_on_and_equals_one_that_was_not(cluster, tmp_path, capfd):
+def test_a_requeued_job_continues_and_equals_an_undisturbed_one(cluster, tmp_path, capfd):
     whole = Run(tmp_path, "whole", capfd)
     whole.wait("COMPLETED")
     run = Run(tmp_path, "requeued", capfd)
-    wait_for("fifty updates", lambda: len(run.records()) > 50, run.said)
+    wait_for("fifty updates", lambda: len(run.records()) > 50, run.logs)
     read("scontrol", "requeue", run.id)
     run.wait("PENDING")
     stopped = run.records()[-1]["step"]
-    assert 50 <= stopped < 300, run.said()
-    read("scontrol", "update", f"JobId={run.id}", "StartTime=now")  # SLURM would wait for two minutes
+    assert 50 <= stopped < 300, run.logs()
+    read("scontrol", "update", f"JobId={run.id}", "StartTime=now")  # Otherwise SLURM waits for two minutes.
     run.wait("COMPLETED")
 
     assert run.losses() == whole.losses()
     assert [step for kind, step, _ in run.losses() if kind == "train"] == list(range(1, 301))
-    assert f"resuming at step {stopped}" in run.said()
-    assert "done, after 1 preemptions and 0 crashes" in run.said()
-    assert "mesh data=2" in run.said()  # one training of two processes
+    assert f"resuming at step {stopped}" in run.logs()
+    assert "done, after 1 preemptions and 0 crashes" in run.logs()
+    assert "mesh data=2" in run.logs()  # The two processes form one training.
     assert run.state()["Restarts"] == "1"
-    logs = {log.name for log in (run.folder / "logs").iterdir()}
-    assert logs == {f"slurm-{run.id}.log", "process-0.log", "process-1.log"}
+    names = {log.name for log in (run.folder / "logs").iterdir()}
+    assert names == {f"slurm-{run.id}.log", "process-0.log", "process-1.log"}
 
 
-def test_a_step_that_is_warned_saves_and_the_script_queues_the_job_again(cluster, tmp_path, capfd):
-    """As a time limit or a preemption with a grace time does: SIGTERM to the processes alone."""
+def test_processes_that_get_sigterm_save_and_the_script_requeues_the_job(cluster, tmp_path, capfd):
+    """A time limit, or a preemption with a grace time, sends SIGTERM to the processes alone."""
     run = Run(tmp_path, "warned", capfd)
-    wait_for("twenty updates", lambda: len(run.records()) > 20, run.said)
+    wait_for("twenty updates", lambda: len(run.records()) > 20, run.logs)
     read("scancel", "--signal=TERM", f"{run.id}.0")
     run.wait("PENDING")
     assert run.state()["Restarts"] == "1"
-    assert "preempted (exit 42): restart 1 of 100" in run.said()
+    assert "preempted (exit 42): restart 1 of 100" in run.logs()
     read("scancel", run.id)
 
 
-def test_a_job_that_is_cancelled_saves_and_stays_away(cluster, tmp_path, capfd):
+def test_a_cancelled_job_saves_and_is_not_requeued(cluster, tmp_path, capfd):
     run = Run(tmp_path, "cancelled", capfd)
-    wait_for("twenty updates", lambda: len(run.records()) > 20, run.said)
+    wait_for("twenty updates", lambda: len(run.records()) > 20, run.logs)
     read("scancel", run.id)
     run.wait("CANCELLED")
-    wait_for("the script's last word", lambda: "SLURM decides whether it runs again" in run.said(), run.said)
+    wait_for("the last line of the script", lambda: "SLURM decides whether it runs again" in run.logs(), run.logs)
     stopped = run.records()[-1]["step"]
-    assert (run.folder / "checkpoints" / str(stopped)).is_dir(), run.said()
+    assert (run.folder / "checkpoints" / str(stopped)).is_dir(), run.logs()
