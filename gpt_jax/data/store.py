@@ -85,8 +85,8 @@ class Store:
             raise UserError(f"{folder}: there is no token store here ({hint})")
         index = read_json(path)
         if (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-            found = f"format '{index.get('format')}', version {index.get('version')}"
-            raise UserError(f"{path}: cannot read {found}; must be '{FORMAT}', version {VERSION}")
+            actual = f"format '{index.get('format')}', version {index.get('version')}"
+            raise UserError(f"{path}: cannot read {actual}; must be '{FORMAT}', version {VERSION}")
         digest = index.pop("digest", "")
         if digest != index_digest(index):
             raise UserError(f"{path}: altered since it was written (its digest differs); {REMEDY}")

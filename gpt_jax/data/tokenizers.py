@@ -100,7 +100,8 @@ def create_tokenizer(
         tokenizer = SentencePiece.train(sample(), vocab_size, config.normalization)
     if tokenizer.vocab_size != vocab_size:
         option = field if config.path and field != "data.tokenizer.path" else "model.vocab-size"
-        raise UserError(f"--{option}: the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} entries, the model {vocab_size}")
+        sizes = f"the {tokenizer.kind} tokenizer has {tokenizer.vocab_size} entries, but the model has {vocab_size}"
+        raise UserError(f"--{option}: {sizes}; they must be equal")
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Preparing a store: the same bytes however it is done, continued after any death, and refused when something does not fit."""
+"""`prepare` makes the same bytes in every way, continues after being killed at any moment, and refuses what does not fit."""
 
 import dataclasses
 import errno
@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
-from gpt_jax.config.load import config_from_dict, config_to_dict
-from gpt_jax.data import store as store_module
+from gpt_jax.config.load import RENAMED_FIELDS, Renamed, config_from_dict, config_to_dict
 from gpt_jax.data.dedup import is_held_out
 from gpt_jax.data.prepare import check_recipe, prepare
 from gpt_jax.data.store import Store
+from gpt_jax.data.tokenizers import create_tokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.rundir import write_atomic
 
 WORDS = ["the", "of", "and", "to", "in", "is", "you", "that", "it", "was", "for", "are", "with", "they", "have", "been"]
 
@@ -41,7 +43,7 @@ def make_config(source: Path | str, kind: str = "bytes", vocab_size: int = 257, 
     return PretrainConfig(model=ModelConfig(vocab_size=vocab_size), data=DataConfig(source=str(source), **fields))
 
 
-def quiet(line: str) -> None:
+def ignore(line: str) -> None:
     pass
 
 
@@ -53,34 +55,75 @@ def stored_texts(store: Store, split: str) -> list[str]:
     array = store.split(split)
     tokens = array.read(np.zeros(1, np.int64), array.num_tokens)[0] if array.num_tokens else np.zeros(0, np.int32)
     ends = np.flatnonzero(tokens == 256)
-    return [bytes(each[each != 256].astype(np.uint8)).decode() for each in np.split(tokens, ends[:-1] + 1)] if ends.size else []
+    documents = np.split(tokens, ends[:-1] + 1) if ends.size else []
+    return [bytes(document[document != 256].astype(np.uint8)).decode() for document in documents]
+
+
+def sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+TEXTS = [text(i) for i in range(1500)]
+
+
+@pytest.fixture(scope="module")
+def shared_source(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("source") / "rows.jsonl", TEXTS)
+
+
+@pytest.fixture(scope="module")
+def whole(shared_source, tmp_path_factory) -> Path:
+    """The finished store of `shared_source` with the default settings of `make_config`."""
+    folder = tmp_path_factory.mktemp("whole") / "store"
+    prepare(make_config(shared_source), folder, ignore)
+    return folder
 
 
 @pytest.fixture
-def source(tmp_path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", [text(i) for i in range(1500)])
+def source(shared_source, tmp_path) -> Path:
+    """A copy of `shared_source` that a test may change."""
+    return shutil.copy(shared_source, tmp_path / "rows.jsonl")
 
 
-# -- what is made -----------------------------------------------------------------------------------------------------------
+# -- contents ---------------------------------------------------------------------------------------------------------------
+
+
+def test_documents_order_and_splits_are_frozen(tmp_path):
+    """The digest was recorded when format version 1 was made. Equal text must give equal stores for good."""
+    rows = [f"Document {i}: " + " ".join(str(i * k) for k in range(i % 23 + 1)) for i in range(300)]
+    book = "\n\n".join(rows) + "日本" * 20_000 + "\n" + "café au lait " * 9_000 + "\n" + "one\n" * 20_000
+    (tmp_path / "text").mkdir()
+    write_rows(tmp_path / "text" / "rows.jsonl", [*rows, *rows[:7], "", "\u2003"])
+    (tmp_path / "text" / "book.txt").write_text(book)
+    config = make_config(tmp_path / "text", shard_bytes=60_000, validation_share=0.2)
+    index = prepare(config, tmp_path / "store", ignore).index
+    assert index["dropped"] == {"duplicates": 10, "empty": 2}
+    assert index["recipe"]["source"] == {
+        "bytes": 368_335,
+        "files": 2,
+        "sha256": "6fa3907de91f037b1babb4267e4b680e269a00a39637b2fe3f3292ce12c1c7fa",
+    }
+    digest = hashlib.sha256(json.dumps(index["splits"], sort_keys=True).encode()).hexdigest()
+    assert digest == "83fd637fd9ffe97329988ab217c0079f4c3242637b6e4f5c74949c6ae3742979"
 
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [("bytes", 257), ("sentencepiece", 320)])
 def test_any_number_of_processes_makes_the_same_bytes(source, tmp_path, monkeypatch, kind, vocab_size):
     monkeypatch.setattr("gpt_jax.data.prepare.PART_BYTES", 20_000)
     config = make_config(source, kind, vocab_size, shard_bytes=80_000)
-    one = prepare(config, tmp_path / "one", quiet)
-    two = prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, processes=2)), tmp_path / "two", quiet)
+    one = prepare(config, tmp_path / "one", ignore)
+    two = prepare(dataclasses.replace(config, data=dataclasses.replace(config.data, processes=2)), tmp_path / "two", ignore)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert one.digest == two.digest
     assert len(one.index["splits"]["train"]["shards"]) >= 3
     assert not (tmp_path / "one" / "partial").exists()
 
 
-def test_order_and_packing_of_the_source_do_not_matter_to_the_tokens(source, tmp_path):
+def test_order_and_compression_of_the_source_do_not_affect_the_tokens(source, whole, tmp_path):
     lines = source.read_bytes().splitlines(keepends=True)
     (tmp_path / "again.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[::-1] + lines[:100])))
-    first = prepare(make_config(source), tmp_path / "first", quiet)
-    again = prepare(make_config(tmp_path / "again.jsonl.gz"), tmp_path / "again", quiet)
+    first = Store.open(whole)
+    again = prepare(make_config(tmp_path / "again.jsonl.gz"), tmp_path / "again", ignore)
     assert first.index["splits"] == again.index["splits"]
     assert (first.index["dropped"], again.index["dropped"]) == ({"duplicates": 0, "empty": 0}, {"duplicates": 100, "empty": 0})
 
@@ -97,104 +140,100 @@ def test_duplicates_and_empty_texts_are_dropped_and_counted(tmp_path):
 
 def test_a_lone_surrogate_becomes_a_question_mark(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "before \\ud800 after"}\n')
-    store = prepare(make_config(tmp_path / "rows.jsonl", validation_share=0.0), tmp_path / "store", quiet)
+    store = prepare(make_config(tmp_path / "rows.jsonl", validation_share=0.0), tmp_path / "store", ignore)
     assert stored_texts(store, "train") == ["before ? after"]
 
 
-def test_validation_is_chosen_by_the_text_s_hash(source, tmp_path):
-    texts = [text(i) for i in range(1500)]
+def test_validation_is_chosen_by_the_hash_of_the_text(source, tmp_path):
     shares = {}
     for share in (0.0, 0.1, 0.3):
-        store = prepare(make_config(source, validation_share=share), tmp_path / str(share), quiet)
+        store = prepare(make_config(source, validation_share=share), tmp_path / str(share), ignore)
         train, validation = (stored_texts(store, split) for split in ("train", "validation"))
-        assert sorted(train + validation) == sorted(texts)
-        fraction = {each: int.from_bytes(hashlib.sha256(each.encode()).digest()[-8:], "little") / 2**64 for each in texts}
-        assert set(validation) == {each for each in texts if fraction[each] < share}
-        assert set(validation) == {each for each in texts if is_held_out(each, share)}
-        assert abs(len(validation) / len(texts) - share) < 0.03
+        assert sorted(train + validation) == sorted(TEXTS)
+        fraction = {text: int.from_bytes(sha256(text)[-8:], "little") / 2**64 for text in TEXTS}
+        assert set(validation) == {text for text in TEXTS if fraction[text] < share}
+        assert set(validation) == {text for text in TEXTS if is_held_out(text, share)}
+        assert abs(len(validation) / len(TEXTS) - share) < 0.03
         shares[share] = set(validation)
     assert shares[0.1] < shares[0.3]
 
 
-def test_neither_split_is_empty_if_both_are_asked_for(tmp_path):
+def test_neither_split_is_empty_if_there_are_two_documents(tmp_path):
     write_rows(tmp_path / "rows.jsonl", ["one", "two"])
     for share in (1e-9, 0.999999):
-        store = prepare(make_config(tmp_path / "rows.jsonl", validation_share=share), tmp_path / str(share), quiet)
-        assert store.split("train").documents == store.split("validation").documents == 1
+        store = prepare(make_config(tmp_path / "rows.jsonl", validation_share=share), tmp_path / str(share), ignore)
+        assert [store.index["splits"][split]["documents"] for split in ("train", "validation")] == [1, 1]
 
 
 def test_max_bytes_takes_documents_in_the_order_of_their_hash(source, tmp_path):
-    store = prepare(make_config(source, max_bytes=50_000), tmp_path / "store", quiet)
+    store = prepare(make_config(source, max_bytes=50_000), tmp_path / "store", ignore)
     kept = stored_texts(store, "train") + stored_texts(store, "validation")
-    ordered = sorted((text(i) for i in range(1500)), key=lambda each: hashlib.sha256(each.encode()).digest())
+    ordered = sorted(TEXTS, key=sha256)
     assert set(kept) == set(ordered[: len(kept)])
     size = sum(map(len, kept))
     assert size <= 50_000 < size + len(ordered[len(kept)])
     assert store.split("train").text_bytes + store.split("validation").text_bytes == size
-    assert 0.04 < store.split("validation").documents / len(kept) < 0.2
+    assert 0.04 < store.index["splits"]["validation"]["documents"] / len(kept) < 0.2
 
 
-def test_shards_hold_about_the_bytes_asked_for(source, tmp_path):
-    store = prepare(make_config(source), tmp_path / "store", quiet)
-    sizes = [shard["tokens"] - shard["documents"] for shard in store.index["splits"]["train"]["shards"]]
+def test_shards_hold_about_the_configured_bytes(whole):
+    shards = Store.open(whole).index["splits"]["train"]["shards"]
+    sizes = [shard["tokens"] - shard["documents"] for shard in shards]
     assert len(sizes) > 10
     assert all(18_000 < size < 22_000 for size in sizes)
 
 
 def test_the_tokenizer_is_trained_on_train_documents_only(tmp_path):
-    """A letter that only validation documents have is spelt in bytes."""
-    texts = [text(i) for i in range(400)]
-    held_out = [each for each in texts if int.from_bytes(hashlib.sha256(each.encode()).digest()[-8:], "little") < 2**64 // 10]
+    texts = TEXTS[:400]
+    held_out = [text for text in texts if int.from_bytes(sha256(text)[-8:], "little") < 2**64 // 10]
     write_rows(tmp_path / "plain.jsonl", texts)
     config = make_config(tmp_path / "plain.jsonl", "sentencepiece", 300)
-    store = prepare(config, tmp_path / "store", quiet)
-    assert store.split("validation").documents == len(held_out)
-    from gpt_jax.data import tokenizers
-
-    order = sorted(set(texts) - set(held_out), key=lambda each: hashlib.sha256(each.encode()).digest())
-    assert store.tokenizer().fingerprint == tokenizers.create(config.data.tokenizer, 300, lambda: order).fingerprint
+    store = prepare(config, tmp_path / "store", ignore)
+    assert store.index["splits"]["validation"]["documents"] == len(held_out)
+    order = sorted(set(texts) - set(held_out), key=sha256)
+    assert store.tokenizer().fingerprint == create_tokenizer(config.data.tokenizer, 300, lambda: order).fingerprint
 
 
-# -- again, and after a death -----------------------------------------------------------------------------------------------
+# -- a second call ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_store_is_verified_and_left_alone(source, tmp_path):
-    config = make_config(source)
-    store = prepare(config, tmp_path / "store", quiet)
+def test_a_finished_store_is_verified_and_not_changed(shared_source, whole, tmp_path):
+    config = make_config(shared_source)
+    shutil.copytree(whole, tmp_path / "store")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")}
     lines: list[str] = []
-    assert prepare(config, tmp_path / "store", lines.append).digest == store.digest
+    assert prepare(config, tmp_path / "store", lines.append).digest == Store.open(whole).digest
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*")} == before
-    assert "nothing to do" in lines[-1]
+    assert re.search(r"already finished, .*nothing to do: 0.4 MB of text, 1,500 documents \(", lines[-1])
     path = tmp_path / "store" / "train-00004.bin"
     path.write_bytes(path.read_bytes()[:-2] + b"\x20\x00")
     with pytest.raises(UserError, match=r"train-00004.bin: altered"):
-        prepare(config, tmp_path / "store", quiet)
+        prepare(config, tmp_path / "store", ignore)
 
 
-DIE_SCRIPT = """
+KILL_SCRIPT = """
 import json, os, shutil, signal, sys
 from pathlib import Path
-from gpt_jax.config.load import from_dict
+from gpt_jax.config.load import config_from_dict
 from gpt_jax.data.prepare import prepare
 
 module, name = {"fsync": os, "replace": os, "rmtree": shutil}[sys.argv[3]], sys.argv[3]
 function, left = getattr(module, name), int(sys.argv[4])
 
-def die(*arguments, **options):
+def kill(*arguments, **options):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     return function(*arguments, **options)
 
-setattr(module, name, die)
+setattr(module, name, kill)
 prepare(config_from_dict(json.loads(sys.argv[1])), Path(sys.argv[2]), print)
 """
 
 
-def group_is_gone(group: int, seconds: float = 60.0) -> bool:
-    """Waits until no process of a group is left."""
+def group_has_ended(group: int, seconds: float = 60.0) -> bool:
+    """Waits until no process of a group is left, and returns whether that happened in time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:
@@ -209,93 +248,110 @@ def group_is_gone(group: int, seconds: float = 60.0) -> bool:
     ("call", "number", "processes", "shards"),
     [
         ("fsync", 1, 1, 0),  # the recipe
-        ("fsync", 3, 1, 0),  # the sorted texts
-        ("replace", 4, 1, 0),  # the tokenizer's place in the store
-        ("fsync", 10, 1, 1),  # the second shard
-        ("replace", 36, 2, 10),  # the eleventh shard
-        ("rmtree", 1, 1, 0),  # after the index, the last step of all
+        ("fsync", 2, 1, 0),  # the text
+        ("replace", 3, 1, 0),  # the tokenizer's manifest
+        ("fsync", 9, 1, 1),  # the offsets of the second shard
+        ("replace", 36, 2, 10),  # the entry of the eleventh shard
+        ("rmtree", 2, 1, 0),  # the last step of all, after the index
     ],
 )
-def test_killed_at_any_moment_it_continues_to_the_same_bytes(source, tmp_path, call, number, processes, shards):
-    config = make_config(source, processes=processes)
-    prepare(make_config(source), tmp_path / "whole", quiet)
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(shared_source, whole, tmp_path, call, number, processes, shards):
+    config = make_config(shared_source, processes=processes)
     arguments = [json.dumps(config_to_dict(config)), str(tmp_path / "store"), call, str(number)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", DIE_SCRIPT, *arguments], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-c", KILL_SCRIPT, *arguments], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
     )
     assert process.wait(120) == -signal.SIGKILL
-    assert group_is_gone(process.pid), "a worker outlived its parent"
+    assert group_has_ended(process.pid), "a worker outlived its parent"
     store = tmp_path / "store"
-    if call != "rmtree":
+    if call == "rmtree":
+        assert (store / "partial").exists()
+        Store.open(store)
+    else:
         with pytest.raises(UserError, match="only an unfinished one"):
             Store.open(store)
         assert len(list((store / "partial").glob("train-*.json"))) == shards
     before = {path: path.stat().st_mtime_ns for path in (store / f"train-{i:05d}.bin" for i in range(shards))}
     lines: list[str] = []
-    prepare(make_config(source), store, lines.append)
-    assert contents(store) == contents(tmp_path / "whole")
+    prepare(make_config(shared_source), store, lines.append)
+    assert contents(store) == contents(whole)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert not shards or any(f"going on; {shards} of " in line for line in lines)
+    assert not shards or any(f"continuing; {shards} of " in line for line in lines)
 
 
 @pytest.fixture
 def unfinished(source, tmp_path, monkeypatch) -> Path:
-    """A store whose preparation ended after its third shard."""
-    fail_after(monkeypatch, 3, store_module.write_json)
+    """A store whose preparation was interrupted after its third shard."""
+    left = 3
+
+    def write(path: Path, content: bytes | str) -> None:
+        nonlocal left
+        write_atomic(path, content)
+        left -= path.match("train-*.json")
+        if left == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gpt_jax.data.prepare.write_atomic", write)
     with pytest.raises(KeyboardInterrupt):
-        prepare(make_config(source), tmp_path / "store", quiet)
+        prepare(make_config(source), tmp_path / "store", ignore)
     monkeypatch.undo()
     assert len(list((tmp_path / "store" / "partial").glob("train-*.json"))) == 3
     return tmp_path / "store"
 
 
-def fail_after(monkeypatch, shards: int, write_json) -> None:
-    def write(path: Path, value) -> None:
-        nonlocal shards
-        write_json(path, value)
-        shards -= path.name.startswith("train-")
-        if shards == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr("gpt_jax.data.prepare.write_json", write)
-
-
 def test_an_altered_shard_of_an_unfinished_store_is_made_again(source, tmp_path, unfinished):
     path = unfinished / "train-00001.bin"
     path.write_bytes(path.read_bytes()[:-2] + b"\x20\x00")
-    prepare(make_config(source), unfinished, quiet)
-    prepare(make_config(source), tmp_path / "whole", quiet)
+    prepare(make_config(source), unfinished, ignore)
+    prepare(make_config(source), tmp_path / "whole", ignore)
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_an_unfinished_store_of_the_previous_version_is_continued(source, tmp_path, unfinished):
+    """The previous version sorted the text on disk and kept it under other names."""
+    for name in ("text", "documents.npz"):
+        (unfinished / "partial" / name).unlink()
+    for name in ("texts", "texts.json", "lengths.npy", "tails.npy"):
+        (unfinished / "partial" / name).write_text("not read")
+    (unfinished / "partial" / "tokenizer").mkdir()
+    shards = {path: path.stat().st_mtime_ns for path in unfinished.glob("train-*")}
+    assert len(shards) == 6
+    lines: list[str] = []
+    prepare(make_config(source), unfinished, lines.append)
+    assert any("continuing; 3 of " in line for line in lines)
+    assert {path: path.stat().st_mtime_ns for path in shards} == shards
+    prepare(make_config(source), tmp_path / "whole", ignore)
     assert contents(unfinished) == contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("state", ["unfinished", "finished"])
 def test_other_settings_or_text_are_refused(source, tmp_path, unfinished, state):
     if state == "finished":
-        prepare(make_config(source), unfinished, quiet)
+        prepare(make_config(source), unfinished, ignore)
     before = contents(unfinished)
     for fields, message in (
-        ({"shard_bytes": 30_000}, "data.shard-bytes 20000, not 30000: give another --data.store or delete that folder"),
+        ({"shard_bytes": 30_000}, "data.shard-bytes 20000, not 30000; give another --data.store or delete that folder"),
         ({"max_bytes": 9, "validation_share": 0.2}, "data.max-bytes 0, not 9; data.validation-share 0.1, not 0.2"),
         ({"tokenizer": TokenizerConfig(kind="sentencepiece")}, "data.tokenizer.kind 'bytes', not 'sentencepiece'"),
     ):
         with pytest.raises(UserError, match=message):
-            prepare(make_config(source, **fields), unfinished, quiet)
+            prepare(make_config(source, **fields), unfinished, ignore)
     with source.open("a") as file:
         file.write('{"text": "one more"}\n')
     with pytest.raises(
-        UserError, match=r"the text of --data.source has changed .*: give another --data.store or delete that folder"
+        UserError, match=r"the text of --data.source has changed from .* to .*; give another --data.store or delete that folder"
     ):
-        prepare(make_config(source), unfinished, quiet)
+        prepare(make_config(source), unfinished, ignore)
     assert contents(unfinished) == before
 
 
 def test_a_mistake_before_the_first_shard_can_be_corrected_in_place(source, tmp_path):
     with pytest.raises(UserError, match="distinct documents within"):
-        prepare(make_config(source, max_bytes=5), tmp_path / "store", quiet)
+        prepare(make_config(source, max_bytes=5), tmp_path / "store", ignore)
     with pytest.raises(UserError, match=r"model.vocab-size"):
-        prepare(make_config(source, "sentencepiece", 20), tmp_path / "store", quiet)
-    assert prepare(make_config(source, "sentencepiece", 300), tmp_path / "store", quiet).tokenizer().vocab_size == 300
+        prepare(make_config(source, "sentencepiece", 20), tmp_path / "store", ignore)
+    assert prepare(make_config(source, "sentencepiece", 300), tmp_path / "store", ignore).tokenizer().vocab_size == 300
 
 
 def test_a_second_process_is_kept_out(source, tmp_path):
@@ -303,8 +359,8 @@ def test_a_second_process_is_kept_out(source, tmp_path):
 
     def log(line: str) -> None:
         if not attempts:
-            with pytest.raises(UserError, match="another process prepares this store") as caught:
-                prepare(make_config(source), tmp_path / "store", quiet)
+            with pytest.raises(UserError, match=r"another process is preparing it; wait, or give another --data.store") as caught:
+                prepare(make_config(source), tmp_path / "store", ignore)
             attempts.append(str(caught.value))
 
     prepare(make_config(source), tmp_path / "store", log)
@@ -312,7 +368,7 @@ def test_a_second_process_is_kept_out(source, tmp_path):
 
 
 @pytest.mark.parametrize("writes", [0, 1, 9, 30])
-def test_a_full_disk_is_one_line_and_the_next_call_continues(source, tmp_path, monkeypatch, writes):
+def test_a_full_disk_is_one_line_and_the_next_call_continues(shared_source, whole, tmp_path, monkeypatch, writes):
     fsync, left = os.fsync, writes
 
     def full(descriptor: int) -> None:
@@ -324,21 +380,21 @@ def test_a_full_disk_is_one_line_and_the_next_call_continues(source, tmp_path, m
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"^[^\n]*no space left on [^\n]*run the same command again[^\n]*$"):
-        prepare(make_config(source), tmp_path / "store", quiet)
+        prepare(make_config(shared_source), tmp_path / "store", ignore)
     monkeypatch.undo()
-    assert not list((tmp_path / "store").rglob("*.bin.tmp"))
-    prepare(make_config(source), tmp_path / "store", quiet)
-    prepare(make_config(source), tmp_path / "whole", quiet)
-    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "store").rglob("*.tmp"))
+    assert (tmp_path / "store" / "partial" / "text").exists() == (writes > 1)
+    prepare(make_config(shared_source), tmp_path / "store", ignore)
+    assert contents(tmp_path / "store") == contents(whole)
 
 
-# -- what is refused --------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("texts", "fields", "message"),
     [
-        (["one"], {}, "distinct documents: 1; at least 2 are needed, one for validation"),
+        (["one"], {}, "distinct documents: 1; at least 2 are needed, one of them for validation"),
         (["one", "one", "one"], {}, "distinct documents: 1; at least 2"),
         (["", "  "], {"validation_share": 0.0}, "distinct documents: 0; at least 1"),
         (["one", "two"], {"max_bytes": 4}, "distinct documents within --data.max-bytes 4: 1; at least 2"),
@@ -347,28 +403,28 @@ def test_a_full_disk_is_one_line_and_the_next_call_continues(source, tmp_path, m
 def test_too_few_documents_are_refused(tmp_path, texts, fields, message):
     write_rows(tmp_path / "rows.jsonl", texts)
     with pytest.raises(UserError, match=message):
-        prepare(make_config(tmp_path / "rows.jsonl", **fields), tmp_path / "store", quiet)
+        prepare(make_config(tmp_path / "rows.jsonl", **fields), tmp_path / "store", ignore)
 
 
 def test_a_store_inside_its_own_source_is_refused(source, tmp_path):
     with pytest.raises(UserError, match=r"--data.store: .* lies inside --data.source"):
-        prepare(make_config(tmp_path), tmp_path / "store", quiet)
+        prepare(make_config(tmp_path), tmp_path / "store", ignore)
     assert not (tmp_path / "store").exists()
 
 
 def test_a_source_that_cannot_be_read_or_a_store_that_cannot_be_made_is_named(source, tmp_path):
     with pytest.raises(UserError, match=r"missing.jsonl' does not exist"):
-        prepare(make_config(tmp_path / "missing.jsonl"), tmp_path / "store", quiet)
-    with pytest.raises(UserError, match=r"--data.source: say what text to read"):
-        prepare(make_config(""), tmp_path / "store", quiet)
+        prepare(make_config(tmp_path / "missing.jsonl"), tmp_path / "store", ignore)
+    with pytest.raises(UserError, match=r"--data.source: name a file, a folder, a glob, tfds:NAME, or builtin:docs"):
+        prepare(make_config(""), tmp_path / "store", ignore)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/store.*: Not a directory"):
-        prepare(make_config(source), tmp_path / "file" / "store", quiet)
+        prepare(make_config(source), tmp_path / "file" / "store", ignore)
 
 
 def test_the_recipe_is_checked_without_the_text(source, tmp_path):
     config = make_config(source)
-    store = prepare(config, tmp_path / "store", quiet)
+    store = prepare(config, tmp_path / "store", ignore)
     source.unlink()
     check_recipe(store, config)
     check_recipe(store, make_config("", shard_bytes=7, max_bytes=9))
@@ -386,31 +442,43 @@ def test_the_recipe_is_checked_without_the_text(source, tmp_path):
             check_recipe(store, other)
 
 
-def test_an_existing_store_will_do_where_no_source_is_named(source, tmp_path):
-    store = prepare(make_config(source), tmp_path / "store", quiet)
+def test_recipes_of_earlier_versions_are_read(shared_source, whole, monkeypatch):
+    store = Store.open(whole)
+    fields = store.index["recipe"]["fields"]
+    fields["data.shard-size"] = fields.pop("data.shard-bytes")
+    fields["data.gone"] = 7
+    monkeypatch.setitem(RENAMED_FIELDS, "data.shard-size", Renamed("data.shard-bytes", {20_000: 30_000}))
+    check_recipe(store, make_config(shared_source, shard_bytes=30_000))
+    with pytest.raises(UserError, match=r"data.shard-bytes 30000, not 20000"):
+        check_recipe(store, make_config(shared_source))
+
+
+def test_an_existing_store_is_enough_where_no_source_is_named(source, tmp_path):
+    store = prepare(make_config(source), tmp_path / "store", ignore)
     source.unlink()
-    assert prepare(make_config(""), tmp_path / "store", quiet).digest == store.digest
+    assert prepare(make_config(""), tmp_path / "store", ignore).digest == store.digest
 
 
-# -- as a whole -------------------------------------------------------------------------------------------------------------
+# -- the whole preparation --------------------------------------------------------------------------------------------------
 
 
 def test_installed_documentation_becomes_a_store(tmp_path):
-    store = prepare(make_config("builtin:docs", "sentencepiece", 2000, max_bytes=150_000), tmp_path / "store", quiet)
+    store = prepare(make_config("builtin:docs", "sentencepiece", 1000, max_bytes=150_000), tmp_path / "store", ignore)
     train = store.split("train")
     assert 100_000 < train.text_bytes + store.split("validation").text_bytes <= 150_000
-    assert 2.5 < train.text_bytes / train.num_tokens < 6  # bytes a token; 1 would be no tokenizer at all
+    assert 2 < train.text_bytes / train.num_tokens < 6  # Bytes a token. Encoding as bytes would give 1.
     sample = store.tokenizer().decode(train.read(np.zeros(1, np.int64), 300)[0].tolist())
     assert " the " in sample
 
 
 def test_progress_is_logged_where_there_is_no_terminal(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt_jax.data.progress.LOG_SECONDS", 0.0)
+    for module in ("dedup", "prepare"):
+        monkeypatch.setattr(f"gpt_jax.data.{module}.PROGRESS_SECONDS", 0.0)
     lines: list[str] = []
     prepare(make_config(source), tmp_path / "store", lines.append)
     assert any(line.startswith("reading: 0 MB") for line in lines)
-    assert any(line.startswith("tokenising: 0 of 0 MB, ") for line in lines)
-    assert re.search(r"tokenised 0.4 MB in .* s: .* MB/s, .* tokens/s", "\n".join(lines))
+    assert sum(bool(re.fullmatch(r"tokenized 0.\d of 0.4 MB: .* MB/s, .* tokens/s", line)) for line in lines) > 10
+    assert re.fullmatch(r"tokenized 0.4 of 0.4 MB: .* MB/s, .* tokens/s", lines[-2])
     assert re.search(r"finished: 0.4 MB of text, 1,500 documents \(\d+ for validation; .*\), [\d,]+ tokens$", lines[-1])
 
 

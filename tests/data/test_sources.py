@@ -1,4 +1,4 @@
-"""Reading documents: pieces of plain text, rows, folders, installed documentation, and every bad input."""
+"""Sources of text: pieces of plain text, rows, folders, installed documentation, and every kind of bad input."""
 
 import gzip
 import hashlib
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.config import DataConfig
-from gpt_jax.data import sources
+from gpt_jax.data import installed_docs, sources
 from gpt_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
     assert all(piece.endswith("\n\n") and piece.startswith("Paragraph") for piece in pieces[:-1])
 
 
-def test_without_blank_lines_text_is_cut_at_line_ends(tmp_path):
+def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
     text = "".join(f"line {i} of one long paragraph\n" for i in range(5000))
     (tmp_path / "book.txt").write_text(text)
     pieces = read(tmp_path / "book.txt")
@@ -153,8 +153,8 @@ def test_a_missing_path_comes_with_the_nearest_names(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("", "--data.source: say what text to read"),
-        ("builtin:novels", "no text is built in as 'novels'; write builtin:docs"),
+        ("", "--data.source: name a file, a folder, a glob, tfds:NAME, or builtin:docs"),
+        ("builtin:novels", "there is no built-in text 'novels'; write builtin:docs"),
         ("{tmp}", "holds no file to read"),
         ("{tmp}/*.txt", r"\*.txt' holds no file to read"),
     ],
@@ -172,7 +172,7 @@ import sys
 import numpy as np
 import tensorflow_datasets as tfds
 from gpt_jax.config import DataConfig
-from gpt_jax.data import sources
+from gpt_jax.data import installed_docs, sources
 from gpt_jax.errors import UserError
 
 tfds.dataset_builders.store_as_tfds_dataset(
@@ -192,8 +192,8 @@ for name, field in (("tiny", "text"), ("tinny", "text"), ("tiny", "label")):
 
 
 @pytest.mark.slow
-def test_tensorflow_datasets_give_the_train_split_s_texts(tmp_path):
-    # tensorflow-datasets 4.9.10 needs it to make a data set, and does not say so in its requirements.
+def test_the_training_split_of_a_tensorflow_data_set_is_read(tmp_path):
+    # tensorflow-datasets 4.9.10 imports this package to make a data set, but does not require it.
     pytest.importorskip("importlib_resources", reason="importlib_resources is not installed")
     environment = {
         **os.environ,
@@ -207,35 +207,35 @@ def test_tensorflow_datasets_give_the_train_split_s_texts(tmp_path):
     good, field, name, label = done.stdout.splitlines()[-4:]
     assert good == "{'tfds': 'tiny/1.2.3'} ['first café', 'second']"
     assert field.startswith("--data.text-field: tfds:tiny has no 'text'; ")
-    assert name.startswith("--data.source: tensorflow-datasets knows no 'tinny'")
-    assert label.startswith("--data.text-field: the field 'label' holds no text but a ")
+    assert name.startswith("--data.source: cannot open tfds:tinny (DatasetNotFoundError: ")
+    assert label.startswith("--data.text-field: 'label' holds a ")
 
 
 # -- installed documentation ------------------------------------------------------------------------------------------------
 
 PROSE = "This function returns the number of the items that are in the list, and it is never less than one of them. "
-LICENCE = "Permission is granted to use this file in any way that you want, as long as this notice is kept with it. " * 2
+LICENSE = "Permission is granted to use this file in any way that you want, as long as this notice is kept with it. " * 2
 
 
 def test_installed_documentation_is_prose_taken_once_from_files_that_are_not_imported(tmp_path, monkeypatch):
     (tmp_path / "a.py").write_text(
-        f'"""{PROSE * 2}\n\n    >>> print(len([1, 2, 3]), "and some of the words that are in prose")\n\n{LICENCE}"""\n'
+        f'"""{PROSE * 2}\n\n    >>> print(len([1, 2, 3]), "and some of the words that are in prose")\n\n{LICENSE}"""\n'
         f'class A:\n    """Short."""\n    def f(self):\n        """{PROSE * 3}"""\nraise SystemExit("imported")\n'
     )
-    (tmp_path / "b.py").write_text(f'def g():\n    r"""{LICENCE}\n\n    It is {PROSE * 2}\n    """\n')
+    (tmp_path / "b.py").write_text(f'def g():\n    r"""{LICENSE}\n\n    It is {PROSE * 2}\n    """\n')
     (tmp_path / "topics.py").write_text(f"topics = {{'if': 'The if statement is used so that {PROSE * 2}'}}\n")
     (tmp_path / "page.md").write_text(f"# Title\n\n| a | b |\n\nThe page is here. {PROSE * 2}\n")
     (tmp_path / "broken.py").write_text('"""' + PROSE * 3 + '"""\nnot python\n')
     (tmp_path / "latin.txt").write_bytes(b"\xe9" + PROSE.encode() * 3)
     names = ["a.py", "b.py", "topics.py", "page.md", "broken.py", "latin.txt"]
-    monkeypatch.setattr(corpus, "_installed_files", lambda: ((name, tmp_path / name, "some") for name in names))
-    found = read("builtin:docs")
-    assert sorted(text.rstrip() for text in found) == sorted(
+    monkeypatch.setattr(installed_docs, "_installed_files", lambda: ((name, tmp_path / name, "some") for name in names))
+    documents = read("builtin:docs")
+    assert sorted(text.rstrip() for text in documents) == sorted(
         text.rstrip()
         for text in (
-            # The licence is in a.py too, but b.py comes first in the order of the hash of names.
+            # The license is in a.py too, but b.py comes first in the order of the hash of names.
             PROSE * 2,
-            LICENCE + "\n\nIt is " + PROSE * 2,
+            LICENSE + "\n\nIt is " + PROSE * 2,
             PROSE * 3,
             "The if statement is used so that " + PROSE * 2,
             "The page is here. " + PROSE * 2,
@@ -250,4 +250,4 @@ def test_the_documentation_of_this_machine_is_there_and_the_same_every_time():
     assert len(set(texts)) == len(texts) > 10
     assert first.identity() == second.identity()
     words = " ".join(texts).lower().split()
-    assert words.count("the") / len(words) > 0.03  # 6 % of English prose, about 0 % of code
+    assert words.count("the") / len(words) > 0.03  # About 6 % of the words of English prose, and almost none of code.

@@ -1,4 +1,4 @@
-"""The token store's format, checks and reads, against a plain NumPy reading of the files."""
+"""The format of the token store, its checks and its reads, compared with a plain NumPy reading of the files."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ def made(tmp_path_factory) -> Path:
         tokenizer=TokenizerConfig(kind="bytes"),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt_jax.data.prepare.PART_BYTES", 200)  # so that a shard is put together from several
+        patch.setattr("gpt_jax.data.prepare.PART_BYTES", 200)  # So that a shard is put together from several parts.
         prepare(PretrainConfig(model=ModelConfig(vocab_size=257), data=data), folder / "store", lambda line: None)
     return folder / "store"
 
@@ -39,7 +39,7 @@ def copy(made, tmp_path) -> Path:
 
 
 def naive(folder: Path, split: str) -> np.ndarray:
-    """All tokens of a split, read as the format says."""
+    """Returns all tokens of a split, read according to the format."""
     index = json.loads((folder / "index.json").read_text())
     files = [folder / shard["file"] for shard in index["splits"][split]["shards"]]
     return np.concatenate([np.frombuffer(file.read_bytes(), "<u2") for file in files])
@@ -53,9 +53,9 @@ def test_the_files_are_what_the_format_says(made):
         "vocab_size": 257,
         "separator": 256,
     }
-    found: dict[str, list[bytes]] = {}
+    documents: dict[str, list[bytes]] = {}
     for name, split in index["splits"].items():
-        found[name] = []
+        documents[name] = []
         for number, shard in enumerate(split["shards"]):
             assert shard["file"] == f"{name}-{number:05d}.bin"
             assert shard["offsets"]["file"] == f"{name}-{number:05d}.offsets"
@@ -67,12 +67,12 @@ def test_the_files_are_what_the_format_says(made):
             assert (shard["tokens"], shard["documents"]) == (len(tokens), len(offsets))
             for begin, end in zip(offsets, [*offsets[1:], len(tokens)], strict=True):
                 assert tokens[end - 1] == 256
-                found[name].append(bytes(tokens[begin : end - 1].astype(np.uint8)))
-        assert split["documents"] == len(found[name])
+                documents[name].append(bytes(tokens[begin : end - 1].astype(np.uint8)))
+        assert split["documents"] == len(documents[name])
         assert split["tokens"] == sum(shard["tokens"] for shard in split["shards"])
-        assert split["text_bytes"] == sum(map(len, found[name])) == split["tokens"] - split["documents"]
-        assert found[name] == sorted(found[name], key=lambda text: hashlib.sha256(text).digest())
-    assert sorted(found["train"] + found["validation"]) == sorted(text.encode() for text in TEXTS)
+        assert split["text_bytes"] == sum(map(len, documents[name])) == split["tokens"] - split["documents"]
+        assert documents[name] == sorted(documents[name], key=lambda text: hashlib.sha256(text).digest())
+    assert sorted(documents["train"] + documents["validation"]) == sorted(text.encode() for text in TEXTS)
     assert len(index["splits"]["train"]["shards"]) > 10
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named(copy):
             Store.open(copy)
         Store.open(copy, verify=False)
         path.write_bytes(data[:-1])
-        with pytest.raises(UserError, match=f"{file['file']}: {len(data) - 1} bytes, must be {len(data)}"):
+        with pytest.raises(UserError, match=f"{file['file']}: has {len(data) - 1} bytes instead of {len(data)}"):
             Store.open(copy, verify=False)
         path.unlink()
         with pytest.raises(UserError, match=f"{file['file']}: missing"):
@@ -119,17 +119,21 @@ def test_a_damaged_file_is_named(copy):
     Store.open(copy)
 
 
-def test_what_is_no_store_is_refused(copy, tmp_path):
-    with pytest.raises(UserError, match=r"nowhere: no token store here \(index.json is missing\)"):
+def test_a_folder_that_is_not_a_store_is_refused(copy, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: there is no token store here \(index.json is missing\)"):
         Store.open(tmp_path / "nowhere")
     (tmp_path / "begun" / "partial").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"begun: no token store here .only an unfinished one"):
+    with pytest.raises(UserError, match=r"begun: there is no token store here .only an unfinished one: prepare it again"):
         Store.open(tmp_path / "begun")
     index = json.loads((copy / "index.json").read_text())
     for content, message in (
-        ("{", "index.json: damaged"),
-        ("[]", "index.json: not the index of a token store"),
-        (json.dumps({**index, "version": 2}), "format version 2 is unknown; this program reads version 1"),
+        ("{", "index.json: not valid JSON"),
+        ("[]", "index.json: not valid JSON"),
+        ("{}", "index.json: cannot read format 'None'"),
+        (
+            json.dumps({**index, "version": 2}),
+            "format 'gpt_jax token store', version 2; must be 'gpt_jax token store', version 1",
+        ),
     ):
         (copy / "index.json").write_text(content)
         with pytest.raises(UserError, match=message):
@@ -141,11 +145,11 @@ def test_the_tokenizer_is_the_one_that_made_the_tokens(copy):
     tokenizer = store.tokenizer()
     assert tokenizer.decode(naive(copy, "train")[:200].tolist()).startswith("Document ")
     store.index["tokenizer"]["fingerprint"] = "0" * 64
-    with pytest.raises(UserError, match="not the tokenizer that made this store"):
+    with pytest.raises(UserError, match=r"not the tokenizer that made this store .fingerprint 277089d91c0b, not 000000000000."):
         store.tokenizer()
 
 
-def test_the_digest_follows_the_index_not_its_layout(copy):
+def test_the_digest_depends_on_the_index_but_not_on_its_layout(copy):
     before = Store.open(copy).digest
     index = json.loads((copy / "index.json").read_text())
     (copy / "index.json").write_text(json.dumps(index, indent=7))
@@ -159,5 +163,5 @@ def test_the_digest_follows_the_index_not_its_layout(copy):
         Store.open(copy, verify=False)
 
 
-def test_sixteen_bits_as_long_as_every_id_fits():
+def test_tokens_have_sixteen_bits_if_every_id_fits():
     assert (token_dtype(257).str, token_dtype(65_536).str, token_dtype(65_537).str) == ("<u2", "<u2", "<u4")

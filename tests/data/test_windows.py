@@ -1,4 +1,4 @@
-"""The order of training examples: every window once an epoch, whoever asks, and exactly as documented, for ever."""
+"""The order of training examples: every window once an epoch, on any number of hosts, exactly as documented."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ MASK = 2**64 - 1
 
 
 class Numbered:
-    """Tokens whose values are their own places, so that a batch tells where it was read; refuses to read outside."""
+    """Tokens whose values are their own positions, so that a batch shows where it was read. Reads outside fail."""
 
     def __init__(self, num_tokens):
         self.num_tokens = num_tokens
@@ -28,19 +28,19 @@ class Numbered:
 
 
 def orders(size, epochs, seed=0):
-    """int64 [epochs, size]: the window at each position of each epoch."""
+    """Returns int64 [epochs, size]: the window at each position of each epoch."""
     keys = epoch_keys(seed, np.repeat(np.arange(epochs, dtype=np.uint64), size))
     return permute(np.tile(np.arange(size, dtype=np.uint64), epochs), size, keys).astype(np.int64).reshape(epochs, size)
 
 
 def starts_of(windows, examples, batch_size):
-    """Where the first `examples` examples were read."""
+    """Returns the positions of the first `examples` examples in the tokens."""
     rows = np.arange(batch_size)
     batches = [windows.batch_at(step, rows)["tokens"][:, 0] for step in range(-(-examples // batch_size))]
     return np.concatenate(batches)[:examples]
 
 
-# -- the definition, transcribed with Python's integers ---------------------------------------------------------------------
+# -- the definition, written out with Python's integers ---------------------------------------------------------------------
 
 
 def mix64_by_hand(x):
@@ -57,7 +57,7 @@ def key_by_hand(*words):
 
 
 def example_by_hand(example, size, offsets, seed):
-    """(epoch, window, offset) of one example."""
+    """Returns (epoch, window, offset) of one example."""
     epoch, position = divmod(example, size)
     a = next(side for side in itertools.count(2, 2) if side * side >= size)
     b = -(-size // a)
@@ -72,7 +72,7 @@ def example_by_hand(example, size, offsets, seed):
 
 
 def test_mixer_is_splitmix64():
-    """The third output of SplitMix64 started at 1234567 in its authors' reference program."""
+    """The number is the third output of the authors' reference program with seed 1234567."""
     assert mix64_by_hand((1234567 + 3 * 0x9E3779B97F4A7C15) & MASK) == 9817491932198370423
 
 
@@ -99,7 +99,7 @@ def test_order_follows_the_documented_definition(total, context, batch_size, see
 
 
 def test_order_is_frozen():
-    """Recorded when version 1 was made. If this fails, runs can no longer be resumed: make a version 2 instead."""
+    """The numbers were recorded when version 1 was made. If this fails, runs cannot be resumed; make a version 2 instead."""
     windows = Windows(Numbered(100_000), 16, 8, seed=7)
     assert windows.window_numbers(0, np.arange(8))[1].tolist() == [5375, 717, 1645, 2246, 5826, 6058, 4747, 3145]
     starts = windows.batch_at(10**6, np.arange(8))["tokens"][:, 0]
@@ -132,9 +132,9 @@ def test_an_epoch_reads_every_window_once_from_one_offset(total):
     assert size == (1 if total < 24 else total // 8 - 1)
     starts = np.sort(starts_of(windows, epochs * size, 7).reshape(epochs, size), axis=1)
     assert (np.diff(starts, axis=1) == context).all()
-    # 120 draws of at most 15 offsets miss one of them with a chance of 15 * (14/15)^120 = 0.4 %.
+    # 120 draws from at most 15 offsets miss one of them with a probability of 15 * (14/15)^120 = 0.4 %.
     assert set(starts[:, 0]) == set(range(total - size * context))
-    assert starts.max() + context == total - 1  # so every token is read, the last one as a target
+    assert starts.max() + context == total - 1  # So every token is read, the last one as a target.
 
 
 def test_epochs_and_seeds_differ():
@@ -143,17 +143,17 @@ def test_epochs_and_seeds_differ():
     assert (first == orders(500, 1, seed=1)[0]).mean() < 0.02
 
 
-# -- nothing to be seen in the order ----------------------------------------------------------------------------------------
+# -- no pattern in the order ------------------------------------------------------------------------------------------------
 
 
 def deviation(counts, expected, freedom):
-    """Chi-square of counts that should be equal, in standard deviations from its mean."""
+    """Returns the chi-square of counts that should be equal, in standard deviations from its mean."""
     return (((counts - expected) ** 2 / expected).sum() - freedom) / math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize("size", [12, 40, 100, 1000])
 def test_order_passes_simple_statistics(size):
-    """A good order's figures hardly ever exceed 5; eight rounds give 173 at size 12 and 17 at 40, ten 17 at 12."""
+    """A random order hardly ever exceeds 5. Eight rounds give 173 at size 12 and 17 at 40, and ten rounds give 17 at 12."""
     epochs = 400_000 // size
     order = orders(size, epochs, seed=11)
     moved = np.bincount(((order - np.arange(size)) % size).ravel(), minlength=size)
@@ -168,7 +168,7 @@ def test_order_passes_simple_statistics(size):
 
 @pytest.mark.parametrize("size", [4, 5, 9])
 def test_both_parities_of_order_occur(size):
-    """With an odd number of rows and of columns a Feistel network makes even permutations only."""
+    """A Feistel network with an odd number of rows and of columns makes only even permutations."""
     order = orders(size, 2000)
     first, second = np.triu_indices(size, 1)
     odd = (order[:, first] > order[:, second]).sum(axis=1) % 2
@@ -213,7 +213,7 @@ def test_hosts_get_their_rows_of_the_same_batch():
 
 
 def test_a_late_step_costs_what_the_first_does():
-    """Milliseconds would allow for a slow machine, but never for going through the steps before."""
+    """The limit leaves time for a slow machine, but not for going through the earlier steps."""
     windows = Windows(Numbered(10**9), 512, 64, seed=0)
     rows = np.arange(64)
 
