@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.model.network import network
-from gpt_jax.model.transformer import Params
+from gpt_jax.model.transformer import Hidden, Params, Tokens
 from gpt_jax.runtime.sharding import all_max, all_sum, constrain, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
@@ -46,9 +46,7 @@ def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropo
         return cross_entropy(hidden, table, batch["targets"], batch["loss_weights"], config.vocab_size, config.loss_chunk)
 
 
-def token_log_probabilities(
-    config: ModelConfig, params: Params, tokens: Int[Array, "batch time"], targets: Int[Array, "batch time"]
-) -> Float[Array, "batch time"]:
+def token_log_probabilities(config: ModelConfig, params: Params, tokens: Tokens, targets: Tokens) -> Float[Array, "batch time"]:
     """Returns log softmax(logits)[target] (nats) at every position, float32, without dropout; `loss_chunk` time steps at once."""
     hidden = network(config).apply(config, params, tokens)
     table = constrain(params["embedding"]["tokens"], "vocab", None).astype(hidden.dtype)
@@ -88,9 +86,9 @@ def _pad_time(array: jax.Array, time: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    hidden: Float[Array, "batch time embed"],
+    hidden: Hidden,
     table: Float[Array, "padded_vocab embed"],
-    targets: Int[Array, "batch time"],
+    targets: Tokens,
     weights: Float[Array, "batch time"],
     vocab_size: int,
     chunk: int,

@@ -22,9 +22,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout
 from gpt_jax.model.transformer import (
+    Hidden,
     Linear,
     Params,
     TokenEmbedding,
+    Tokens,
     compute_dtype,
     module_param_specs,
     rematerialize,
@@ -53,9 +55,7 @@ class Lstm(nnx.Module):
         self.output = Linear(_with_inputs(config, config.lstm_units), units, embed, rngs=rngs)
         self.config = config
 
-    def __call__(
-        self, x: Float[Array, "batch time embed"], restart: Bool[Array, "batch time"] | None, state: State
-    ) -> tuple[Float[Array, "batch time embed"], Cache]:
+    def __call__(self, x: Hidden, restart: Bool[Array, "batch time"] | None, state: State) -> tuple[Hidden, Cache]:
         """Returns the output, and the state after every position. Where `restart` is True, the state is reset before the step."""
         recurrent = self.recurrent[...].astype(x.dtype)
 
@@ -106,11 +106,11 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
 def apply(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "batch time"],
+    tokens: Tokens,
     *,
     dropout_key: DropoutKey | None = None,
-    segment_ids: Int[Array, "batch time"] | None = None,
-) -> Float[Array, "batch time embed"]:
+    segment_ids: Tokens | None = None,
+) -> Hidden:
     """Returns the projected output, in the compute dtype.
 
     Args:
@@ -124,13 +124,13 @@ def apply(
 def apply_cached(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "batch time"],
+    tokens: Tokens,
     cache: Cache | None,
     start: Int[Array, "batch"] | None,
     *,
     dropout_key: DropoutKey | None = None,
-    segment_ids: Int[Array, "batch time"] | None = None,
-) -> tuple[Float[Array, "batch time embed"], Cache | None]:
+    segment_ids: Tokens | None = None,
+) -> tuple[Hidden, Cache | None]:
     """Continues each row from its state after position `start[i]` - 1; returns the new positions' output and the updated cache.
 
     States beyond a row's own length, which padding leaves there, are never read and are overwritten as the row grows. Without a

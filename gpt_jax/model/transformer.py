@@ -26,6 +26,9 @@ from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
 from gpt_jax.runtime.sharding import constrain
 
 Params = dict[str, Any]
+"""Parameters as nested dictionaries of arrays."""
+Tokens = Int[Array, "batch time"]
+Hidden = Float[Array, "batch time embed"]
 Cache = dict[str, Any]
 """Keys and values of earlier positions, by "key" and "value": [layers, batch, positions, heads, dim], or without layers inside a
 block. The LSTM keeps its states instead (lstm.py)."""
@@ -87,12 +90,12 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch time embed"],
+        x: Hidden,
         stream: UInt32[Array, "batch heads 2"] | None,
-        segment_ids: Int[Array, "batch time"] | None,
+        segment_ids: Tokens | None,
         cache: Cache | None,
         start: Int[Array, "batch"] | None,
-    ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
+    ) -> tuple[Hidden, Cache | None]:
         qkv = constrain(self.qkv(x), "batch", None, None, "heads", None)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if cache is not None:
@@ -120,7 +123,7 @@ class Mlp(nnx.Module):
         self.up = Linear(config, embed, mlp, rngs=rngs)
         self.down = Linear(config, mlp, embed, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch time embed"]) -> Float[Array, "batch time embed"]:
+    def __call__(self, x: Hidden) -> Hidden:
         return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), "batch", None, "mlp"))
 
 
@@ -136,13 +139,13 @@ class Block(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "batch time embed"],
+        x: Hidden,
         layer: Int[Array, ""],
         dropout_key: DropoutKey | None,
-        segment_ids: Int[Array, "batch time"] | None = None,
+        segment_ids: Tokens | None = None,
         cache: Cache | None = None,
         start: Int[Array, "batch"] | None = None,
-    ) -> tuple[Float[Array, "batch time embed"], Cache | None]:
+    ) -> tuple[Hidden, Cache | None]:
         config = self.config
         stream = None
         if dropout_key is not None and config.attention_dropout:
@@ -205,11 +208,11 @@ def module_param_specs(create: Callable[[], nnx.Module], prefix: tuple[str | Non
 def apply(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "batch time"],
+    tokens: Tokens,
     *,
     dropout_key: DropoutKey | None = None,
-    segment_ids: Int[Array, "batch time"] | None = None,
-) -> Float[Array, "batch time embed"]:
+    segment_ids: Tokens | None = None,
+) -> Hidden:
     """Returns the last block's output, in the compute dtype. There is no final layer norm.
 
     Args:
@@ -223,13 +226,13 @@ def apply(
 def apply_cached(
     config: ModelConfig,
     params: Params,
-    tokens: Int[Array, "batch time"],
+    tokens: Tokens,
     cache: Cache | None,
     start: Int[Array, "batch"] | None,
     *,
     dropout_key: DropoutKey | None = None,
-    segment_ids: Int[Array, "batch time"] | None = None,
-) -> tuple[Float[Array, "batch time embed"], Cache | None]:
+    segment_ids: Tokens | None = None,
+) -> tuple[Hidden, Cache | None]:
     """Continues rows whose first `start[i]` positions are in the cache; returns the new positions' output and the updated cache.
 
     Keys and values beyond a row's own length, which padding leaves there, are never attended to and are overwritten as the row
@@ -258,7 +261,7 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
     return {name: jnp.zeros(shape, compute_dtype(config)) for name in ("key", "value")}
 
 
-def logits(config: ModelConfig, params: Params, hidden: Float[Array, "batch time embed"]) -> Float[Array, "batch time vocab"]:
+def logits(config: ModelConfig, params: Params, hidden: Hidden) -> Float[Array, "batch time vocab"]:
     """Returns next-token scores over the logical vocabulary in float32, computed with the transposed token embeddings."""
     table = params["embedding"]["tokens"][: config.vocab_size].astype(hidden.dtype)
     with jax.default_matmul_precision(config.matmul_precision):

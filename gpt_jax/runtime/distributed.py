@@ -28,9 +28,9 @@ from gpt_jax.runtime.signals import StopSignals
 def start(config: DistributedConfig, log: Log) -> None:
     """Joins the other processes of this run, if there are any. Call it before anything else uses JAX's devices.
 
-    The order of precedence is: the config's coordinator; JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES and JAX_PROCESS_ID (or the
-    JOB_COMPLETION_INDEX of an indexed Kubernetes job); a SLURM step of several tasks, an indexed Kubernetes job, or a TPU pod, all
-    of which JAX detects. Otherwise this process is alone.
+    In order of precedence, the cluster is described by the config's coordinator; by JAX_COORDINATOR_ADDRESS with
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID (or the JOB_COMPLETION_INDEX of an indexed Kubernetes job); or by a SLURM step of several
+    tasks, an indexed Kubernetes job, or a TPU pod, all of which JAX detects. Otherwise this process is alone.
 
     Raises:
       UserError: the environment's variables do not make sense.

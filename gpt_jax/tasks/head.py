@@ -20,8 +20,8 @@ class Head(NamedTuple):
     """A classifier on top of the network.
 
     For a task with classes, the activations of an example's sequences are added (both orders of a pair), and one linear layer
-    gives `outputs` scores. For a multiple choice, one linear layer gives one score to each choice's sequence. Either way a softmax over
-    the scores gives the probabilities.
+    gives `outputs` scores. For a multiple choice, one linear layer gives one score to each choice's sequence. Either way a softmax
+    over the scores gives the probabilities.
     """
 
     outputs: int

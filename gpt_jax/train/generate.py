@@ -34,15 +34,7 @@ def continue_prompts(
     model, params, tokenizer = restored.config.model, restored.params, restored.tokenizer
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
     drawn = generate(
-        model,
-        params,
-        encoded,
-        num_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop=tokenizer.eos_id,
-        seed=seed,
+        model, params, encoded, num_tokens, temperature=temperature, top_k=top_k, top_p=top_p, stop=tokenizer.eos_id, seed=seed
     )
     return [tokenizer.decode(tokens) for tokens in drawn]
 

@@ -175,8 +175,4 @@ def total_loss(model: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Ar
 
 def language_model_metrics(loss: float, tokens_per_byte: float) -> dict[str, float]:
     """Returns the metrics of a mean loss in nats per token: the loss itself, perplexity and bits per byte of text."""
-    return {
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
-    }
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": loss / math.log(2) * tokens_per_byte}

@@ -193,12 +193,7 @@ def _accumulate(value_and_grad: Callable[..., Any], params: Params, batch: Batch
 
 def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
     params = model.init(config.model, jax.random.key(seed))
-    return {
-        "params": params,
-        "moments": init_moments(params),
-        "step": jnp.zeros((), jnp.int32),
-        "ok": jnp.ones((), jnp.bool),
-    }
+    return {"params": params, "moments": init_moments(params), "step": jnp.zeros((), jnp.int32), "ok": jnp.ones((), jnp.bool)}
 
 
 def _settle_by_device(config: RunConfig, mesh: Mesh) -> RunConfig:
