@@ -29,10 +29,7 @@ from .job import BUCKETS, Job, mounted, mounts, require_tool
 from .tpu_watch import DEFAULT_TIMING, Timing, TpuWatcher
 
 MOUNTS = (BUCKETS,)
-UNSUPPORTED = {
-    "queue": "Cloud TPU has one queue for each zone",
-    "image": "tpu-vm installs this commit on the workers",
-}
+UNSUPPORTED = {"queue": "Cloud TPU has one queue for each zone", "image": "tpu-vm installs this commit on the workers"}
 
 
 def check(job: Job) -> None:

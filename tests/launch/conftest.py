@@ -1,4 +1,7 @@
-"""A validator for the schemas beside this file: as much of JSON Schema as they use; an object refuses what it does not list."""
+"""A validator for the schemas beside this file, and the handling of Ctrl-C.
+
+It covers the part of JSON Schema that the schemas use. Unlike JSON Schema, an object has no fields but the listed ones.
+"""
 
 import json
 import re
@@ -13,11 +16,11 @@ TYPES = {"object": dict, "array": list, "string": str, "boolean": bool}
 
 
 def problems(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str = "$") -> Iterator[str]:
-    """A line for each place where the value is not what the schema says."""
+    """Yields a line for each place where a value violates its schema."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].removeprefix("#/$defs/")]
     if "anyOf" in schema and all(list(problems(value, option, root)) for option in schema["anyOf"]):
-        yield f"{where}: {value!r} is nothing that is allowed here"
+        yield f"{where}: {value!r} matches none of the alternatives"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{where}: {value!r} is not one of {schema['enum']}"
     kind = schema.get("type")
@@ -48,7 +51,7 @@ def problems(value: Any, schema: dict[str, Any], root: dict[str, Any], where: st
 
 @pytest.fixture
 def invalid() -> Callable[[Any, str], list[str]]:
-    """A function of a value and a schema's name, to a line for each mistake."""
+    """A function that takes a value and the name of a schema, and returns a line for each violation."""
 
     def check(value: Any, name: str) -> list[str]:
         schema = json.loads((Path(__file__).parent / "schemas" / f"{name}.json").read_text())
@@ -59,7 +62,7 @@ def invalid() -> Callable[[Any, str], list[str]]:
 
 @pytest.fixture(autouse=True)
 def interrupts() -> Iterator[None]:
-    """Ctrl-C is heard, even where the tests run in the background of a shell, which switches it off for them."""
+    """Enables Ctrl-C, which a shell disables for tests that run in its background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

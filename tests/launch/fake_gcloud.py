@@ -1,25 +1,26 @@
-"""Stands in for gcloud: queued resources are waited for, given and taken away; their workers are folders of this machine.
+"""A stand-in for gcloud. Queued resources are waited for, granted and taken away; their workers are folders on this machine.
 
     python fake_gcloud.py FOLDER compute tpus ...
 
-FOLDER/script.json says what happens; FOLDER/state.json is where things stand; FOLDER/said.jsonl lists the commands. The script:
+FOLDER/script.json describes what happens, FOLDER/state.json holds the current state, FOLDER/commands.jsonl lists the commands.
+The fields of the script:
 
-    hosts           workers of a node
-    lives           what becomes of the first resource, of the second, ... (the last one stands for all later ones):
-        states          what `describe` says, one after the other, before `then`
-        then            ACTIVE (if it is not said), SUSPENDED or FAILED, with its `message`
-        preempt         two commands after the run has made so many steps (`at_once`: at once), the machines are gone; the
-                        resource says so two looks later
-        hang            the number of a worker whose ssh never ends; `hangs`: how often (always, if it is not said)
-        lose            how many times the machines are gone at the next ssh although the resource stays ACTIVE
-        vanish          the number of the ssh at which somebody else deletes the resource
-    create_errors   what `create` complains of, one after the other, before it succeeds
-    create_silent   how many of the first `create` do what they should and then complain that they were UNAVAILABLE
-    describe_errors what `describe` complains of, by the number of the call; under "all", whenever it is called
-    delete_errors   what `delete` complains of, one after the other, before it succeeds
-    stop_errors     how often an ssh with `stop` does not get through, by node
-    metrics         the run's metrics.jsonl
-    flags           of the Python that runs the training; without it, such as start faster
+    hosts           number of workers in a node
+    lives           what happens to the first resource, to the second, and so on; the last entry applies to all later ones:
+        states          the states that `describe` shows, one after the other, before `then`
+        then            ACTIVE (the default), SUSPENDED, or FAILED with its `message`
+        preempt         step of the run after which the machines are lost, two commands later, or immediately with `at_once`; the
+                        resource shows it at the second `describe` after that
+        hang            number of a worker whose ssh never ends, `hangs` times (default: always)
+        lose            how many times the machines are lost at the next ssh although the resource stays ACTIVE
+        vanish          number of the ssh at which someone else deletes the resource
+    create_errors   errors of `create`, one after the other, before it succeeds
+    create_silent   how many of the first `create` commands succeed but report UNAVAILABLE
+    describe_errors errors of `describe` by the number of the call; "all" applies to every call
+    delete_errors   errors of `delete`, one after the other, before it succeeds
+    stop_errors     by node, how many ssh commands with `stop` fail
+    metrics         metrics.jsonl of the run
+    flags           flags of the Python that runs the training (default: flags with which it starts faster)
     environment     variables of every worker's processes; {worker}, {workers} and {port} are filled in
 """
 
@@ -37,7 +38,7 @@ from pathlib import Path
 
 FLAGS = {
     "queued-resources create": {
-        *("--node-id", "--node-count", "--node-prefix", "--accelerator-type", "--runtime-version", "--spot", "--labels"),
+        *("--node-id", "--node-count", "--node-prefix", "--accelerator-type", "--runtime-version", "--spot", "--labels")
     },
     "queued-resources describe": {"--format"},
     "queued-resources delete": {"--force"},
@@ -45,14 +46,14 @@ FLAGS = {
     "tpu-vm scp": {"--worker"},
     "tpu-vm ssh": {"--worker", "--command"},
 }
-"""Of those that the real one has, the ones that there is a use for here; and --quiet, --zone, --project."""
+"""The flags that `launch` uses, besides --quiet, --zone and --project. Any other flag is an error."""
 
 
 def main(folder, words):
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with open(folder / "said.jsonl", "a") as said:
-            said.write(json.dumps(["gcloud", *words]) + "\n")
+        with open(folder / "commands.jsonl", "a") as commands:
+            commands.write(json.dumps(["gcloud", *words]) + "\n")
         script = json.loads((folder / "script.json").read_text())
         state_file = folder / "state.json"
         state = json.loads(state_file.read_text()) if state_file.exists() else {"created": 0, "described": 0, "resource": None}
@@ -60,10 +61,12 @@ def main(folder, words):
         group, verb, *rest = words[2:]
         flags = {word for word in rest if word.startswith("--")}
         if unknown := flags - FLAGS[f"{group} {verb}"] - {"--quiet", "--zone", "--project"}:
-            return complain(f"{group}.{verb}", f"unrecognized arguments: {' '.join(unknown)}")[0]
-        code, jobs = {"queued-resources": resource, "tpu-vm": node}[group](folder, script, state, verb, rest)
+            return fail(f"{group}.{verb}", f"unrecognized arguments: {' '.join(unknown)}")[0]
+        code, jobs = {"queued-resources": run_resource_command, "tpu-vm": run_node_command}[group](
+            folder, script, state, verb, rest
+        )
         state_file.write_text(json.dumps(state))
-    # Like the real one it waits for all workers, and a hanging one keeps it from coming back.
+    # Like the real gcloud, it waits for all workers, also for one that hangs.
     return max([code, *(job.wait() for job in jobs)])
 
 
@@ -71,7 +74,7 @@ def option(words, name, default=None):
     return words[words.index(name) + 1] if name in words else default
 
 
-def complain(verb, message):
+def fail(verb, message):
     print(f"ERROR: (gcloud.compute.tpus.{verb}) {message}", file=sys.stderr)
     return 1, []
 
@@ -80,15 +83,15 @@ def life(script, state):
     return script["lives"][min(state["created"], len(script["lives"])) - 1]
 
 
-def resource(folder, script, state, verb, words):
-    name, known = words[0], state["resource"]
+def run_resource_command(folder, script, state, verb, words):
+    name, resource = words[0], state["resource"]
     missing = f"NOT_FOUND: Resource 'projects/p/locations/z/queuedResources/{name}' was not found"
     if verb == "create":
-        if known:
-            return complain("queued-resources.create", f"ALREADY_EXISTS: Resource '{name}' already exists")
-        if errors := script.get("create_errors", [])[state.get("refused", 0) :]:
-            state["refused"] = state.get("refused", 0) + 1
-            return complain("queued-resources.create", errors[0])
+        if resource:
+            return fail("queued-resources.create", f"ALREADY_EXISTS: Resource '{name}' already exists")
+        if errors := script.get("create_errors", [])[state.get("failed_creates", 0) :]:
+            state["failed_creates"] = state.get("failed_creates", 0) + 1
+            return fail("queued-resources.create", errors[0])
         state["created"] += 1
         count = int(option(words, "--node-count", "1"))
         nodes = [option(words, "--node-id", name)] if count == 1 else [f"{name}-{number}" for number in range(count)]
@@ -97,64 +100,64 @@ def resource(folder, script, state, verb, words):
         labels = dict(pair.split("=") for pair in option(words, "--labels", "").split(",") if pair)
         state["resource"] = {"name": name, "nodes": nodes, "states": states, "state": "ACCEPTED", "port": free_port()}
         state["resource"]["labels"] = labels
-        for each in nodes:
+        for node_name in nodes:
             for number in range(script["hosts"]):
-                home(folder, each, number).mkdir(parents=True)
+                home(folder, node_name, number).mkdir(parents=True)
         if state["created"] <= script.get("create_silent", 0):
-            return complain("queued-resources.create", "UNAVAILABLE: no answer")
+            return fail("queued-resources.create", "UNAVAILABLE: no answer")
         return 0, []
     if verb == "describe":
         state["described"] += 1
         errors = script.get("describe_errors", {})
         if error := errors.get(str(state["described"]), errors.get("all")):
-            return complain("queued-resources.describe", error)
-    if not known:
-        return complain(f"queued-resources.{verb}", missing)
+            return fail("queued-resources.describe", error)
+    if not resource:
+        return fail(f"queued-resources.{verb}", missing)
     if verb == "delete":
-        if errors := script.get("delete_errors", [])[state.get("kept", 0) :]:
-            state["kept"] = state.get("kept", 0) + 1
-            return complain("queued-resources.delete", errors[0])
-        lose_machines(folder, known)
+        if errors := script.get("delete_errors", [])[state.get("failed_deletes", 0) :]:
+            state["failed_deletes"] = state.get("failed_deletes", 0) + 1
+            return fail("queued-resources.delete", errors[0])
+        lose_machines(folder, resource)
         state["resource"] = None
         return 0, []
-    known["state"] = known["states"].pop(0) if known["states"] else known["state"]
-    if known["state"] == "":  # it was DELETING
-        lose_machines(folder, known)
+    resource["state"] = resource["states"].pop(0) if resource["states"] else resource["state"]
+    if resource["state"] == "":  # The deletion is complete.
+        lose_machines(folder, resource)
         state["resource"] = None
-        return complain("queued-resources.describe", missing)
-    spec = {"nodeId": known["nodes"][0], "node": {"labels": known["labels"]}}
-    answer = {"name": name, "state": {"state": known["state"]}, "tpu": {"nodeSpec": [spec]}}
-    if known["state"] == "FAILED" and (message := life(script, state).get("message")):
+        return fail("queued-resources.describe", missing)
+    spec = {"nodeId": resource["nodes"][0], "node": {"labels": resource["labels"]}}
+    answer = {"name": name, "state": {"state": resource["state"]}, "tpu": {"nodeSpec": [spec]}}
+    if resource["state"] == "FAILED" and (message := life(script, state).get("message")):
         answer["state"]["failedData"] = {"error": {"code": 8, "message": message}}
     print(json.dumps(answer))
     return 0, []
 
 
-def node(folder, script, state, verb, words):
-    known, plan = state["resource"], life(script, state)
+def run_node_command(folder, script, state, verb, words):
+    resource, plan = state["resource"], life(script, state)
     if verb == "scp":
         *files, target = words[: words.index("--worker")]
         name, _, place = target.partition(":")
     else:
         name = words[0]
-    if not known or known["state"] != "ACTIVE" or not home(folder, name, 0).exists():
-        return complain(f"tpu-vm.{verb}", f"NOT_FOUND: Resource 'projects/p/locations/z/nodes/{name}' was not found")
+    if not resource or resource["state"] != "ACTIVE" or not home(folder, name, 0).exists():
+        return fail(f"tpu-vm.{verb}", f"NOT_FOUND: Resource 'projects/p/locations/z/nodes/{name}' was not found")
     if verb == "describe":
         print("READY")
         return 0, []
-    known["asked"] = known.get("asked", 0) + (verb == "ssh")
-    if known["asked"] == plan.get("vanish"):
-        lose_machines(folder, known)
+    resource["ssh_commands"] = resource.get("ssh_commands", 0) + (verb == "ssh")
+    if resource["ssh_commands"] == plan.get("vanish"):
+        lose_machines(folder, resource)
         state["resource"] = None
-        return complain("tpu-vm.ssh", "could not connect")
-    if verb == "ssh" and known.get("lost", 0) < plan.get("lose", 0):
-        known["lost"] = known.get("lost", 0) + 1
-        lose_machines(folder, known)
-        return complain("tpu-vm.ssh", "could not connect")
-    unheard = state.setdefault("unheard", {})
-    if " stop " in option(words, "--command", "") and unheard.get(name, 0) < script.get("stop_errors", {}).get(name, 0):
-        unheard[name] = unheard.get(name, 0) + 1
-        return complain("tpu-vm.ssh", "could not connect")
+        return fail("tpu-vm.ssh", "could not connect")
+    if verb == "ssh" and resource.get("lost", 0) < plan.get("lose", 0):
+        resource["lost"] = resource.get("lost", 0) + 1
+        lose_machines(folder, resource)
+        return fail("tpu-vm.ssh", "could not connect")
+    failed_stops = state.setdefault("failed_stops", {})
+    if " stop " in option(words, "--command", "") and failed_stops.get(name, 0) < script.get("stop_errors", {}).get(name, 0):
+        failed_stops[name] = failed_stops.get(name, 0) + 1
+        return fail("tpu-vm.ssh", "could not connect")
     if plan.get("at_once") and option(words, "--command", "").endswith("start"):
         subprocess.Popen([sys.executable, __file__, folder, "watch"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     jobs = []
@@ -163,13 +166,13 @@ def node(folder, script, state, verb, words):
             for file in files:
                 shutil.copy(file, home(folder, name, number) / place)
             continue
-        if plan.get("hang") == number and known.get("hung", 0) < plan.get("hangs", 1 << 30):
-            known["hung"] = known.get("hung", 0) + 1
+        if plan.get("hang") == number and resource.get("hung", 0) < plan.get("hangs", 1 << 30):
+            resource["hung"] = resource.get("hung", 0) + 1
             jobs.append(subprocess.Popen(["sleep", "120"]))
             state["hanging"] = [*state.get("hanging", []), jobs[-1].pid]
             continue
-        worker = known["nodes"].index(name) * script["hosts"] + number
-        places = {"worker": worker, "workers": len(known["nodes"]) * script["hosts"], "port": known["port"]}
+        worker = resource["nodes"].index(name) * script["hosts"] + number
+        places = {"worker": worker, "workers": len(resource["nodes"]) * script["hosts"], "port": resource["port"]}
         variables = {key: value.format(**places) for key, value in script.get("environment", {}).items()}
         variables |= {"HOME": str(home(folder, name, number)), "HOSTNAME": f"t1v-n-{name}-w-{number}", "WORKER": str(worker)}
         variables["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
@@ -183,33 +186,33 @@ def home(folder, name, number):
 
 
 def preempt(folder, script, state, commands):
-    """Takes the machines away if the run has been where the script says for so many commands."""
-    known, metrics = state["resource"], Path(script.get("metrics", "/nowhere"))
-    due = life(script, state).get("preempt") if known and known["state"] == "ACTIVE" else None
-    if due and not known.get("preempted") and metrics.exists() and f'"step": {due},' in metrics.read_text():
-        known["seen"] = known.get("seen", 0) + 1
-        if known["seen"] > commands:
-            lose_machines(folder, known)
-            known.update(states=["ACTIVE", "SUSPENDING", "SUSPENDED"], preempted=True)
-    return bool(due and known.get("preempted"))
+    """Takes the machines away `commands` commands after the run has reached the step in the script; returns whether it has."""
+    resource, metrics = state["resource"], Path(script.get("metrics", "/nowhere"))
+    due = life(script, state).get("preempt") if resource and resource["state"] == "ACTIVE" else None
+    if due and not resource.get("preempted") and metrics.exists() and f'"step": {due},' in metrics.read_text():
+        resource["commands_since"] = resource.get("commands_since", 0) + 1
+        if resource["commands_since"] > commands:
+            lose_machines(folder, resource)
+            resource.update(states=["ACTIVE", "SUSPENDING", "SUSPENDED"], preempted=True)
+    return bool(due and resource.get("preempted"))
 
 
 def watch(folder):
-    """Preempts at once; started beside the training."""
+    """Preempts as soon as the run reaches the step. This process is started beside the training."""
     script = json.loads((folder / "script.json").read_text())
-    gone = False
-    while not gone and (folder / "state.json").exists():
+    preempted = False
+    while not preempted and (folder / "state.json").exists():
         time.sleep(0.01)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             state = json.loads((folder / "state.json").read_text())
-            gone = not state["resource"] or preempt(folder, script, state, commands=0)
+            preempted = not state["resource"] or preempt(folder, script, state, commands=0)
             (folder / "state.json").write_text(json.dumps(state))
 
 
-def lose_machines(folder, known):
-    """Kills what runs on the workers and removes their disks."""
-    for name in known["nodes"]:
+def lose_machines(folder, resource):
+    """Kills the processes of the workers and removes their disks."""
+    for name in resource["nodes"]:
         for pid in (folder / "workers" / name).glob("*/gpt-jax/*/pid"):
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 os.killpg(int(pid.read_text().split()[1]), signal.SIGKILL)
@@ -238,7 +241,7 @@ printf '#!/bin/sh\\nexec {training} "$@"\\n' > "$5/bin/python" && chmod +x "$5/b
 
 
 def install(folder, script):
-    """Puts gcloud with its ssh-add, and what the workers have into `folder`/bin; returns the folder for PATH."""
+    """Writes gcloud with its ssh-add, and the programs of the workers in `folder`/bin; returns the folder for PATH."""
     (folder / "bin").mkdir(parents=True)
     (folder / "gcloud").mkdir()
     (folder / "script.json").write_text(json.dumps(script))

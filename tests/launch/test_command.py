@@ -178,14 +178,7 @@ def test_every_option_of_a_job_is_an_argument_with_a_help_text():
     assert all(helps.values())
     assert {
         name: parser.get_default(name) for name in ("slices", "spot", "preemptions", "crashes", "grace_seconds", "seeds")
-    } == {
-        "slices": 1,
-        "spot": False,
-        "preemptions": 100,
-        "crashes": 3,
-        "grace_seconds": 120,
-        "seeds": 1,
-    }
+    } == {"slices": 1, "spot": False, "preemptions": 100, "crashes": 3, "grace_seconds": 120, "seeds": 1}
     assert {parser.get_default(name) for name in ("image", "queue", "zone", "project")} == {""}
 
 

@@ -276,13 +276,7 @@ def test_only_jobs_of_several_slices_have_the_variables_that_connect_slices():
 
 def test_the_platform_is_named_so_that_a_broken_driver_is_an_error():
     platforms = {kind: next(pods(manifest(**fields)))[1]["JAX_PLATFORMS"] for kind, fields in KINDS.items()}
-    assert platforms == {
-        "slice": "tpu,cpu",
-        "two slices": "tpu,cpu",
-        "host": "tpu,cpu",
-        "GPU nodes": "cuda,cpu",
-        "CPUs": "cpu",
-    }
+    assert platforms == {"slice": "tpu,cpu", "two slices": "tpu,cpu", "host": "tpu,cpu", "GPU nodes": "cuda,cpu", "CPUs": "cpu"}
 
 
 TINY = """

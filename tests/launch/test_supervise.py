@@ -22,8 +22,8 @@ from gpt_jax.launch.supervise import (
     spawn,
 )
 
-# Each attempt takes the next word of its plan, the last one repeatedly: an exit code; `kill` to end by SIGKILL; `save` to wait for
-# SIGTERM and end with 42; or `deaf` to ignore SIGTERM. In `7:1`, the number before the colon is the step that it reaches first.
+# Each attempt takes the next word of its plan, the last one repeatedly: an exit code; `kill` to end by SIGKILL; `save` to wait
+# for SIGTERM and end with 42; or `deaf` to ignore SIGTERM. In `7:1`, the number before the colon is the step that it reaches.
 STAND_IN = """
 import json, os, signal, sys, time
 folder, number, count, plan = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4].split()
@@ -180,10 +180,7 @@ def test_a_signal_is_passed_on_and_processes_have_time_to_save(tmp_path, number)
     before = signal.getsignal(number)
     stage = Stage(tmp_path, "save", "save").when_ready(lambda: os.kill(os.getpid(), number))
     assert stage.supervisor.run() == 42
-    assert stage.lines == [
-        "stop requested; waiting up to 5 s for 2 running processes to save and end",
-        STOPPED,
-    ]
+    assert stage.lines == ["stop requested; waiting up to 5 s for 2 running processes to save and end", STOPPED]
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
     assert signal.getsignal(number) == before

@@ -1,4 +1,4 @@
-"""The watch over TPU VMs, against a gcloud that keeps state as the real one does; its workers are processes of this machine."""
+"""The watch over TPU VMs, with a stand-in for gcloud that keeps state; its workers are processes on this machine."""
 
 import contextlib
 import dataclasses
@@ -20,12 +20,13 @@ from types import SimpleNamespace
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.launch import job as jobs
-from gpt_jax.launch import supervise, tpu_vm, tpu_watch
-from gpt_jax.launch.gcloud import Done
-from gpt_jax.launch.job import Checked, Job
-from gpt_jax.launch.supervise import Fate
-from gpt_jax.launch.tpu_watch import Do, Seen, Timing, decide, together
+from gpt_jax.launch import checks, supervise, tpu_vm, tpu_watch
+from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.launch.gcloud import Gcloud, Result
+from gpt_jax.launch.job import Job
+from gpt_jax.launch.supervise import Outcome
+from gpt_jax.launch.tpu_watch import ActionKind, Observation, Timing, TpuWatcher, combine_statuses, decide
+from gpt_jax.runtime import git_info
 from gpt_jax.runtime.git_info import Checkout
 
 fake_gcloud, tiny = (
@@ -37,14 +38,14 @@ QUOTA = (
     "RESOURCE_EXHAUSTED: Quota limit 'TPUV5sLitepodPerProjectPerZoneForTPUAPI' has been exceeded. Limit: 0 in zone us-west4-a."
 )
 
-# In place of the package: makes steps up to the one that the plan has for this attempt, then ends as the plan says; `wait`: with
-# 42, when it is told to stop.
+# A stand-in for the package: it makes steps up to the one that its plan has for this attempt, and ends with the exit code in the
+# plan, or with 42 after SIGTERM if the plan says `wait`.
 STAND_IN = """
 import json, os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
 worker = os.environ["WORKER"]
-told = []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
 signal.alarm(60)
 folder.mkdir(parents=True, exist_ok=True)
 with open(folder / f"attempts-{worker}", "a+") as file:
@@ -60,7 +61,7 @@ for number in range(made + 1, int(step) + 1) if worker == "0" else ():
     with open(metrics, "a") as file:
         file.write(json.dumps({"kind": "train", "step": number, "attempt": attempt}) + "\\n")
     print(f"step {number}", flush=True)
-while end == "wait" and not told:
+while end == "wait" and not signals:
     time.sleep(0.01)
 print(f"gpt-jax: attempt {attempt} ends")
 sys.exit(42 if end == "wait" else int(end))
@@ -68,7 +69,7 @@ sys.exit(42 if end == "wait" else int(end))
 
 
 class Cloud:
-    """A fake gcloud on PATH, a repository to install, a job to run, and what came of it."""
+    """A fake gcloud on PATH, a repository to install, a job to run, and its results."""
 
     def __init__(self, folder, repository, capfd):
         self.folder, self.capfd = folder, capfd
@@ -76,35 +77,39 @@ class Cloud:
         self.run.parent.mkdir()
         self.install_from(repository)
         overrides = ("--train.duration", "7 steps")
-        self.job = Job("pretrain", "smoke", overrides, str(self.run), "tiny", "v5e-8", zone="us-west4-a")
+        v5e = parse_accelerator("v5e-8")
+        self.job = Job("pretrain", "smoke", overrides, str(self.run), "tiny", v5e, zone="us-west4-a")
         self.diff = ""
 
     def install_from(self, repository):
         self.repository = repository
         self.commit = git(repository, "rev-parse", "HEAD")
 
+    def change(self, **fields):
+        self.job = dataclasses.replace(self.job, **fields)
+
     def script(self, *lives, hosts=1, plan=("7:0",), others=None, **more):
-        """What gcloud and the training do; `others`: what the training does on worker 1, if it differs."""
+        """Sets what gcloud and the training do; `others` is the plan of worker 1, if it differs."""
         script = {"hosts": hosts, "lives": lives or [{}], "metrics": str(self.run / "metrics.jsonl"), **more}
-        # A v5e-8 has one host, in truth.
-        self.checked = Checked(None, dataclasses.replace(jobs.accelerators.find("v5e-8"), hosts=hosts))
+        self.change(accelerator=dataclasses.replace(self.job.accelerator, hosts=hosts))  # A real v5e-8 has one host.
         self.path = fake_gcloud.install(self.folder / "cloud", script)
         plan = {"0": plan} | ({"1": others} if others else {})
         (self.run.parent / "plan.json").write_text(json.dumps(plan))
         return self
 
-    def submit(self, timing=QUICK, **options):
+    def submit(self, timing=QUICK, delete_on_exit=False):
+        self.change(delete_on_exit=delete_on_exit)
         try:
-            return tpu_vm.submit(self.job, self.checked, timing=timing, **options)
+            tpu_vm.check(self.job)
+            return tpu_vm.submit(self.job, timing)
         finally:
-            said = self.capfd.readouterr().err
-            self.said = said
-            lines = [line.removeprefix("tpu-vm: ") for line in said.splitlines() if line.startswith("tpu-vm: ")]
+            self.shown = self.capfd.readouterr().err
+            lines = [line.removeprefix("tpu-vm: ") for line in self.shown.splitlines() if line.startswith("tpu-vm: ")]
             self.lines = [re.sub("gpt-jax=[0-9a-f]{16}", "gpt-jax=OWNER", line) for line in lines]
-            print(said)
+            print(self.shown)
 
     def commands(self):
-        lines = (self.folder / "cloud" / "said.jsonl").read_text().splitlines()
+        lines = (self.folder / "cloud" / "commands.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
     def count(self, verb):
@@ -115,12 +120,12 @@ class Cloud:
 
     def created(self):
         state = self.folder / "cloud" / "state.json"
-        with contextlib.suppress(ValueError):  # it is being written
+        with contextlib.suppress(ValueError):  # The file is being written.
             return state.exists() and json.loads(state.read_text())["created"]
 
     def steps(self):
         records = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
-        return [(each["attempt"], each["step"]) for each in records]
+        return [(record["attempt"], record["step"]) for record in records]
 
     def attempts(self, worker=0):
         return len((self.run / f"attempts-{worker}").read_text())
@@ -144,6 +149,7 @@ class Cloud:
 
 
 def without_place(command):
+    """Returns a gcloud command without the options that name the zone and the project."""
     return command[: command.index("--quiet")]
 
 
@@ -154,12 +160,12 @@ def git(folder, *words):
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory):
-    """What is installed on the workers: a repository whose package stands in for ours."""
+    """The repository that is installed on the workers, whose package is the stand-in."""
     return repository_of(tmp_path_factory.mktemp("repository"), {"gpt_jax/__init__.py": "", "gpt_jax/__main__.py": STAND_IN})
 
 
 def repository_of(folder, files=()):
-    """A repository of one commit, with these files and those that an installation reads."""
+    """Makes a repository of one commit, with the given files and those that an installation reads."""
     for name, text in {"setup.cfg": "", "pyproject.toml": "", "constraints/py312.txt": "", **dict(files)}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -171,83 +177,84 @@ def repository_of(folder, files=()):
 
 @pytest.fixture
 def cloud(tmp_path, repository, monkeypatch, capfd):
-    made = Cloud(tmp_path, repository, capfd)
+    cloud = Cloud(tmp_path, repository, capfd)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PATH", f"{tmp_path / 'cloud' / 'gcloud'}:{os.environ['PATH']}")
     (tmp_path / ".ssh").mkdir()
     (tmp_path / ".ssh" / "google_compute_engine.pub").write_text(f"ssh-rsa {fake_gcloud.KEY} t@example.com\n")
-    check = tpu_vm.require_reachable
-    monkeypatch.setattr(
-        tpu_vm, "require_reachable", lambda job, *more: None if job.workdir.startswith(str(tmp_path)) else check(job, *more)
-    )
     monkeypatch.setattr(supervise, "BACKOFF_SECONDS", 0.01)
-    monkeypatch.setattr(tpu_vm.checkout, "find", lambda: Checkout(made.repository, made.commit, made.diff.encode(), ()))
+    checkout = lambda: Checkout(cloud.repository, cloud.commit, cloud.diff.encode(), ())  # noqa: E731
+    monkeypatch.setattr(git_info, "find_checkout", checkout)
     before = signal.getsignal(signal.SIGTERM)
-    yield made
+    yield cloud
     signal.signal(signal.SIGTERM, before)
-    made.clean()
+    cloud.clean()
 
 
 DELETE = "gcloud compute tpus queued-resources delete tiny --force --quiet --zone us-west4-a"
-STAYS = [f"tiny stays, and costs, until it is deleted: {DELETE}", "the same command attaches to it again"]
-ASKED = (
-    "asking for tiny: gcloud compute tpus queued-resources create tiny --node-id tiny --accelerator-type v5litepod-8 "
+STAYS = [f"tiny stays, and costs money, until it is deleted: {DELETE}", "run the same command again to attach to it"]
+REQUESTED = (
+    "requesting tiny: gcloud compute tpus queued-resources create tiny --node-id tiny --accelerator-type v5litepod-8 "
     "--runtime-version v2-alpha-tpuv5-lite --labels gpt-jax=OWNER --quiet --zone us-west4-a"
 )
-INSTALLS = "installing on 1 worker; the first time this takes minutes"
+INSTALLING = "installing on 1 worker; the first time this takes minutes"
 
 
-# -- the judgement ----------------------------------------------------------------------------------------------------------
+# -- the decisions ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("seen", "do", "fate"),
+    ("seen", "kind", "outcome"),
     [
-        (Seen(""), Do.CREATE, None),
-        (Seen("", asked=True), Do.END, Fate.CRASHED),
-        (Seen("OTHER"), Do.END, Fate.MISTAKE),
-        (Seen("REFUSED"), Do.END, Fate.MISTAKE),
-        (Seen("REFUSED", seconds=299, asked=True), Do.WAIT, None),
-        (Seen("REFUSED", seconds=300, asked=True), Do.END, Fate.MISTAKE),
-        (Seen("CREATING"), Do.WAIT, None),
-        (Seen("ACCEPTED"), Do.WAIT, None),
-        (Seen("WAITING_FOR_RESOURCES"), Do.WAIT, None),
-        (Seen("PROVISIONING"), Do.WAIT, None),
-        (Seen("SUSPENDING"), Do.WAIT, None),
-        (Seen("DELETING"), Do.WAIT, None),
-        (Seen("UNKNOWN", why="UNAVAILABLE"), Do.WAIT, None),
-        (Seen("SUSPENDED", asked=True), Do.REPLACE, Fate.PREEMPTED),
-        (Seen("SUSPENDED"), Do.REPLACE, None),
-        (Seen("FAILED", why="Quota exceeded", asked=True), Do.END, Fate.MISTAKE),
-        (Seen("FAILED", why="there is no more capacity in the zone", asked=True), Do.REPLACE, Fate.PREEMPTED),
-        (Seen("FAILED", why="internal", asked=True), Do.REPLACE, Fate.CRASHED),
-        (Seen("FAILED", why="Quota exceeded"), Do.REPLACE, None),
-        (Seen("ACTIVE", "idle"), Do.START, None),
-        (Seen("ACTIVE", "running", seconds=1e9), Do.WAIT, None),
-        (Seen("ACTIVE", "gone"), Do.REPLACE, Fate.PREEMPTED),
-        (Seen("ACTIVE", "silent", seconds=299), Do.WAIT, None),
-        (Seen("ACTIVE", "silent", seconds=300), Do.REPLACE, Fate.CRASHED),
-        (Seen("ACTIVE", "other"), Do.END, Fate.MISTAKE),
-        (Seen("ACTIVE", "failed", seconds=59), Do.WAIT, None),
-        (Seen("ACTIVE", "failed", seconds=60), Do.RESTART, Fate.CRASHED),
-        (Seen("ACTIVE", "ended", (0, 0), ran=True), Do.END, Fate.DONE),
-        (Seen("ACTIVE", "ended", (2, 1), ran=True), Do.END, Fate.MISTAKE),
-        (Seen("ACTIVE", "ended", (1, 1), seconds=59, ran=True), Do.WAIT, None),
-        (Seen("ACTIVE", "ended", (1, 1), seconds=60, ran=True), Do.RESTART, Fate.CRASHED),
-        (Seen("ACTIVE", "ended", (42, 1), seconds=60, ran=True), Do.RESTART, Fate.PREEMPTED),
-        (Seen("ACTIVE", "ended", (2, 1)), Do.RESTART, None),
-        (Seen("ACTIVE", "ended", (0, 0)), Do.END, Fate.DONE),
+        (Observation(""), ActionKind.CREATE, None),
+        (Observation("", requested=True), ActionKind.END, Outcome.CRASHED),
+        (Observation("OTHER"), ActionKind.END, Outcome.MISTAKE),
+        (Observation("REFUSED"), ActionKind.END, Outcome.MISTAKE),
+        (Observation("REFUSED", seconds=299, requested=True), ActionKind.WAIT, None),
+        (Observation("REFUSED", seconds=300, requested=True), ActionKind.END, Outcome.MISTAKE),
+        (Observation("CREATING"), ActionKind.WAIT, None),
+        (Observation("ACCEPTED"), ActionKind.WAIT, None),
+        (Observation("WAITING_FOR_RESOURCES"), ActionKind.WAIT, None),
+        (Observation("PROVISIONING"), ActionKind.WAIT, None),
+        (Observation("SUSPENDING"), ActionKind.WAIT, None),
+        (Observation("DELETING"), ActionKind.WAIT, None),
+        (Observation("UNKNOWN", reason="UNAVAILABLE"), ActionKind.WAIT, None),
+        (Observation("SUSPENDED", requested=True), ActionKind.REPLACE, Outcome.PREEMPTED),
+        (Observation("SUSPENDED"), ActionKind.REPLACE, None),
+        (Observation("FAILED", reason="Quota exceeded", requested=True), ActionKind.END, Outcome.MISTAKE),
+        (
+            Observation("FAILED", reason="there is no more capacity in the zone", requested=True),
+            ActionKind.REPLACE,
+            Outcome.PREEMPTED,
+        ),
+        (Observation("FAILED", reason="internal", requested=True), ActionKind.REPLACE, Outcome.CRASHED),
+        (Observation("FAILED", reason="Quota exceeded"), ActionKind.REPLACE, None),
+        (Observation("ACTIVE", "idle"), ActionKind.START, None),
+        (Observation("ACTIVE", "running", seconds=1e9), ActionKind.WAIT, None),
+        (Observation("ACTIVE", "gone"), ActionKind.REPLACE, Outcome.PREEMPTED),
+        (Observation("ACTIVE", "silent", seconds=299), ActionKind.WAIT, None),
+        (Observation("ACTIVE", "silent", seconds=300), ActionKind.REPLACE, Outcome.CRASHED),
+        (Observation("ACTIVE", "other"), ActionKind.END, Outcome.MISTAKE),
+        (Observation("ACTIVE", "failed", seconds=59), ActionKind.WAIT, None),
+        (Observation("ACTIVE", "failed", seconds=60), ActionKind.RESTART, Outcome.CRASHED),
+        (Observation("ACTIVE", "ended", (0, 0), ran=True), ActionKind.END, Outcome.DONE),
+        (Observation("ACTIVE", "ended", (2, 1), ran=True), ActionKind.END, Outcome.MISTAKE),
+        (Observation("ACTIVE", "ended", (1, 1), seconds=59, ran=True), ActionKind.WAIT, None),
+        (Observation("ACTIVE", "ended", (1, 1), seconds=60, ran=True), ActionKind.RESTART, Outcome.CRASHED),
+        (Observation("ACTIVE", "ended", (42, 1), seconds=60, ran=True), ActionKind.RESTART, Outcome.PREEMPTED),
+        (Observation("ACTIVE", "ended", (2, 1)), ActionKind.RESTART, None),
+        (Observation("ACTIVE", "ended", (0, 0)), ActionKind.END, Outcome.DONE),
     ],
 )
-def test_what_is_seen_decides(seen, do, fate):
-    assert decide(seen, Timing())[:2] == (do, fate)
+def test_the_observation_decides_about_the_action(seen, kind, outcome):
+    assert decide(seen, Timing())[:2] == (kind, outcome)
 
 
-OTHER = "runs another command; give this one another --name, or delete the resource"
+OTHER = "runs another command; choose another --name, or delete the resource"
 IDLE, RUNS = {"state": "idle", "job": ""}, {"state": "running", "job": "a"}
 
 
-def over(code, job="a"):
+def ended(code, job="a"):
     return {"state": "ended", "code": code, "job": job, "said": f"code {code}"}
 
 
@@ -257,26 +264,26 @@ def over(code, job="a"):
         (RUNS, RUNS, ("running", (), "")),
         (IDLE, RUNS, ("idle", (), "")),
         (RUNS, None, ("silent", (), "t worker 1 did not answer")),
-        (over(0), RUNS, ("running", (), "")),
-        (over(0), over(0), ("ended", (0, 0), "")),
+        (ended(0), RUNS, ("running", (), "")),
+        (ended(0), ended(0), ("ended", (0, 0), "")),
         (
-            over(1),
-            over(137),
-            ("ended", (1, 137), "t worker 1 ended (killed by SIGKILL, as when memory runs out), saying: code 137"),
+            ended(1),
+            ended(137),
+            ("ended", (1, 137), "t worker 1 ended (killed by SIGKILL, as when memory runs out); last line: code 137"),
         ),
-        (RUNS, over(3), ("ended", (3,), "t worker 1 ended (exit 3), saying: code 3")),
-        (over(1, "b"), IDLE, ("idle", (), "")),
-        (over(0, "b"), RUNS, ("idle", (), "")),
+        (RUNS, ended(3), ("ended", (3,), "t worker 1 ended (exit 3); last line: code 3")),
+        (ended(1, "b"), IDLE, ("idle", (), "")),
+        (ended(0, "b"), RUNS, ("idle", (), "")),
         *(
             (first, {"state": "running", "job": "b"}, ("other", (), f"t worker 1 {OTHER}"))
-            for first in (RUNS, None)  # a worker that does not answer hides nothing
+            for first in (RUNS, None)  # even if the first worker does not answer
         ),
     ],
 )
-def test_workers_are_judged_together(first, second, expected):
-    answers = {"t worker 0": first, "t worker 1": second}
-    answers = {worker: answer for worker, answer in answers.items() if answer}
-    assert together(answers, ["t worker 0", "t worker 1"], "a") == expected
+def test_the_statuses_of_all_workers_are_combined(first, second, expected):
+    statuses = {"t worker 0": first, "t worker 1": second}
+    statuses = {worker: status for worker, status in statuses.items() if status}
+    assert combine_statuses(statuses, ["t worker 0", "t worker 1"], "a") == expected
 
 
 # -- the watch --------------------------------------------------------------------------------------------------------------
@@ -286,17 +293,17 @@ def test_a_resource_is_waited_for_and_the_training_watched(cloud):
     cloud.script({"states": ["WAITING_FOR_RESOURCES"] * 3 + ["PROVISIONING"]}, hosts=2)
     assert cloud.submit() == 0
     assert cloud.lines == [
-        ASKED,
+        REQUESTED,
         "tiny is WAITING_FOR_RESOURCES",
         "tiny is PROVISIONING",
         "tiny is ACTIVE",
         "installing on 2 workers; the first time this takes minutes",
-        *[line for line in cloud.lines if line == "the training runs on 2 workers"],  # if it was not too fast to be seen
+        *[line for line in cloud.lines if line == "the training is running on 2 workers"],  # unless it was too fast
         "done (preemptions: 0, crashes: 0)",
         *STAYS,
     ]
     assert cloud.steps() == [(1, step) for step in range(1, 8)]
-    assert "\nstep 1\nstep 2\n" in cloud.said
+    assert "\nstep 1\nstep 2\n" in cloud.shown
     assert cloud.resource() is not None
 
 
@@ -304,14 +311,14 @@ def test_quota_is_a_mistake(cloud):
     cloud.script(create_errors=[QUOTA] * 9)
     with pytest.raises(UserError) as error:
         cloud.submit()
-    assert str(error.value) == f"there is no quota for this: ERROR: (gcloud.compute.tpus.queued-resources.create) {QUOTA}"
-    assert cloud.lines == [ASKED]
+    assert str(error.value) == f"the project has no quota for this: ERROR: (gcloud.compute.tpus.queued-resources.create) {QUOTA}"
+    assert cloud.lines == [REQUESTED]
     assert cloud.count("create") == 1
 
 
 def test_a_request_that_fails_for_quota_is_a_mistake_and_its_name_is_freed(cloud):
     cloud.script({"states": ["WAITING_FOR_RESOURCES"], "then": "FAILED", "message": QUOTA})
-    with pytest.raises(UserError, match=r"^there is no quota for this: RESOURCE_EXHAUSTED: Quota limit"):
+    with pytest.raises(UserError, match=r"^the project has no quota for this: RESOURCE_EXHAUSTED: Quota limit"):
         cloud.submit()
     assert cloud.lines[-2:] == [f"tiny is FAILED: {QUOTA}", "deleting tiny"]
     assert cloud.resource() is None
@@ -321,7 +328,7 @@ def test_a_request_that_fails_for_quota_is_a_mistake_and_its_name_is_freed(cloud
 def test_gclouds_bad_moments_pass(cloud):
     cloud.script(create_errors=["UNAVAILABLE: try again"], describe_errors={"2": "UNAVAILABLE: try again"})
     assert cloud.submit() == 0
-    assert "ERROR: (gcloud.compute.tpus.queued-resources.create) UNAVAILABLE: try again" in cloud.lines
+    assert "ERROR: (gcloud.compute.tpus.queued-resources.create) UNAVAILABLE: try again; trying again" in cloud.lines
     assert "tiny is UNKNOWN: ERROR: (gcloud.compute.tpus.queued-resources.describe) UNAVAILABLE: try again" in cloud.lines
 
 
@@ -341,7 +348,7 @@ def test_preempted_while_it_is_provisioned(cloud):
         "tiny is SUSPENDED",
         "preempted (SUSPENDED): preemption restart 1 of 100 in 0 s",
         "deleting tiny",
-        ASKED,
+        REQUESTED,
     ]
     assert "done (preemptions: 1, crashes: 0)" in cloud.lines
 
@@ -381,13 +388,12 @@ def test_told_to_stop_on_machines_that_stay_it_starts_there_again(cloud):
 def test_a_crash_that_repeats_at_one_step_is_given_up(cloud):
     cloud.script(hosts=2, plan=["3:0"], others=["0:7"])
     assert cloud.submit() == 1
-    said = [line for line in cloud.lines if "worker 1" in line or "crash" in line or "given up" in line]
-    assert said == [
-        "tiny worker 1 ended (exit 7), saying: gpt-jax: attempt 1 ends",
+    crashes = [line for line in cloud.lines if "worker 1" in line or "crash" in line]
+    assert crashes == [
+        "tiny worker 1 ended (exit 7); last line: gpt-jax: attempt 1 ends",
         "crashed (exit 7) at step 3: crash restart 1 of 3 in 0 s",
-        "tiny worker 1 ended (exit 7), saying: gpt-jax: attempt 2 ends",
-        "crashed (exit 7) at step 3, as before and no step further: giving up",
-        "tiny is given up",
+        "tiny worker 1 ended (exit 7); last line: gpt-jax: attempt 2 ends",
+        "crashed (exit 7) at step 3, like the crash before it and without progress: giving up",
     ]
     assert cloud.lines[-2:] == STAYS
     assert cloud.count("create") == 1
@@ -395,7 +401,7 @@ def test_a_crash_that_repeats_at_one_step_is_given_up(cloud):
 
 @pytest.mark.slow
 def test_crashes_have_a_budget_of_their_own(cloud):
-    cloud.job = dataclasses.replace(cloud.job, crashes=1)
+    cloud.change(crashes=1)
     cloud.script(plan=["1:1", "2:42", "3:1", "7:0"])
     assert cloud.submit(delete_on_exit=True) == 1
     assert "crashed (exit 1) at step 3: giving up, the budget of 1 crash restarts is spent" in cloud.lines
@@ -408,7 +414,7 @@ def test_a_mistake_of_the_trainings_is_not_tried_again(cloud):
     with pytest.raises(UserError) as error:
         cloud.submit()
     assert str(error.value) == (
-        "tiny worker 0 ended (exit 2), saying: gpt-jax: attempt 1 ends; a restart does not mend a mistake"
+        "tiny worker 0 ended (exit 2); last line: gpt-jax: attempt 1 ends; a restart would repeat this mistake"
     )
     assert cloud.lines[-2:] == STAYS
 
@@ -416,13 +422,13 @@ def test_a_mistake_of_the_trainings_is_not_tried_again(cloud):
 @pytest.mark.slow
 def test_a_worker_whose_ssh_hangs_is_replaced(cloud):
     cloud.script({"hang": 1}, {}, hosts=2)
-    assert cloud.submit(QUICK._replace(answer=6.0)) == 0  # long enough for the others to answer on a busy machine
+    assert cloud.submit(QUICK._replace(answer=6.0)) == 0  # long enough for the other worker on a busy machine
     assert [line for line in cloud.lines if "worker 1" in line] == [
         "tiny worker 1 did not answer",
         "crashed (tiny worker 1 did not answer for 1 s, though the resource is ACTIVE): crash restart 1 of 3 in 0 s",
     ]
     assert cloud.count("create") == 2
-    for pid in json.loads((cloud.folder / "cloud" / "state.json").read_text())["hanging"]:  # the ssh that hung is gone
+    for pid in json.loads((cloud.folder / "cloud" / "state.json").read_text())["hanging"]:  # The ssh that hung was killed.
         assert subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout.strip() in ("", "Z")
 
 
@@ -439,14 +445,14 @@ def test_interrupted_it_leaves_the_training_and_attaches_to_it_again(cloud, numb
     cloud.script(plan=["3:wait"])
     cloud.interrupt_at(3, number)
     assert cloud.submit() == 42
-    assert cloud.lines[-3:] == ["interrupted; a training that runs goes on", *STAYS]
-    # Told to stop, the training that was there all the time ends with 42 and has no budget for more.
-    cloud.job = dataclasses.replace(cloud.job, preemptions=0)
+    assert cloud.lines[-3:] == ["interrupted; a training that is running continues", *STAYS]
+    # The training, which has run all the time, ends with 42 after SIGTERM, and the budget allows no restart.
+    cloud.change(preemptions=0)
     pid = int((cloud.folder / "cloud" / "workers" / "tiny" / "0" / "gpt-jax" / "tiny" / "pid").read_text().split()[0])
     looked = cloud.count("ssh")
     cloud.when(lambda: cloud.count("ssh") > looked + 1, lambda: os.kill(pid, signal.SIGTERM))
     assert cloud.submit() == 1
-    assert cloud.lines[:2] == ["tiny is ACTIVE", "the training runs on 1 worker"]
+    assert cloud.lines[:2] == ["tiny is ACTIVE", "the training is running on 1 worker"]
     assert "preempted (exit 42) at step 3: giving up, the budget of 0 preemption restarts is spent" in cloud.lines
     assert cloud.count("create") == 1
     assert cloud.attempts() == 1
@@ -462,13 +468,13 @@ def test_interrupted_it_stops_the_training_and_deletes_if_asked_to(cloud):
 
 @pytest.mark.slow
 def test_what_an_earlier_call_left_is_not_counted(cloud):
-    cloud.job = dataclasses.replace(cloud.job, crashes=0)
+    cloud.change(crashes=0)
     cloud.script(plan=["3:1", "7:0"])
     assert cloud.submit() == 1
     assert cloud.submit() == 0
-    assert cloud.lines[1:3] == ["tiny: an earlier attempt ended (exit 1)", INSTALLS]
+    assert cloud.lines[1:3] == ["tiny: an earlier attempt ended (exit 1)", INSTALLING]
     assert cloud.lines[-3] == "done (preemptions: 0, crashes: 0)"
-    assert cloud.submit() == 0  # and once more there is nothing to do
+    assert cloud.submit() == 0  # A further call has nothing to do.
     assert cloud.attempts() == 2
 
 
@@ -477,8 +483,8 @@ def test_another_commands_training_is_left_alone(cloud):
     cloud.script(plan=["3:wait"])
     cloud.interrupt_at(3)
     assert cloud.submit() == 42
-    cloud.job = dataclasses.replace(cloud.job, overrides=())
-    with pytest.raises(UserError, match="tiny worker 0 runs another command; give this one another --name"):
+    cloud.change(overrides=())
+    with pytest.raises(UserError, match="tiny worker 0 runs another command; choose another --name"):
         cloud.submit(delete_on_exit=True)
     assert cloud.resource() is not None
 
@@ -487,9 +493,9 @@ def test_another_commands_training_is_left_alone(cloud):
 @pytest.mark.parametrize("state", ["ACTIVE", pytest.param("SUSPENDED", marks=pytest.mark.slow)])
 def test_what_another_has_made_is_left_alone(cloud, made_for, state):
     cloud.script({"then": state})
-    job = dataclasses.replace(cloud.job, **made_for)
-    subprocess.run(tpu_vm.Gcloud(job, Checked(None, jobs.accelerators.find(job.accelerator))).create(), check=True)
-    with pytest.raises(UserError, match="there is a tiny already, for another run's folder or other hardware"):
+    fields = {name: parse_accelerator(value) if name == "accelerator" else value for name, value in made_for.items()}
+    subprocess.run(Gcloud(dataclasses.replace(cloud.job, **fields)).create, check=True)
+    with pytest.raises(UserError, match="tiny already exists for another run's folder or other hardware"):
         cloud.submit(delete_on_exit=True)
     assert cloud.lines == ["tiny is OTHER: " + cloud.lines[0].removeprefix("tiny is OTHER: ")]
     assert cloud.resource() is not None
@@ -504,17 +510,17 @@ def test_interrupted_before_the_workers_told_whose_it_is_nothing_is_deleted(clou
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tpu_watch.Babysitter, "_answers", interrupted)
+    monkeypatch.setattr(TpuWatcher, "_ask", interrupted)
     assert cloud.submit(delete_on_exit=True) == 42
-    assert cloud.lines == ["tiny is ACTIVE", "interrupted; a training that runs goes on", *STAYS]
+    assert cloud.lines == ["tiny is ACTIVE", "interrupted; a training that is running continues", *STAYS]
     assert cloud.resource() is not None
 
 
 def test_a_second_watch_on_this_machine_is_refused(cloud):
     cloud.script()
-    with tpu_vm._alone(cloud.job), pytest.raises(UserError, match="another command on this machine watches tiny already"):
+    with tpu_vm._lock(cloud.job), pytest.raises(UserError, match="another command on this machine is watching tiny"):
         cloud.submit()
-    assert not (cloud.folder / "cloud" / "said.jsonl").exists()
+    assert not (cloud.folder / "cloud" / "commands.jsonl").exists()
 
 
 def test_a_request_without_an_answer_is_taken_for_made(cloud):
@@ -532,7 +538,7 @@ def test_a_request_without_an_answer_is_taken_for_made(cloud):
 def test_a_resource_that_was_never_seen_alive_is_asked_for(cloud, first, states):
     cloud.script({"states": states}, {}, describe_errors={"1": first} if first else {})
     if not first:
-        subprocess.run(tpu_vm.Gcloud(cloud.job, cloud.checked).create(), check=True)
+        subprocess.run(Gcloud(cloud.job).create, check=True)
     assert cloud.submit() == 0
     assert cloud.count("create") == (1 if first else 2)
 
@@ -555,7 +561,7 @@ def test_an_end_is_counted_once_although_stopping_does_not_get_through(cloud):
 
 @pytest.mark.slow
 def test_nothing_starts_beside_a_training_that_has_not_heard_it_is_to_stop(cloud):
-    cloud.job = dataclasses.replace(cloud.job, slices=2)
+    cloud.change(slices=2)
     cloud.script(plan=["3:1", "7:0"], others=["9:wait", "7:0"], stop_errors={"tiny-1": 2})
     assert cloud.submit() == 0
     verbs = [command[-1].split()[-1] for command in map(without_place, cloud.commands()) if command[4] == "ssh"]
@@ -566,52 +572,52 @@ def test_nothing_starts_beside_a_training_that_has_not_heard_it_is_to_stop(cloud
 
 @pytest.fixture
 def watch(cloud, monkeypatch):
-    """A Babysitter of two workers that sees what it is told to: `look(state, answers, after=seconds)`."""
+    """A watcher of two workers whose observations are given: `observe(state, *statuses, after=seconds)`."""
     cloud.script(hosts=2)
     now = [0.0]
-    gcloud = tpu_vm.Gcloud(cloud.job, cloud.checked)
-    made = tpu_watch.Babysitter(gcloud, [], "a", 2, supervise.Budget(1, 1), 1, False, Timing(), clock=lambda: now[0])
+    watcher = TpuWatcher(dataclasses.replace(cloud.job, preemptions=1, crashes=1), [], "a", clock=lambda: now[0])
 
-    def look(state, *answers, after=0.0):
+    def observe(state, *statuses, after=0.0):
         now[0] += after
-        told = {f"tiny worker {number}": answer for number, answer in enumerate(answers) if answer}
-        text = json.dumps({"state": {"state": state}, "tpu": {"nodeSpec": [{"node": {"labels": {"gpt-jax": gcloud.owner}}}]}})
-        monkeypatch.setattr(tpu_watch, "run_all", lambda commands, limit: [Done(0, text, "")] * len(commands))
-        monkeypatch.setattr(made, "_answers", lambda commands, limit: told)
-        monkeypatch.setattr(made, "_lost_nodes", lambda: "")
-        return made._look()
+        answers = {f"tiny worker {number}": status for number, status in enumerate(statuses) if status}
+        node = {"labels": {"gpt-jax": watcher.gcloud.owner}}
+        text = json.dumps({"state": {"state": state}, "tpu": {"nodeSpec": [{"node": node}]}})
+        monkeypatch.setattr(tpu_watch, "run_all", lambda commands, limit: [Result(0, text, "")] * len(commands))
+        monkeypatch.setattr(watcher, "_ask", lambda words, limit: answers)
+        monkeypatch.setattr(watcher, "_lost_node", lambda: "")
+        return watcher._observe()
 
-    made.look = look
-    return made
+    watcher.observe = observe
+    return watcher
 
 
 def test_silence_ends_with_the_machines(watch):
-    watch.look("ACTIVE", RUNS, RUNS)
-    assert watch.look("ACTIVE", RUNS, None, after=15).seconds == 0
-    assert watch.look("ACTIVE", RUNS, None, after=200).seconds == 200
-    watch.look("SUSPENDED", after=15)
-    assert watch.look("ACTIVE", None, None, after=1200).seconds == 0
+    watch.observe("ACTIVE", RUNS, RUNS)
+    assert watch.observe("ACTIVE", RUNS, None, after=15).seconds == 0
+    assert watch.observe("ACTIVE", RUNS, None, after=200).seconds == 200
+    watch.observe("SUSPENDED", after=15)
+    assert watch.observe("ACTIVE", None, None, after=1200).seconds == 0
 
 
 def test_each_worker_is_silent_for_itself(watch):
-    assert watch.look("ACTIVE", None, RUNS).seconds == 0
-    assert watch.look("ACTIVE", RUNS, None, after=200).seconds == 0
-    assert watch.look("ACTIVE", None, None, after=200).seconds == 200
+    assert watch.observe("ACTIVE", None, RUNS).seconds == 0
+    assert watch.observe("ACTIVE", RUNS, None, after=200).seconds == 0
+    assert watch.observe("ACTIVE", None, None, after=200).seconds == 200
 
 
 def test_a_worker_that_is_silent_now_and_then_does_not_put_off_the_end(watch):
-    watch.look("ACTIVE", RUNS, RUNS)
-    assert watch.look("ACTIVE", over(1), RUNS, after=15).workers == "ended"
-    assert watch.look("ACTIVE", over(1), None, after=30).workers == "silent"
-    assert decide(watch.look("ACTIVE", over(1), RUNS, after=30), Timing()).do is Do.RESTART
+    watch.observe("ACTIVE", RUNS, RUNS)
+    assert watch.observe("ACTIVE", ended(1), RUNS, after=15).workers == "ended"
+    assert watch.observe("ACTIVE", ended(1), None, after=30).workers == "silent"
+    assert decide(watch.observe("ACTIVE", ended(1), RUNS, after=30), Timing()).kind is ActionKind.RESTART
 
 
 def test_what_never_answered_is_not_taken_away(watch):
-    watch.look("ACTIVE", None, None)
-    assert decide(watch.look("ACTIVE", None, None, after=300), Timing())[:2] == (Do.END, Fate.CRASHED)
-    watch.look("ACTIVE", RUNS, RUNS, after=15)
-    watch.look("ACTIVE", RUNS, None, after=15)
-    assert decide(watch.look("ACTIVE", RUNS, None, after=300), Timing())[:2] == (Do.REPLACE, Fate.CRASHED)
+    watch.observe("ACTIVE", None, None)
+    assert decide(watch.observe("ACTIVE", None, None, after=300), Timing())[:2] == (ActionKind.END, Outcome.CRASHED)
+    watch.observe("ACTIVE", RUNS, RUNS, after=15)
+    watch.observe("ACTIVE", RUNS, None, after=15)
+    assert decide(watch.observe("ACTIVE", RUNS, None, after=300), Timing())[:2] == (ActionKind.REPLACE, Outcome.CRASHED)
 
 
 @pytest.mark.parametrize(
@@ -627,7 +633,7 @@ def test_what_never_answered_is_not_taken_away(watch):
     ],
 )
 def test_refusals_are_told_from_bad_moments(complaint, refused):
-    assert Done(1, "", f"ERROR: (gcloud.compute.tpus.queued-resources.create) {complaint}").refused is refused
+    assert Result(1, "", f"ERROR: (gcloud.compute.tpus.queued-resources.create) {complaint}").refused is refused
 
 
 def test_whoever_read_what_it_says_may_be_gone(cloud, monkeypatch):
@@ -638,14 +644,14 @@ def test_whoever_read_what_it_says_may_be_gone(cloud, monkeypatch):
     cloud.script({"states": ["WAITING_FOR_RESOURCES"] * 999})
     cloud.when(lambda: cloud.created() and cloud.count("describe") > 2, lambda: os.kill(os.getpid(), signal.SIGINT))
     monkeypatch.setattr(sys, "stderr", Gone())
-    assert tpu_vm.submit(cloud.job, cloud.checked, timing=QUICK, delete_on_exit=True) == 42
+    assert tpu_vm.submit(dataclasses.replace(cloud.job, delete_on_exit=True), QUICK) == 42
     assert cloud.resource() is None
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_a_mended_mistake_is_not_held_against_the_next_call(cloud, hosts):
     cloud.script(plan=["0:2", "7:0"], hosts=hosts)
-    with pytest.raises(UserError, match="a restart does not mend a mistake"):
+    with pytest.raises(UserError, match="a restart would repeat this mistake"):
         cloud.submit()
     assert cloud.submit() == 0
 
@@ -666,22 +672,20 @@ def test_a_refusal_that_stays_ends_the_watch(cloud):
 
 
 @pytest.mark.parametrize("answer", ["", "[]", "{}", '{"state": null}', '{"state": {"state": "ACTIVE"}}'])
-def test_an_answer_without_sense_is_none(cloud, answer):
-    cloud.script()
-    watch = tpu_watch.Babysitter(tpu_vm.Gcloud(cloud.job, cloud.checked), [], "d", 1, supervise.Budget(1, 1), 1, False)
-    assert watch._read(answer) == ("UNKNOWN", "gcloud's answer did not make sense")
+def test_an_unreadable_answer_leaves_the_state_unknown(cloud, answer):
+    assert Gcloud(cloud.job).parse_resource(Result(0, answer, "")) == ("UNKNOWN", "gcloud's answer could not be read")
 
 
 def test_the_key_for_several_workers_is_asked_for_before_anything_is_created(cloud):
     cloud.script(hosts=2)
     key = cloud.folder / ".ssh" / "google_compute_engine.pub"
     key.write_text("ssh-rsa OTHER t@example.com\n")
-    with pytest.raises(UserError, match="only with its key in the ssh agent"):
+    with pytest.raises(UserError, match="only if the ssh agent has its key"):
         cloud.submit()
     key.unlink()
-    with pytest.raises(UserError, match="gcloud has no key for ssh yet"):
+    with pytest.raises(UserError, match="gcloud has no ssh key yet"):
         cloud.submit()
-    assert not (cloud.folder / "cloud" / "said.jsonl").exists()
+    assert not (cloud.folder / "cloud" / "commands.jsonl").exists()
 
 
 def test_a_shallow_clone_is_refused(cloud, tmp_path):
@@ -689,7 +693,7 @@ def test_a_shallow_clone_is_refused(cloud, tmp_path):
     git(cloud.repository, "commit", "--quiet", "--allow-empty", "--message", "another")
     git(tmp_path, "clone", "--quiet", "--depth", "1", f"file://{cloud.repository}", "shallow")
     cloud.install_from(tmp_path / "shallow")
-    with pytest.raises(UserError, match="is a shallow clone, whose commit cannot be packed: git fetch --unshallow"):
+    with pytest.raises(UserError, match="is a shallow clone, whose commit cannot be packed; run git fetch --unshallow"):
         cloud.submit()
 
 
@@ -703,20 +707,20 @@ def test_the_log_is_kept_in_the_runs_folder(cloud):
 
 @pytest.mark.slow
 def test_a_resource_that_somebody_deletes_is_not_made_again(cloud):
-    cloud.script({"vanish": 5}, plan=["3:wait"])  # within a look, after the resource was still seen
+    cloud.script({"vanish": 5}, plan=["3:wait"])  # during an observation, after `describe`
     assert cloud.submit() == 1
-    assert cloud.lines[-2:] == ["tiny is not there", "somebody else has deleted it"]
+    assert cloud.lines[-2:] == ["tiny is not there", "the resource was deleted by someone else"]
     assert cloud.count("create") == 1
 
 
 @pytest.mark.slow
 def test_who_comes_second_takes_what_the_first_has_made(cloud):
     cloud.script(describe_errors={"1": "NOT_FOUND: it was not there yet"})
-    create = tpu_vm.Gcloud(cloud.job, cloud.checked).create()
+    create = Gcloud(cloud.job).create
     subprocess.run(create, check=True)
     assert cloud.submit() == 0
     assert cloud.count("create") == 2
-    assert cloud.lines[:2] == [ASKED, "tiny is ACTIVE"]
+    assert cloud.lines[:2] == [REQUESTED, "tiny is ACTIVE"]
 
 
 @pytest.mark.slow
@@ -726,7 +730,8 @@ def test_an_installation_that_fails_is_a_crash(cloud):
     assert cloud.submit() == 1
     failure = "install on tiny worker 0: "
     assert sum(line.startswith(failure) and line.endswith("error: no index to install from") for line in cloud.lines) == 2
-    assert cloud.lines[-4].endswith("no index to install from) at step 0, as before and no step further: giving up")
+    giving_up = "no index to install from) at step 0, like the crash before it and without progress: giving up"
+    assert cloud.lines[-3].endswith(giving_up)
 
 
 def test_the_workers_get_the_commit_and_what_differs_from_it(cloud):
@@ -757,21 +762,21 @@ def test_the_installation_is_kept(cloud):
 
 @pytest.mark.slow
 def test_several_slices_are_several_nodes(cloud):
-    cloud.job = dataclasses.replace(cloud.job, slices=2, spot=True, project="p")
+    cloud.change(slices=2, spot=True, project="p")
     cloud.script(hosts=2)
     assert cloud.submit() == 0
     assert "installing on 4 workers; the first time this takes minutes" in cloud.lines
     (create,) = [command for command in cloud.commands() if command[4] == "create"]
     assert shlex.join(create[6:]) == (
         "--node-count 2 --node-prefix tiny --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --spot "
-        f"--labels gpt-jax={tpu_vm.Gcloud(cloud.job, cloud.checked).owner} --quiet --zone us-west4-a --project p"
+        f"--labels gpt-jax={Gcloud(cloud.job).owner} --quiet --zone us-west4-a --project p"
     )
     assert sorted(path.name for path in (cloud.folder / "cloud" / "workers").iterdir()) == ["tiny-0", "tiny-1"]
 
 
 def test_a_dry_run_prints_what_is_run(cloud):
     cloud.script(plan=["2:42", "7:0"])
-    printed = tpu_vm.render(cloud.job, cloud.checked)
+    printed = tpu_vm.render(cloud.job)
     assert not (cloud.folder / ".cache").exists()
     commands = [shlex.split(line) for line in printed.splitlines() if line.startswith("gcloud")]
     assert cloud.submit(delete_on_exit=True) == 0
@@ -779,39 +784,29 @@ def test_a_dry_run_prints_what_is_run(cloud):
     def shape(command):
         return [word if " status " not in word else "status" for word in command]
 
-    done = [shape(command) for command in cloud.commands()]
+    executed = [shape(command) for command in cloud.commands()]
     for command in commands:
-        assert shape(command) in done or command[3:5] == ["tpu-vm", "describe"]  # every worker answered
-    for command in done:
-        assert command in [shape(each) for each in commands]
+        assert shape(command) in executed or command[3:5] == ["tpu-vm", "describe"]  # Every worker answered.
+    for command in executed:
+        assert command in [shape(printed) for printed in commands]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"workdir": "runs/here"}, "--workdir: 'runs/here' is a folder of this machine"),
-        ({"zone": ""}, "--zone: say in which"),
-        ({"image": "x"}, "--image: tpu-vm installs this commit"),
-        ({"queue": "x"}, "--queue: tpu-vm has one queue"),
+        ({"workdir": "runs/here"}, "--workdir: 'runs/here' is a path on this machine"),
+        ({"zone": ""}, "--zone: name the zone"),
+        ({"image": "x"}, "--image: leave it out; tpu-vm installs this commit"),
+        ({"queue": "x"}, "--queue: leave it out; Cloud TPU has one queue"),
+        ({"accelerator": parse_accelerator("h100-8")}, "h100-8 is not a TPU; tpu-vm takes v4, v5e, v5p, v6e"),
+        ({"accelerator": parse_accelerator("7x-8")}, "7x-8 is not offered as a TPU VM; use gke"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_created(cloud, change, message):
-    cloud.script()
-    cloud.job = dataclasses.replace(cloud.job, **change)
+def test_jobs_that_tpu_vms_cannot_run_are_refused(cloud, change, message):
+    job = dataclasses.replace(cloud.job, workdir="gs://runs/a")
+    checks.check(job, tpu_vm)
     with pytest.raises(UserError, match=message):
-        cloud.submit()
-    with pytest.raises(UserError, match=message):
-        tpu_vm.render(cloud.job, cloud.checked)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("h100-8", "h100-8 is no TPU; tpu-vm takes v4, v5e, v5p, v6e"), ("7x-8", "7x-8 is not offered as a TPU VM; gke has it")],
-)
-def test_other_accelerators_are_refused(cloud, name, message):
-    cloud.script()
-    with pytest.raises(UserError, match=message):
-        tpu_vm.render(cloud.job, Checked(None, jobs.accelerators.find(name)))
+        checks.check(dataclasses.replace(job, **change), tpu_vm)
 
 
 def test_without_gcloud_it_says_what_to_install(cloud, tmp_path, monkeypatch):
@@ -819,7 +814,7 @@ def test_without_gcloud_it_says_what_to_install(cloud, tmp_path, monkeypatch):
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "git").symlink_to(shutil.which("git"))
     monkeypatch.setenv("PATH", str(tmp_path / "tools"))
-    with pytest.raises(UserError, match="install the Google Cloud CLI"):
+    with pytest.raises(UserError, match="gcloud is not installed on this machine: install the Google Cloud CLI"):
         cloud.submit()
 
 
@@ -838,7 +833,7 @@ time.sleep(60)
 
 @pytest.fixture
 def worker(tmp_path):
-    """Runs tpu_worker in a folder whose training hears nothing; returns its answer."""
+    """Runs tpu_worker.py in a folder whose training ignores SIGTERM; `ask` returns its answer."""
     package = tmp_path / "source" / "gpt_jax"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
@@ -865,7 +860,7 @@ def worker(tmp_path):
 
 def test_a_second_start_is_no_second_training(worker):
     both = [worker.begin("start"), worker.begin("start")]
-    assert ['"state": "running"' in each.communicate(timeout=60)[0] for each in both] == [True, True]
+    assert ['"state": "running"' in process.communicate(timeout=60)[0] for process in both] == [True, True]
     assert worker.ask("start")["state"] == "running"
     while not (log := worker.ask("status", "2")["log"]):
         time.sleep(0.05)
@@ -888,12 +883,12 @@ def test_a_training_that_went_down_with_its_machine_was_preempted(worker):
     assert (status["state"], status["code"], status["job"]) == ("ended", 42, "d")
 
 
-# -- for real ---------------------------------------------------------------------------------------------------------------
+# -- with real trainings ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_two_workers_preempted_twice_train_as_if_nothing_had_been(cloud, tmp_path, monkeypatch):
-    """Bit for bit: the same two processes, the same two devices each."""
+    """Two runs of the same two processes, with two devices each, are equal bit for bit."""
     environment = {
         "JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "{workers}",
@@ -902,20 +897,20 @@ def test_two_workers_preempted_twice_train_as_if_nothing_had_been(cloud, tmp_pat
         "JAX_PLATFORMS": "cpu",
     }
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    cloud.install_from(repository_of(tmp_path / "empty"))  # so that this environment's package runs
-    cloud.job = dataclasses.replace(cloud.job, overrides=tiny.overrides(tmp_path, steps=60))
+    cloud.install_from(repository_of(tmp_path / "empty"))  # so that the package of this environment runs
+    cloud.change(overrides=tiny.overrides(tmp_path, steps=60))
     real = {"hosts": 2, "flags": "", "environment": environment}
     patient = QUICK._replace(poll=0.2, answer=60.0, install=60.0)
     cloud.script({"preempt": 17, "at_once": True}, {"preempt": 37, "at_once": True}, {}, **real)
     assert cloud.submit(patient) == 0
     assert cloud.lines[-3] == "done (preemptions: 2, crashes: 0)"
-    assert cloud.said.count("resuming at step ") == 2
+    assert cloud.shown.count("resuming at step ") == 2
     cloud.clean()
     shutil.rmtree(cloud.folder / "cloud")
     whole = cloud.run.with_name("whole")
-    cloud.job = dataclasses.replace(cloud.job, workdir=str(whole))
+    cloud.change(workdir=str(whole))
     cloud.script(**real)
     assert cloud.submit(patient) == 0
-    assert "resuming" not in cloud.said
+    assert "resuming" not in cloud.shown
     assert len(tiny.trajectory(whole)) == 60 + 12
     assert tiny.trajectory(cloud.run) == tiny.trajectory(whole)

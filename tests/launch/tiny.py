@@ -1,4 +1,4 @@
-"""A training so small that it takes seconds, as overrides of the config `smoke`; and what two of them are compared by."""
+"""A training that takes seconds, as overrides of the config `smoke`, and the records by which two of them are compared."""
 
 import json
 import random
@@ -7,7 +7,7 @@ COMPARED = {"train": ("loss", "grad_norm", "learning_rate"), "eval": ("loss", "p
 
 
 def overrides(folder, steps):
-    """Words for `gpt-jax pretrain smoke`; the token store is made by whoever comes first."""
+    """Returns arguments for `gpt-jax pretrain smoke`; the first run makes the token store in `folder`."""
     rng = random.Random(0)
     text = folder / "text.jsonl"
     lines = ["".join(rng.choices("abcdefgh ", k=400)) for _ in range(60)]
@@ -35,7 +35,7 @@ def overrides(folder, steps):
 
 
 def trajectory(run):
-    """Step, kind and numbers of the records, the numbers as their text: equal text is equal bits."""
+    """Returns step, kind and numbers of each record. The numbers stay text, because equal text means equal bits."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     records = [record for record in (json.loads(line, parse_float=str) for line in lines) if record["kind"] in COMPARED]
     return [(record["step"], record["kind"], *(record[name] for name in COMPARED[record["kind"]])) for record in records]
