@@ -1,4 +1,4 @@
-"""tokenizer.json gives our ids wherever it claims to, through the `tokenizers` library itself."""
+"""tokenizer.json, loaded by the `tokenizers` library, gives the tokenizer's ids for every text for which it claims to."""
 
 import itertools
 import json
@@ -17,13 +17,13 @@ NORMALIZATIONS = ("identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf")
 
 
 def load(tokenizer: Tokenizer, specials=()):
-    """What the other library makes of our file."""
+    """Loads our file into the `tokenizers` library."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     return tokenizers.Tokenizer.from_str(json.dumps(convert(tokenizer, specials)))
 
 
 def check(tokenizer: Tokenizer, theirs, texts) -> tuple[float, float]:
-    """Asserts that no claim is wrong and returns the shares of texts with equal ids, and with a claim."""
+    """Asserts that no claim is wrong and returns the share of texts with equal ids and the share of texts with a claim."""
     texts = list(texts)
     ours = [tokenizer.encode(text) for text in texts]
     equal = [theirs.encode(text, add_special_tokens=False).ids == ids for text, ids in zip(texts, ours, strict=True)]
@@ -39,7 +39,7 @@ STRINGS += " <0x41> </s> <unk> </w> &amp;"
 
 
 def random_text(rng: random.Random) -> str:
-    """Text made of ordinary words, of what tokenizers stumble over, and of any characters."""
+    """Returns text made of ordinary words, of difficult cases, and of arbitrary characters."""
     characters = [range(0xD800), range(0xE000, 0x110000), range(0x250)]
     parts = [
         rng.choice(BLANKS + STRINGS.split()) if rng.random() < 0.9 else chr(rng.choice(rng.choice(characters)))
@@ -75,12 +75,12 @@ def test_any_text_through_sentencepiece(pieces):
 
 @pytest.mark.parametrize("normalization", ["nmt_nfkc", "nfkc_cf"])
 def test_characters_that_are_normalized_by_themselves(normalization):
-    """Wherever a claim is made, each character comes out as SentencePiece makes it, and so do its neighbours."""
+    """A character for which equality is claimed is normalized as SentencePiece does it, and so are its neighbors."""
     tokenizer = SentencePiece.train(DOCUMENTS, 370, normalization)
     theirs = load(tokenizer).normalizer
     blocks = [range(0x3400), range(0xA000, 0xAC00), range(0xD7A4, 0xD800), range(0xF900, 0x13000), range(0x1D000, 0x1FC00)]
     claimed = [character for character in map(chr, itertools.chain(*blocks)) if claims_equality(tokenizer, character)]
-    claimed.remove("\n")  # an added token, which their normalizer never sees
+    claimed.remove("\n")  # An added token, which the library does not normalize.
     assert len(claimed) > 24_000
     for i in range(0, len(claimed), 1000):
         text = " ".join(f"A{character}A" for character in claimed[i : i + 1000])
@@ -88,13 +88,13 @@ def test_characters_that_are_normalized_by_themselves(normalization):
 
 
 @pytest.mark.parametrize("text", ["E\u0301", "①\u0301", "ｶﾞ", "\u1112\u1161\u11ab", "a\u2581b", "👩\u200d👧"])
-def test_no_claim_where_neighbours_are_normalized_together(text):
+def test_no_claim_for_characters_that_are_normalized_together(text):
     assert not claims_equality(SentencePiece.train(DOCUMENTS, 370, "nmt_nfkc"), f"so {text} it is")
     assert claims_equality(SentencePiece.train(DOCUMENTS, 370, "identity"), f"so {text} it is")
 
 
 def test_merges_do_not_depend_on_how_a_piece_can_be_split():
-    """Text of two letters, of which nearly every piece can be split in several ways into two others."""
+    """In text of two letters, nearly every piece can be split in several ways into two others."""
     rng = random.Random(0)
     tokenizer = SentencePiece.train(["".join(rng.choices("aab", k=60)) for _ in range(300)], 420, "identity")
     theirs = load(tokenizer)
@@ -116,7 +116,7 @@ def test_bytes():
     equal, claimed = check(tokenizer, theirs, texts)
     assert equal == claimed == sum("</s>" not in text for text in texts) / len(texts)
     for _ in range(300):
-        ids = rng.choices(range(257), k=8)  # mostly no UTF-8
+        ids = rng.choices(range(257), k=8)  # Mostly not valid UTF-8.
         assert theirs.decode(ids) == tokenizer.decode(ids)
 
 
@@ -149,7 +149,7 @@ def english():
 
 @pytest.fixture(scope="module")
 def spelling(tmp_path_factory) -> GPT1:
-    """Has characters and a few merges: what it decodes shows where words end."""
+    """A tokenizer with characters and a few merges, whose ids show where words end."""
     characters = sorted(set(string.printable) - set(string.whitespace) - set(string.ascii_uppercase)) + list("éèàüæ£€")
     merges = ["t h", "th e</w>", "i n", "in g</w>", "n o", "no t</w>", "t h</w>"]
     entries = ["<unk>", *characters, *(c + "</w>" for c in characters), *(m.replace(" ", "") for m in merges), "\n</w>"]
@@ -224,7 +224,7 @@ SHORT = ("a B ' . 1", "s D ' . : é", "3 0 $ % . : km ' m", '- ~ ! + / _ | " * &
 
 
 def chunks(rng: random.Random):
-    """All short chunks of a few characters that the rules look for, and some of words between marks and endings."""
+    """Yields all short chunks of characters that have rules, and random chunks of words between marks and endings."""
     for parts in SHORT:
         yield from map("".join, itertools.chain.from_iterable(itertools.product(parts.split(), repeat=n) for n in (1, 2, 3)))
     for _ in range(5000):
@@ -232,13 +232,13 @@ def chunks(rng: random.Random):
         yield "".join([*fronts[:1], rng.choice(CORES.split()), *ends])
 
 
-def test_every_claimed_chunk_among_any_neighbours(english, spelling, theirs_spelling):
+def test_every_claimed_chunk_among_any_neighbors(english, spelling, theirs_spelling):
     rng = random.Random(0)
     claimed = sorted({chunk for chunk in chunks(rng) if claims_equality(spelling, chunk)})
     assert len(claimed) > 2500
-    neighbours = ["b'", "'b", ".", ":", "'", ")", "''", "a", "8", "Mr", '"', "\n"]
+    neighbors = ["b'", "'b", ".", ":", "'", ")", "''", "a", "8", "Mr", '"', "\n"]
     for chunk in claimed:
-        text = f"{chunk} {rng.choice(neighbours)} {chunk} {rng.choice(neighbours)}"
+        text = f"{chunk} {rng.choice(neighbors)} {chunk} {rng.choice(neighbors)}"
         assert theirs_spelling.encode(text).ids == spelling.encode(text), text
 
 
@@ -272,7 +272,7 @@ def test_released_ids(released, shared_data):
     assert claimed_share > 0.995
 
 
-# -- special tokens, config, and words --------------------------------------------------------------------------------------
+# -- special tokens, config, differences -------------------------------------------------------------------------------------
 
 
 def test_special_tokens_stand_where_figure_1_puts_them(spelling):
@@ -302,7 +302,7 @@ def test_text_that_spells_a_special_token():
     assert not claims_equality(Bytes(), "a </s> b")
 
 
-def test_no_claim_for_what_is_no_text():
+def test_no_claim_for_a_lone_surrogate():
     assert not claims_equality(Bytes(), "a\ud800b")
 
 
@@ -311,7 +311,7 @@ def test_config(spelling):
     assert config["model_max_length"] == 512
     assert (config["bos_token"], config["sep_token"], config["cls_token"]) == SPECIALS
     assert config["unk_token"] == config["pad_token"] == "<unk>"
-    assert "eos_token" not in config  # it is the newline, which must not vanish from what is decoded
+    assert "eos_token" not in config  # It is the newline, which decoding must not remove.
     assert tokenizer_config(Bytes(), (), 8)["eos_token"] == "</s>"
     assert "pad_token" not in tokenizer_config(spelling, (), 512)
 
@@ -334,7 +334,7 @@ def test_transformers_loads_the_folder(kind, specials, spelling, tmp_path, monke
     ids = theirs(text, add_special_tokens=False)
     assert sorted(ids) == ["attention_mask", "input_ids"]
     assert len(theirs) == tokenizer.vocab_size + len(specials)
-    if kind != "gpt1":  # the words of which need spaCy
+    if kind != "gpt1":  # Its words need spaCy.
         assert ids["input_ids"] == tokenizer.encode(text)
         assert theirs.decode(ids["input_ids"]) == text
     elif specials:
@@ -346,8 +346,8 @@ def test_transformers_loads_the_folder(kind, specials, spelling, tmp_path, monke
     assert (full[-1] == tokenizer.vocab_size + 2) == bool(specials)
 
 
-def test_differences_are_told(spelling):
+def test_differences_are_described(spelling):
     assert ["ftfy" in " ".join(differences(tokenizer)) for tokenizer in (spelling, Bytes())] == [True, False]
-    told = {name: " ".join(differences(SentencePiece.train(DOCUMENTS, 370, name))) for name in ("identity", "nmt_nfkc")}
-    assert ["Combining" in told[name] for name in told] == [False, True]
-    assert all("special token" in each for each in told.values())
+    sentences = [" ".join(differences(SentencePiece.train(DOCUMENTS, 370, name))) for name in ("identity", "nmt_nfkc")]
+    assert ["Combining" in text for text in sentences] == [False, True]
+    assert all("special token" in text for text in sentences)
