@@ -1,8 +1,8 @@
 """The distinct documents of a corpus in the order of their hash.
 
-The text is written to disk once, in the order in which it is read, and looked up in the order of the hash. Memory holds about a
-hundred bytes a document and no text. A text that is larger than the memory should lie on an SSD, since its documents are then
-read from all over the disk.
+The text is written to disk once, in the order in which it is read, and its documents are looked up in the order of their hash.
+Memory holds about 200 bytes a document and none of the text. If the text is larger than the memory, the store should be on an
+SSD, because the documents are then read from all over the disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PROGRESS_SECONDS = 5.0
 TEXT = "text"
 """The documents in UTF-8, one after the other, duplicates included."""
 TABLE = "documents.npz"
-"""The table of the distinct documents. It is written after `TEXT`, so both are complete where it exists."""
+"""The table of the distinct documents. It is written after `TEXT`, so if it exists, both are complete."""
 
 
 def write_documents(documents: Iterable[str], folder: Path, log: Log) -> None:
@@ -64,7 +64,7 @@ def write_documents(documents: Iterable[str], folder: Path, log: Log) -> None:
         np.savez(table, starts=starts[first], lengths=sizes[first], tails=unique.view("<u8")[3::4], dropped=dropped)
         write_atomic(folder / TABLE, table.getvalue())
     except Exception:
-        (folder / TEXT).unlink(missing_ok=True)  # A full disk is not left full.
+        (folder / TEXT).unlink(missing_ok=True)  # The disk may be full.
         raise
     finally:
         progress.clear()
@@ -85,13 +85,13 @@ class DocumentSpans(NamedTuple):
 
 
 def is_held_out(text: str, validation_share: float) -> bool:
-    """Returns whether a document of this text belongs to validation, but for the exception in `DistinctDocuments`."""
+    """Returns whether a document of this text is for validation, apart from the exception in `DistinctDocuments`."""
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[-8:], "little") < _validation_bound(validation_share)
 
 
 def _validation_bound(validation_share: float) -> int:
-    """Returns the number that the last eight bytes of the hash of every validation document are below."""
+    """Returns the bound below which the last eight bytes of a validation document's hash lie."""
     return int(validation_share * 2**64)
 
 
@@ -103,14 +103,14 @@ class DistinctDocuments:
     there.
 
     Args:
-      folder: where the files are.
+      folder: the folder of the files.
       max_bytes: as many of the first documents as fit into this many bytes are used; 0: all documents.
       validation_share: share of the documents in the validation split, in [0, 1).
 
     Attributes:
       lengths: size in bytes of each document.
       splits: the numbers of the documents of each split, in ascending order.
-      dropped: how many duplicates and how many empty documents were left out.
+      dropped: the numbers of "duplicates" and of "empty" documents that were left out.
 
     Raises:
       UserError: there are too few documents for the splits.

@@ -78,7 +78,7 @@ def _installed_files() -> Iterator[tuple[str, Path, str]]:
             pages = [file for file in importlib.metadata.files(package) or [] if file.suffix in (".py", ".md", ".rst", ".txt")]
             files += [(Path(file), Path(str(file.locate())), package) for file in pages]
     for name, path, package in files:
-        if not any(part in ("site-packages", "dist-packages", "..") or "test" in part for part in name.parts) and path.is_file():
+        if not any(part in ("site-packages", "dist-packages", "..") or "test" in part for part in name.parts):
             yield name.as_posix(), path, package
 
 
@@ -93,7 +93,7 @@ def _texts(path: Path) -> Iterator[str]:
             return
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
-    except (UnicodeDecodeError, SyntaxError, ValueError):  # Some files of the Python library are broken on purpose.
+    except (OSError, SyntaxError, ValueError):  # Listed files may be missing, and some of the library are broken on purpose.
         return
     yield from _docstrings(tree)
     for statement in tree.body:

@@ -38,11 +38,11 @@ from gpt_jax.runtime.console import Log, ProgressLine
 from gpt_jax.runtime.rundir import explain_full_disk, read_json, write_atomic
 
 PART_BYTES = 1 << 18
-"""Approximate bytes of text that a process tokenizes at a time. They are few, so that little text still occupies every core and
-that the slowest tokenizer (gpt1, about 0.1 MB/s a core) shows progress."""
+"""Approximate bytes of text that a process tokenizes at a time. The number is small, so that little text still occupies every
+core and the slowest tokenizer (gpt1, about 0.1 MB/s a core) shows progress."""
 
 PARTS_AHEAD = 32
-"""Parts of text for each process whose tokens may wait in memory to be written."""
+"""Number of parts for each process that may be encoded before they are written."""
 
 RECIPE = "recipe.json"
 OTHER_STORE = "give another --data.store or delete that folder"
@@ -50,7 +50,7 @@ OTHER_STORE = "give another --data.store or delete that folder"
 Part = tuple[str, DocumentSpans]
 """The name of a shard and some of its documents, which a process encodes at a time."""
 EncodedPart = tuple[str, UInt[np.ndarray, " tokens"], Int64[np.ndarray, " documents"]]
-"""The name of a shard, the tokens of some of its documents, each followed by the separator, and the number of tokens of each."""
+"""The name of a shard, the tokens of some of its documents with a separator after each, and each document's number of tokens."""
 
 
 def prepare(config: PretrainConfig, store_folder: Path, log: Log) -> Store:
@@ -85,7 +85,7 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log) -> Store:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes out while this one prepares the store. The lock ends with the process, even with a killed one."""
+    """Keeps other processes out while this one prepares the store. The lock ends with this process, even if it is killed."""
     (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
     with (folder / PARTIAL / "lock").open("w") as file:
         try:
@@ -130,7 +130,7 @@ def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -
         return documents().sample("train", data.tokenizer.sample_bytes)
 
     if not (folder / TOKENIZER / MANIFEST).exists():
-        # Only a tokenizer that is trained needs the text. What is wrong with any other shows before the text is read.
+        # Only a tokenizer that is trained needs the text. Mistakes with all others are reported before the text is read.
         create_tokenizer(data.tokenizer, config.model.vocab_size, sample).save(folder / TOKENIZER)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     splits = _write_splits(documents(), folder, tokenizer, data, log)
@@ -176,7 +176,7 @@ def _recipe_fields(config: PretrainConfig) -> dict[str, Any]:
 
 
 def _check_recipe(folder: Path, recipe: dict[str, Any], config: PretrainConfig, identity: dict[str, Any] | None = None) -> None:
-    """Checks a recipe, which an earlier version may have recorded, and the identity of the text unless it is None."""
+    """Checks that a recorded recipe is the config's and, unless `identity` is None, that the text has not changed."""
     fields = _recipe_fields(config)
     if not config.data.source:
         fields = {name: fields[name] for name in ("data.tokenizer.kind", "model.vocab-size")}
@@ -202,7 +202,7 @@ def _write_splits(documents: DistinctDocuments, folder: Path, tokenizer: Tokeniz
     }
     entries = {}
     for shard in shards:
-        with contextlib.suppress(UserError):  # It has no entry yet, or its files are damaged.
+        with contextlib.suppress(UserError):  # The shard has no entry yet, or its files are damaged.
             entry = read_json(folder / PARTIAL / f"{shard}.json")
             check_files(folder, [entry], verify=True)
             entries[shard] = entry
@@ -276,7 +276,7 @@ def _encode_parts(folder: Path, fingerprint: str, parts: list[Part], processes: 
         stack.callback(progress.clear)
         run: Any = map
         if processes > 1:
-            # Spawned, because the caller may have threads (JAX, TensorFlow) whose locks a forked child might never get.
+            # Processes are spawned, because a forked one may wait forever for a lock of the caller's threads (JAX, TensorFlow).
             spawn = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(processes, spawn, initializer=_start_worker)
             stack.callback(pool.shutdown, cancel_futures=True)
@@ -292,19 +292,19 @@ def _encode_parts(folder: Path, fingerprint: str, parts: list[Part], processes: 
 
 
 def _start_worker() -> None:
-    """Makes a worker end with its parent, even if that is killed, and leaves Ctrl-C to the parent."""
+    """Makes a worker process end with its parent, even if that is killed, and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
-def _exit_with(parent: Any) -> None:
+def _exit_after(parent: Any) -> None:
     parent.join()
     os._exit(1)
 
 
 @functools.lru_cache(maxsize=1)
 def _load_once(folder: Path, fingerprint: str) -> Tokenizer:
-    """Loads a tokenizer once in a process. The fingerprint is there because a folder's tokenizer may be replaced."""
+    """Loads a tokenizer once in each process. The fingerprint makes the cache notice that a folder has another tokenizer now."""
     return load_tokenizer(folder)
 
 

@@ -198,16 +198,16 @@ class TfdsSource:
     """
 
     def __init__(self, name: str, text_field: str):
-        self._name = f"tfds:{name}"
         try:
             import tensorflow_datasets as tfds
 
             self._builder = tfds.builder(name)
         except Exception as error:
-            raise UserError(f"--data.source: cannot open {self._name} ({_one_line(error)})") from error
+            hint = "check the name, and that tensorflow-datasets is installed"
+            raise UserError(f"--data.source: cannot open tfds:{name} ({_one_line(error)}); {hint}") from error
         features = list(self._builder.info.features)
         if text_field not in features:
-            raise UserError(f"--data.text-field: {self._name} has no '{text_field}'; {nearest(text_field, features)}")
+            raise UserError(f"--data.text-field: tfds:{name} has no '{text_field}'; {nearest(text_field, features)}")
         self._as_numpy = tfds.as_numpy
         self._text_field = text_field
 
@@ -225,7 +225,7 @@ class TfdsSource:
             self._builder.download_and_prepare()
             examples = self._as_numpy(self._builder.as_dataset(split="train", shuffle_files=False))
         except Exception as error:  # For example, another package is missing, or the data set has no split "train".
-            raise UserError(f"--data.source: cannot read {self._name} ({_one_line(error)})") from error
+            raise UserError(f"--data.source: cannot read tfds:{self._builder.name} ({_one_line(error)})") from error
         for example in examples:
             text = example[self._text_field]
             if not isinstance(text, bytes):

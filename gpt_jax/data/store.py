@@ -1,6 +1,6 @@
 """The token store: a corpus as token ids on disk, from which windows of any length are read.
 
-Format version 1 is frozen: a change needs a new version number, and stores of old versions must keep loading. A store is a folder
+Format version 1 is frozen. A change needs a new version number, and stores of old versions must keep loading. A store is a folder
 with these files:
 
 - `index.json`: {"format": FORMAT, "version": 1, "dtype": "uint16" or "uint32", "tokenizer": {"kind", "fingerprint",
@@ -161,13 +161,13 @@ class TokenArray:
     """The tokens of one split as one long array over memory-mapped shards.
 
     Args:
-      files: the shards in order.
-      dtype: the dtype of their tokens.
+      files: the shards of the split, in order.
+      dtype: the dtype of the tokens in the shards.
       text_bytes: size of the original text in UTF-8.
 
     Attributes:
-      num_tokens: number of tokens, separators included.
-      text_bytes: as above.
+      num_tokens: number of tokens, with the separators.
+      text_bytes: size of the original text in UTF-8.
     """
 
     def __init__(self, files: Sequence[Path], dtype: np.dtype, text_bytes: int):

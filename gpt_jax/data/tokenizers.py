@@ -247,9 +247,8 @@ class GPT1(Tokenizer):
         if word.isspace():  # For a newline, spaCy returns "\n ".
             return (self.eos_id,)
         symbols = [*word[:-1], word[-1] + "</w>"]
-        unranked = len(self.ranks)
         while len(symbols) > 1:
-            best = min(itertools.pairwise(symbols), key=lambda pair: self.ranks.get(pair, unranked))
+            best = min(itertools.pairwise(symbols), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
             if best not in self.ranks:
                 break
             i = 0
@@ -347,6 +346,3 @@ def _training_problem(message: str, vocab_size: int) -> str:
     if "sentences_.empty()" in message:
         return "there is no text to train a SentencePiece tokenizer on"
     return f"SentencePiece could not train a tokenizer: {message}"
-
-
-load, create = load_tokenizer, create_tokenizer  # until all callers use these names

@@ -84,7 +84,7 @@ _ONE = _uint64(1)
 
 
 def mix64(x: UInt64[np.ndarray, "*shape"]) -> UInt64[np.ndarray, "*shape"]:
-    """SplitMix64's finalizer (Steele, Lea and Flood, 2014; the constants are Stafford's variant 13)."""
+    """Applies SplitMix64's finalizer (Steele, Lea and Flood, 2014; the constants are Stafford's variant 13)."""
     x = (x ^ (x >> _SHIFTS[0])) * _FACTORS[0]
     x = (x ^ (x >> _SHIFTS[1])) * _FACTORS[1]
     return x ^ (x >> _SHIFTS[2])
@@ -185,7 +185,7 @@ class Windows(_WindowReader):
         return self._read(offset + window * self._context_length, loss_weights, rows)
 
     def window_numbers(self, step: int, rows: Rows) -> tuple[Numbers, Numbers]:
-        """Returns the epoch of each of these rows and its window within the epoch, to be named when a step goes wrong."""
+        """Returns the epoch of each of these rows and its window within the epoch, for reports of a step that went wrong."""
         return self._locate(step, rows)[:2]
 
     def _locate(self, step: int, rows: Rows) -> tuple[Numbers, Numbers, Numbers]:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -365,6 +366,16 @@ def test_a_second_process_is_kept_out(source, tmp_path):
 
     prepare(make_config(source), tmp_path / "store", log)
     assert len(attempts) == 1
+
+
+def test_a_killed_worker_is_one_line(source, tmp_path, monkeypatch):
+    def encode_parts(*arguments):
+        yield from ()
+        raise BrokenProcessPool("a process in the pool was terminated abruptly")
+
+    monkeypatch.setattr("gpt_jax.data.prepare._encode_parts", encode_parts)
+    with pytest.raises(UserError, match=r"store: a worker was killed .*; run again with fewer --data.processes$"):
+        prepare(make_config(source, processes=2), tmp_path / "store", ignore)
 
 
 @pytest.mark.parametrize("writes", [0, 1, 9, 30])

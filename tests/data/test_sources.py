@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,6 +113,7 @@ BAD_FILES = {
     "empty.txt": (b"", "empty.txt: the file is empty"),
     "empty.jsonl": (b"", "empty.jsonl: the file is empty"),
     "empty.txt.gz": (gzip.compress(b""), "empty.txt.gz: the file is empty"),
+    "mark.txt": (b"\xef\xbb\xbf", "mark.txt: the file is empty"),
     "program": (b"\x7fELF\0\0\0", "program: a binary file"),
     "latin.txt": (b"fine\nfine\ncaf\xe9\n", "latin.txt:3: byte 0xe9 is not UTF-8"),
     "late.txt": (b"fine line\n" * 200_000 + b"\xff", "late.txt:200001: byte 0xff is not UTF-8"),
@@ -181,9 +183,13 @@ tfds.dataset_builders.store_as_tfds_dataset(
     split_datasets={"train": [(0, {"story": "first caf\\u00e9", "label": 1}), (1, {"story": "second", "label": 2})],
                     "test": [(0, {"story": "held out", "label": 3})]},
 )
+tfds.dataset_builders.store_as_tfds_dataset(
+    name="test_only", version="1.0.0", data_dir=sys.argv[1], features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+    split_datasets={"test": [(0, {"text": "held out"})]},
+)
 source = sources.open_source(DataConfig(source="tfds:tiny", text_field="story"))
 print(source.identity(), sorted(source.documents()))
-for name, field in (("tiny", "text"), ("tinny", "text"), ("tiny", "label")):
+for name, field in (("tiny", "text"), ("tinny", "text"), ("tiny", "label"), ("test_only", "text")):
     try:
         print(list(sources.open_source(DataConfig(source=f"tfds:{name}", text_field=field)).documents()))
     except UserError as error:
@@ -204,11 +210,21 @@ def test_the_training_split_of_a_tensorflow_data_set_is_read(tmp_path):
     command = [sys.executable, "-c", TFDS_SCRIPT, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    good, field, name, label = done.stdout.splitlines()[-4:]
+    good, field, name, label, split = done.stdout.splitlines()[-5:]
     assert good == "{'tfds': 'tiny/1.2.3'} ['first café', 'second']"
     assert field.startswith("--data.text-field: tfds:tiny has no 'text'; ")
     assert name.startswith("--data.source: cannot open tfds:tinny (DatasetNotFoundError: ")
     assert label.startswith("--data.text-field: 'label' holds a ")
+    assert re.match(r"--data.source: cannot read tfds:test_only \(ValueError: Unknown split [\"']train[\"']", split)
+
+
+def test_without_tensorflow_datasets_the_message_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    message = (
+        r"^--data.source: cannot open tfds:tiny \(ModuleNotFoundError[^\n]*check [^\n]* that tensorflow-datasets is installed$"
+    )
+    with pytest.raises(UserError, match=message):
+        read("tfds:tiny")
 
 
 # -- installed documentation ------------------------------------------------------------------------------------------------
