@@ -1,1 +1,1 @@
-"""Other formats in and out: weights, graphs, tokenizers, and the proof that they compute the same."""
+"""Export to and import from other formats (weights, graphs, tokenizers), and the verification of exports."""

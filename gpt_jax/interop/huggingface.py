@@ -1,10 +1,10 @@
-"""The Hugging Face form of a model: config.json, the classifier's weights, the model card, and the model in their own classes.
+"""The Hugging Face form of a model: config.json, the weights of the classifier, the model card, and the model in transformers.
 
-Three classes of their `openai-gpt` matter here. `OpenAIGPTLMHeadModel` is the language model. `OpenAIGPTDoubleHeadsModel` scores
-each choice of a question by a linear layer with a bias, as we do. `OpenAIGPTForSequenceClassification` has a linear layer without
-a bias; `score_weight` folds our bias into its weights. A similarity task adds the activations of both orders of a pair, which
-none of their classes does. Since the layer is linear, adding the scores of both orders gives the same result, and the model card
-explains that.
+Three classes of the `openai-gpt` in transformers matter here. `OpenAIGPTLMHeadModel` is the language model.
+`OpenAIGPTDoubleHeadsModel` scores each choice of a question by a linear layer with a bias, as we do.
+`OpenAIGPTForSequenceClassification` has a linear layer without a bias; `score_weight` folds our bias into its weights. A
+similarity task adds the activations of both orders of a pair, which none of these classes does. Since the layer is linear, adding
+the scores of both orders gives the same result, and the model card explains that.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ DOUBLE_HEADS = "OpenAIGPTDoubleHeadsModel"
 SPECIALS = tuple(f"<{name}>" for name in SpecialTokens._fields)
 """Names of the special tokens that fine-tuning adds."""
 SCORE = "score.weight"
-"""Name of their classifier's tensor."""
+"""Name of the tensor with the weights of the classifier."""
 LARGEST_ADDITION = 10.0
 """Largest number that folding the bias may add to a weight. Beyond it, rounding would show at 1e-5 and more."""
 PAD = 0
-"""Id of the padding token. Their classifier reads the last token with another id, which is the extract token."""
+"""Id of the padding token. The Hugging Face classifier reads the last token with another id, which is the extract token."""
 
-# Our field: the name, the type and the default of theirs.
+# For each of our fields its name, type and default value in config.json; a field without a default is required.
 FIELDS: dict[str, tuple[str, Any, Any]] = {
     "vocab_size": ("vocab_size", int, None),
     "context_length": ("n_positions", int, None),
@@ -56,7 +56,7 @@ FIELDS: dict[str, tuple[str, Any, Any]] = {
 
 
 def architecture(head: Head | None) -> str:
-    """Returns the name of their class for a model."""
+    """Returns the name of the transformers class for a model."""
     if head is None:
         return LANGUAGE_MODEL
     return DOUBLE_HEADS if head.choices else CLASSIFIER
@@ -67,8 +67,8 @@ def to_config_json(config: RunConfig, tokenizer: Tokenizer, task: Task | None, h
     values: dict[str, Any] = {
         "architectures": [architecture(head)],
         "model_type": MODEL_TYPE,
-        **{theirs: getattr(config.model, ours) for ours, (theirs, _, _) in FIELDS.items()},
-        "afn": "gelu",  # In their code this is the tanh approximation.
+        **{name: getattr(config.model, field) for field, (name, _, _) in FIELDS.items()},
+        "afn": "gelu",  # In transformers this is the tanh approximation.
         "tie_word_embeddings": True,
         "dtype": dtype,
         "eos_token_id": tokenizer.eos_id,
@@ -109,12 +109,12 @@ def from_config_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
             f"{path}: the output layer has its own weights (tie_word_embeddings false), but GPT-1 uses its embeddings"
         )
     fields: dict[str, Any] = {}
-    for ours, (theirs, kind, default) in FIELDS.items():
-        value = values.get(theirs, default)
+    for field, (name, kind, default) in FIELDS.items():
+        value = values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, kind):
             number = "a whole number" if kind is int else "a number"
-            raise UserError(f"{path}: {theirs} must be {number}, " + ("and is missing" if value is None else f"not {value!r}"))
-        fields[ours] = value
+            raise UserError(f"{path}: {name} must be {number}, " + ("but is missing" if value is None else f"not {value!r}"))
+        fields[field] = value
     return ModelConfig(**fields, mlp_dim=4 * fields["embed_dim"])
 
 
@@ -184,7 +184,7 @@ def model_card(
     return "\n\n".join(paragraphs) + "\n"
 
 
-# -- their model ------------------------------------------------------------------------------------------------------------
+# -- the model in transformers ----------------------------------------------------------------------------------------------
 
 
 def installed_versions() -> str:
@@ -198,7 +198,7 @@ def installed_versions() -> str:
 
 
 def load_model(folder: Path, class_name: str, head: Head | None = None) -> Computation:
-    """Loads an exported folder into one of their classes.
+    """Loads an exported folder into one of transformers' classes.
 
     Returns:
       A function of tokens int [batch, time] that returns logits float32 [batch, time, vocab]; with a head a function of tokens

@@ -135,7 +135,7 @@ def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: b
     else:
         in_file = tensor_files.load_safetensors(folder) if _has_safetensors(folder) else _load_pickle(folder, trust_pickle)
         tensors = _standard_names(folder, in_file)
-        if head is not None and not head.choices:  # Their classifier has no bias, so our head is in a file of its own.
+        if head is not None and not head.choices:  # Its classifier has no bias, so our head is in a file of its own.
             tensors.pop(huggingface.SCORE, None)
             tensors |= tensor_files.load_npz(folder / RUN_FILES / "head.npz")
             maps += param_map.head_maps("npz", model, head)
@@ -219,7 +219,7 @@ def _require_size(folder: Path, model: ModelConfig, tokenizer: Tokenizer, num_sp
 
 
 def _standard_names(folder: Path, tensors: Tensors) -> Tensors:
-    """Returns tensors under the names that their language model uses.
+    """Returns tensors under the names that transformers' language model uses.
 
     Files of the bare model lack the prefix "transformer.". Old files also have the causal mask of each block, and the output
     layer, which is a copy of the embeddings.

@@ -63,14 +63,14 @@ class TensorMap(NamedTuple):
     """Shape of the tensor."""
     path: tuple[str, ...]
     """Keys of our array in the nested dictionary of parameters."""
-    our_shape: tuple[int, ...]
-    """Shape of the part of our array."""
+    internal_shape: tuple[int, ...]
+    """Shape of that part of our array."""
     layer: int | None = None
     """Index on the first axis of our array; None: all of the array, without the rows that pad the vocabulary."""
 
     def slice(self, array: np.ndarray) -> np.ndarray:
         """Returns a view of the tensor's part of our array."""
-        return array[: self.our_shape[0]] if self.layer is None else array[self.layer]
+        return array[: self.internal_shape[0]] if self.layer is None else array[self.layer]
 
     def to_external(self, part: np.ndarray) -> np.ndarray:
         """Returns a part of our array in the shape of the tensor."""
@@ -78,7 +78,7 @@ class TensorMap(NamedTuple):
 
     def from_external(self, tensor: np.ndarray) -> np.ndarray:
         """Returns a tensor in the shape of the part of our array."""
-        return tensor.reshape(self.our_shape)
+        return tensor.reshape(self.internal_shape)
 
 
 def tensor_maps(format_: str, model: ModelConfig, head: Head | None = None) -> list[TensorMap]:
@@ -136,9 +136,9 @@ def _block_name(format_: str, layer: int, name: str, suffix: str) -> str:
     return f"transformer.h.{layer}.{name.replace('/', '.')}.{'bias' if suffix == 'b' else 'weight'}"
 
 
-def _block_shape(format_: str, model: ModelConfig, path: tuple[str, ...], our_shape: tuple[int, ...]) -> tuple[int, ...]:
+def _block_shape(format_: str, model: ModelConfig, path: tuple[str, ...], internal_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of a block's tensor: one axis for the inputs of a matrix and one for its outputs."""
-    size = math.prod(our_shape)
+    size = math.prod(internal_shape)
     if path[-1] != "kernel":
         return (size,)
     inputs = model.mlp_dim if "down" in path else model.embed_dim

@@ -66,7 +66,7 @@ def _save_shard(path: Path, shard: Tensors) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # The library's files can be read by their owner only.
+    path.chmod(path.parent.stat().st_mode & 0o666)  # The library makes files that only their owner can read.
 
 
 def load_safetensors(folder: Path) -> Tensors:
@@ -88,7 +88,7 @@ def load_safetensors(folder: Path) -> Tensors:
             raise UserError(f"{index}: is not an index of safetensors files") from None
     tensors: Tensors = {}
     for name in names:
-        with _explained(folder / name):
+        with _explain_damage(folder / name):
             tensors |= load_file(folder / name)
     return tensors
 
@@ -107,7 +107,7 @@ def load_npz(path: Path) -> Tensors:
     Raises:
       UserError: the file is missing, truncated or altered, or has pickled objects.
     """
-    with _explained(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:  # type: ignore[arg-type]
+    with _explain_damage(path), np.lib.npyio.NpzFile(path, allow_pickle=False) as archive:  # type: ignore[arg-type]
         tensors = dict(archive)
         if not all(isinstance(tensor, np.ndarray) for tensor in tensors.values()):
             raise ValueError("an entry is not an array")
@@ -150,7 +150,7 @@ def load_openai(folder: Path, names: Sequence[str]) -> Tensors:
     parts = []
     for number in range(OPENAI_FILES):
         path = folder / f"params_{number}.npy"
-        with _explained(path):
+        with _explain_damage(path):
             parts.append(np.lib.format.open_memmap(path, mode="r").reshape(-1))
         if parts[-1].dtype != np.float32:
             raise UserError(f"{path}: has numbers of type {parts[-1].dtype}, not float32")
@@ -164,8 +164,8 @@ def load_openai(folder: Path, names: Sequence[str]) -> Tensors:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turns a library's complaint about a file into a `UserError` of one line."""
+def _explain_damage(path: Path) -> Iterator[None]:
+    """Turns any error that a library raises for a file into a `UserError` of one line."""
     try:
         yield
     except FileNotFoundError:

@@ -61,7 +61,7 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
         # The library's class for this model type would take only the vocabulary and split text in its own way.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
-        # Without token types: their model would add the embedding of a token for each type.
+        # Without token types, for which the model in transformers would add embeddings of tokens.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
         # Text that spells a special token stays text.

@@ -234,7 +234,7 @@ def test_another_architecture_and_other_shapes_are_listed(exported, tmp_path, ca
         ("{", "not valid JSON"),
         ({"n_head": "2"}, "n_head must be a whole number, not '2'"),
         ({"n_layer": 1.0}, "n_layer must be a whole number, not 1.0"),
-        ({"vocab_size": None}, "vocab_size must be a whole number, and is missing"),
+        ({"vocab_size": None}, "vocab_size must be a whole number, but is missing"),
         ({"embd_pdrop": "x"}, "embd_pdrop must be a number, not 'x'"),
         ({"n_head": 5}, "5 does not divide"),
         ({"afn": "relu"}, "the activation (afn) is 'relu'"),
