@@ -10,6 +10,7 @@ from gpt_jax.cli import main
 from gpt_jax.config import FinetuneConfig, TransferConfig
 from gpt_jax.config.load import load_config
 from gpt_jax.experiments import studies
+from gpt_jax.tasks.finetune import spread
 from gpt_jax.train.checkpoint import newest_checkpoint
 from gpt_jax.train.pretrain import pretrain
 
@@ -115,32 +116,61 @@ def test_settings_that_do_not_allow_a_study_are_refused_before_training(
     assert not out.exists()
 
 
-@pytest.mark.slow
-def test_a_study_writes_its_scores_and_a_figure(config_file, pretrained, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [
+        ("layers", ["nothing", "embeddings", "1-block", "2-blocks"]),
+        ("ablations", ["full", "wo-pre-training", "wo-aux-LM"]),
+        ("steps", ["nothing", "step-1", "step-2"]),
+    ],
+)
+def test_the_scores_of_several_seeds_are_written_printed_and_plotted(
+    config_file, pretrained, tmp_path, monkeypatch, capsys, name, folders
+):
+    """The fine-tunings themselves are replaced by made-up scores."""
+    calls = []
+
+    def finetune_seeds(config, workdir, seeds):
+        calls.append((workdir, seeds))
+        workdir.mkdir(parents=True)
+        return {"validation": {"accuracy": spread([0.5, 0.5 + len(calls) / 10])}}
+
+    monkeypatch.setattr(studies, "finetune_seeds", finetune_seeds)
     out = tmp_path / "study"
-    command = ["study", config_file, "--name", "layers", "--init.from", str(pretrained), "--workdir", str(out), "--seeds", "2"]
+    config = dataclasses.replace(load_config(config_file), init=TransferConfig(str(pretrained)))
+    result = studies.study(name, config, out, 2)
+    assert calls == [(out / folder, 2) for folder in folders]
+    assert json.loads((out / f"{name}.json").read_text()) == json.loads(json.dumps(result))
+    expected = [spread([0.5, 0.5 + number / 10]) for number in range(1, len(folders) + 1)]
+    assert [row["validation"]["accuracy"] for row in result["variants"]] == expected
+    assert (out / f"{name}.png").read_bytes().startswith(PNG)
+    header, *table, files = capsys.readouterr().out.splitlines()
+    assert header.split() == ["variant", "accuracy,", "median", "lowest", "highest"]
+    assert [line.split("  ")[0] for line in table] == [row["variant"] for row in result["variants"]]
+    assert [line.split()[-3:] for line in table] == [
+        [f"{50 + 5 * number:.1f}", "50.0", f"{50 + 10 * number:.1f}"] for number in range(1, len(folders) + 1)
+    ]
+    assert files == f"{out / name}.json, {out / name}.png"
+
+
+@pytest.mark.slow
+def test_a_study_fine_tunes_its_variants_and_does_not_repeat_finished_ones(config_file, pretrained, tmp_path, capsys):
+    out = tmp_path / "study"
+    command = ["study", config_file, "--name", "layers", "--init.from", str(pretrained), "--workdir", str(out)]
     assert main(command) == 0
     rows = json.loads((out / "layers.json").read_text())["variants"]
     assert [row["variant"] for row in rows] == ["nothing", "embeddings", "1 block", "2 blocks"]
     run = newest(pretrained)
     varied = [(row["init"]["from_"], row["init"]["like"], row["init"]["blocks"], row["lm_weight"]) for row in rows]
-    assert varied == [
-        ("none", run, -1, 0.5),
-        (run, "", 0, 0.5),
-        (run, "", 1, 0.5),
-        (run, "", 2, 0.5),
-    ]
+    assert varied == [("none", run, -1, 0.5), (run, "", 0, 0.5), (run, "", 1, 0.5), (run, "", 2, 0.5)]
     for row in rows:
         folder = out / row["variant"].replace(" ", "-")
-        results = [json.loads((folder / f"seed-{seed}" / "result.json").read_text())["validation"] for seed in (0, 1)]
-        assert row["validation"]["accuracy"]["values"] == [result["accuracy"] for result in results]
+        result = json.loads((folder / "seed-0" / "result.json").read_text())
+        assert row["validation"]["accuracy"]["values"] == [result["validation"]["accuracy"]]
     assert len({row["validation"]["loss"]["median"] for row in rows}) == 4
     assert (out / "layers.png").read_bytes().startswith(PNG)
     before = (out / "layers.json").read_bytes()
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["variant", "accuracy,", "median", "lowest", "highest"]
-    assert [line.split("  ")[0] for line in table[1:-1]] == [row["variant"] for row in rows]
-    assert table[-1] == f"{out}/layers.json, {out}/layers.png"
+    capsys.readouterr()
     assert main(command) == 0  # all variants are finished already
     assert (out / "layers.json").read_bytes() == before
     assert "nothing to do" in capsys.readouterr().err
