@@ -1,4 +1,4 @@
-"""Several processes: who they are, waiting with a word, stopping on request. (tests/train/test_processes.py starts some.)"""
+"""Several processes: who they are, what they wait for, stopping on request. tests/train/test_processes.py starts real ones."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def joined(monkeypatch):
 
 
 def silent(line):
-    raise AssertionError(f"nothing should have been said, but: {line}")
+    raise AssertionError(f"nothing should have been logged, but: {line}")
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def silent(line):
     [
         ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, ("h:1", 4, 3)),
         ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "0"}, ("h:1", 4, 0)),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, ()),  # found by JAX itself
+        ({"SLURM_STEP_NUM_TASKS": "2"}, ()),  # JAX detects the rest
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, ()),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, None),  # alone: nothing to join
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),  # This process is alone.
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
         ({}, None),
     ],
@@ -58,9 +58,7 @@ def test_a_process_finds_its_place(joined, monkeypatch, variables, expected):
 def test_the_config_goes_before_the_environment(joined, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "other:1")
     distributed.start(DistributedConfig(coordinator="here:99", num_processes=2, process_id=1), silent)
-    assert joined == [
-        {"coordinator_address": "here:99", "num_processes": 2, "process_id": 1, "initialization_timeout": 360},
-    ]
+    assert joined == [{"coordinator_address": "here:99", "num_processes": 2, "process_id": 1, "initialization_timeout": 360}]
 
 
 @pytest.mark.parametrize("variables", [{}, {"JAX_NUM_PROCESSES": "2"}, {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "first"}])
@@ -68,12 +66,14 @@ def test_a_coordinator_without_numbers_is_refused(joined, monkeypatch, variables
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID must be set to whole numbers"):
+    with pytest.raises(
+        UserError, match="JAX_COORDINATOR_ADDRESS is set, so set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole numbers"
+    ):
         distributed.start(DistributedConfig(), silent)
     assert joined == []
 
 
-def test_others_that_do_not_come_are_one_line(monkeypatch):
+def test_a_timeout_while_joining_is_one_line(monkeypatch):
     def initialize(**_):
         raise RuntimeError("DEADLINE_EXCEEDED: barrier timed out\nmore\nlines")
 
@@ -92,43 +92,43 @@ def test_a_failed_computation_ends_one_of_several_processes_at_once(monkeypatch,
 
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     monkeypatch.setattr(os, "_exit", end)
-    with pytest.raises(SystemExit, match="1"), distributed.losing_peers():
+    with pytest.raises(SystemExit, match="1"), distributed.exit_if_peer_lost():
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed:\nConnection reset by peer")
     assert capfd.readouterr().err == (
-        "gpt-jax: process 0 of 4 lost another one (UNKNOWN: Gloo all-reduce failed: Connection reset by peer); "
-        "start all of them again to go on from the newest checkpoint\n"
+        "gpt-jax: process 0 of 4 lost another process (UNKNOWN: Gloo all-reduce failed: Connection reset by peer); "
+        "start all of them again to continue from the newest checkpoint\n"
     )
 
 
 def test_a_failed_computation_of_a_single_process_is_its_own_error():
-    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"), distributed.losing_peers():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="out of memory"), distributed.exit_if_peer_lost():
         raise jax.errors.JaxRuntimeError("out of memory")
 
 
 def test_a_single_process_waits_for_nobody():
-    with distributed.first_alone("anything", silent):
+    with distributed.primary_first("anything", silent):
         pass
-    assert distributed.agree(17) == 17
+    assert distributed.broadcast(17) == 17
     assert distributed.is_primary()
 
 
 @pytest.fixture
 def disagreement(monkeypatch):
-    """A function from what each process says (its host is h0, h1, ...) to what is raised; empty: nothing."""
+    """A function from the facts of each process, whose hosts are h0, h1, ..., to the error of all of them; empty: none."""
 
     def compare(*facts):
-        told = [json.dumps({"host": f"h{number}", **one}) for number, one in enumerate(facts)]
-        monkeypatch.setattr(jax, "process_count", lambda: len(told))
-        monkeypatch.setattr(distributed, "_told", lambda own, what, log: told)
-        said = set()
-        for one in facts:  # each of them compares
+        texts = [json.dumps({"host": f"h{number}", **own}) for number, own in enumerate(facts)]
+        monkeypatch.setattr(jax, "process_count", lambda: len(texts))
+        monkeypatch.setattr(distributed, "_exchange", lambda text, what, log: texts)
+        messages = set()
+        for own in facts:  # as each process does
             try:
-                distributed.require_agreement(one, silent)
-                said.add("")
+                distributed.require_agreement(own, silent)
+                messages.add("")
             except UserError as error:
-                said.add(str(error).removeprefix("the processes of this run do not agree: "))
-        (same,) = said
-        return same.removesuffix("; start the same on all hosts")
+                messages.add(str(error).removeprefix("the processes of this run do not agree: "))
+        (message,) = messages
+        return message.removesuffix("; start the same on all hosts")
 
     return compare
 
@@ -145,7 +145,7 @@ def disagreement(monkeypatch):
         ("378", "process 1 (h1) has x 7, process 2 (h2) 8, process 0 (h0) 3"),
     ],
 )
-def test_those_that_differ_from_most_are_named(disagreement, values, expected):
+def test_processes_that_differ_from_most_are_named(disagreement, values, expected):
     assert disagreement(*({"commit": "c", "x": value} for value in values)) == expected
 
 
@@ -155,30 +155,33 @@ def test_each_difference_is_named_with_its_own_majority(disagreement):
     )
 
 
-@pytest.mark.parametrize("nothing", [{}, {"libtpu": ""}])
-def test_what_one_process_lacks_is_a_difference_whoever_it_is(disagreement, nothing):
-    assert disagreement(nothing, {"libtpu": "1"}, {"libtpu": "1"}) == "process 0 (h0) has libtpu none, the others 1"
-    assert disagreement({"libtpu": "1"}, {"libtpu": "1"}, nothing) == "process 2 (h2) has libtpu none, the others 1"
-    assert disagreement(nothing, {"libtpu": "1"}) == "process 1 (h1) has libtpu 1, process 0 (h0) none"
+@pytest.mark.parametrize("absent", [{}, {"libtpu": ""}])
+def test_a_fact_that_one_process_lacks_is_a_difference_whichever_process_it_is(disagreement, absent):
+    assert disagreement(absent, {"libtpu": "1"}, {"libtpu": "1"}) == "process 0 (h0) has libtpu none, the others 1"
+    assert disagreement({"libtpu": "1"}, {"libtpu": "1"}, absent) == "process 2 (h2) has libtpu none, the others 1"
+    assert disagreement(absent, {"libtpu": "1"}) == "process 1 (h1) has libtpu 1, process 0 (h0) none"
 
 
-def test_a_long_wait_says_what_it_waits_for():
-    said = []
-    with distributed.waiting("the others", said.append, every=0.05):
+def test_a_long_wait_is_explained_again_and_again():
+    lines = []
+    with distributed.waiting("the others", lines.append, every=0.05):
         limit = time.monotonic() + 20
-        while len(said) < 2 and time.monotonic() < limit:
+        while len(lines) < 2 and time.monotonic() < limit:
             time.sleep(0.01)
-    count = len(said)
+    count = len(lines)
     assert count >= 2
-    assert said[0] == "still waiting for the others (0 s)"
+    assert lines[0] == "still waiting for the others (0 s)"
     time.sleep(0.2)
-    assert len(said) == count
+    assert len(lines) == count
 
 
-def test_a_short_wait_says_nothing():
+def test_a_short_wait_is_not_mentioned():
+    def reminding():
+        return any("remind" in thread.name for thread in threading.enumerate())
+
     with distributed.waiting("the others", silent):
-        pass
-    assert not any(thread.daemon and "remind" in thread.name for thread in threading.enumerate())
+        assert reminding()
+    assert not reminding()
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------------------
@@ -188,19 +191,19 @@ def test_a_short_wait_says_nothing():
 def test_a_signal_is_a_request_to_stop_after_the_update(number):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with StopRequest() as stop:
-        assert not stop.now()
+        assert not stop.after_update()
         os.kill(os.getpid(), number)
-        assert stop.now()
-        assert stop.now()
+        assert stop.after_update()
+        assert stop.after_update()
     assert {number: signal.getsignal(number) for number in before} == before
     with StopRequest() as stop:
-        assert not stop.now()
+        assert not stop.after_update()
 
 
 def test_a_second_interrupt_stops_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.now()
+        assert stop.after_update()
         with pytest.raises(KeyboardInterrupt):  # noqa: PT012 - the signal is noticed between two statements
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
@@ -209,25 +212,27 @@ def test_a_second_interrupt_stops_at_once():
 
 def test_outside_the_main_thread_signals_are_left_alone():
     before = signal.getsignal(signal.SIGTERM)
-    seen = []
+    during = []
 
     def body():
         with StopRequest() as stop:
-            seen.append((stop.now(), signal.getsignal(signal.SIGTERM)))
+            during.append((stop.after_update(), signal.getsignal(signal.SIGTERM)))
 
     thread = threading.Thread(target=body)
     thread.start()
     thread.join()
-    assert seen == [(False, before)]
+    assert during == [(False, before)]
 
 
 def test_several_processes_count_their_updates_from_1_whatever_step_they_resume_at(monkeypatch):
-    """JAX's service has all processes stop at the count after the largest it has heard of, which is 0 at first."""
-    asked = []
+    """JAX's service stops all processes at the count after the largest that it has heard of, which is 0 at first."""
+    counts = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        distributed.multihost_utils, "reached_preemption_sync_point", lambda count: asked.append(count) or count == 3
+        distributed.multihost_utils, "reached_preemption_sync_point", lambda count: counts.append(count) or count == 3
     )
+    before = signal.getsignal(signal.SIGTERM)
     with StopRequest() as stop:
-        assert [stop.now(), stop.now(), stop.now()] == [False, False, True]
-    assert asked == [1, 2, 3]
+        assert signal.getsignal(signal.SIGTERM) == before, "the service has its own handler of SIGTERM"
+        assert [stop.after_update(), stop.after_update(), stop.after_update()] == [False, False, True]
+    assert counts == [1, 2, 3]

@@ -1,4 +1,4 @@
-"""A run's folder: one config, one text, a record that survives being cut off, files that are whole."""
+"""A run's folder: one config, one text, a record that survives being cut off, files and folders that are whole."""
 
 import dataclasses
 import importlib.metadata
@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.config import DataConfig, OptimConfig, PretrainConfig, TrainConfig
+from gpt_jax.config import DataConfig, FinetuneRunConfig, OptimConfig, PretrainConfig, TaskConfig, TrainConfig
+from gpt_jax.config.load import CONFIG_VERSION
 from gpt_jax.errors import UserError
-from gpt_jax.runtime.rundir import RunDir, environment, read_json, write_atomic
+from gpt_jax.runtime.rundir import RunDir, environment, read_json, sha256, staged_folder, write_atomic
 
 CONFIG = PretrainConfig(data=DataConfig(source="text.txt"), train=TrainConfig(duration="100 steps"))
 
 
 def attempt(folder, config=CONFIG, digest="d0" * 32, *, allow_changes=False, steps=(), from_step=0):
-    """One start of a run that records these steps; returns its number."""
+    """Starts a run, records these steps and ends; returns the number of the attempt."""
     run = RunDir(folder)
-    run.check(config, allow_changes)
+    run.check_config(config, allow_changes)
     run.check_data(digest, allow_changes)
     run.open(config, digest)
     try:
@@ -30,7 +31,7 @@ def attempt(folder, config=CONFIG, digest="d0" * 32, *, allow_changes=False, ste
     return run.attempt
 
 
-def test_config_json_says_what_was_run_and_with_what(tmp_path, monkeypatch):
+def test_config_json_has_the_config_and_what_produced_the_run(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_some_flag")
     monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_some_flag")
     attempt(tmp_path / "new" / "run")
@@ -40,6 +41,7 @@ def test_config_json_says_what_was_run_and_with_what(tmp_path, monkeypatch):
     assert stored["config"]["optim"]["peak_lr"] == 2.5e-4
     assert stored["data_digest"] == "d0" * 32
     assert len(stored["digest"]) == 64
+    assert stored["config_version"] == CONFIG_VERSION == 2
     assert stored["xla_flags"] == "--xla_some_flag"
     assert stored["libtpu_init_args"] == "--xla_tpu_some_flag"
     assert {"python", "jax", "flax", "optax", "numpy"} <= set(stored["versions"])
@@ -47,8 +49,7 @@ def test_config_json_says_what_was_run_and_with_what(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("package", ["libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"])
-def test_the_environment_has_the_versions_of_what_drives_the_accelerators(monkeypatch, package):
-    """Of those that are installed."""
+def test_the_environment_has_the_versions_of_the_packages_that_drive_accelerators(monkeypatch, package):
 
     def version(name):
         if name != package:
@@ -74,7 +75,7 @@ def test_records_carry_kind_step_time_and_attempt(tmp_path):
 # -- one config -------------------------------------------------------------------------------------------------------------
 
 
-def test_another_config_is_refused_and_its_differences_named(tmp_path):
+def test_another_config_is_refused_and_its_differences_are_named(tmp_path):
     attempt(tmp_path, steps=[1])
     other = dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1e-3), train=TrainConfig(duration="200 steps"))
     before = (tmp_path / "config.json").read_bytes()
@@ -86,29 +87,62 @@ def test_another_config_is_refused_and_its_differences_named(tmp_path):
     assert "\n" not in message
     assert (tmp_path / "config.json").read_bytes() == before
     assert [record["step"] for record in RunDir(tmp_path).records()] == [1]
-    # What is allowed once is the run's config from then on.
+    # A change that is allowed once is the run's config from then on.
     attempt(tmp_path, other, allow_changes=True, from_step=1)
     attempt(tmp_path, other, from_step=1)
     with pytest.raises(UserError, match=r"--optim.peak-lr 0.00025 \(was 0.001\)"):
         attempt(tmp_path)
 
 
-def test_fields_of_speed_and_display_may_differ(tmp_path):
+def test_fields_that_affect_speed_or_display_may_differ(tmp_path):
     attempt(tmp_path, steps=[1])
     data = dataclasses.replace(CONFIG.data, prefetch=9, store="elsewhere", pipeline="threads")
     train = dataclasses.replace(CONFIG.train, log_seconds=1.0, save_every="7 steps", grad_accum_steps=2, prompts=("Hello",))
     assert attempt(tmp_path, dataclasses.replace(CONFIG, data=data, train=train), steps=[2], from_step=1) == 2
 
 
-def test_fields_that_did_not_exist_when_a_run_began_do_not_stop_it(tmp_path):
+def rewrite_config(folder, change):
+    """Replaces the config in config.json, a nested dictionary, by one that `change` has modified."""
+    stored = read_json(folder / "config.json")
+    change(stored["config"])
+    write_atomic(folder / "config.json", json.dumps(stored))
+
+
+def test_a_field_that_did_not_exist_when_a_run_began_had_its_default(tmp_path):
     attempt(tmp_path, steps=[1])
-    stored = read_json(tmp_path / "config.json")
-    del stored["config"]["optim"]["clip_norm"]
-    write_atomic(tmp_path / "config.json", json.dumps(stored))
-    attempt(tmp_path)
+    rewrite_config(tmp_path, lambda config: config["optim"].pop("clip_norm"))
+    with pytest.raises(UserError, match=r"it differs in --optim.clip-norm 1.0 \(was 0.0\)\."):
+        attempt(tmp_path, dataclasses.replace(CONFIG, optim=OptimConfig(clip_norm=1.0)))
+    assert "clip_norm" not in read_json(tmp_path / "config.json")["config"]["optim"]
+    assert attempt(tmp_path, steps=[2], from_step=1) == 2
+    assert read_json(tmp_path / "config.json")["config"]["optim"]["clip_norm"] == 0.0
 
 
-def test_a_start_that_trained_nothing_ties_the_folder_to_nothing(tmp_path):
+def test_a_run_of_an_earlier_version_is_compared_under_the_present_names(tmp_path):
+    def to_version_1(config):
+        config["train"]["micro_batches"] = config["train"].pop("grad_accum_steps")
+        config["task"]["lengths"] = config["task"].pop("num_length_buckets")
+        config["task"]["order"] = "grouped" if config["task"].pop("bucket_by_length") else "random"
+
+    config = FinetuneRunConfig(task=TaskConfig(bucket_by_length=False))
+    attempt(tmp_path, config, steps=[1])
+    rewrite_config(tmp_path, to_version_1)
+    with pytest.raises(UserError, match=r"it differs in --task.bucket-by-length True \(was False\)\."):
+        attempt(tmp_path, FinetuneRunConfig())
+    assert attempt(tmp_path, config, steps=[2], from_step=1) == 2
+    assert read_json(tmp_path / "config.json")["config"]["task"]["bucket_by_length"] is False
+
+
+def test_an_unknown_field_of_a_runs_config_is_named_with_its_file(tmp_path):
+    attempt(tmp_path, steps=[1])
+    rewrite_config(tmp_path, lambda config: config["train"].update(bach_size=64))
+    message = r"config.json: no field of a config is named 'train.bach-size'; did you mean train.batch-size"
+    with pytest.raises(UserError, match=message) as caught:
+        attempt(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
+
+
+def test_an_attempt_that_trained_nothing_ties_the_folder_to_nothing(tmp_path):
     """A first try with a wrong field must not make the corrected one an error."""
     attempt(tmp_path, dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1.0)), digest="e1" * 32)
     attempt(tmp_path, steps=[1])
@@ -120,7 +154,9 @@ def test_another_token_store_is_refused(tmp_path):
     attempt(tmp_path, steps=[1])
     with pytest.raises(UserError, match=r"trained on other data \(digest d0d0d0d0d0d0, these have e1e1e1e1e1e1\)"):
         attempt(tmp_path, digest="e1" * 32)
-    attempt(tmp_path, digest="e1" * 32, allow_changes=True)
+    assert attempt(tmp_path, digest="e1" * 32, allow_changes=True, from_step=1) == 2
+    with pytest.raises(UserError, match=r"digest e1e1e1e1e1e1, these have d0d0d0d0d0d0"):
+        attempt(tmp_path)
 
 
 def test_a_folder_with_checkpoints_but_no_config_is_refused(tmp_path):
@@ -129,17 +165,31 @@ def test_a_folder_with_checkpoints_but_no_config_is_refused(tmp_path):
         attempt(tmp_path)
 
 
-def test_a_config_json_that_is_no_json_is_named(tmp_path):
+def test_the_folder_of_an_imported_model_is_refused(tmp_path):
+    run = RunDir(tmp_path)
+    run.require_not_imported()
+    attempt(tmp_path)
+    run.require_not_imported()
+    run.open(CONFIG, "", imported_from="/models/openai-gpt")
+    run.close()
+    with pytest.raises(UserError) as caught:
+        run.require_not_imported()
+    assert str(caught.value) == (
+        f"{tmp_path} holds a model imported from /models/openai-gpt; name another --workdir and --init.from {tmp_path}"
+    )
+
+
+def test_a_config_json_that_is_not_json_is_named(tmp_path):
     attempt(tmp_path, steps=[1])
     (tmp_path / "config.json").write_text('{"config": {')
-    with pytest.raises(UserError, match=r"config.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"config.json: not valid JSON: "):
         attempt(tmp_path)
 
 
 # -- the record -------------------------------------------------------------------------------------------------------------
 
 
-def test_records_past_the_step_gone_on_from_are_moved_not_lost(tmp_path):
+def test_records_past_the_step_from_which_training_continues_are_moved_not_lost(tmp_path):
     attempt(tmp_path, steps=[1, 2, 3, 4])
     attempt(tmp_path, steps=[3, 4, 5], from_step=2)
     attempt(tmp_path, steps=[5], from_step=4)
@@ -150,11 +200,11 @@ def test_records_past_the_step_gone_on_from_are_moved_not_lost(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 40])
-def test_a_line_that_was_cut_off_does_not_spoil_the_record(tmp_path, cut):
+def test_a_line_that_was_cut_off_is_left_out_of_the_record(tmp_path, cut):
     attempt(tmp_path, steps=[1, 2, 3])
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(file.read_bytes()[:-cut])
-    # Without its line end alone the last record is whole.
+    # A record that lacks only its line end is whole.
     assert [record["step"] for record in RunDir(tmp_path).records()] == ([1, 2, 3] if cut == 1 else [1, 2])
     attempt(tmp_path, steps=[3, 4], from_step=2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
@@ -178,8 +228,8 @@ def test_floats_are_written_to_the_last_bit(tmp_path):
 
 
 @pytest.mark.parametrize("end", [RunDir.sync, RunDir.close, lambda run: run.write_result({"loss": 1.0})])
-def test_the_record_is_brought_to_the_disk_and_closed(tmp_path, monkeypatch, end):
-    """Closed, since that is when a file on a mounted bucket is uploaded."""
+def test_the_record_is_written_to_the_disk_and_closed(tmp_path, monkeypatch, end):
+    """A file on a mounted bucket is uploaded when it is closed."""
     run = RunDir(tmp_path)
     run.open(CONFIG, "")
     run.record("train", 1, loss=1.0)
@@ -197,7 +247,7 @@ def test_the_record_is_brought_to_the_disk_and_closed(tmp_path, monkeypatch, end
     run.close()
 
 
-def test_a_record_goes_on_after_it_was_brought_to_the_disk(tmp_path):
+def test_a_record_continues_after_it_was_written_to_the_disk(tmp_path):
     run = RunDir(tmp_path)
     run.open(CONFIG, "")
     for step in (1, 2, 3):
@@ -220,7 +270,7 @@ def test_only_the_primary_process_writes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# -- whole files ------------------------------------------------------------------------------------------------------------
+# -- files and folders ------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -241,6 +291,76 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["result.json"]
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [(None, "no such file"), ("{", "not valid JSON: Expecting property name"), ("[1]", "not valid JSON: it holds no object")],
+)
+def test_a_file_that_is_not_a_json_object_is_named(tmp_path, content, problem):
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        read_json(path)
+    assert str(caught.value).startswith(f"{path}: {problem}")
+    assert "\n" not in str(caught.value)
+
+
+def test_checksums_are_those_of_sha256(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_staged_folder_is_there_after_the_body(tmp_path, exists):
+    out = tmp_path / "a" / "out"
+    if exists:
+        out.mkdir(parents=True)
+    with staged_folder(out, "out") as folder:
+        (folder / "file").write_text("content")
+        assert not (out / "file").exists()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/out", "a/out/file"]
+
+
+def test_a_staged_folder_is_removed_if_the_body_fails(tmp_path):
+    def fail():
+        with staged_folder(tmp_path / "out", "out") as folder:
+            (folder / "file").write_text("content")
+            raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staged_folder_of_an_earlier_attempt_is_replaced(tmp_path):
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "old").touch()
+    with staged_folder(tmp_path / "out", "out") as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    def error_of(out):
+        with pytest.raises(UserError) as caught, staged_folder(out, "workdir"):
+            pytest.fail("the body ran")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    file = tmp_path / "file"
+    file.write_text("content")
+    hint = "is not empty; name a folder that is empty or does not exist"
+    assert error_of(file) == f"--workdir: {file} {hint}"
+    assert error_of(tmp_path) == f"--workdir: {tmp_path} {hint}"
+    assert error_of(file / "below") == f"--workdir: {file / 'below'} cannot be made (Not a directory)"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert error_of(Path()) == f"--workdir: {tmp_path / 'empty'} is the current folder; name one below it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+    assert file.read_text() == "content"
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / ".result.json.tmp").symlink_to("/dev/full")
@@ -252,7 +372,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     file = run._metrics.fileno()
     with open("/dev/full", "wb") as full:
         os.dup2(full.fileno(), file)
-    for write in (lambda: run.record("train", 1, loss=1.0), run.sync):  # what could not be written is tried again
+    for write in (lambda: run.record("train", 1, loss=1.0), run.sync):  # The second one tries to write the record again.
         with pytest.raises(UserError, match=r"metrics.jsonl: no space left on the device"):
             write()
     run.close()
