@@ -122,11 +122,8 @@ def _check_memory(model: ModelConfig, sizes: Mapping[str, int], accelerator: Acc
     if not accelerator.memory or needed <= accelerator.memory:
         return
     devices = sizes["data"] * sizes["fsdp"]  # what these two axes can share between them
-    fitting = [
-        fsdp
-        for fsdp in range(1, devices + 1)
-        if devices % fsdp == 0 and model.embed_dim % fsdp == 0 and total / (fsdp * sizes["tensor"]) <= accelerator.memory
-    ]
+    possible = (size for size in range(1, devices + 1) if devices % size == 0 and model.embed_dim % size == 0)
+    fitting = [size for size in possible if total / (size * sizes["tensor"]) <= accelerator.memory]
     advice = f"set --mesh.data -1 --mesh.fsdp {fitting[0]}" if fitting else "no --mesh.fsdp is large enough: use more devices"
     raise UserError(
         f"--mesh.fsdp: {model.num_parameters:,} parameters, their gradients and the optimizer state need {needed / GIB:.1f} GiB "

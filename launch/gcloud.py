@@ -78,18 +78,18 @@ class Gcloud:
         self.create = self._resource("create", *hardware, "--labels", f"{LABEL}={self.owner}")
         self.describe = self._resource("describe", "--format", "json")
         self.delete = self._resource("delete", "--force")
+        self.describe_nodes = [self._node("describe", node, "--format", "value(state)") for node in self.nodes]
 
-    def describe_node(self, node: str) -> list[str]:
-        return self._node("describe", node, "--format", "value(state)")
+    def copy(self, files: Sequence[Path]) -> list[list[str]]:
+        """Returns a command for each node that copies files to its workers."""
+        paths = [str(file) for file in files]
+        return [self._node("scp", *paths, f"{node}:{self.folder}/", "--worker", "all") for node in self.nodes]
 
-    def copy(self, node: str, files: Sequence[Path]) -> list[str]:
-        return self._node("scp", *map(str, files), f"{node}:{self.folder}/", "--worker", "all")
-
-    def ask(self, node: str, words: str) -> list[str]:
-        """Returns the command that runs `tpu_worker.py WORDS` on every worker of a node; one that lacks its files answers {}."""
+    def ask(self, words: str) -> list[list[str]]:
+        """Returns a command for each node that runs `tpu_worker.py WORDS` on its workers; one without its files answers {}."""
         missing = f"if test ! -f tpu_worker.py -o ! -f job.json; then echo; echo {tpu_worker.MARK} $HOSTNAME {{}}; exit; fi"
         script = f"mkdir -p {self.folder} && cd {self.folder} && {missing}; python3 tpu_worker.py {words}"
-        return self._node("ssh", node, "--worker", "all", "--command", script)
+        return [self._node("ssh", node, "--worker", "all", "--command", script) for node in self.nodes]
 
     def _resource(self, verb: str, *words: str) -> list[str]:
         return ["gcloud", "compute", "tpus", "queued-resources", verb, self.name, *words, *self._place]

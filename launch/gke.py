@@ -47,9 +47,8 @@ def check(job: Job) -> None:
     if accelerator.kind != "tpu":
         require(not job.project, "project", "leave it out; kubectl's current context selects the project")
     if job.is_multislice:  # GKE connects node pools of multi-host slices only.
-        smallest = smallest_multi_host_slice(accelerator.family).name
-        message = f"GKE connects only slices with several hosts, and {accelerator.name} has one; use at least {smallest}"
-        require(accelerator.hosts > 1, "slices", message)
+        fault = f"GKE connects only slices with several hosts; use {smallest_multi_host_slice(accelerator.family).name} or larger"
+        require(accelerator.hosts > 1, "slices", fault)
     valid = not job.queue or (re.fullmatch(KUBERNETES_NAME, job.queue) is not None and len(job.queue) <= 63)
     require(valid, "queue", f"'{job.queue}' cannot be a LocalQueue's name, which consists of at most 63 of a-z, 0-9, '-' and '.'")
     require(bool(job.image), "image", "name a container image; docs/launch.md describes how to build and push one")

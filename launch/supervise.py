@@ -73,10 +73,10 @@ class RestartDecision(NamedTuple):
     """What follows a failed attempt."""
 
     restart: bool
-    delay: float
-    """Seconds to wait before the restart."""
     message: str
-    """One line that says what happened and what follows."""
+    """One line with the event and the decision."""
+    delay: float = 0.0
+    """Seconds to wait before the restart."""
 
 
 class RestartBudget:
@@ -116,12 +116,12 @@ class RestartBudget:
         if outcome is Outcome.CRASHED:
             last, self._last_crash = self._last_crash, (reason, step)
             if last and last[0] == reason and last[1] is not None and step is not None and step <= last[1]:
-                return RestartDecision(False, 0.0, f"{event}, like the crash before it and without progress: giving up")
+                return RestartDecision(False, f"{event}, like the crash before it and without progress: giving up")
         kind = "preemption" if outcome is Outcome.PREEMPTED else "crash"
         if count > limit:
-            return RestartDecision(False, 0.0, f"{event}: giving up, the budget of {limit} {kind} restarts is spent")
+            return RestartDecision(False, f"{event}: giving up, the budget of {limit} {kind} restarts is spent")
         delay = min(BACKOFF_SECONDS * 2.0 ** min(self._attempts_without_progress, 30), BACKOFF_LIMIT_SECONDS)
-        return RestartDecision(True, delay, f"{event}: {kind} restart {count} of {limit} in {delay:.0f} s")
+        return RestartDecision(True, f"{event}: {kind} restart {count} of {limit} in {delay:.0f} s", delay)
 
 
 def count_steps(workdir: str) -> int | None:
@@ -172,9 +172,7 @@ class Supervisor:
                     self.say(f"done ({self.budget})")
                     return 0
                 if outcome is Outcome.MISTAKE:
-                    self.say(
-                        f"giving up: {describe_exit(code)} is a mistake in the command or its input; a restart would repeat it"
-                    )
+                    self.say(f"giving up: {describe_exit(code)} is a mistake in the command or its input")
                     return UserError.exit_code
                 if not stop.count:
                     decision = self.budget.decide(outcome, describe_exit(code), self.steps())
@@ -200,8 +198,7 @@ class Supervisor:
                     decisive = list(failed.values())
                     deadline = self.clock() + self.grace_seconds
                     causes = ", ".join(f"process {number} ended ({describe_exit(code)})" for number, code in failed.items())
-                    processes_left = f"{len(running)} running process{'es' if len(running) > 1 else ''}"
-                    wait = f"waiting up to {self.grace_seconds:g} s for {processes_left} to save and end"
+                    wait = f"waiting up to {self.grace_seconds:g} s for running processes ({len(running)}) to save and end"
                     self.say(f"{causes or 'stop requested'}; {wait}")
                     for process in running:
                         process.terminate()

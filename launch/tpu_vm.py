@@ -58,9 +58,6 @@ def render(job: Job) -> str:
     checkout, gcloud, poll = git_info.find_checkout(), Gcloud(job), f"every {DEFAULT_TIMING.poll:g} s"
     sent = ", ".join(file.name for file in _files(job) if file.suffix != ".bundle")
 
-    def ask(words: str) -> list[list[str]]:
-        return [gcloud.ask(node, words) for node in gcloud.nodes]
-
     workers = len(gcloud.nodes) * job.accelerator.hosts
     steps: list[str | list[str]] = [
         f"# commit {checkout.commit[:12]} on {workers} workers: {shlex.join(mounted(job.command()))}",
@@ -72,15 +69,15 @@ def render(job: Job) -> str:
         f"# {poll}, until the resource is ACTIVE; one that is SUSPENDED or FAILED is deleted and created again",
         gcloud.describe,
         "# on workers where nothing is running",
-        *(gcloud.copy(node, _files(job)) for node in gcloud.nodes),
-        *ask("install"),
-        *ask("start"),
+        *gcloud.copy(_files(job)),
+        *gcloud.ask("install"),
+        *gcloud.ask("start"),
         f"# {poll}, with another describe, until all have ended; the number is where to continue in worker 0's log",
-        *ask("status 0"),
+        *gcloud.ask("status 0"),
         "# if a worker does not answer",
-        *(gcloud.describe_node(node) for node in gcloud.nodes),
+        *gcloud.describe_nodes,
         f"# before a restart: {job.preemptions} after preemptions, {job.crashes} after crashes",
-        *ask(f"stop {job.grace_seconds}"),
+        *gcloud.ask(f"stop {job.grace_seconds}"),
         "# before the resource is created again" + (", and at the end" if job.delete_on_exit else "; at the end it stays"),
         gcloud.delete,
     ]
@@ -112,9 +109,7 @@ def _check_ssh_key() -> None:
         raise UserError(f"gcloud has no ssh key yet; run `ssh-keygen -t rsa -f {key}`, then `ssh-add {key}`")
     agent = subprocess.run(["ssh-add", "-L"], capture_output=True, text=True).stdout if shutil.which("ssh-add") else ""
     if public.read_text(encoding="utf-8").split()[1] not in agent:
-        raise UserError(
-            f"gcloud reaches several workers only if the ssh agent has its key; run `eval $(ssh-agent)`, `ssh-add {key}`"
-        )
+        raise UserError(f"gcloud reaches several workers only if the ssh agent has its key; run eval $(ssh-agent); ssh-add {key}")
 
 
 @contextlib.contextmanager

@@ -324,7 +324,7 @@ class TpuWatcher:
 
     def _lost_node(self) -> str:
         """Returns a line about a node that no longer exists though the resource is ACTIVE, or an empty string."""
-        for node, result in self._run_on_nodes(self.gcloud.describe_node, self.timing.answer):
+        for node, result in self._run_on_nodes(self.gcloud.describe_nodes, self.timing.answer):
             if "NOT_FOUND" in result.errors:
                 return f"node {node} is gone"
             if result.code == 0 and result.output.strip() not in NODE_ALIVE:
@@ -342,14 +342,14 @@ class TpuWatcher:
     def _run(self, command: Sequence[str], limit: float) -> Result:
         return run_all([command], limit)[0]
 
-    def _run_on_nodes(self, command: Callable[[str], list[str]], limit: float) -> Iterator[tuple[str, Result]]:
-        """Runs a command for every node at the same time; returns each node with its result."""
-        return zip(self.gcloud.nodes, run_all([command(node) for node in self.gcloud.nodes], limit), strict=True)
+    def _run_on_nodes(self, commands: Sequence[Sequence[str]], limit: float) -> Iterator[tuple[str, Result]]:
+        """Runs a command for each node at the same time; returns each node with the result."""
+        return zip(self.gcloud.nodes, run_all(commands, limit), strict=True)
 
     def _ask(self, words: str, limit: float) -> Statuses:
         """Runs `tpu_worker.py WORDS` on every worker; returns the answers of those that gave one."""
         statuses: Statuses = {}
-        for node, result in self._run_on_nodes(lambda node: self.gcloud.ask(node, words), limit):
+        for node, result in self._run_on_nodes(self.gcloud.ask(words), limit):
             statuses |= parse_statuses(node, result.output)
         return statuses
 
@@ -364,9 +364,8 @@ class TpuWatcher:
         self._offset, deadline = 0, self.clock() + self.timing.patience
         self._exists = self._ours = True  # possibly, once the command has begun
         while (result := self._run(self.gcloud.create, self.timing.change)).code != 0:
-            if (
-                "ALREADY_EXISTS" in result.errors
-            ):  # An answer was lost, or someone else made it; the next observation shows which.
+            # It exists if an answer was lost, or if someone else has made it; the next observation shows which.
+            if "ALREADY_EXISTS" in result.errors:
                 self._ours = False
                 return
             if result.refused:
@@ -391,14 +390,14 @@ class TpuWatcher:
                 self._state = ""
                 return True
             if (result.refused and state != "DELETING") or self.clock() >= deadline:
-                say(f"{result.problem}; a resource that still exists costs money: {shlex.join(self.gcloud.delete)}")
+                say(f"{result.problem}; if the resource still exists, it costs money: {shlex.join(self.gcloud.delete)}")
                 return False
             say(f"{result.problem}; trying again")
             self.sleep(self.timing.poll)
 
     def _start(self) -> str:
         """Installs the commit on every worker and starts the training; returns why that failed, or an empty string."""
-        for _, result in self._run_on_nodes(lambda node: self.gcloud.copy(node, self.files), self.timing.install):
+        for _, result in self._run_on_nodes(self.gcloud.copy(self.files), self.timing.install):
             if result.code != 0:
                 return f"the files could not be copied: {result.problem}"
         for verb, expected in (("install", ("installed",)), ("start", ("running", "ended"))):

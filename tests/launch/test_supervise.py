@@ -168,7 +168,7 @@ def test_a_different_crash_at_the_same_step_is_not_a_repetition(tmp_path):
 def test_a_mistake_is_not_retried(tmp_path):
     stage = Stage(tmp_path, "2")
     assert stage.supervisor.run() == 2
-    assert stage.lines == ["giving up: exit 2 is a mistake in the command or its input; a restart would repeat it"]
+    assert stage.lines == ["giving up: exit 2 is a mistake in the command or its input"]
     assert stage.attempts() == 1
 
 
@@ -180,7 +180,7 @@ def test_a_signal_is_passed_on_and_processes_have_time_to_save(tmp_path, number)
     before = signal.getsignal(number)
     stage = Stage(tmp_path, "save", "save").when_ready(lambda: os.kill(os.getpid(), number))
     assert stage.supervisor.run() == 42
-    assert stage.lines == ["stop requested; waiting up to 5 s for 2 running processes to save and end", STOPPED]
+    assert stage.lines == ["stop requested; waiting up to 5 s for running processes (2) to save and end", STOPPED]
     assert (tmp_path / "saved-0").exists()
     assert (tmp_path / "saved-1").exists()
     assert signal.getsignal(number) == before
@@ -224,7 +224,7 @@ def test_when_one_process_dies_all_are_restarted(tmp_path):
     assert stage.supervisor.run() == 0
     killed = "killed by SIGKILL, as when memory runs out"
     assert stage.lines == [
-        f"process 1 ended ({killed}); waiting up to 5 s for 1 running process to save and end",
+        f"process 1 ended ({killed}); waiting up to 5 s for running processes (1) to save and end",
         f"crashed ({killed}) at step 4: crash restart 1 of 2 in 1 s",  # not preempted, as the exit code of process 0 suggests
         "done (preemptions: 0, crashes: 1)",
     ]
