@@ -1,6 +1,7 @@
-"""Checkpoints survive what happens to them: kills, full disks, flipped bytes, other meshes, old formats."""
+"""Checkpoints survive kills, full disks, flipped bits, other meshes and old formats."""
 
 import base64
+import dataclasses
 import hashlib
 import io
 import json
@@ -21,13 +22,17 @@ import numpy as np
 import pytest
 from jax.experimental import multihost_utils
 
+from gpt_jax.config import PretrainConfig, TrainConfig
+from gpt_jax.config.load import config_digest
 from gpt_jax.errors import UserError
 from gpt_jax.train import checkpoint
-from gpt_jax.train.checkpoint import Checkpoints
+from gpt_jax.train.checkpoint import CheckpointWriter
+
+CONFIG = PretrainConfig(train=TrainConfig(seed=3))
 
 
 def values(step):
-    """The state of a step: a function of the step alone, so that any process can tell whether a checkpoint is right."""
+    """Returns the state of a step, a function of the step alone, so that any process can check a checkpoint's values."""
     matrix = np.arange(32, dtype=np.float32).reshape(8, 4) * np.float32(step + 0.5)
     return {"params": {"block": {"kernel": matrix, "bias": matrix[0]}}, "moments": {"kernel": -matrix}, "step": np.int32(step)}
 
@@ -40,50 +45,59 @@ def abstract(tree):
     return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), tree)
 
 
-def writer(run, keep_latest=2, keep_best=0, tokenizer=None):
-    return Checkpoints(
-        run / "checkpoints",
-        keep_latest=keep_latest,
-        keep_best=keep_best,
-        config_json='{"train": {"seed": 3}}',
-        config_digest="c0",
-        data_digest="d0",
-        tokenizer=tokenizer,
-    )
+def open_writer(run, keep_latest=2, keep_best=0, tokenizer=None):
+    train = dataclasses.replace(CONFIG.train, keep_latest=keep_latest, keep_best=keep_best)
+    return CheckpointWriter(run / "checkpoints", dataclasses.replace(CONFIG, train=train), "d0", tokenizer)
 
 
-def save(run, *steps, losses=None, **options):
-    with writer(run, **options) as checkpoints:
-        for i, step in enumerate(steps):
-            checkpoints.save(step, state(step), {"loss": losses[i]} if losses else {})
+def save(run, *steps, **options):
+    with open_writer(run, **options) as writer:
+        for step in steps:
+            writer.save(step, state(step), {})
 
 
-def steps(run):
-    """Names of the step folders on disk, and nothing else may lie there."""
+def step_names(run):
+    """Returns the names of everything in the folder of checkpoints, by ascending step."""
     return sorted((path.name for path in (run / "checkpoints").iterdir()), key=lambda name: (len(name), name))
 
 
-def expect(info, step):
-    """The checkpoint holds exactly the state of `step`."""
+def states(run, **options):
+    return [(info.step, info.state) for info in checkpoint.list_checkpoints(run, **options)]
+
+
+def assert_holds(info, step):
+    """Checks that the checkpoint holds exactly the state of `step`."""
     restored = checkpoint.restore(info, abstract(state(step)))
     jax.tree.map(np.testing.assert_array_equal, restored, values(step))
     assert jax.tree.map(lambda array: array.dtype, restored) == jax.tree.map(lambda array: array.dtype, values(step))
 
 
-def quiet(line):
-    raise AssertionError(f"nothing should have been said, but: {line}")
+def fail(line):
+    raise AssertionError(f"nothing should have been logged, but: {line}")
+
+
+def ignore(line):
+    pass
+
+
+def flip(file):
+    """Changes one bit of one byte in the middle of a file, or gives an empty file one byte."""
+    data = bytearray(file.read_bytes() or b"\x01")
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def spawn(scene, *arguments, prefix=(), **environment):
-    """Runs one of this file's functions in a Python process of its own."""
+    """Starts one of this file's functions in a Python process of its own."""
     command = [*prefix, sys.executable, __file__, scene.__name__, *map(str, arguments)]
     defaults = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     environment = os.environ | defaults | environment
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, **pipes, text=True, env=environment)
 
 
 def finish(process):
-    """Waits for a process to end well; returns what it printed."""
+    """Waits for a process to end with exit code 0; returns what it printed."""
     try:
         out, err = process.communicate(timeout=120)
     finally:
@@ -101,7 +115,7 @@ def crash(*_):
 
 
 def crash_before_seal(run, step, monkeypatch, **options):
-    """Leaves the folder of `step` as a kill between Orbax's commit and the manifest does."""
+    """Leaves the folder of `step` as a kill between Orbax's commit and the manifest would."""
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_seal", crash)
         with pytest.raises(Crash):
@@ -114,16 +128,18 @@ def crash_before_seal(run, step, monkeypatch, **options):
 def test_a_checkpoint_holds_state_config_tokenizer_and_metrics(tmp_path):
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer" / "vocab.txt").write_text("a b c")
-    save(tmp_path, 40, losses=[2.5], tokenizer=tmp_path / "tokenizer")
-    info = checkpoint.resolve(tmp_path, quiet)
-    assert (info.step, info.state, info.metrics, info.path) == (40, "sound", {"loss": 2.5}, tmp_path / "checkpoints" / "40")
+    with open_writer(tmp_path, tokenizer=tmp_path / "tokenizer") as writer:
+        writer.save(40, state(40), {"loss": 2.5, "accuracy": 0.75}, -0.75)
+    info = checkpoint.find_checkpoint(tmp_path, fail)
+    assert (info.step, info.state, info.problem, info.path) == (40, "sound", "", tmp_path / "checkpoints" / "40")
+    assert (info.metrics, info.selection_metric) == ({"loss": 2.5, "accuracy": 0.75}, -0.75)
     assert info.size == sum(file.stat().st_size for file in info.path.rglob("*") if file.is_file())
-    expect(info, 40)
-    assert checkpoint.read_config(info) == {"train": {"seed": 3}}
+    assert_holds(info, 40)
+    assert checkpoint.read_config(info) == dataclasses.replace(CONFIG, train=TrainConfig(seed=3, keep_latest=2, keep_best=0))
     assert (info.path / "tokenizer" / "vocab.txt").read_text() == "a b c"
 
 
-def test_the_manifest_vouches_for_every_file(tmp_path):
+def test_the_manifest_lists_every_file(tmp_path):
     save(tmp_path, 40)
     folder = tmp_path / "checkpoints" / "40"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -136,13 +152,14 @@ def test_the_manifest_vouches_for_every_file(tmp_path):
     assert own == hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     del manifest["files"]
     assert manifest == {
-        "format_version": 1,
+        "format_version": 2,
         "step": 40,
-        "config_digest": "c0",
+        "config_digest": config_digest(CONFIG),
         "data_digest": "d0",
         "mask_version": 1,
         "permutation_version": 1,
         "metrics": {},
+        "selection_metric": None,
         "process_count": 1,
         "device_count": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
@@ -152,123 +169,150 @@ def test_the_manifest_vouches_for_every_file(tmp_path):
 def test_saved_values_are_those_at_the_call_although_the_buffers_are_donated(tmp_path):
     overwrite = jax.jit(lambda tree: jax.tree.map(lambda array: array * 0 - 1, tree), donate_argnums=0)
     ramp = np.arange(2_000_000, dtype=np.float32)
-    overwrite({"a": jnp.array(ramp), "b": jnp.array(ramp)})  # Compiled, so that it runs while the save is still writing.
-    with writer(tmp_path, keep_latest=9) as checkpoints:
+    overwrite({"a": jnp.array(ramp), "b": jnp.array(ramp)})  # Compiled now, so that it runs while the save is still writing.
+    with open_writer(tmp_path, keep_latest=9) as writer:
         for step in range(5):
             tree = {"a": jnp.array(ramp + step), "b": jnp.array(ramp - step)}
             shape = abstract(tree)
-            checkpoints.save(step, tree, {})
+            writer.save(step, tree, {})
             jax.block_until_ready(overwrite(tree))
             jax.tree.map(lambda array: array.delete(), tree)
-    for info in checkpoint.inspect(tmp_path):
+    for info in checkpoint.list_checkpoints(tmp_path):
         restored = checkpoint.restore(info, shape)
         np.testing.assert_array_equal(restored["a"], ramp + info.step)
         np.testing.assert_array_equal(restored["b"], ramp - info.step)
 
 
-def test_no_save_is_dropped_when_they_follow_each_other_at_once(tmp_path):
+def test_saves_that_follow_each_other_at_once_are_all_kept(tmp_path):
     save(tmp_path, *range(6), keep_latest=6)
-    assert [(info.step, info.state) for info in checkpoint.inspect(tmp_path)] == [(step, "sound") for step in range(6)]
+    assert states(tmp_path) == [(step, "sound") for step in range(6)]
 
 
 def test_a_failed_save_is_raised_by_the_next_call(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, writer(tmp_path) as checkpoints:
+    with monkeypatch.context() as patch, open_writer(tmp_path) as writer:
         patch.setattr(checkpoint, "_seal", crash)
-        checkpoints.save(1, state(1), {})
+        writer.save(1, state(1), {})
         with pytest.raises(Crash):
-            checkpoints.save(2, state(2), {})
-    assert steps(tmp_path) == ["1"]
+            writer.save(2, state(2), {})
+    assert step_names(tmp_path) == ["1"]
 
 
-# -- what stays -------------------------------------------------------------------------------------------------------------
+# -- what is kept -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_and_the_best_stay(tmp_path):
-    losses = {10: 5.0, 20: 1.0, 30: 4.0, 40: 2.0, 50: 1.0, 60: float("nan"), 70: 6.0}
-    after = {
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    selection_metrics = {10: 5.0, 20: 1.0, 30: 4.0, 40: None, 50: 1.0, 60: float("nan"), 70: 6.0}
+    kept_after = {
         10: ["10"],
         20: ["10", "20"],
-        30: ["20", "30"],  # The two newest; 20 is the best too.
-        40: ["20", "30", "40"],
-        50: ["40", "50"],  # As good as 20, and newer.
-        60: ["50", "60"],  # No loss: never the best.
+        30: ["20", "30"],  # These are the two newest, and 20 is also the best.
+        40: ["20", "30", "40"],  # 40 was not scored: it is never the best.
+        50: ["40", "50"],  # 50 is as good as 20, and newer.
+        60: ["50", "60"],  # 60 has no finite score: it is never the best.
         70: ["50", "60", "70"],
     }
-    with writer(tmp_path, keep_latest=2, keep_best=1) as checkpoints:
-        for step, loss in losses.items():
-            checkpoints.save(step, state(step), {"loss": loss})
-            checkpoints.wait()
-            assert steps(tmp_path) == after[step]
-    infos = checkpoint.inspect(tmp_path)
-    assert [info.step for info in checkpoint.best(infos, 2)] == [50, 70]
-    assert infos[1].metrics == {}
+    with open_writer(tmp_path, keep_latest=2, keep_best=1) as writer:
+        for step, metric in selection_metrics.items():
+            writer.save(step, state(step), {"loss": 100.0 - step}, metric)
+            writer.wait()
+            assert step_names(tmp_path) == kept_after[step]
+    infos = checkpoint.list_checkpoints(tmp_path)
+    assert [(info.step, info.selection_metric) for info in infos] == [(50, 1.0), (60, None), (70, 6.0)]
+    assert [info.step for info in checkpoint.best_checkpoints(infos, 3)] == [50, 70]
+
+
+def test_metrics_that_are_not_finite_are_left_out(tmp_path):
+    with open_writer(tmp_path) as writer:
+        writer.save(10, state(10), {"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}, float("inf"))
+    [info] = checkpoint.list_checkpoints(tmp_path)
+    assert (info.metrics, info.selection_metric) == ({"accuracy": 0.5}, None)
+
+
+def test_best_checkpoints_are_ordered_by_the_selection_metric(tmp_path):
+    """The loss takes no part, a checkpoint that was not scored is never chosen, and the newer of two equals comes first."""
+    saves = [(10, 0.1, -0.5), (20, 0.2, None), (30, 0.3, -0.9), (40, 0.4, 0.0), (50, 0.5, -0.9)]
+    with open_writer(tmp_path, keep_latest=9) as writer:
+        for step, loss, metric in saves:
+            writer.save(step, state(step), {"loss": loss}, metric)
+    infos = checkpoint.list_checkpoints(tmp_path)
+    assert [(info.step, info.metrics["loss"], info.selection_metric) for info in infos] == saves
+    for count, best in ((0, []), (1, [50]), (3, [50, 30, 10]), (9, [50, 30, 10, 40])):
+        assert [info.step for info in checkpoint.best_checkpoints(infos, count)] == best
+    flip(tmp_path / "checkpoints" / "50" / "config.json")
+    assert [info.step for info in checkpoint.best_checkpoints(checkpoint.list_checkpoints(tmp_path), 2)] == [30, 10]
 
 
 def test_a_sound_checkpoint_stays_until_the_next_one_is_sealed(tmp_path, monkeypatch):
     save(tmp_path, 10, keep_latest=1)
     crash_before_seal(tmp_path, 20, monkeypatch, keep_latest=1)
-    assert [(info.step, info.state) for info in checkpoint.inspect(tmp_path)] == [(10, "sound"), (20, "incomplete")]
+    assert states(tmp_path) == [(10, "sound"), (20, "incomplete")]
     lines = []
-    expect(checkpoint.resolve(tmp_path, lines.append), 10)
+    assert_holds(checkpoint.find_checkpoint(tmp_path, lines.append), 10)
     assert lines == ["checkpoint 20 is incomplete (file manifest.json: missing, so its save was cut short); using 10"]
     save(tmp_path, 20, keep_latest=1)
-    assert steps(tmp_path) == ["20"]
-    expect(checkpoint.resolve(tmp_path, quiet), 20)
+    assert step_names(tmp_path) == ["20"]
+    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 20)
 
 
-def test_saving_a_step_again_replaces_it_without_a_moment_of_danger(tmp_path, monkeypatch):
-    with writer(tmp_path) as checkpoints:
-        checkpoints.save(10, state(99), {})  # The only checkpoint, with other values than it will have.
-    crash_before_seal(tmp_path, 10, monkeypatch)
-    lines = []
-    info = checkpoint.resolve(tmp_path, lines.append)
-    assert info.step == 10
-    assert lines == ["checkpoint 10 is incomplete (file manifest.json: missing, so its save was cut short); using 10.replaced"]
-    expect(info, 99)
+def test_a_sound_checkpoint_is_never_overwritten(tmp_path):
+    save(tmp_path, 10, 20)
+    with open_writer(tmp_path) as writer:
+        with pytest.raises(ValueError, match=r"checkpoints/20 is a sound checkpoint already"):
+            writer.save(20, state(99), {})
+        writer.save(30, state(30), {})  # The writer can still be used.
+    assert states(tmp_path) == [(20, "sound"), (30, "sound")]
+    for info in checkpoint.list_checkpoints(tmp_path):
+        assert_holds(info, info.step)
+
+
+def test_a_damaged_or_incomplete_checkpoint_is_replaced_by_the_next_save_of_its_step(tmp_path, monkeypatch):
     save(tmp_path, 10)
-    assert steps(tmp_path) == ["10"]
-    expect(checkpoint.resolve(tmp_path, quiet), 10)
+    crash_before_seal(tmp_path, 20, monkeypatch)
+    save(tmp_path, 20)
+    assert states(tmp_path) == [(10, "sound"), (20, "sound")]
+    flip(tmp_path / "checkpoints" / "20" / "state" / "_METADATA")
+    with open_writer(tmp_path) as writer:
+        writer.save(20, state(99), {})
+    assert states(tmp_path) == [(10, "sound"), (20, "sound")]
+    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 99)
 
 
 def test_going_back_past_a_damaged_checkpoint(tmp_path):
     save(tmp_path, 10, 20, 30, keep_latest=3)
     flip(tmp_path / "checkpoints" / "30" / "config.json")
-    assert checkpoint.resolve(tmp_path, lambda line: None).step == 20
+    assert checkpoint.find_checkpoint(tmp_path, ignore).step == 20
     save(tmp_path, 25, keep_latest=1)
-    assert steps(tmp_path) == ["25", "30"]
+    assert step_names(tmp_path) == ["25", "30"]
     save(tmp_path, 30, keep_latest=1)
-    assert steps(tmp_path) == ["30"]
-    expect(checkpoint.resolve(tmp_path, quiet), 30)
+    assert step_names(tmp_path) == ["30"]
+    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 30)
 
 
-def test_what_killed_saves_left_is_cleared_at_the_next_start(tmp_path):
+def test_leftovers_of_killed_saves_are_deleted_at_the_next_start(tmp_path):
     (tmp_path / "checkpoints" / "35.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
     save(tmp_path, 30)
-    assert steps(tmp_path) == ["30"]
+    assert step_names(tmp_path) == ["30"]
 
 
 def test_prune(tmp_path, monkeypatch):
-    save(tmp_path, 10, 20, 30, 40, losses=[1.0, 2.0, 3.0, 4.0], keep_latest=4)
+    with open_writer(tmp_path, keep_latest=4) as writer:
+        for step in (10, 20, 30, 40):
+            writer.save(step, state(step), {}, float(step))
     crash_before_seal(tmp_path, 50, monkeypatch)
     flip(tmp_path / "checkpoints" / "30" / "config.json")
     removed = checkpoint.prune(tmp_path, keep_latest=1, keep_best=1)
     assert [(info.step, info.state) for info in removed] == [(20, "sound"), (30, "damaged")]
-    assert steps(tmp_path) == ["10", "40", "50"]  # 50 may be about to be sealed by a run that is going on.
+    assert step_names(tmp_path) == ["10", "40", "50"]  # A run that is going on may be about to seal 50.
     for step in ("10", "40"):
         flip(tmp_path / "checkpoints" / step / "config.json")
-    assert checkpoint.prune(tmp_path, keep_latest=1, keep_best=0) == []  # No sound one: whatever can be rescued stays.
-    with pytest.raises(UserError, match="keep-latest"):
+    assert checkpoint.prune(tmp_path, keep_latest=1, keep_best=0) == []  # Without a sound one nothing is deleted.
+    with pytest.raises(UserError, match="--keep-latest: must be positive, not 0"):
         checkpoint.prune(tmp_path, keep_latest=0, keep_best=1)
+    with pytest.raises(UserError, match="--keep-best: must be at least 0, not -1"):
+        checkpoint.prune(tmp_path, keep_latest=1, keep_best=-1)
 
 
 # -- damage -----------------------------------------------------------------------------------------------------------------
-
-
-def flip(file):
-    """Changes one bit of one byte in the middle of a file; gives an empty file one byte."""
-    data = bytearray(file.read_bytes() or b"\x01")
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 def test_damage_to_any_file_is_named_and_the_previous_checkpoint_used(tmp_path):
@@ -282,31 +326,33 @@ def test_damage_to_any_file_is_named_and_the_previous_checkpoint_used(tmp_path):
         original = (folder / name).read_bytes()
         flip(folder / name)
         lines = []
-        assert checkpoint.resolve(tmp_path, lines.append).step == 30
+        assert checkpoint.find_checkpoint(tmp_path, lines.append).step == 30
         [line] = lines
         assert line.startswith(f"checkpoint 40 is damaged (file {name}: ")
         assert line.endswith("); using 30")
         (folder / name).write_bytes(original)
-    assert checkpoint.resolve(tmp_path, quiet).step == 40
+    assert checkpoint.find_checkpoint(tmp_path, fail).step == 40
 
 
 @pytest.mark.parametrize("position", [0, 5, 60, 400, 900, -40, -1])
-def test_no_byte_of_the_manifest_can_change_unnoticed(tmp_path, position):
-    save(tmp_path, 40, losses=[2.5])
+def test_a_change_of_any_byte_of_the_manifest_is_noticed(tmp_path, position):
+    save(tmp_path, 40)
     manifest = tmp_path / "checkpoints" / "40" / "manifest.json"
     data = bytearray(manifest.read_bytes())
     data[position] ^= 1
     manifest.write_bytes(data)
-    assert [info.state for info in checkpoint.inspect(tmp_path)] == ["damaged"]
+    assert states(tmp_path) == [(40, "damaged")]
 
 
 def test_truncated_and_missing_files_are_noticed_without_checksums(tmp_path):
     save(tmp_path, 30, 40)
     (tmp_path / "checkpoints" / "30" / "state" / "_METADATA").unlink()
-    os.truncate(tmp_path / "checkpoints" / "40" / "config.json", 3)
-    assert [(info.state, info.problem) for info in checkpoint.inspect(tmp_path, checksums=False)] == [
+    config = tmp_path / "checkpoints" / "40" / "config.json"
+    size = config.stat().st_size
+    os.truncate(config, 3)
+    assert [(info.state, info.problem) for info in checkpoint.list_checkpoints(tmp_path, checksums=False)] == [
         ("damaged", "file state/_METADATA: No such file or directory"),
-        ("damaged", "file config.json: 3 bytes instead of 22"),
+        ("damaged", f"file config.json: 3 bytes instead of {size}"),
     ]
 
 
@@ -315,41 +361,43 @@ def test_no_sound_checkpoint_is_an_error(tmp_path):
     for step in ("30", "40"):
         flip(tmp_path / "checkpoints" / step / "config.json")
     with pytest.raises(UserError, match=r"no sound checkpoint: 40 is damaged \(file config.json.*; 30 is damaged") as error:
-        checkpoint.resolve(tmp_path, quiet)
+        checkpoint.find_checkpoint(tmp_path, fail)
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no sound checkpoint"):  # Starting over would lose the run.
-        checkpoint.newest(tmp_path, quiet)
+        checkpoint.newest_checkpoint(tmp_path, fail)
 
 
 def test_a_run_whose_first_save_was_cut_short_starts_at_its_beginning(tmp_path, monkeypatch):
-    assert checkpoint.newest(tmp_path, quiet) is None
+    assert checkpoint.newest_checkpoint(tmp_path, fail) is None
     crash_before_seal(tmp_path, 10, monkeypatch)
-    assert checkpoint.newest(tmp_path, quiet) is None
+    assert checkpoint.newest_checkpoint(tmp_path, fail) is None
     with pytest.raises(UserError, match="no finished checkpoint"):
-        checkpoint.resolve(tmp_path, quiet)
+        checkpoint.find_checkpoint(tmp_path, fail)
 
 
 def test_a_folder_of_several_seeds_names_one(tmp_path):
     for seed in (0, 1):
         (tmp_path / f"seed-{seed}" / "checkpoints").mkdir(parents=True)
-    with pytest.raises(UserError, match=f"several seeds; name one of them, as {tmp_path}/seed-0"):
-        checkpoint.resolve(tmp_path, quiet)
+    with pytest.raises(UserError, match=f"several seeds; name one of them, such as {tmp_path}/seed-0"):
+        checkpoint.find_checkpoint(tmp_path, fail)
 
 
-def test_a_step_folder_names_itself(tmp_path):
+def test_the_folder_of_one_step_means_that_checkpoint(tmp_path):
     save(tmp_path, 30, 40)
-    expect(checkpoint.resolve(tmp_path / "checkpoints" / "30", quiet), 30)
+    assert_holds(checkpoint.find_checkpoint(tmp_path / "checkpoints" / "30", fail), 30)
     flip(tmp_path / "checkpoints" / "30" / "config.json")
     with pytest.raises(UserError, match=r"checkpoints/30: is damaged \(file config.json: checksum differs\)"):
-        checkpoint.resolve(tmp_path / "checkpoints" / "30", quiet)
-    [damaged, _] = checkpoint.inspect(tmp_path / "checkpoints")
+        checkpoint.find_checkpoint(tmp_path / "checkpoints" / "30", fail)
+    [damaged, _] = checkpoint.list_checkpoints(tmp_path / "checkpoints")
     with pytest.raises(UserError, match="damaged"):
         checkpoint.restore(damaged, abstract(state(30)))
     with pytest.raises(UserError, match="no such folder"):
-        checkpoint.resolve(tmp_path / "elsewhere", quiet)
+        checkpoint.find_checkpoint(tmp_path / "elsewhere", fail)
     shutil.copytree(tmp_path / "checkpoints" / "40", tmp_path / "checkpoints" / "50")
-    assert checkpoint.resolve(tmp_path, lambda line: None).step == 40  # 50 is not what its folder says.
+    lines = []
+    assert checkpoint.find_checkpoint(tmp_path, lines.append).step == 40
+    assert lines == ["checkpoint 50 is damaged (file manifest.json: belongs to checkpoint 40); using 40"]
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------------
@@ -358,26 +406,26 @@ def test_a_step_folder_names_itself(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     save(tmp_path, 40)
     file = tmp_path / "checkpoints" / "40" / "manifest.json"
-    manifest = json.loads(file.read_text()) | {"format_version": 2}
+    manifest = json.loads(file.read_text()) | {"format_version": 3}
     del manifest["sha256"]
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     file.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
-    with pytest.raises(UserError, match="format version 2, and this gpt_jax reads up to 1; update"):
-        checkpoint.resolve(tmp_path, quiet)
+    with pytest.raises(UserError, match="format version 3, and this gpt_jax reads up to 2; update"):
+        checkpoint.find_checkpoint(tmp_path, fail)
 
 
 def test_a_checkpoint_of_format_1_still_loads(tmp_path):
+    """The whole states of such checkpoints, moments included, are restored in tests/test_fixture.py."""
     archive = io.BytesIO(base64.b85decode("".join(FORMAT_1.split())))
     with tarfile.open(fileobj=archive, mode="r:xz") as tar:
         tar.extractall(tmp_path / "checkpoints", filter="data")
-    info = checkpoint.resolve(tmp_path, quiet)
-    assert (info.step, info.metrics) == (7, {"loss": 1.25})
+    info = checkpoint.find_checkpoint(tmp_path, fail)
+    assert (info.step, info.format_version) == (7, 1)
+    assert (info.metrics, info.selection_metric) == ({"loss": 1.25}, 1.25)
     assert checkpoint.read_manifest(info)["config_digest"] == "c0"
-    assert checkpoint.read_config(info) == {"train": {"seed": 3}}
-    wanted = abstract({"params": {"kernel": jnp.zeros((2, 3))}, "step": jnp.int32(0)})
-    restored = checkpoint.restore(info, wanted)
-    np.testing.assert_array_equal(restored["params"]["kernel"], [[0, 0.5, 1], [1.5, 2, 2.5]])
-    assert int(restored["step"]) == 7
+    assert checkpoint.read_config(info) == CONFIG
+    params = checkpoint.restore_params(info, abstract({"kernel": jnp.zeros((2, 3))}))
+    np.testing.assert_array_equal(params["kernel"], [[0, 0.5, 1], [1.5, 2, 2.5]])
     assert (info.path / "tokenizer" / "vocab.txt").read_text() == "a b c\n"
 
 
@@ -386,7 +434,7 @@ def test_a_checkpoint_of_format_1_still_loads(tmp_path):
 
 def test_all_differences_are_listed_at_once(tmp_path):
     save(tmp_path, 40)
-    info = checkpoint.resolve(tmp_path, quiet)
+    info = checkpoint.find_checkpoint(tmp_path, fail)
     wanted = {
         "params": {"block": {"kernel": jnp.zeros((8, 5)), "bias": jnp.zeros(4, jnp.bfloat16), "gain": jnp.zeros(4)}},
         "step": jnp.int32(0),
@@ -394,7 +442,7 @@ def test_all_differences_are_listed_at_once(tmp_path):
     with pytest.raises(UserError) as error:
         checkpoint.restore(info, abstract(wanted))
     assert str(error.value).endswith(
-        "checkpoint 40 does not fit this config: moments/kernel float32[8,4] is not wanted; "
+        "checkpoint 40 does not fit this config: moments/kernel float32[8,4] is unexpected; "
         "params/block/bias is float32[4], not bfloat16[4]; params/block/gain float32[4] is missing; "
         "params/block/kernel is float32[8,4], not float32[8,5]"
     )
@@ -402,11 +450,11 @@ def test_all_differences_are_listed_at_once(tmp_path):
 
 def test_parameters_alone_can_be_read(tmp_path):
     save(tmp_path, 40)
-    info = checkpoint.resolve(tmp_path, quiet)
-    params = checkpoint.restore_part(info, abstract(state(0)["params"]))
+    info = checkpoint.find_checkpoint(tmp_path, fail)
+    params = checkpoint.restore_params(info, abstract(state(0)["params"]))
     jax.tree.map(np.testing.assert_array_equal, params, values(40)["params"])
-    with pytest.raises(UserError, match=r"params/block/bias float32\[4\] is not wanted"):
-        checkpoint.restore_part(info, {"block": {"kernel": abstract(jnp.zeros((8, 4)))}})
+    with pytest.raises(UserError, match=r"params/block/bias float32\[4\] is unexpected"):
+        checkpoint.restore_params(info, {"block": {"kernel": abstract(jnp.zeros((8, 4)))}})
 
 
 def save_and_restore_on_meshes(run):
@@ -415,9 +463,9 @@ def save_and_restore_on_meshes(run):
         specs = {0: jax.P(), 1: jax.P(columns), 2: jax.P(rows, columns)}
         return jax.tree.map(lambda array: jax.device_put(array, jax.NamedSharding(mesh, specs[array.ndim])), tree)
 
-    with writer(run) as checkpoints:
-        checkpoints.save(40, place(state(40), (2, 2, 2), ("data", "fsdp"), "tensor"), {})
-    info = checkpoint.resolve(run, print)
+    with open_writer(run) as writer:
+        writer.save(40, place(state(40), (2, 2, 2), ("data", "fsdp"), "tensor"), {})
+    info = checkpoint.find_checkpoint(run, print)
     for placed in (place(state(0), (1, 4, 2), "tensor", "fsdp"), place(state(0), (8, 1, 1), "data", None), state(0)):
         restored = checkpoint.restore(info, abstract(placed))
         jax.tree.map(np.testing.assert_array_equal, restored, values(40))
@@ -426,10 +474,10 @@ def save_and_restore_on_meshes(run):
     print(jax.device_count())
 
 
-def test_any_mesh_restores_and_nothing_is_said(tmp_path):
+def test_any_mesh_restores_and_nothing_is_printed(tmp_path):
     out, err = finish(spawn(save_and_restore_on_meshes, tmp_path, JAX_NUM_CPU_DEVICES="8"))
     assert (out, err) == ("8\n", "")
-    expect(checkpoint.resolve(tmp_path, quiet), 40)  # Saved on eight devices, restored on whatever is here.
+    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 40)  # It was saved on eight devices.
 
 
 def save_and_restore_as_one_of_two(run, port, process):
@@ -443,11 +491,17 @@ def save_and_restore_as_one_of_two(run, port, process):
     def share(step):
         return jax.tree.map(place, values(step))
 
-    with writer(run) as checkpoints:
-        for step in (10, 20, 30, 30):
-            checkpoints.save(step, share(step), {})
-    multihost_utils.sync_global_devices("saved")
-    info = checkpoint.resolve(run, print)
+    with open_writer(run) as writer:
+        for step in (10, 20, 30):
+            writer.save(step, share(step), {})
+        writer.wait()
+        multihost_utils.sync_global_devices("saved")
+        if process == "0":
+            flip(run / "checkpoints" / "30" / "config.json")
+        multihost_utils.sync_global_devices("damaged")
+        writer.save(30, share(30), {})  # It replaces the damaged one.
+    multihost_utils.sync_global_devices("saved again")
+    info = checkpoint.find_checkpoint(run, print)
     restored = checkpoint.restore(info, abstract(share(0)))
     jax.tree.map(np.testing.assert_array_equal, multihost_utils.process_allgather(restored, tiled=True), values(30))
     print(info.step, checkpoint.read_manifest(info)["process_count"])
@@ -465,54 +519,67 @@ def test_two_processes_save_and_restore_together(tmp_path):
     finally:
         for process in processes:
             process.kill()
-    assert steps(tmp_path) == ["20", "30"]
-    expect(checkpoint.resolve(tmp_path, quiet), 30)
+    assert step_names(tmp_path) == ["20", "30"]
+    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 30)
 
 
 # -- interruptions ----------------------------------------------------------------------------------------------------------
 
 
-def save_for_ever(run, back):
-    info = checkpoint.newest(run, print)
-    step = info.step - int(back) if info else 0
-    with writer(run) as checkpoints:
-        while True:
-            step += 1
-            checkpoints.save(step, state(step), {})
-            print("saving", step, flush=True)
+def save_until_killed(run):
+    """Lets three child processes, one after the other, save step after step from the newest sound checkpoint on."""
+    for _ in range(3):
+        child = os.fork()  # It shares the imports of this process, which has not used JAX yet.
+        if child == 0:
+            print(os.getpid(), flush=True)
+            newest = checkpoint.newest_checkpoint(run, ignore)
+            step = newest.step if newest else 0
+            with open_writer(run) as writer:
+                while True:
+                    step += 1
+                    writer.save(step, state(step), {})
+                    print("saving", step, flush=True)
+        os.waitpid(child, 0)
+        print("killed", flush=True)
+        sys.stdin.readline()
 
 
 def test_killed_at_any_time_nothing_sealed_is_lost_and_nothing_sound_is_wrong(tmp_path):
     chance = random.Random(0)
     reached = 0
-    for back in (0, 1, 0):  # The second process repeats a step that is already there.
-        with spawn(save_for_ever, tmp_path, back) as process:
-            lines = [process.stdout.readline() for _ in range(chance.randint(2, 4))]
+    with spawn(save_until_killed, tmp_path) as process:
+        for attempt in range(3):
+            child = int(process.stdout.readline())
+            lines = [process.stdout.readline() for _ in range(chance.randint(3, 5))]
             time.sleep(chance.uniform(0, 0.3))
-            process.send_signal(signal.SIGKILL)
-            lines += process.stdout.read().splitlines()
-            errors = process.stderr.read()
-        started = [int(line.split()[1]) for line in lines if line.startswith("saving")]
-        assert len(started) >= 2, errors
-        newest = checkpoint.resolve(tmp_path, lambda line: None).step
-        assert newest >= max(reached, started[-1] - 1)  # A save starts when the previous one is sealed.
-        reached = newest
-        for info in checkpoint.inspect(tmp_path):
-            assert info.state != "damaged"
-            if info.state == "sound":
-                expect(info, info.step)
+            os.kill(child, signal.SIGKILL)
+            lines += iter(process.stdout.readline, "killed\n")
+            started = [int(line.split()[1]) for line in lines]
+            newest = checkpoint.find_checkpoint(tmp_path, ignore).step
+            assert newest >= max(reached, started[-1] - 1)  # A save starts when the previous one is sealed.
+            reached = newest
+            for info in checkpoint.list_checkpoints(tmp_path):
+                assert info.state != "damaged"
+                if info.state == "sound":
+                    assert_holds(info, info.step)
+            if attempt == 0:  # The next process goes back a step, whose damaged checkpoint it replaces.
+                flip(tmp_path / "checkpoints" / str(newest) / "config.json")
+                reached = newest - 1
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert process.wait(60) == 0, process.stderr.read()
 
 
 def save_until_full(run):
     big = {"weights": jax.random.normal(jax.random.key(0), (300, 1000))}
     try:
-        with writer(run, keep_latest=99) as checkpoints:
+        with open_writer(run, keep_latest=99) as writer:
             for step in range(1, 99):
-                checkpoints.save(step, big, {})
+                writer.save(step, big, {})
     except UserError as error:
         print(error)
-    infos = checkpoint.inspect(run)
-    restored = checkpoint.restore(checkpoint.resolve(run, print), abstract(big))
+    infos = checkpoint.list_checkpoints(run)
+    restored = checkpoint.restore(checkpoint.find_checkpoint(run, print), abstract(big))
     print([info.state for info in infos], bool((restored["weights"] == big["weights"]).all()))
 
 
@@ -523,12 +590,12 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_kept(tmp_path):
     out, err = finish(spawn(save_until_full, tmp_path, prefix=prefix))
     assert (out, err) == (
         f"{tmp_path}/checkpoints: checkpoint 3 could not be saved (No space left on device); "
-        "checkpoint 2 is sound: run again to go on from there\n['sound', 'sound'] True\n",
+        "checkpoint 2 is sound: run again to continue from it\n['sound', 'sound'] True\n",
         "",
     )
 
 
-# A tar file of checkpoint 7, written by the first release of format 1. Never make it anew: it stands for users' checkpoints.
+# A tar file of checkpoint 7, written by the first release of format 1. It stands for users' checkpoints: never make it anew.
 FORMAT_1 = r"""
 {Wp48S^xk9=GL@E0stWa8~^|S5YJf5;7|Vuf?WU`i@Y3t0aqY5pwmS<&cNiWxzH_)?VqxPo^%t0Rj=E^Rh*lu;yDB8Y2sIf7T&bQy$3v}JJZD*6ZsGd3`c8m-Z8+S
 K8X(sF?<_yQ(ed5SD8xFbohQuCf!=XL4a-6!IzEb-E7_49q7Ja8Ami>y%uXV)s+B<gPU-xN`~2Ib1j@_B%53WYY6PjBze-lTO_Kj04IX~zP*0(Bs#C5RX58hU%W0Q
@@ -555,5 +622,5 @@ x$w-Uq6M&M(F7Ow=+av`6j44F495JYTtC=TP}?B9PFq?9w+$@K(jv+0Z9@S*y9f5TteOY_(@_n_NqV*H
 z+qc>|7Z=K00000!An`e9qKx+00Ev6fS>^Y#>az{vBYQl0ssI200dcD
 """
 
-if __name__ == "__main__":  # In a process that `spawn` started.
+if __name__ == "__main__":  # This is a process that `spawn` started.
     globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

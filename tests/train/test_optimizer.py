@@ -1,4 +1,4 @@
-"""The optimisers against NumPy transcriptions of their definitions, the schedules against numbers worked out by hand."""
+"""The optimizers against NumPy transcriptions of their definitions, the schedules against numbers worked out by hand."""
 
 import dataclasses
 import math
@@ -10,11 +10,11 @@ import pytest
 
 from gpt_jax.config import ModelConfig, OptimConfig
 from gpt_jax.model import transformer
-from gpt_jax.train.optimizer import Horizon, learning_rate, make_optimizer
+from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
-HORIZON = Horizon(total=100, warmup=10)
+TOTAL, WARMUP = 100, 10.0
 
-# Layers are stacked, so a bias has two dimensions: only its role tells that it does not decay.
+# Layers are stacked, so a bias has two dimensions. Only its role shows that it does not decay.
 SHAPES = {"table": (11, 4), "kernel": (3, 4, 5), "bias": (3, 5), "gain": (3, 4)}
 DECAY = {"table": True, "kernel": True, "bias": False, "gain": False}
 
@@ -34,12 +34,12 @@ def as_float32(tree):
 
 
 def cosine(step):
-    x, warm = step / HORIZON.total, HORIZON.warmup / HORIZON.total
+    x, warm = step / TOTAL, WARMUP / TOTAL
     return x / warm if x < warm else 0.5 * (1 + math.cos(math.pi * x))
 
 
 def adam_gpt1(w, m, v, g, t, config, decays):
-    """The paper's released optimiser, with t counted from 0."""
+    """Transcribes the paper's released optimizer, with t counted from 0."""
     m = config.b1 * m + (1 - config.b1) * g
     v = config.b2 * v + (1 - config.b2) * g * g
     rate = config.peak_lr * cosine(t) * math.sqrt(1 - config.b2 ** (t + 1)) / (1 - config.b1 ** (t + 1))
@@ -47,7 +47,7 @@ def adam_gpt1(w, m, v, g, t, config, decays):
 
 
 def adamw(w, m, v, g, t, config, decays):
-    """Loshchilov and Hutter's algorithm 2 without restarts, with t counted from 0."""
+    """Transcribes Loshchilov and Hutter's algorithm 2 without restarts, with t counted from 0."""
     m = config.b1 * m + (1 - config.b1) * g
     v = config.b2 * v + (1 - config.b2) * g * g
     m_hat, v_hat = m / (1 - config.b1 ** (t + 1)), v / (1 - config.b2 ** (t + 1))
@@ -55,51 +55,57 @@ def adamw(w, m, v, g, t, config, decays):
     return w - rate * (m_hat / (np.sqrt(v_hat) + config.epsilon) + (config.weight_decay * w if decays else 0)), m, v
 
 
+def update_at(config, t, decay_mask, gradients, moments, params):
+    """Makes update `t` of the schedule; returns its changes of the parameters and the new moments."""
+    step = jnp.asarray(t, jnp.int32)
+    rate = learning_rate(config, TOTAL, WARMUP, step)
+    return make_optimizer(config, decay_mask).update(gradients, moments, params, step=step, learning_rate=rate)
+
+
 @pytest.mark.parametrize("transcription", [adam_gpt1, adamw])
 def test_a_hundred_updates_follow_the_published_definition(transcription):
-    # A large epsilon and a large decay, so that a misplaced one shows.
+    # Epsilon and decay are large, so that a misplaced one shows.
     config = OptimConfig(kind=transcription.__name__, peak_lr=0.02, epsilon=1e-3, weight_decay=0.3)
-    optimizer = make_optimizer(config, HORIZON, DECAY)
     params = as_float32(start())
-    state = optimizer.init(params)
+    moments = init_moments(params)
 
     @jax.jit
-    def update(gradients, state, params):
-        changes, state = optimizer.update(gradients, state, params)
-        return jax.tree.map(jnp.add, params, changes), state
+    def update(t, gradients, moments, params):
+        changes, moments = update_at(config, t, DECAY, gradients, moments, params)
+        return jax.tree.map(jnp.add, params, changes), moments
 
     expected = {name: (w, np.zeros_like(w), np.zeros_like(w)) for name, w in start().items()}
-    for t in range(HORIZON.total):
+    for t in range(TOTAL):
         g = gradient(t)
-        params, state = update(as_float32(g), state, params)
+        params, moments = update(t, as_float32(g), moments, params)
         expected = {name: transcription(*expected[name], g[name], t, config, DECAY[name]) for name in SHAPES}
-    for name, (w, _, _) in expected.items():
+    for name, (w, m, v) in expected.items():
         moved = np.abs(w - start()[name]).max()
         assert moved > 0.1
         np.testing.assert_allclose(params[name], w, atol=2e-5 * moved, rtol=0, err_msg=name)
+        np.testing.assert_allclose(moments["mu"][name], m, atol=1e-5 * np.abs(m).max(), rtol=0, err_msg=name)
+        np.testing.assert_allclose(moments["nu"][name], v, atol=1e-5 * np.abs(v).max(), rtol=0, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["adam_gpt1", "adamw"])
 def test_the_first_update_of_a_warm_up_changes_nothing(kind):
-    optimizer = make_optimizer(OptimConfig(kind=kind), HORIZON, DECAY)
     params = as_float32(start())
-    changes, _ = optimizer.update(as_float32(gradient(0)), optimizer.init(params), params)
+    changes, _ = update_at(OptimConfig(kind=kind), 0, DECAY, as_float32(gradient(0)), init_moments(params), params)
     assert all(not np.any(change) for change in changes.values())
 
 
 @pytest.mark.parametrize("kind", ["adam_gpt1", "adamw"])
-def test_decay_falls_on_matrices_and_embeddings_alone(kind):
+def test_only_matrices_and_embeddings_decay(kind):
     model = ModelConfig(vocab_size=50, context_length=8, num_layers=2, embed_dim=8, num_heads=2, mlp_dim=16, loss_chunk=8)
-    description = transformer.param_specs(model)
-    is_parameter = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
-    decay = jax.tree.map(lambda parameter: parameter.decay, description, is_leaf=is_parameter)
-    optimizer = make_optimizer(OptimConfig(kind=kind, peak_lr=1.0, warmup="0 steps"), Horizon(10, 0), decay)
+    is_spec = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
+    decay = jax.tree.map(lambda spec: spec.decay, transformer.param_specs(model), is_leaf=is_spec)
     shapes = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), shapes)
 
     @jax.jit
     def update(params):
-        return optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0]
+        config = OptimConfig(kind=kind, peak_lr=1.0)
+        return update_at(config, 5, decay, jax.tree.map(jnp.zeros_like, params), init_moments(params), params)[0]
 
     leaves = jax.tree_util.tree_leaves_with_path(update(params))
     changed = {jax.tree_util.keystr(path, simple=True, separator="/"): np.any(change) for path, change in leaves}
@@ -117,7 +123,7 @@ def test_decay_falls_on_matrices_and_embeddings_alone(kind):
 @pytest.mark.parametrize(
     ("schedule", "warmup", "points"),
     [
-        # x/w up to w = 0.1, then 0.5 (1 + cos(pi x)) with x still counted from the run's beginning: 0.9755 and not 1 at step 10.
+        # x/w up to w = 0.1, then 0.5 (1 + cos(pi x)) with x counted from the start of the run: 0.9755 and not 1 at step 10.
         ("cosine", 10, {0: 0, 1: 0.1, 9: 0.9, 10: 0.97552826, 25: 0.85355339, 50: 0.5, 75: 0.14644661, 100: 0}),
         ("cosine", 0, {0: 1, 50: 0.5, 100: 0}),
         ("linear", 10, {0: 0, 1: 0.099, 5: 0.475, 10: 0.9, 50: 0.5, 99: 0.01, 100: 0}),
@@ -127,17 +133,19 @@ def test_decay_falls_on_matrices_and_embeddings_alone(kind):
 def test_schedules_at_points_worked_out_by_hand(schedule, warmup, points):
     config = OptimConfig(schedule=schedule, peak_lr=2.5e-4)
     for step, share in points.items():
-        np.testing.assert_allclose(learning_rate(config, Horizon(100, warmup), step), 2.5e-4 * share, rtol=2e-6, atol=2e-11)
+        np.testing.assert_allclose(learning_rate(config, 100, float(warmup), step), 2.5e-4 * share, rtol=2e-6, atol=2e-11)
 
 
 @pytest.mark.parametrize(("clip_norm", "expected"), [(1.0, (0.6, 0.8)), (10.0, (3.0, 4.0)), (0.0, (3.0, 4.0))])
 def test_gradients_are_clipped_by_their_norm_over_all_arrays(clip_norm, expected):
-    # Without memory and with an epsilon that dwarfs the gradient, the update is minus the gradient: 3 and 4, of norm 5.
-    config = OptimConfig(peak_lr=1e6, warmup="0 steps", b1=0.0, b2=0.0, epsilon=1e6, weight_decay=0.0, clip_norm=clip_norm)
+    # With b1 = b2 = 0 and an epsilon that dwarfs the gradient, the update is minus the gradient: 3 and 4, of norm 5.
+    config = OptimConfig(peak_lr=1e6, b1=0.0, b2=0.0, epsilon=1e6, weight_decay=0.0, clip_norm=clip_norm)
     gradients = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[0.0], [4.0]])}
-    optimizer = make_optimizer(config, Horizon(10, 0), {"a": True, "b": True})
+    optimizer = make_optimizer(config, {"a": True, "b": True})
     params = jax.tree.map(jnp.zeros_like, gradients)
-    changes, _ = optimizer.update(gradients, optimizer.init(params), params)
+    changes, _ = optimizer.update(
+        gradients, optimizer.init(params), params, step=jnp.int32(0), learning_rate=learning_rate(config, 10, 0.0, 0)
+    )
     np.testing.assert_allclose(changes["a"], [-expected[0], 0], rtol=1e-5)
     np.testing.assert_allclose(changes["b"], [[0], [-expected[1]]], rtol=1e-5)
 
