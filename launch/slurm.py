@@ -84,7 +84,7 @@ say() {{ echo "$(date '+%F %T') job $SLURM_JOB_ID: $*"; }}
 if [ "$code" = 0 ]; then
     say "done, after $preemptions preemptions and $crashes crashes"
 elif [ "$stop" ]; then
-    say "stop requested (exit $code); SLURM decides whether it runs again"
+    say "stop requested (exit $code); SLURM decides whether the job runs again"
 elif [ "$code" = {UserError.exit_code} ]; then
     say "giving up: exit {UserError.exit_code} is a mistake in the command or its input; see $logs/process-0.log"
 elif [ "$code" = {RESTART_CODE} ] && [ "$preemptions" -lt {job.preemptions} ]; then

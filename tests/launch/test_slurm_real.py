@@ -185,6 +185,6 @@ def test_a_cancelled_job_saves_and_is_not_requeued(cluster, tmp_path, capfd):
     wait_for("twenty updates", lambda: len(run.records()) > 20, run.logs)
     read("scancel", run.id)
     run.wait("CANCELLED")
-    wait_for("the last line of the script", lambda: "SLURM decides whether it runs again" in run.logs(), run.logs)
+    wait_for("the last line of the script", lambda: "SLURM decides whether the job runs again" in run.logs(), run.logs)
     stopped = run.records()[-1]["step"]
     assert (run.folder / "checkpoints" / str(stopped)).is_dir(), run.logs()
