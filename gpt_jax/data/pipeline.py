@@ -10,23 +10,23 @@ import atexit
 import contextlib
 import importlib.util
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer
 
 from gpt_jax.data.windows import ElementSpec, NumpyBatch
-from gpt_jax.errors import UserError, require
+from gpt_jax.errors import UserError, field_error, require
 
 WORKERS = 4
 """Batches made at the same time. Waiting for disk or network overlaps; the index arithmetic holds the interpreter lock."""
 
 
+@runtime_checkable
 class BatchSource(Protocol):
     """The batches of a run as a function of the step, such as `windows.Windows` or `tasks.batches.TaskBatches`."""
 
@@ -62,7 +62,7 @@ def make_dataset(source: BatchSource, start_step: int, end_step: int, rows: Inte
     dtypes = [tf.as_dtype(dtype) for _, dtype in spec.values()]
 
     def make_batch(step: Any) -> list[np.ndarray]:
-        with _calls:
+        with _called_from_tensorflow(int(step)):
             batch = source.batch_at(int(step), rows)
             return [batch[name] for name in spec]
 
@@ -100,8 +100,8 @@ def iterate_batches(
     Raises:
       UserError: tensorflow is needed and not installed, or the dataset's elements are not batches.
     """
+    require(kind != "threads" or dataset_fn is None, "data.pipeline", "threads cannot run a dataset_fn; use tf")
     if kind == "tf" or dataset_fn is not None or (kind == "auto" and importlib.util.find_spec("tensorflow") is not None):
-        require(kind != "threads", "data.pipeline", "threads cannot run a dataset_fn; use tf")
         return _iterate_dataset(source, start_step, end_step, rows, prefetch, dataset_fn or make_dataset)
     return _iterate_threads(source, start_step, end_step, rows, prefetch)
 
@@ -179,47 +179,44 @@ def import_tensorflow() -> Any:
     try:
         import tensorflow as tf
     except ModuleNotFoundError:
-        raise UserError(
-            "--data.pipeline: tf needs tensorflow, which is not installed; install tensorflow-cpu or use threads"
-        ) from None
+        message = "tf needs tensorflow, which is not installed; install tensorflow-cpu or use threads"
+        raise field_error("data.pipeline", message) from None
     with contextlib.suppress(RuntimeError):  # The caller has already used tensorflow, and has chosen its devices.
         for kind in ("GPU", "TPU"):
             tf.config.set_visible_devices([], kind)
     return tf
 
 
-class _CallsFromTensorflow:
-    """Counts the calls that tf.data's threads make into Python, and ends them before the interpreter does.
+_running: list[int] = []
+"""The steps whose batches tf.data's threads are making at this moment."""
+_started = 0
+_closed = False
 
-    A call that comes later would wait forever for the interpreter lock, and the process for the call: a program that leaves a
-    dataset half-way would never end.
-    """
 
-    def __init__(self) -> None:
-        self.started = self.running = 0
-        self.closed = False
-        self._lock = threading.Lock()
-        atexit.register(self.close)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self.started, self.running = self.started + 1, self.running + 1
-        if self.closed:
-            self.__exit__()
+@contextlib.contextmanager
+def _called_from_tensorflow(step: int) -> Iterator[None]:
+    """Counts a call that a thread of tf.data makes into Python, and refuses it once the interpreter is shutting down."""
+    global _started
+    _started += 1
+    _running.append(step)
+    try:
+        if _closed:
             raise RuntimeError("the interpreter is shutting down")
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self.running -= 1
-
-    def close(self, quiet_seconds: float = 0.1, limit_seconds: float = 30.0) -> None:
-        """Lets new calls fail, and waits until tf.data, whose buffers are bounded, makes no more of them."""
-        self.closed = True
-        deadline = time.monotonic() + limit_seconds
-        started = -1
-        while (self.running or started != self.started) and time.monotonic() < deadline:
-            started = self.started
-            time.sleep(quiet_seconds if started else 0)
+        yield
+    finally:
+        _running.remove(step)
 
 
-_calls = _CallsFromTensorflow()
+@atexit.register
+def _end_calls_from_tensorflow() -> None:
+    """Waits until tf.data, whose buffers are bounded, makes no more calls.
+
+    A call that comes when the interpreter has ended would wait forever for its lock, and the process for the call: a program that
+    leaves a dataset half-way would never end.
+    """
+    global _closed
+    _closed = True
+    seen = 0
+    while _running or _started != seen:
+        seen = _started
+        time.sleep(0.1)
