@@ -1,4 +1,4 @@
-"""The mesh, what divides over it, which rows a device gets, and what the compiled step sends between devices."""
+"""The mesh of devices, the rows of a batch on each of them, and what the compiled step sends between them."""
 
 import functools
 import math
@@ -16,7 +16,6 @@ from gpt_jax.errors import UserError
 from gpt_jax.model import transformer
 from gpt_jax.runtime import sharding
 from gpt_jax.runtime.sharding import check_divisibility, constrain, host_rows, make_mesh, per_shard, place_batch
-from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.step import lower_step
 
 MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -33,76 +32,48 @@ MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
         (MeshConfig(data=1, tensor=8), (1, 1, 1, 8)),
     ],
 )
-def test_mesh(config, sizes):
+def test_the_mesh_has_all_devices_in_their_order(config, sizes):
     mesh = make_mesh(config)
     assert dict(mesh.shape) == dict(zip(("slice", "data", "fsdp", "tensor"), sizes, strict=True))
     assert list(mesh.devices.ravel()) == jax.devices()
 
 
-def test_mesh_of_one_device():
+def test_a_mesh_of_one_device():
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (MeshConfig(data=3), "--mesh: data=3 asks for 3 devices and there are 8; set one axis to -1 to take all that are left"),
-        (MeshConfig(data=4, tensor=4), "--mesh: data=4 x tensor=4 asks for 16 devices and there are 8; set one axis to -1 .*"),
-        (MeshConfig(fsdp=3), "--mesh: data=-1 x fsdp=3: 3 does not divide the 8 devices"),
-    ],
-)
-def test_a_mesh_that_does_not_fit_the_devices(config, message):
-    with pytest.raises(UserError) as error:
-        make_mesh(config)
-    assert re.fullmatch(message, str(error.value))
+def test_sizes_that_do_not_multiply_to_the_number_of_devices_are_refused():
+    message = (
+        "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and there are 8 devices; set one axis to -1 to take"
+    )
+    with pytest.raises(UserError, match=f"^{message} all that are left$"):
+        make_mesh(MeshConfig(data=3))
 
 
-@pytest.mark.parametrize(
-    ("mesh", "model", "batch_size", "grad_accum_steps", "message"),
-    [
-        (MeshConfig(), {}, 20, 1, "--train.batch-size: 20 does not divide over slice x data x fsdp = 8; 16 or 24 would"),
-        (MeshConfig(), {}, 5, 1, "--train.batch-size: 5 does not divide over slice x data x fsdp = 8; 8 would"),
-        (MIXED, {}, 10, 1, "--train.batch-size: 10 does not divide over slice x data x fsdp = 4; 8 or 12 would"),
-        (
-            MeshConfig(),
-            {},
-            24,
-            2,
-            "--train.batch-size: 24 does not divide over slice x data x fsdp = 8 in 2 micro-batches; 16 or 32 would",
-        ),
-        (
-            MeshConfig(data=1, tensor=8),
-            {"num_heads": 4},
-            8,
-            1,
-            "--mesh.tensor: 8 does not divide model.num-heads 4; 1, 2, 4 would",
-        ),
-        (
-            MeshConfig(data=1, tensor=8),
-            {"num_heads": 8, "embed_dim": 48, "mlp_dim": 100},
-            8,
-            1,
-            "--mesh.tensor: 8 does not divide model.mlp-dim 100; 2, 4, 5 would",
-        ),
-        (MeshConfig(data=1, fsdp=8), {"embed_dim": 36}, 8, 1, "--mesh.fsdp: 8 does not divide model.embed-dim 36; 3, 4, 6 would"),
-    ],
-)
-def test_what_does_not_divide_over_the_mesh(mesh, model, batch_size, grad_accum_steps, message):
-    with pytest.raises(UserError) as error:
-        check_divisibility(make_mesh(mesh), ModelConfig(**model), batch_size, grad_accum_steps)
-    assert str(error.value) == message
+class Device(NamedTuple):
+    """The attributes of a device on one of several TPU slices that decide its place in the mesh."""
+
+    slice_index: int
+    platform: str = "tpu"
 
 
-def test_what_divides_over_the_mesh():
+@pytest.mark.parametrize("slices", [1, 4])
+def test_the_slice_axis_must_be_the_number_of_slices(slices):
+    devices = [Device(number // 4) for number in range(8)]
+    with pytest.raises(UserError, match=r"^--mesh\.slice: the devices are on 2 slices, so it must be 2$"):
+        make_mesh(MeshConfig(slice=slices), devices)
+
+
+def test_batch_and_model_must_divide_over_the_mesh():
+    """tests/runtime/test_mesh.py has every message."""
     check_divisibility(make_mesh(MIXED), ModelConfig(), 64, 4)
-    # 1,001 entries do not divide by 8; padded to 1,024 they do.
-    check_divisibility(make_mesh(MeshConfig(data=1, tensor=8)), ModelConfig(vocab_size=1001, num_heads=8), 8, 1)
-
-
-def test_a_vocabulary_that_does_not_divide():
+    with pytest.raises(UserError, match=r"--train\.batch-size: 10 does not divide over slice x data x fsdp = 4; 8 or 12 would"):
+        check_divisibility(make_mesh(MIXED), ModelConfig(), 10, 1)
+    with pytest.raises(UserError, match=r"--train\.batch-size: 12 .* in 2 micro-batches; 8 or 16 would"):
+        check_divisibility(make_mesh(MIXED), ModelConfig(), 12, 2)
     six = make_mesh(MeshConfig(data=1, tensor=6), jax.devices()[:6])
     with pytest.raises(UserError, match=r"--mesh\.tensor: 6 does not divide model\.vocab-size 40576; 1, 2, 4 would"):
-        check(six, ModelConfig(), 8, 1)
+        check_divisibility(six, ModelConfig(), 8, 1)
 
 
 # -- names of axes ----------------------------------------------------------------------------------------------------------
@@ -127,7 +98,7 @@ def test_without_a_mesh_nothing_happens():
 
 @pytest.mark.parametrize("config", [MeshConfig(), MIXED, MeshConfig(data=1, tensor=8)], ids=str)
 def test_per_shard_combines_over_devices(config):
-    """Rows over "batch", columns over "vocab": sums, maxima and part numbers against those of the whole array."""
+    """Rows are split over "batch" and columns over "vocab"; sums, maxima and shard numbers are those of the whole array."""
 
     def local(x):
         columns = sharding.shard_index("vocab") * x.shape[1] + jnp.arange(x.shape[1])
@@ -162,7 +133,7 @@ def test_each_device_gets_its_rows(config):
 
 # -- what the compiled step computes and sends ------------------------------------------------------------------------------
 
-# Sizes that no two kinds of array share: 64 examples (8 a device) of 48 tokens, 1,152 entries padded, width 80.
+# No two kinds of array share a size: 64 examples (8 on a device) of 48 tokens, a vocabulary padded to 1,152 entries, width 80.
 MODEL = ModelConfig(vocab_size=1100, context_length=48, num_layers=3, embed_dim=80, num_heads=4, mlp_dim=224, loss_chunk=12)
 BATCH = 64
 
@@ -171,12 +142,14 @@ class Collective(NamedTuple):
     """A collective operation of a compiled program."""
 
     kind: str
-    shapes: list[tuple[int, ...]]  # of its results, on one device
-    times: int  # how often it runs: the product of the trip counts of the loops around it
+    shapes: list[tuple[int, ...]]
+    """Shapes of its results on one device."""
+    times: int
+    """Number of times that it runs: the product of the trip counts of the loops around it."""
 
 
 def collectives(text):
-    """All of them in an optimised program's text, which lists computations one after the other, the main one as ENTRY."""
+    """Returns the collectives in the text of a compiled program, whose main computation is marked ENTRY."""
     computations, entry = {}, ""
     for line in text.splitlines():
         if start := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
@@ -190,41 +163,43 @@ def collectives(text):
             _, result, kind = re.match(r"\s+(ROOT )?%?[\w.-]+ = (.*?) ([a-z][a-z-]*)\(", line).groups()
             if re.match("all-gather|all-reduce|all-to-all|collective-|reduce-scatter|ragged-all", kind):
                 shapes = [tuple(map(int, filter(None, sizes.split(",")))) for sizes in re.findall(r"\w\[([\d,]*)\]", result)]
-                found.append(Collective(kind, shapes, times))
+                yield Collective(kind, shapes, times)
                 continue
             trips = int(re.search(r'known_trip_count":\{"n":"(\d+)"', line)[1]) if kind == "while" else 1
             for called in re.findall(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.-]+)", line):
-                visit(called, times * trips)
+                yield from visit(called, times * trips)
 
-    found = []
-    visit(entry, 1)
-    return found
+    return list(visit(entry, 1))
 
 
 @functools.cache
 def compiled(config):
-    """The update for a mesh (None: for one device) and what it sends."""
+    """Returns the floating-point operations of the update on each device of a mesh (None: one device), and its collectives."""
     mesh = make_mesh(config) if config else make_mesh(MeshConfig(), jax.devices()[:1])
-    whole = PretrainConfig(
+    pretraining = PretrainConfig(
         model=MODEL, data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")), train=TrainConfig(batch_size=BATCH)
     )
-    program = lower_step(whole, mesh, horizon=Horizon(10, 2)).compile()
-    return program, collectives(program.as_text())
+    program = lower_step(pretraining, mesh, total_steps=10, warmup_steps=2.0).compile()
+    return program.cost_analysis()["flops"], collectives(program.as_text())
 
 
 def parameter_shapes():
-    """Of the embeddings, and of one layer's parameters."""
+    """Returns the shapes of the embeddings, and those of one layer's parameters."""
     shapes = jax.eval_shape(functools.partial(transformer.init, MODEL), jax.random.key(0))
     embedding, blocks = jax.tree.leaves(shapes["embedding"]), jax.tree.leaves(shapes["blocks"])
     return [leaf.shape for leaf in embedding], [leaf.shape[1:] for leaf in blocks]
 
 
+def test_a_step_on_one_device_sends_nothing():
+    flops, sent = compiled(None)
+    assert flops > 0
+    assert sent == []
+
+
 def test_data_parallel_step_divides_the_work_and_sends_gradients_only():
-    program, sent = compiled(MeshConfig(data=8))
-    alone, sent_alone = compiled(None)
-    assert sent_alone == []
+    flops, sent = compiled(MeshConfig(data=8))
     # Loops have the same length in both programs, and a loop's body counts once in both.
-    assert program.cost_analysis()["flops"] < 1.1 / 8 * alone.cost_analysis()["flops"]
+    assert flops < 1.1 / 8 * compiled(None)[0]
 
     assert {collective.kind for collective in sent} == {"all-reduce"}
     # Each layer's own gradients inside the loop over layers; nothing in the loss's loop over chunks of time.
@@ -232,7 +207,7 @@ def test_data_parallel_step_divides_the_work_and_sends_gradients_only():
     embedding, blocks = parameter_shapes()
     in_loop = [shape for collective in sent if collective.times > 1 for shape in collective.shapes]
     assert sorted(map(math.prod, in_loop)) == sorted(map(math.prod, blocks))
-    # Besides: the table's two gradients, of the lookup and of the loss; the positions'; the loss and its normalisation.
+    # Besides: the table's two gradients, of the lookup and of the loss; the positions'; the loss and its normalization.
     outside = [math.prod(shape) for collective in sent if collective.times == 1 for shape in collective.shapes]
     table, positions = 1152 * 80, 48 * 80
     assert sorted(embedding) == [(48, 80), (1152, 80)]
@@ -241,12 +216,12 @@ def test_data_parallel_step_divides_the_work_and_sends_gradients_only():
 
 @pytest.mark.parametrize("config", [MeshConfig(data=1, fsdp=8), MIXED], ids=["fsdp=8", "data=2 x fsdp=2 x tensor=2"])
 def test_sharded_step_gathers_parameters_and_never_the_batch(config):
-    program, sent = compiled(config)
-    assert program.cost_analysis()["flops"] < 1.1 / 8 * compiled(None)[0].cost_analysis()["flops"]
+    flops, sent = compiled(config)
+    assert flops < 1.1 / 8 * compiled(None)[0]
     assert {collective.kind for collective in sent} <= {"all-reduce", "all-gather", "reduce-scatter"}
 
     def shares(shape):
-        """The sizes that a parameter has on a device once it is gathered over fsdp, and is still split over tensor or not."""
+        """Returns the sizes of a parameter on a device once it is gathered over fsdp, whether or not tensor still splits it."""
         return {math.prod(shape), math.prod(shape) // config.tensor}
 
     embedding, blocks = parameter_shapes()
@@ -255,7 +230,7 @@ def test_sharded_step_gathers_parameters_and_never_the_batch(config):
     assert gathered
     assert {math.prod(shape) for shape in gathered} <= parameters, gathered
 
-    # What is summed is a parameter's gradient (or a part of it), a number, or, where heads, width and vocabulary are split, one
+    # A sum is over a parameter's gradient (or a part of it), a number, or, where heads, width and vocabulary are split, an
     # activation of this device's own examples.
     examples = BATCH // (config.data * config.fsdp)
     activations = {examples * time * width for time in (48, 12) for width in (80, 1)} if config.tensor > 1 else set()
