@@ -1,1 +1,1 @@
-"""What tells a story with the parts below: the demo, the paper's analyses, benchmarks, tables and figures."""
+"""Programs that use all other parts: the demo, the paper's analyses, benchmarks, score tables and plots."""

@@ -1,8 +1,8 @@
 """Measured scores beside those that the paper reports for the same task and ablation (`gpt-jax report --paper RUN...`).
 
 Our scores are on the development split (validation), or on a test split with public labels. The paper's scores for GLUE's tasks
-are from the benchmark's test server, whose labels are secret. The table therefore says for each score what it was measured on,
-and a list below it names the settings in which a run differs from the paper.
+are from the benchmark's test server, whose labels are secret. The table therefore shows for each score which split it is for, and
+a list below the table names the settings in which a run differs from the paper.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def print_seed_scores(result: dict[str, Any]) -> None:
     """Prints how the scores of a fine-tuning vary over its seeds.
 
     Args:
-      result: what `finetune_seeds` returns.
+      result: the return value of `finetune_seeds`.
     """
     columns = {"median": "median", "mean": "mean", "deviation": "std", "lowest": "min", "highest": "max"}
     table = [(f"of {len(result['seeds'])} seeds", "metric", *columns)]
@@ -32,7 +32,7 @@ def print_zero_shot_scores(scores: Sequence[dict[str, Any]], out: Path | None) -
     """Prints zero-shot scores and writes them to files.
 
     Args:
-      scores: what `zero_shot` returns.
+      scores: the return value of `zero_shot`.
       out: folder for zero_shot.json and, if a probe was scored on several checkpoints of a run, zero_shot.png; None: no files.
     """
     table: list[Sequence[object]] = [("step", "probe", "split", "metric", "score, %", "normalized", "rows", "cut", "run")]
