@@ -1,10 +1,10 @@
-"""How the project hangs together: who imports whom, what is installed, and what comes with each config."""
+"""How the project is put together: who imports whom, what is installed, and rules of style that hold for every file."""
 
 import ast
 import configparser
-import dataclasses
-import itertools
+import graphlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,9 +16,6 @@ import jax.numpy as jnp
 import pytest
 from jaxtyping import TypeCheckError
 
-from gpt_jax import config as configs
-from gpt_jax.config import FinetuneConfig, PretrainConfig, RunConfig
-from gpt_jax.config.load import config_folder, load_config
 from gpt_jax.model import dropout
 
 ROOT = Path(__file__).parents[1]
@@ -39,16 +36,25 @@ LAYERS = (
     {"__init__"},
 )
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
-# Imports that cost seconds, or that a machine which only trains may lack.
+WITHOUT_JAX = (
+    *("launch/", "gpt_jax/__init__.py", "gpt_jax/__main__.py", "gpt_jax/cli.py", "gpt_jax/config/", "gpt_jax/data/"),
+    *("gpt_jax/errors.py", "gpt_jax/runtime/console.py", "gpt_jax/runtime/git_info.py", "gpt_jax/runtime/mesh.py"),
+    *("gpt_jax/runtime/rundir.py", "gpt_jax/runtime/signals.py"),
+)
+"""Folders and modules that import none of the libraries in `ACCELERATED`, not even inside a function."""
+
 HEAVY = {
-    *("ftfy", "onnx", "onnxruntime", "safetensors", "sentencepiece", "spacy", "tensorflow", "tensorflow_datasets", "tokenizers"),
-    *("torch", "transformers"),
+    *("ftfy", "matplotlib", "onnx", "onnxruntime", "safetensors", "scipy", "sentencepiece", "sklearn", "spacy", "tensorboardX"),
+    *("tensorflow", "tensorflow_datasets", "tokenizers", "torch", "transformers"),
 }
-# To make batches, and to write a SavedModel.
-TENSORFLOW = {"gpt_jax/data/pipeline.py", "gpt_jax/interop/graphs.py"}
+"""Libraries whose import takes long, or that a machine which only trains may lack."""
+
+TENSORFLOW = {"gpt_jax/data/pipeline.py", "gpt_jax/interop/stablehlo.py"}
+"""Modules that import tensorflow: to make batches, and to write a SavedModel."""
 
 FILES = sorted([*(ROOT / "gpt_jax").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.py") if path.stem != "__init__")
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 
 
 def name_of(path: Path) -> str:
@@ -56,15 +62,17 @@ def name_of(path: Path) -> str:
 
 
 class Import(NamedTuple):
+    """An import statement, or one name of it."""
+
     module: str
-    """Dotted, absolute, with the imported name at its end where there is one: it may be a module too."""
+    """Absolute dotted name, with the imported name at its end if there is one, since that may be a module too."""
     line: int
     eager: bool
-    """Runs when the module is imported, not only when a function is called or types are checked."""
+    """Whether it runs when the module is imported, not only when a function is called or types are checked."""
 
 
 def imports(source: str, package: str = "") -> Iterator[Import]:
-    """Every import in a module's source, wherever it stands. `package`: the dotted package that relative imports start from."""
+    """Returns every import in a module's source. `package` is the dotted package that relative imports start from."""
 
     def visit(node: ast.AST, eager: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
@@ -96,7 +104,7 @@ def layer_of(part: str) -> int:
 
 
 def part_of(module: str) -> str | None:
-    """The part of gpt_jax that a dotted module belongs to; None for other libraries."""
+    """Returns the part of gpt_jax that a dotted module belongs to, or None for other libraries."""
     top, _, rest = module.partition(".")
     if top != "gpt_jax":
         return None
@@ -106,7 +114,7 @@ def part_of(module: str) -> str | None:
     return part if (ROOT / "gpt_jax" / part).is_dir() or (ROOT / "gpt_jax" / f"{part}.py").is_file() else "__init__"
 
 
-def test_every_form_of_import_is_seen() -> None:
+def test_every_form_of_import_is_recognized() -> None:
     source = """
 import jax.numpy as jnp
 from gpt_jax import data, __version__
@@ -121,8 +129,7 @@ try:
 except ImportError:
     pass
 """
-    seen = {(each.module, each.eager) for each in imports(source, "gpt_jax.data")}
-    assert seen == {
+    assert {(name, eager) for name, _, eager in imports(source, "gpt_jax.data")} == {
         ("jax.numpy", True),
         ("gpt_jax.data", True),
         ("gpt_jax.__version__", True),
@@ -139,29 +146,66 @@ except ImportError:
 def test_no_module_imports_from_a_higher_layer(path: Path) -> None:
     parts = path.relative_to(ROOT).parts
     own = layer_of("launch" if parts[0] == "launch" else parts[1].removesuffix(".py"))
-    for each in imports_of(path):
-        part = part_of(each.module)
+    for module, line, _ in imports_of(path):
+        part = part_of(module)
         if part is not None:
-            assert layer_of(part) >= own, f"{name_of(path)}:{each.line} imports {each.module}, which lies above it"
+            assert layer_of(part) >= own, f"{name_of(path)}:{line} imports {module}, which lies above it"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_heavy_libraries_are_imported_where_they_are_used(path: Path) -> None:
-    for each in imports_of(path):
-        library = each.module.partition(".")[0]
-        where = f"{name_of(path)}:{each.line} imports {each.module}"
-        assert library not in HEAVY or not each.eager, f"{where} outside of a function"
+    for module, line, eager in imports_of(path):
+        library = module.partition(".")[0]
+        where = f"{name_of(path)}:{line} imports {module}"
+        assert library not in HEAVY or not eager, f"{where} outside of a function"
         assert library != "tensorflow" or name_of(path) in TENSORFLOW, f"{where}; only {' and '.join(sorted(TENSORFLOW))} may"
-        assert library not in ACCELERATED or not name_of(path).startswith("gpt_jax/data/"), f"{where}; arrays in data are NumPy's"
+        assert library not in ACCELERATED or not name_of(path).startswith(WITHOUT_JAX), f"{where}, but must do without"
+
+
+def test_the_lists_of_modules_follow_the_tree() -> None:
+    for name in (*WITHOUT_JAX, *TENSORFLOW):
+        assert (ROOT / name).exists(), name
+    importers = {name_of(path) for path in FILES if any(name.partition(".")[0] == "tensorflow" for name, *_ in imports_of(path))}
+    assert importers == TENSORFLOW
+
+
+def module_of(name: str) -> str | None:
+    """Returns the module of this project that an imported dotted name is, or is part of; None for other libraries."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        folder = ROOT / Path(*(parts[1:end] if parts[:2] == ["gpt_jax", "launch"] else parts[:end]))
+        if folder.with_suffix(".py").is_file() or (folder / "__init__.py").is_file():
+            return ".".join(parts[:end])
+    return None
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        own = ".".join(("gpt_jax", *parts) if parts[0] == "launch" else parts).removesuffix(".__init__")
+        graph[own] = {module for name, *_ in imports_of(path) if (module := module_of(name)) not in (None, own)}
+    order = list(graphlib.TopologicalSorter(graph).static_order())
+    assert order.index("gpt_jax.errors") < order.index("gpt_jax.launch.command") < order.index("gpt_jax.cli")
+
+
+def test_no_module_that_launch_imports_needs_jax() -> None:
+    """This includes imports inside functions, and the imports of imported modules."""
+    names = {name for path in FILES if path.parent.name == "launch" for name, *_ in imports_of(path)}
+    modules = sorted({module for name in names if (module := module_of(name))})
+    modules += [f"gpt_jax.launch.{path.stem}" for path in FILES if path.parent.name == "launch" and path.stem != "__init__"]
+    loaded = loaded_by("import " + ", ".join(modules))
+    assert {"gpt_jax", "yaml"} <= loaded
+    assert not loaded & ACCELERATED
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name_of)
 def test_configs_import_only_the_config_classes(path: Path) -> None:
-    assert {part_of(each.module) for each in imports_of(path)} <= {"config"}
+    assert {part_of(module) for module, *_ in imports_of(path)} <= {"config"}
 
 
 def loaded_by(code: str) -> set[str]:
-    """Runs code in a fresh interpreter; the top-level modules that it has imported at the end."""
+    """Runs code in a new interpreter; returns the top-level modules that it has imported at the end."""
     report = "import sys\nprint('\\n'.join(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
@@ -183,21 +227,9 @@ except SystemExit as stop:
 
 
 def test_training_does_not_import_tensorflow() -> None:
-    loaded = loaded_by("import gpt_jax.train.loop, gpt_jax.model.transformer")
+    loaded = loaded_by("import gpt_jax.train.pretrain, gpt_jax.tasks.finetune, gpt_jax.model.network")
     assert "jax" in loaded
-    assert "tensorflow" not in loaded
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=name_of)
-def test_configs_load_and_open_with_their_command(path: Path) -> None:
-    name = path.relative_to(ROOT / "configs").with_suffix("").as_posix()
-    config = load_config(name)
-    assert isinstance(config, RunConfig)
-    assert config_folder().samefile(ROOT / "configs")
-    header = ast.get_docstring(ast.parse(path.read_text())) or ""
-    assert f"    gpt-jax {'finetune' if isinstance(config, FinetuneConfig) else 'pretrain'} {name} " in header
-    assert "Time" in header
-    assert "Expect: " in header or "result: " in header
+    assert not loaded & HEAVY
 
 
 def test_array_shapes_are_checked_in_tests() -> None:
@@ -205,33 +237,94 @@ def test_array_shapes_are_checked_in_tests() -> None:
         dropout.dropout(jnp.ones((2, 3)), jnp.zeros((2, 7), jnp.uint32), 0.5)
 
 
-def sections(kind: type) -> Iterator[type]:
-    yield kind
-    for field in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(field.default):
-            yield from sections(type(field.default))
+# -- style ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "section", sorted({*sections(PretrainConfig), *sections(FinetuneConfig)}, key=lambda kind: kind.__name__)
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_function_is_longer_than_80_lines(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = node.end_lineno - node.lineno + 1  # type: ignore[operator]
+            assert lines <= 80, f"{name_of(path)}:{node.lineno}: {node.name} has {lines} lines"
+
+
+def docstrings(source: str) -> Iterator[tuple[int, str]]:
+    """Yields line and text of each docstring: strings that stand alone, below a module, class, function or field."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value.strip()
+
+
+FRAGMENT = re.compile(r"(Of|That|What|Whose|The same)\b")
+"""Beginnings of docstrings that cannot be understood without the name above them."""
+
+
+@pytest.mark.parametrize("path", [*FILES, *CONFIGS], ids=name_of)
+def test_docstrings_do_not_begin_as_fragments(path: Path) -> None:
+    for line, text in docstrings(path.read_text()):
+        assert not FRAGMENT.match(text), f"{name_of(path)}:{line}: {text.splitlines()[0]}"
+
+
+def test_docstrings_of_every_kind_are_recognized() -> None:
+    source = '''
+"""Of a module."""
+class A:
+    """That of a class."""
+    x = 1
+    """
+    Whose line is the next one."""
+    async def f(self):
+        "What it does."
+        text = "Of no interest."
+'''
+    assert [FRAGMENT.match(text)[1] for _, text in sorted(docstrings(source))] == ["Of", "That", "Whose", "What"]  # type: ignore[index]
+
+
+# The brackets keep these patterns from matching this file.
+BRITISH = re.compile(
+    r"optimi[s]|normali[s]|initiali[s]|tokeni[s][ei]|seriali[s]|generali[s]|summari[s][ei]|recogni[s]|organi[s][ei]|minimi[s]e|maximi[s]e"
+    r"|label[l]|model[l]|neighbo[u]r|behavio[u]r|colo[u]r|favo[u]r|cent[r]e|program[m]e\b|learn[t]\b|spel[t]\b",
+    re.IGNORECASE,
 )
-def test_every_config_field_says_what_it_is_and_may_change(section: type) -> None:
-    tree = ast.parse(Path(configs.__file__).read_text())
-    names = {kind.__name__ for kind in section.__mro__}
-    bodies = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name in names]
-    explained = {
-        field.target.id
-        for body in bodies
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-        if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant) and isinstance(text.value.value, str)
-    }
-    for field in dataclasses.fields(section):
-        if dataclasses.is_dataclass(field.default):
-            assert type(field.default).__doc__, f"{field.name}: its class has no docstring"
-        else:
-            assert field.name in explained, f"{section.__name__}.{field.name} has no docstring"
-            assert field.metadata.get("effect") in ("result", "speed", "display"), f"{section.__name__}.{field.name}: no effect"
+FOLDERS = ("gpt_jax", "launch", "configs", "tests", "benchmarks")
+TEXTS = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", sorted(TEXTS), ids=name_of)
+def test_spelling_is_american(path: Path) -> None:
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        assert not BRITISH.search(line), f"{name_of(path)}:{number}: {line.strip()}"
+
+
+ACROSS_MODULES = {
+    "config/test_configs": "the files in configs/",
+    "interop/test_graphs": "ONNX and StableHLO",
+    "launch/test_container": "launch/Dockerfile",
+    "test_fixture": "the runs of earlier versions in fixtures/",
+    "test_packaging": "all of the project",
+    "train/test_processes": "several processes of a pre-training",
+    "train/test_resume": "pre-trainings that were killed",
+}
+"""Test modules that do not mirror a single module, and their subjects."""
+
+
+@pytest.mark.parametrize("path", TESTS, ids=name_of)
+def test_tests_mirror_the_modules(path: Path) -> None:
+    """The name of a test module is a module's, to which a word for the kind of test may be added."""
+    folder = path.parent.relative_to(ROOT / "tests")
+    if (folder / path.stem).as_posix() in ACROSS_MODULES:
+        return
+    source = ROOT / ("launch" if folder.name == "launch" else "gpt_jax" / folder)
+    modules = {module.stem.rstrip("_") for module in source.glob("*.py")}
+    words = path.stem.removeprefix("test_").split("_")
+    assert modules & {"_".join(words[:end]) for end in range(1, len(words) + 1)}, f"{name_of(path)} mirrors no module of {source}"
+
+
+def test_the_exceptions_among_test_modules_exist() -> None:
+    assert {path.relative_to(ROOT / "tests").with_suffix("").as_posix() for path in TESTS} >= ACROSS_MODULES.keys()
+
+
+# -- installation -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_package_is_installed() -> None:
@@ -240,7 +333,7 @@ def test_every_package_is_installed() -> None:
     parts = [path.parent.relative_to(ROOT).parts for path in (ROOT / "gpt_jax").rglob("__init__.py")]
     mapped = [path for folder in ("configs", "launch") for path in (ROOT / folder).rglob("*.py")]
     parts += [("gpt_jax", *path.parent.relative_to(ROOT).parts) for path in mapped]
-    assert set(setup["options"]["packages"].split()) == {".".join(each) for each in parts}
+    assert set(setup["options"]["packages"].split()) == {".".join(part) for part in parts}
 
 
 @pytest.mark.parametrize("version", ["311", "312"])
@@ -265,7 +358,7 @@ def test_the_environment_of_the_exports_agrees_with_the_main_one(version: str) -
 
 
 @pytest.mark.slow
-def test_a_plain_install_brings_the_configs(tmp_path: Path) -> None:
+def test_a_plain_install_brings_the_configs_and_launch(tmp_path: Path) -> None:
     copy = tmp_path / "source"
     for name in ("gpt_jax", "configs", "launch"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -276,7 +369,12 @@ def test_a_plain_install_brings_the_configs(tmp_path: Path) -> None:
     subprocess.run(pip, check=True, stdin=subprocess.DEVNULL)
     shutil.rmtree(copy)
 
-    code = "from gpt_jax import config_io as io; import gpt_jax.configs.smoke as smoke; print(io.config_folder()); smoke.config()"
+    code = """
+from gpt_jax.config.load import config_folder, load_config
+import gpt_jax.configs.smoke, gpt_jax.launch.command
+assert load_config("smoke") == gpt_jax.configs.smoke.config()
+print(config_folder())
+"""
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

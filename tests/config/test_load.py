@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from gpt_jax.config.load import (
     RENAMED_FIELDS,
     apply_overrides,
     config_digest,
+    config_folder,
     config_from_dict,
     config_names,
     config_to_dict,
@@ -246,6 +248,7 @@ def test_loading_by_name_and_by_path(tmp_path):
     path.write_text("from gpt_jax.config import *\ndef config():\n    return PretrainConfig(train=TrainConfig(seed=7))\n")
     assert load_config(str(path)).train.seed == 7
     assert load_config("gpt1") == PAPER
+    assert config_folder().samefile(Path(__file__).parents[2] / "configs")
     assert "smoke" in config_names()
 
 
