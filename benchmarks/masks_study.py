@@ -117,12 +117,7 @@ CANDIDATES = [
     Candidate("keyed, folded", "(R ^ C) * D", hashed_row, hashed_column, lambda r, c: fold((r[0] ^ c[0]) * c[1])),
     Candidate("affine", "R * D + C, and that * M", hashed_row, hashed_column, affine),
     Candidate(
-        "one multiply",
-        "(R ^ C) * m",
-        hashed_row,
-        hashed_column,
-        lambda r, c: fold((r[0] ^ c[0]) * u32(0x21F0AAAD)),
-        control=True,
+        "one multiply", "(R ^ C) * m", hashed_row, hashed_column, lambda r, c: fold((r[0] ^ c[0]) * u32(0x21F0AAAD)), control=True
     ),
     Candidate(
         "bare halves",

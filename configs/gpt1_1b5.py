@@ -16,13 +16,7 @@ from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig,
 def config() -> PretrainConfig:
     return PretrainConfig(
         model=ModelConfig(
-            vocab_size=50_000,
-            context_length=1024,
-            num_layers=36,
-            embed_dim=1792,
-            num_heads=28,
-            mlp_dim=7168,
-            remat="dots",
+            vocab_size=50_000, context_length=1024, num_layers=36, embed_dim=1792, num_heads=28, mlp_dim=7168, remat="dots"
         ),
         data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")),
         optim=OptimConfig(peak_lr=1.5e-4, clip_norm=1.0),

@@ -28,11 +28,6 @@ def config() -> PretrainConfig:
         ),
         optim=OptimConfig(peak_lr=3e-3, warmup="10 steps"),
         train=TrainConfig(
-            batch_size=16,
-            duration="60 steps",
-            eval_every="20 steps",
-            eval_windows=64,
-            save_every="10 steps",
-            sample_tokens=20,
+            batch_size=16, duration="60 steps", eval_every="20 steps", eval_windows=64, save_every="10 steps", sample_tokens=20
         ),
     )
