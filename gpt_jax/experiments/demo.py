@@ -46,10 +46,9 @@ def demo(workdir: Path) -> int:
     store = Store.open(workdir / "store", verify=False)
     unigram, bigram = ngram_losses(config, store)
 
-    say("\nText that the model writes:")
-    prompts = list(config.train.prompts)
-    texts = continue_prompts(workdir, prompts, config.train.sample_tokens, temperature=0.8, top_k=40)
-    for prompt, text in zip(prompts, texts, strict=True):
+    say("\nThe model writes:")
+    texts = continue_prompts(workdir, config.train.prompts, config.train.sample_tokens, temperature=0.8, top_k=40)
+    for prompt, text in zip(config.train.prompts, texts, strict=True):
         say(f"    {prompt}|{text}".replace("\n", " "))
     say("\nFour tasks made from the same documentation, each fine-tuned from the pre-trained model and from random parameters:")
     scores = finetune_synthetic_tasks(config, workdir)

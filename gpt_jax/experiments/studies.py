@@ -145,8 +145,8 @@ def _show(result: dict[str, Any], figure: Path, title: str) -> None:
     percent = [[100 * row["validation"][metric][key] for key in ("median", "min", "max")] for row in rows]
     curve = Curve(title, x, [median for median, _, _ in percent], [(low, high) for _, low, high in percent])
     x_label = {"layers": "transferred from pre-training", "ablations": "", "steps": "pre-training steps"}[name]
-    ticks = [] if name == "steps" else variants
-    plot_curves(figure, [curve], title, x_label, f"{metric} (%)", ticks, joined=name != "ablations")
+    names = () if name == "steps" else variants
+    plot_curves(figure, [curve], title, x_label, f"{metric} (%)", names, joined=name != "ablations")
     table = [(variant, *(f"{value:.1f}" for value in values)) for variant, values in zip(variants, percent, strict=True)]
     print(format_table([("variant", f"{metric}, median", "lowest", "highest"), *table]))
 
