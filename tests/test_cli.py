@@ -1,8 +1,7 @@
-"""The command line: every mistake is one line on standard error with exit code 2, and nothing is lost by it."""
+"""The command line: every mistake ends in one line on standard error with exit code 2, and nothing is lost."""
 
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -11,66 +10,48 @@ import pytest
 
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
-from gpt_jax.train import checkpoint
-
-CONFIG = """
-from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from gpt_jax.train.checkpoint import list_checkpoints
+from tests.tiny import tiny_config, write_config, write_text
 
 
-def config():
-    return PretrainConfig(
-        model=ModelConfig(
-            vocab_size=257, context_length=16, num_layers=1, embed_dim=16, num_heads=4, mlp_dim=32, loss_chunk=16
-        ),
-        data=DataConfig(
-            source={source!r}, validation_share=0.1, processes=1, pipeline="threads", tokenizer=TokenizerConfig(kind="bytes")
-        ),
-        optim=OptimConfig(warmup="2 steps"),
-        train=TrainConfig(
-            batch_size=8,
-            duration="8 steps",
-            eval_every="4 steps",
-            eval_windows=8,
-            save_every="4 steps",
-            sample_tokens=0,
-            tensorboard=False,
-        ),
+def write_tiny(folder):
+    """Writes a text and the config of a run of 8 updates on it; returns the path of the config."""
+    config = tiny_config(
+        write_text(folder),
+        model={"context_length": 16, "num_layers": 1, "num_heads": 4, "mlp_dim": 32},
+        optim={"warmup": "2 steps"},
+        train={"duration": "8 steps", "eval_every": "4 steps", "eval_windows": 8, "save_every": "4 steps"},
     )
-"""
+    return write_config(config, folder / "tiny.py")
 
 
 @pytest.fixture
 def config_file(tmp_path):
-    """The path of a config beside the text that it names, 20 KB in 40 documents."""
-    rng = random.Random(0)
-    lines = [json.dumps({"text": " ".join(rng.choices(["some", "words", "of", "a", "text"], k=120))}) for _ in range(40)]
-    (tmp_path / "text.jsonl").write_text("\n".join(lines))
-    path = tmp_path / "tiny.py"
-    path.write_text(CONFIG.format(source=str(tmp_path / "text.jsonl")))
-    return path
+    """The path of the config of a tiny run."""
+    return write_tiny(tmp_path)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The config and the folder of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
-    path = config_file.__wrapped__(folder)
+    path = write_tiny(folder)
     assert main(["pretrain", str(path), "--workdir", str(folder / "run")]) == 0
     return path, folder / "run"
 
 
 @pytest.fixture
 def mistake(capsys):
-    """A function that runs a command, expects it to fail as a user's mistake does, and returns its one line."""
+    """A function that runs a mistaken command and returns its one line; `after_log` allows lines of progress before it."""
 
-    def run(*arguments, said_before=False):
+    def run(*arguments, after_log=False):
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
         out, err = capsys.readouterr()
         assert out == ""
         lines = err.splitlines()
         assert lines[-1].startswith("gpt-jax: "), err
-        assert said_before or len(lines) == 1, err
+        assert after_log or len(lines) == 1, err
         assert "Traceback" not in err
         return lines[-1].removeprefix("gpt-jax: ")
 
@@ -85,11 +66,11 @@ def mistake(capsys):
     [
         ("", "the following arguments are required: VERB (see gpt-jax --help)"),
         ("pretrian smoke", "invalid choice: 'pretrian'"),
-        ("pretrain", "say which config: gpt-jax pretrain CONFIG, with CONFIG one of "),
-        ("pretrain smoke", "--workdir: say which folder shall hold the run"),
+        ("pretrain", "name a config: gpt-jax pretrain CONFIG, with CONFIG one of "),
+        ("pretrain smoke", "--workdir: name the folder for the run"),
         ("pretrain smoek --workdir RUN", "no config is named 'smoek'; did you mean smoke?"),
         ("pretrain nowhere.py --workdir RUN", "nowhere.py: no such config file"),
-        ("prepare smoke", "--data.store: say where the token store shall lie"),
+        ("prepare smoke", "--data.store: name the folder for the token store (or --workdir RUN, for RUN/store)"),
         ("pretrain smoke --workdir RUN --optim.peak-lrr 1", "--optim.peak-lrr: no such field; did you mean optim.peak-lr"),
         ("pretrain smoke --workdir RUN --optim 1", "--optim: no such field; it is a section: give one of its fields"),
         ("pretrain smoke --workdir RUN --train.batch-size many", "--train.batch-size: 'many' is not a whole number"),
@@ -97,7 +78,7 @@ def mistake(capsys):
         ("pretrain smoke --workdir RUN --optim.peak-lr fast", "--optim.peak-lr: 'fast' is not a number"),
         ("pretrain smoke --workdir RUN --optim.peak-lr", "--optim.peak-lr: needs a value"),
         ("pretrain smoke --workdir RUN --optim.kind sgd", "--optim.kind: 'sgd' is not one of adam_gpt1, adamw"),
-        ("pretrain smoke --workdir RUN --train.duration soon", "--train.duration: 'soon' is no duration; write for example"),
+        ("pretrain smoke --workdir RUN --train.duration soon", "--train.duration: 'soon' is not a duration; write for example"),
         ("pretrain smoke --workdir RUN --model.num-heads 3", "--model.num-heads: 3 does not divide model.embed-dim 64"),
         (
             "pretrain smoke --workdir RUN --train.grad-accum-steps 3",
@@ -145,10 +126,10 @@ def test_a_mistaken_command_is_one_line(mistake, tmp_path, monkeypatch, argument
     ],
 )
 def test_a_url_where_a_path_belongs_is_one_line(mistake, tmp_path, monkeypatch, arguments):
-    """And no folder called "gs:"."""
+    """No folder called "gs:" is made."""
     monkeypatch.chdir(tmp_path)
     message = mistake(*arguments.replace("URL", "gs://bucket/run").split())
-    assert "gs://bucket/run is no path of this machine; a bucket is reached through its mount (docs/launch.md" in message
+    assert "gs://bucket/run is not a path of this machine; a bucket is reached through its mount (docs/launch.md" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,8 +169,8 @@ def test_a_mistaken_config_file_is_one_line(mistake, tmp_path, content, expected
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--mesh.data 3", "--mesh: data=3 asks for 3 devices and there are 8"),
-        ("--mesh.fsdp 3", "--mesh: data=-1 x fsdp=3: 3 does not divide the 8 devices"),
+        ("--mesh.data 3", "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and there are 8 devices; set one"),
+        ("--mesh.fsdp 3", "--mesh: the other axes multiply to 3, and there are 8 devices"),
         ("--mesh.data -1 --mesh.fsdp -1", "--mesh: only one axis can be -1"),
         ("--train.batch-size 12", "--train.batch-size: 12 does not divide over slice x data x fsdp = 8; 8 or 16 would"),
         ("--mesh.tensor 8", "--mesh.tensor: 8 does not divide model.num-heads 4"),
@@ -219,13 +200,13 @@ def test_text_that_cannot_be_used_is_one_line(mistake, config_file, tmp_path, na
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.source", path, said_before=True)
+    message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.source", path, after_log=True)
     assert expected.format(path=path) in message
 
 
-def test_a_correct_source_after_a_mistaken_one_just_works(mistake, config_file, tmp_path):
-    mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.source", tmp_path / "missing.txt", said_before=True)
-    mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--optim.warmup", "9 steps", said_before=True)
+def test_a_correct_source_works_after_a_mistaken_one(mistake, config_file, tmp_path):
+    mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.source", tmp_path / "missing.txt", after_log=True)
+    mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--optim.warmup", "9 steps", after_log=True)
     assert main(["prepare", str(config_file), "--workdir", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "store" / "index.json").exists()
 
@@ -260,10 +241,10 @@ def test_a_damaged_shard_is_named(mistake, finished, tmp_path):
     content[1000] ^= 1
     shard.write_bytes(content)
     message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.store", store)
-    assert message == f"{shard}: altered since it was written (SHA-256); restore it or prepare the store anew"
+    assert message == f"{shard}: altered since it was written (its SHA-256 differs); restore it or prepare the store anew"
     shard.write_bytes(content[:-2])
     message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.store", store)
-    assert message.startswith(f"{shard}: {len(content) - 2} bytes, must be {len(content)};")
+    assert message.startswith(f"{shard}: has {len(content) - 2} bytes instead of {len(content)};")
 
 
 # -- a run's folder ---------------------------------------------------------------------------------------------------------
@@ -278,8 +259,8 @@ def test_a_workdir_of_another_config_is_refused(mistake, finished):
     before = contents(run)
     message = mistake("pretrain", config_file, "--workdir", run, "--optim.peak-lr", "1e-3", "--mesh.data", "8")
     assert message == (
-        f"{run} holds a run of another config; it differs in --optim.peak-lr 0.001 (was 0.00025). "
-        "Name another --workdir, or say --allow-changes if it is meant"
+        f"{run} holds a run of another config; it differs in --optim.peak-lr 0.001 (was 0.01). "
+        "Name another --workdir, or add --allow-changes if this is intended"
     )
     assert contents(run) == before
 
@@ -315,7 +296,7 @@ def test_verify_names_a_damaged_checkpoint(finished, tmp_path, capsys):
 
 
 def test_nan_in_the_parameters_ends_with_1_and_the_evidence(finished, tmp_path, capsys):
-    """A rate far too high: the parameters overflow within a few updates."""
+    """The learning rate is so high that the parameters overflow within a few updates."""
     config_file, run = finished
     options = ["--data.store", str(run / "store"), "--optim.peak-lr", "1e38", "--optim.kind", "adamw"]
     assert main(["pretrain", str(config_file), "--workdir", str(tmp_path), *options]) == 1
@@ -336,29 +317,25 @@ def python(code, *arguments, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=200, env=os.environ | environment)
 
 
-def test_help_needs_neither_jax_nor_tensorflow():
-    code = """
-import sys
-from gpt_jax.cli import main
-try:
-    main(["--help"])
-except SystemExit as end:
-    assert end.code == 0
-print(sorted({"jax", "jaxlib", "flax", "optax", "orbax", "tensorflow", "sentencepiece"} & set(sys.modules)))
-"""
-    done = python(code)
-    assert done.returncode == 0, done.stderr
-    assert "pretrain" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
-    module = subprocess.run([sys.executable, "-m", "gpt_jax", "--help"], capture_output=True, text=True, timeout=60)
-    assert module.stdout == done.stdout.removesuffix("[]\n")
+def test_the_module_is_the_command_line(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert not stop.value.code
+    shown = capsys.readouterr().out
+    assert "pretrain" in shown
+    done = subprocess.run([sys.executable, "-m", "gpt_jax", "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+    done = subprocess.run([sys.executable, "-m", "gpt_jax", "pretrian"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stdout == ""
 
 
 def test_training_needs_no_tensorflow(finished, tmp_path):
     config_file, run = finished
     code = """
 import sys
-sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # as if they were not installed
+sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # They seem not to be installed.
 from gpt_jax.cli import main
 assert main([*sys.argv[1:], "--data.pipeline", "tf"]) == 2
 sys.exit(main([*sys.argv[1:], "--data.pipeline", "auto"]))
@@ -372,7 +349,7 @@ sys.exit(main([*sys.argv[1:], "--data.pipeline", "auto"]))
 
 @pytest.mark.slow
 def test_a_full_disk_ends_with_a_line_and_a_sound_checkpoint(finished, tmp_path, capsys):
-    """On a file system of 3 MB that only this one process sees."""
+    """The run's folder is on a file system of 3 MB that only this process sees."""
     config_file, run = finished
     script = """
 mount -t tmpfs -o size=3m none "$1/disk" && cd "$1" && shift || exit 99
@@ -391,14 +368,14 @@ exit $code
     except FileNotFoundError:
         pytest.skip("this system has no unshare")
     if done.returncode == 99 or "unshare:" in done.stderr:
-        pytest.skip(f"no file system of its own here: {done.stderr}")
+        pytest.skip(f"this system does not let a process mount a file system of its own: {done.stderr}")
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
     assert last.startswith("gpt-jax: ")
     assert "no space left on" in last.lower()
     assert "Traceback" not in done.stderr
 
-    sound = [info.step for info in checkpoint.inspect(tmp_path / "run") if info.state == "sound"]
+    sound = [info.step for info in list_checkpoints(tmp_path / "run") if info.state == "sound"]
     assert len(sound) > 5
     assert main([*arguments, "--workdir", str(tmp_path / "run"), "--train.save-every", "100 steps"]) == 0
     assert f"resuming at step {sound[-1]}" in capsys.readouterr().err
