@@ -85,8 +85,8 @@ def test_stream_is_the_threefry_that_jax_has():
 
 
 def test_golden_values():
-    """Frozen with version 1. If this fails, a resumed run would see other masks: raise VERSION or undo the change."""
-    assert masks.VERSION == 1
+    """Frozen with version 1. If this fails, a resumed run would see other masks: raise MASK_VERSION or undo the change."""
+    assert masks.MASK_VERSION == 1
     stream = stream_of(1, 2, 3, Site.ATTENTION, 4, 5)
     assert [int(word) for word in stream] == [0x72FA1EF1, 0x03713D72]
     values = np.asarray(bits(stream, jnp.arange(16), jnp.arange(8)))

@@ -15,7 +15,7 @@ from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.model.loss import cross_entropy, language_model_loss, normalize, token_log_probabilities
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import ParamSpec
-from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.runtime.sharding import make_mesh, named_sharding
 
 BATCH, TIME, EMBED, VOCAB, PADDED = 8, 12, 16, 150, 256
 

@@ -14,7 +14,7 @@ from gpt_jax.model import dropout as masks
 from gpt_jax.model import lstm, transformer
 from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import language_model_loss
-from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.runtime.sharding import make_mesh, named_sharding
 
 TINY = ModelConfig(
     kind="lstm",
@@ -87,9 +87,9 @@ def test_forward_pass(params, tokens):
 
 def test_forward_pass_with_dropout(params, tokens):
     expected = by_hand(params, tokens, dropout=True)
-    np.testing.assert_allclose(apply(TINY, params, tokens, dropout=DROPOUT), expected, atol=1e-5)
+    np.testing.assert_allclose(apply(TINY, params, tokens, dropout_key=DROPOUT), expected, atol=1e-5)
     off = dataclasses.replace(TINY, embed_dropout=0.0, residual_dropout=0.0)
-    np.testing.assert_array_equal(apply(off, params, tokens, dropout=DROPOUT), apply(TINY, params, tokens))
+    np.testing.assert_array_equal(apply(off, params, tokens, dropout_key=DROPOUT), apply(TINY, params, tokens))
 
 
 def test_output_is_tied_to_the_embeddings(params, tokens):

@@ -12,7 +12,7 @@ from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.model import dropout as masks
 from gpt_jax.model import transformer
 from gpt_jax.model.loss import language_model_loss
-from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.runtime.sharding import make_mesh, named_sharding
 
 TINY = ModelConfig(
     vocab_size=50,
@@ -118,10 +118,10 @@ def test_forward_pass(params, tokens):
 
 def test_forward_pass_with_dropout(params, tokens):
     expected = paper(wide(params), tokens, dropout=True)
-    np.testing.assert_allclose(apply(TINY, params, tokens, dropout=DROPOUT), expected, atol=1e-5)
+    np.testing.assert_allclose(apply(TINY, params, tokens, dropout_key=DROPOUT), expected, atol=1e-5)
     # Rates of 0 switch their own sites off.
     off = dataclasses.replace(TINY, embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
-    np.testing.assert_array_equal(apply(off, params, tokens, dropout=DROPOUT), apply(TINY, params, tokens))
+    np.testing.assert_array_equal(apply(off, params, tokens, dropout_key=DROPOUT), apply(TINY, params, tokens))
 
 
 def test_output_is_tied_to_the_embeddings_and_crops_the_padding(params, tokens):
@@ -282,16 +282,16 @@ def test_remat_saves_memory_and_changes_no_number():
     shapes = jax.eval_shape(functools.partial(transformer.init, base), jax.random.key(0))
     params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 10, shapes)
     tokens, direction = draw.integers(0, 50, (4, 32)).astype(np.int32), draw.normal(size=(4, 32, 32)).astype(np.float32)
-    dropout = masks.DropoutKey(SEED, STEP, np.arange(4, dtype=np.int32))
+    dropout_key = masks.DropoutKey(SEED, STEP, np.arange(4, dtype=np.int32))
     results, memory = {}, {}
     for remat in ("off", "dots", "full"):
         config = dataclasses.replace(base, remat=remat)
 
-        def loss(params, tokens, dropout, config=config):
-            return (transformer.apply(config, params, tokens, dropout=dropout) * direction).sum()
+        def loss(params, tokens, dropout_key, config=config):
+            return (transformer.apply(config, params, tokens, dropout_key=dropout_key) * direction).sum()
 
-        compiled = jax.jit(jax.value_and_grad(loss)).lower(params, tokens, dropout).compile()
-        results[remat] = compiled(params, tokens, dropout)
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(params, tokens, dropout_key).compile()
+        results[remat] = compiled(params, tokens, dropout_key)
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
     assert memory["full"] < 0.8 * memory["dots"] < 0.8 * memory["off"]
     for remat in ("dots", "full"):
