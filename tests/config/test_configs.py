@@ -57,7 +57,7 @@ def test_times_name_the_hardware_and_results_are_figures_or_not_measured(name):
     measured = re.search(r"\d (second|minute|hour)s?\b[^.;]* (core|GPU|TPU)s?\b", time)
     assert measured or "not measured" in time
     assert re.search(r"\d", expect) or "not measured" in expect
-    if "docs/benchmarks.md" in source_of(name):  # which then has every measured figure
+    if "docs/benchmarks.md" in source_of(name):  # That page must have every measured figure.
         ours = f"{time} {expect.partition('the paper has')[0]}"
         for figure in re.findall(r"\d+(?:\.\d+)?", ours):
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]\d)", BENCHMARKS.read_text()), figure
