@@ -18,7 +18,7 @@ from gpt_jax.errors import UserError, require
 from gpt_jax.runtime.mesh import check_batch, check_model, resolve_mesh
 
 from .accelerators import GIB, Accelerator
-from .job import BUCKETS, CLAIMS, Job, mounted
+from .job import BUCKETS, CLAIMS, Job, to_mount_paths
 
 PATHS = (
     *("data.source", "data.store", "data.tokenizer.path", "init.from", "init.like", "init.tokenizer"),
@@ -183,9 +183,9 @@ def _paths(job: Job, config: RunConfig) -> Iterator[tuple[str, str]]:
 def _check_mount(field: str, path: str, roots: tuple[str, ...]) -> None:
     """Checks that a path lies in storage that workers mount."""
     form = "gs://BUCKET/PATH or /mnt/CLAIM/PATH" if CLAIMS in roots else "gs://BUCKET/PATH"
-    match = re.fullmatch(f"({BUCKETS}|{CLAIMS})([^/]*)(.*)", mounted([path])[0])
+    match = re.fullmatch(f"({BUCKETS}|{CLAIMS})([^/]*)(.*)", to_mount_paths([path])[0])
     if match is None or match[1] not in roots:
-        raise UserError(f"--{field}: '{path}' is a path on this machine, which workers cannot read; give {form}")
+        raise UserError(f"--{field}: '{path}' cannot be reached from the workers, which are other machines; give {form}")
     root, name, inside = match.groups()
     kind, pattern, characters = {
         BUCKETS: ("bucket", BUCKET_NAME, "a-z, 0-9, '-', '_' and '.'"),

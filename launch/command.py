@@ -32,7 +32,7 @@ EXCLUSIVE = {"processes": "local", "delete_on_exit": "tpu-vm"}
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `gpt-jax launch`; what it does not know is an override of a config field."""
+    """Adds the arguments of `gpt-jax launch`. Arguments that it does not know are overrides of config fields."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     targets = "".join(f"  {name:<8}{text}\n" for name, text in TARGETS.items())
     overrides = "--SECTION.FIELD VALUE: any field of the config, as for gpt-jax pretrain and finetune"
@@ -73,9 +73,7 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
     if name not in TARGETS:
         raise UserError(f"there is no target '{name}'; {nearest(name, TARGETS)}")
     for option, only in EXCLUSIVE.items():
-        require(
-            name == only or getattr(options, option) is None, option, f"only {only} takes this option; leave it out for {name}"
-        )
+        require(name == only or getattr(options, option) is None, option, f"only {only} takes it; leave it out for {name}")
     from .checks import check
 
     job = _job(options, overrides)

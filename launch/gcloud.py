@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from . import tpu_worker
 from .accelerators import RUNTIMES
-from .job import Job, mounted
+from .job import Job, to_mount_paths
 from .supervise import kill, spawn
 
 LABEL = "gpt-jax"
@@ -70,7 +70,7 @@ class Gcloud:
             nodes = ["--node-count", str(job.slices), "--node-prefix", job.name]
         kind = ["--accelerator-type", job.accelerator.gcloud, "--runtime-version", RUNTIMES[job.accelerator.family]]
         hardware = [*nodes, *kind, *(["--spot"] if job.spot else [])]
-        owner = json.dumps([mounted([job.workdir]), hardware])
+        owner = json.dumps([to_mount_paths([job.workdir]), hardware])
         self.owner = hashlib.sha256(owner.encode()).hexdigest()[:16]
         """Value of the label. Two commands share a resource if they have the same run's folder and hardware."""
         self.folder = f"gpt-jax/{job.name}"

@@ -19,7 +19,7 @@ from gpt_jax.errors import require
 
 from .accelerators import smallest_multi_host_slice
 from .checks import KUBERNETES_NAME
-from .job import BUCKETS, CLAIMS, PORT, RESTART_CODE, Job, mounted, mounts, require_tool
+from .job import BUCKETS, CLAIMS, PORT, RESTART_CODE, Job, mount_names, require_tool, to_mount_paths
 from .manifest import write_manifest
 
 MOUNTS = (BUCKETS, CLAIMS)
@@ -122,7 +122,7 @@ def _pod(job: Job) -> dict[str, Any]:
         "containers": [_container(job)],
         "volumes": [{"name": name, **source} for name, (_, source) in _volumes(job).items()],
     }
-    if not mounts(job.command(), BUCKETS):
+    if not mount_names(job.command(), BUCKETS):
         return {"spec": spec}
     # The sidecar that mounts buckets may use what it needs; its default limits are smaller than a checkpoint.
     limits = {f"gke-gcsfuse/{name}-limit": "0" for name in ("cpu", "memory", "ephemeral-storage")}
@@ -133,11 +133,11 @@ def _volumes(job: Job) -> dict[str, tuple[str, dict[str, Any]]]:
     """Returns the path and the source of each volume by its name."""
     volumes: dict[str, tuple[str, dict[str, Any]]] = {}
     volumes["shm"] = "/dev/shm", {"emptyDir": {"medium": "Memory"}}  # libtpu and NCCL need more than the default 64 MiB.
-    for number, bucket in enumerate(mounts(job.command(), BUCKETS)):
+    for number, bucket in enumerate(mount_names(job.command(), BUCKETS)):
         attributes = {"bucketName": bucket, "mountOptions": BUCKET_OPTIONS}
         csi = {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": False, "volumeAttributes": attributes}
         volumes[f"bucket-{number}"] = f"{BUCKETS}{bucket}", {"csi": csi}
-    for number, claim in enumerate(mounts(job.command(), CLAIMS)):
+    for number, claim in enumerate(mount_names(job.command(), CLAIMS)):
         volumes[f"claim-{number}"] = f"{CLAIMS}{claim}", {"persistentVolumeClaim": {"claimName": claim}}
     return volumes
 
@@ -153,7 +153,7 @@ def _container(job: Job) -> dict[str, Any]:
     return {
         "name": "train",
         "image": job.image,
-        "command": ["/bin/sh", "-c", script, "sh", *mounted(job.supervised_command())],
+        "command": ["/bin/sh", "-c", script, "sh", *to_mount_paths(job.supervised_command())],
         "env": _environment(job),
         "ports": [{"name": name, "containerPort": port} for name, port in ports.items()],
         "resources": {kind: {resource: accelerator.chips_per_host} for kind in ("requests", "limits")},
@@ -190,7 +190,7 @@ def _xpk_commands(job: Job) -> list[str]:
     """Returns the commands of xpk for the same job: one for each bucket, and one for the workload, with xpk's own manifest."""
     place = ["--cluster=CLUSTER"]
     place += [f"--{name}={value}" for name, value in (("project", job.project), ("zone", job.zone)) if value]
-    buckets = mounts(job.command(), BUCKETS)
+    buckets = mount_names(job.command(), BUCKETS)
     attach = [
         [
             *("xpk", "storage", "attach", name, *place, "--type=gcsfuse", f"--bucket={name}", f"--mount-point={BUCKETS}{name}"),
@@ -204,6 +204,6 @@ def _xpk_commands(job: Job) -> list[str]:
         *(["--spot"] if job.spot else []),
         *(f"--max-restarts={job.preemptions}", f"--restart-on-exit-codes={RESTART_CODE}"),
         f"--termination-grace-period-seconds={job.grace_seconds}",
-        f"--command={shlex.join(mounted(job.supervised_command()))}",
+        f"--command={shlex.join(to_mount_paths(job.supervised_command()))}",
     ]
     return [shlex.join(words) for words in (*attach, create)]

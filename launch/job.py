@@ -23,8 +23,8 @@ CLAIMS = "/mnt/"
 """Folder where pods mount volumes: /mnt/CLAIM/PATH lies in the PersistentVolumeClaim CLAIM."""
 
 
-def _option(default: Any, help: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help})
+def _option(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,14 +79,14 @@ def default_name(config: str) -> str:
     return re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-") or "run"
 
 
-def mounted(words: Iterable[str]) -> list[str]:
+def to_mount_paths(words: Iterable[str]) -> list[str]:
     """Returns the words with each gs://BUCKET/PATH replaced by /gcs/BUCKET/PATH, where workers have the bucket mounted."""
     return [re.sub(r"^((?:--[^=]*=)?)gs://", rf"\1{BUCKETS}", word) for word in words]
 
 
-def mounts(words: Iterable[str], root: str) -> list[str]:
+def mount_names(words: Iterable[str], root: str) -> list[str]:
     """Returns the names that follow `root` (`BUCKETS` or `CLAIMS`) in the paths among the words, each once."""
-    matches = (re.match(f"(?:--[^=]*=)?{root}([^/]+)", word) for word in mounted(words))
+    matches = (re.match(f"(?:--[^=]*=)?{root}([^/]+)", word) for word in to_mount_paths(words))
     return list(dict.fromkeys(match[1] for match in matches if match))
 
 

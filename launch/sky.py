@@ -18,7 +18,7 @@ from gpt_jax.errors import UserError, require
 from gpt_jax.runtime import git_info
 
 from .accelerators import RUNTIMES
-from .job import BUCKETS, PORT, RESTART_CODE, Job, mounted, mounts, require_tool
+from .job import BUCKETS, PORT, RESTART_CODE, Job, mount_names, require_tool, to_mount_paths
 from .manifest import write_manifest
 
 MOUNTS = (BUCKETS,)
@@ -91,7 +91,7 @@ def _diff_file(job: Job) -> Path:
 
 def _task(job: Job) -> dict[str, Any]:
     task: dict[str, Any] = {"name": job.name, "num_nodes": job.slices, "resources": _resources(job), "file_mounts": {}}
-    for bucket in mounts(job.command(), BUCKETS):
+    for bucket in mount_names(job.command(), BUCKETS):
         task["file_mounts"][f"{BUCKETS}{bucket}"] = {"source": f"gs://{bucket}", "mode": "MOUNT"}
     script = [f"export {name}={value}" for name, value in job.accelerator.environment.items()]
     if not job.image:
@@ -103,7 +103,7 @@ def _task(job: Job) -> dict[str, Any]:
     if job.accelerator.kind != "tpu":  # The hosts of a TPU slice find each other.
         script.append(f'export JAX_COORDINATOR_ADDRESS="$(echo "$SKYPILOT_NODE_IPS" | head -n 1):{PORT}"')
         script.append('export JAX_NUM_PROCESSES="$SKYPILOT_NUM_NODES" JAX_PROCESS_ID="$SKYPILOT_NODE_RANK"')
-    script.append("exec " + shlex.join(mounted(job.command())))
+    script.append("exec " + shlex.join(to_mount_paths(job.command())))
     return task | {"run": "\n".join(script) + "\n"}
 
 

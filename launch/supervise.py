@@ -70,7 +70,7 @@ def describe_exit(code: int) -> str:
 
 
 class RestartDecision(NamedTuple):
-    """What follows a failed attempt."""
+    """The decision whether to restart after a failed attempt."""
 
     restart: bool
     message: str

@@ -25,7 +25,7 @@ from gpt_jax.runtime import git_info
 from . import tpu_worker
 from .accelerators import RUNTIMES
 from .gcloud import Gcloud
-from .job import BUCKETS, Job, mounted, mounts, require_tool
+from .job import BUCKETS, Job, mount_names, require_tool, to_mount_paths
 from .tpu_watch import DEFAULT_TIMING, Timing, TpuWatcher
 
 MOUNTS = (BUCKETS,)
@@ -60,7 +60,7 @@ def render(job: Job) -> str:
 
     workers = len(gcloud.nodes) * job.accelerator.hosts
     steps: list[str | list[str]] = [
-        f"# commit {checkout.commit[:12]} on {workers} workers: {shlex.join(mounted(job.command()))}",
+        f"# commit {checkout.commit[:12]} on {workers} workers: {shlex.join(to_mount_paths(job.command()))}",
         f"# {sent} are written to {_folder(job)}",
         _bundle(job, checkout),
         gcloud.describe,
@@ -147,10 +147,10 @@ def _write_files(job: Job, checkout: git_info.Checkout) -> str:
     Raises:
       UserError: git cannot pack the commit.
     """
-    command = mounted(job.command())
+    command = to_mount_paths(job.command())
     digest = hashlib.sha256(json.dumps(command).encode()).hexdigest()[:16]
-    arguments = {"command": command, "digest": digest, "workdir": mounted([job.workdir])[0], "commit": checkout.commit}
-    arguments |= {"extras": job.accelerator.extras, "buckets": mounts(command, BUCKETS)}
+    arguments = {"command": command, "digest": digest, "workdir": to_mount_paths([job.workdir])[0], "commit": checkout.commit}
+    arguments |= {"extras": job.accelerator.extras, "buckets": mount_names(command, BUCKETS)}
     folder = _folder(job)
     shutil.copyfile(tpu_worker.__file__, folder / "tpu_worker.py")
     (folder / "job.json").write_text(json.dumps(arguments, indent=1) + "\n", encoding="utf-8")

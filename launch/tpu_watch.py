@@ -37,16 +37,17 @@ class Timing(NamedTuple):
     """Intervals and time limits, all in seconds."""
 
     poll: float = 15.0
-    """Between two observations."""
+    """Time between two observations."""
     settle: float = 60.0
-    """From the end of a training to its classification: a resource stays ACTIVE for a while after its machines are gone."""
+    """Time from the end of a training to its classification. A resource stays ACTIVE for a while after its machines are gone."""
     patience: float = 300.0
-    """For a worker that does not answer while its resource is ACTIVE, and for gcloud when it refuses."""
+    """Time limit for a worker that does not answer while its resource is ACTIVE, and for gcloud when it refuses."""
     answer: float = 90.0
-    """For one command on all workers."""
+    """Time limit of one command on all workers."""
     install: float = 1800.0
+    """Time limit of copying the files, of installing, and of starting."""
     change: float = 900.0
-    """For creating or deleting a resource."""
+    """Time limit of creating or deleting a resource."""
 
 
 DEFAULT_TIMING = Timing()
@@ -81,7 +82,7 @@ class Observation(NamedTuple):
 
 
 class ActionKind(enum.Enum):
-    """What the watcher does next."""
+    """The kinds of actions, in words."""
 
     CREATE = "request the resource"
     WAIT = "wait for the next observation"
@@ -92,7 +93,7 @@ class ActionKind(enum.Enum):
 
 
 class Action(NamedTuple):
-    """What to do next, and why."""
+    """The next action of the watcher, and its reason."""
 
     kind: ActionKind
     outcome: Outcome | None = None
@@ -311,7 +312,8 @@ class TpuWatcher:
 
     def _describe(self) -> tuple[str, str]:
         """Returns the state and the message of the resource as in `Observation`, and reports a change."""
-        state, message = self.gcloud.parse_resource(self._run(self.gcloud.describe, self.timing.answer))
+        (result,) = run_all([self.gcloud.describe], self.timing.answer)
+        state, message = self.gcloud.parse_resource(result)
         if state != self._state:
             say(f"{self.name} is {state or 'not there'}{': ' + message if message else ''}")
             self._state = state
@@ -339,9 +341,6 @@ class TpuWatcher:
 
     # -- acting --
 
-    def _run(self, command: Sequence[str], limit: float) -> Result:
-        return run_all([command], limit)[0]
-
     def _run_on_nodes(self, commands: Sequence[Sequence[str]], limit: float) -> Iterator[tuple[str, Result]]:
         """Runs a command for each node at the same time; returns each node with the result."""
         return zip(self.gcloud.nodes, run_all(commands, limit), strict=True)
@@ -363,7 +362,7 @@ class TpuWatcher:
         say(f"requesting {self.name}: {shlex.join(self.gcloud.create)}")
         self._offset, deadline = 0, self.clock() + self.timing.patience
         self._exists = self._ours = True  # possibly, once the command has begun
-        while (result := self._run(self.gcloud.create, self.timing.change)).code != 0:
+        while (result := run_all([self.gcloud.create], self.timing.change)[0]).code != 0:
             # It exists if an answer was lost, or if someone else has made it; the next observation shows which.
             if "ALREADY_EXISTS" in result.errors:
                 self._ours = False
@@ -383,7 +382,7 @@ class TpuWatcher:
         say(f"deleting {self.name}")
         deadline = self.clock() + 2 * self.timing.change
         while True:
-            result = self._run(self.gcloud.delete, self.timing.change)
+            (result,) = run_all([self.gcloud.delete], self.timing.change)
             gone = result.code == 0 or "NOT_FOUND" in result.errors
             if gone or (state := self._describe()[0]) == "":
                 self._exists = self._ours = self._requested = self._must_stop = False

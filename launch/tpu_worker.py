@@ -69,11 +69,11 @@ def status(offset: int = -1) -> dict[str, Any]:
       training has ended, `code` and `said` are its exit code and the last line of its log; one that left no exit code went down
       with its machine, which counts as a preemption. Worker 0 adds `log` and `offset`, the text and where to continue.
     """
-    running, pid, run = is_running(), _read(PID).split(), Path(read_job()["workdir"])
+    running, pid, workdir = is_running(), _read(PID).split(), Path(read_job()["workdir"])
     state = "running" if running else "ended" if pid else "idle"
     answer: dict[str, Any] = {"state": state, "job": pid[2] if pid else "", "step": 0}
     with contextlib.suppress(OSError):  # The storage behind the folder may fail.
-        files = [run / "metrics.jsonl", *run.glob("seed-*/metrics.jsonl")]
+        files = [workdir / "metrics.jsonl", *workdir.glob("seed-*/metrics.jsonl")]
         answer["step"] = sum(last_step(file) for file in files if file.exists())
     if state == "ended":
         answer.update(code=int(_read(EXIT) or PREEMPTED), said=_read_log(-1)[0].strip().rpartition("\n")[2][-300:])
@@ -110,8 +110,9 @@ def start() -> dict[str, Any]:
                 return status()
             time.sleep(0.1)
         _forget_training()
-        command, fd = [sys.executable, __file__, "run", str(lock.fileno())], lock.fileno()
-        # A session of its own lets it outlive this ssh.
+        fd = lock.fileno()
+        command = [sys.executable, __file__, "run", str(fd)]
+        # In a session of its own, the process outlives this ssh.
         runner = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[fd], start_new_session=True
         )
@@ -190,9 +191,8 @@ def _mount(bucket: str) -> None:
     folder = Path("/gcs", bucket)
     if os.path.ismount(folder):
         return
-    if (
-        not os.path.exists(folder) and os.path.isdir("/gcs") and bucket in os.listdir("/gcs")
-    ):  # a mount without its gcsfuse process
+    listed = os.path.isdir("/gcs") and bucket in os.listdir("/gcs")
+    if listed and not os.path.exists(folder):  # a mount whose gcsfuse process is gone
         _call("sudo", "umount", "--lazy", str(folder))
     if shutil.which("gcsfuse") is None:
         _call("sudo", "apt-get", "install", "--quiet", "--yes", "gcsfuse")

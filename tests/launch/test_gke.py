@@ -318,7 +318,10 @@ def test_two_pods_train_together(tmp_path):
     logs = "\n".join((tmp_path / host).read_text(errors="replace") for host, _ in pods(document))
     assert codes == [0, 0], logs
     assert "4 x cpu | mesh data=4" in logs, logs
-    assert [info.step for info in checkpoint.inspect(tmp_path / "gcs" / "runs" / "a") if info.state == "sound"] == [2, 4], logs
+    assert [info.step for info in checkpoint.list_checkpoints(tmp_path / "gcs" / "runs" / "a") if info.state == "sound"] == [
+        2,
+        4,
+    ], logs
 
 
 # -- kubectl and xpk --------------------------------------------------------------------------------------------------------
@@ -345,7 +348,7 @@ def test_without_kubectl_nothing_is_submitted(monkeypatch):
     ("fields", "message"),
     [
         ({"image": ""}, "--image: name a container image"),
-        ({"workdir": "runs/a"}, "--workdir: 'runs/a' is a path on this machine"),
+        ({"workdir": "runs/a"}, "--workdir: 'runs/a' cannot be reached from the workers"),
         ({"accelerator": "h100-8", "project": "mine"}, "--project: leave it out; kubectl's current context selects the project"),
         ({"accelerator": "cpu-4", "project": "mine"}, "--project: leave it out"),
         (
@@ -357,7 +360,7 @@ def test_without_kubectl_nothing_is_submitted(monkeypatch):
         ({"queue": "my_team"}, "--queue: "),
         ({"queue": "a" * 64}, "--queue: "),
         ({"workdir": "/mnt/My_disk/a"}, "--workdir: '/mnt/My_disk/a': 'My_disk' cannot be the name of a PersistentVolumeClaim"),
-        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path on this machine"),
+        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' cannot be reached from the workers"),
     ],
 )
 def test_jobs_that_gke_cannot_run_are_refused_in_one_line(fields, message):

@@ -258,7 +258,7 @@ def config_of(given):
 
 @pytest.mark.parametrize("workdir", ["runs/a", "/home/me/runs/a", "./gs:/x", "s3://bucket/a", "~/a"])
 def test_workers_do_not_see_the_folders_of_this_machine(workdir):
-    assert f"--workdir: '{workdir}' is a path on this machine" in fault(workdir=workdir)
+    assert f"--workdir: '{workdir}' cannot be reached from the workers" in fault(workdir=workdir)
     assert fault(workdir=workdir).endswith("give gs://BUCKET/PATH")
 
 
@@ -283,7 +283,7 @@ def test_every_field_that_names_a_path_is_checked(config, field, value):
         random = ("--init.from", "none") if field == "init.like" else ()
         return {"config": config, "overrides": (*random, f"--{field}", path)}
 
-    assert f"--{field}: '{value}' is a path on this machine, which workers cannot read" in fault(**given(value))
+    assert f"--{field}: '{value}' cannot be reached from the workers, which are other machines" in fault(**given(value))
     assert fault(**given("gs://data/there")) == fault(**given("/gcs/data/there")) == ""
     # The other targets see the files of this machine and mount no buckets.
     for path, message in (
@@ -329,7 +329,7 @@ def test_names_that_are_not_paths_are_valid_everywhere():
         ("gs://runs,ro/a", "'runs,ro' cannot be the name of a bucket"),
         ("gs://runs", "names nothing inside 'runs'"),
         ("gs://runs/", "names nothing inside 'runs'"),
-        ("/mnt/disk/a", "is a path on this machine, which workers cannot read; give gs://BUCKET/PATH"),
+        ("/mnt/disk/a", "cannot be reached from the workers, which are other machines; give gs://BUCKET/PATH"),
     ],
 )
 def test_a_path_names_something_in_a_bucket(path, message):
@@ -357,7 +357,7 @@ def write_config(folder, **data):
 def test_the_paths_in_a_config_file_are_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(load, "config_folder", lambda: tmp_path)
     write_config(tmp_path, store="my/store")
-    assert "--data.store: 'my/store' is a path on this machine" in fault(config="own")
+    assert "--data.store: 'my/store' cannot be reached from the workers" in fault(config="own")
     assert fault(config="own", overrides=STORE) == ""
     assert fault(config="own", overrides=("--data.store=", "--data.source", "builtin:docs")) == ""
     # A path in a bucket must be among the words that become mounts.
@@ -365,7 +365,7 @@ def test_the_paths_in_a_config_file_are_checked(tmp_path, monkeypatch):
         write_config(tmp_path, store=store)
         assert f"--data.store: '{store}' is only in the config; repeat it on the command line" in fault(config="own")
         assert fault(config="own", overrides=(f"--data.store={store}",)) == ""
-        assert job.mounts(make(overrides=(f"--data.store={store}",)).command(), BUCKETS) == ["runs", "data"]
+        assert job.mount_names(make(overrides=(f"--data.store={store}",)).command(), BUCKETS) == ["runs", "data"]
 
 
 @pytest.mark.parametrize("config", ["{}", "/mnt/disk/own.py"])
@@ -395,11 +395,11 @@ def test_a_pre_training_needs_text_to_read(tmp_path):
 def test_buckets_become_mounts():
     words = ["--workdir", "gs://runs/a", "--data.store=gs://data/x/y", "--data.source", "text gs://no", "--init.from"]
     words += ["/mnt/disk/b"]
-    assert job.mounted(words) == [
+    assert job.to_mount_paths(words) == [
         *["--workdir", "/gcs/runs/a", "--data.store=/gcs/data/x/y", "--data.source", "text gs://no", "--init.from", "/mnt/disk/b"]
     ]
-    assert job.mounts([*words, "/gcs/runs/c"], BUCKETS) == ["runs", "data"]
-    assert job.mounts(words, CLAIMS) == ["disk"]
+    assert job.mount_names([*words, "/gcs/runs/c"], BUCKETS) == ["runs", "data"]
+    assert job.mount_names(words, CLAIMS) == ["disk"]
 
 
 # -- imports ----------------------------------------------------------------------------------------------------------------

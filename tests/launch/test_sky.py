@@ -202,13 +202,16 @@ def test_sky_gets_what_a_dry_run_prints(tmp_path, monkeypatch, checkout):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"workdir": "runs/a"}, "--workdir: 'runs/a' is a path on this machine"),
+        ({"workdir": "runs/a"}, "--workdir: 'runs/a' cannot be reached from the workers"),
         ({"project": "mine"}, "--project: leave it out"),
         ({"queue": "team"}, "--queue: leave it out"),
         ({"preemptions": 5}, "--preemptions: leave it out; SkyPilot replaces lost machines without a limit"),
         ({"grace_seconds": 60}, "--grace-seconds: leave it out"),
-        ({"workdir": "/mnt/disk/a"}, "--workdir: '/mnt/disk/a' is a path on this machine, which workers cannot read; give gs://"),
-        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' is a path on this machine"),
+        (
+            {"workdir": "/mnt/disk/a"},
+            "--workdir: '/mnt/disk/a' cannot be reached from the workers, which are other machines; give gs://",
+        ),
+        ({"overrides": ("--data.store", "store")}, "--data.store: 'store' cannot be reached from the workers"),
         ({"slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}, "--slices: sky cannot connect several TPU slices"),
         ({"accelerator": "7x-8"}, "--accelerator: 7x-8 is available with gke only"),
     ],

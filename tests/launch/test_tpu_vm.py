@@ -794,7 +794,7 @@ def test_a_dry_run_prints_what_is_run(cloud):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"workdir": "runs/here"}, "--workdir: 'runs/here' is a path on this machine"),
+        ({"workdir": "runs/here"}, "--workdir: 'runs/here' cannot be reached from the workers"),
         ({"zone": ""}, "--zone: name the zone"),
         ({"image": "x"}, "--image: leave it out; tpu-vm installs this commit"),
         ({"queue": "x"}, "--queue: leave it out; Cloud TPU has one queue"),
