@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from gpt_jax.config import RunConfig
@@ -48,6 +49,9 @@ from gpt_jax.runtime.rundir import read_json, sha256, write_atomic
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+
+Leaves = dict[tuple[str, ...], Any]
+"""Arrays, or their descriptions, by the keys that lead to them in a nested dictionary."""
 
 # Orbax logs every phase of a save, and every failure that it raises as well.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
@@ -134,10 +138,8 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with self._thread:  # It is shut down at the end, even if the last save failed.
             self.wait()
-        finally:
-            self._thread.shutdown()
 
     def _finish(self, step: int, response: Any, metrics: dict[str, float], selection_metric: float | None) -> None:
         """Waits until Orbax has committed on all processes, then seals the checkpoint and deletes others."""
@@ -149,7 +151,8 @@ class CheckpointWriter:
             write_atomic(path / "config.json", json.dumps(config_to_dict(self._config), indent=1))
             if self._tokenizer is not None:
                 shutil.copytree(self._tokenizer, path / "tokenizer")
-            numbers = {name: float(value) for name, value in metrics.items()}
+            if selection_metric is not None and not math.isfinite(selection_metric):
+                selection_metric = None
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "step": step,
@@ -157,10 +160,8 @@ class CheckpointWriter:
                 "data_digest": self._data_digest,
                 "mask_version": MASK_VERSION,
                 "permutation_version": PERMUTATION_VERSION,
-                "metrics": {name: value for name, value in numbers.items() if math.isfinite(value)},
-                "selection_metric": selection_metric
-                if selection_metric is not None and math.isfinite(selection_metric)
-                else None,
+                "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
+                "selection_metric": selection_metric,
                 "process_count": jax.process_count(),
                 "device_count": jax.device_count(),
                 "device_kind": jax.devices()[0].device_kind,
@@ -181,14 +182,12 @@ class CheckpointWriter:
                 raise
             if jax.process_index() == 0:
                 self._clear_unfinished()
-                unsealed = self._folder / str(step)
-                if unsealed.exists() and inspect_checkpoint(unsealed, checksums=False).state != "sound":
-                    shutil.rmtree(unsealed, ignore_errors=True)
+                if not (self._folder / str(step) / MANIFEST).exists():
+                    shutil.rmtree(self._folder / str(step), ignore_errors=True)
             sound = [info.step for info in list_checkpoints(self._folder, checksums=False) if info.state == "sound"]
-            raise UserError(
-                f"{self._folder}: checkpoint {step} could not be saved ({os.strerror(int(code[1])) if code else error}); "
-                + (f"checkpoint {sound[-1]} is sound: run again to continue from it" if sound else "there is no earlier one")
-            ) from error
+            reason = os.strerror(int(code[1])) if code else error
+            rest = f"checkpoint {sound[-1]} is sound: run again to continue from it" if sound else "there is no earlier one"
+            raise UserError(f"{self._folder}: checkpoint {step} could not be saved ({reason}); {rest}") from error
 
     def _clear_unfinished(self) -> None:
         for leftover in self._folder.glob("*.orbax-checkpoint-tmp*"):
@@ -197,15 +196,14 @@ class CheckpointWriter:
 
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
     """Writes the manifest, once every file that it lists has reached the disk."""
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    for entry in (*files, *(folder for folder in path.rglob("*") if folder.is_dir()), path, path.parent):
+    entries = list(path.rglob("*"))
+    for entry in (*entries, path, path.parent):
         _sync(entry)
+    files = [entry for entry in entries if entry.is_file()]
+    listed = {}
     with ThreadPoolExecutor() as pool:
-        entries = [
-            {"size": file.stat().st_size, "sha256": checksum}
-            for file, checksum in zip(files, pool.map(sha256, files), strict=True)
-        ]
-    listed = {str(file.relative_to(path)): entry for file, entry in zip(files, entries, strict=True)}
+        for file, checksum in zip(files, pool.map(sha256, files), strict=True):
+            listed[str(file.relative_to(path))] = {"size": file.stat().st_size, "sha256": checksum}
     write_atomic(path / MANIFEST, _encode_manifest(manifest | {"files": listed}))
     _sync(path)
 
@@ -321,9 +319,7 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; {hint}")
     if path.absolute().name.isdecimal() and not (path / "checkpoints").is_dir():
-        info = inspect_checkpoint(path.absolute(), checksums=True)
-        _require_sound(info)
-        return info
+        return _require_sound(inspect_checkpoint(path.absolute(), checksums=True))
     newest = newest_checkpoint(path, log)
     if newest is None:
         if seeds := sorted(folder.name for folder in path.glob("seed-*")):
@@ -335,10 +331,7 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
 def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     """Compares a checkpoint's folder with its manifest."""
     step, size = int(path.name), _folder_size(path)
-
-    def damaged(problem: str) -> CheckpointInfo:
-        return CheckpointInfo(step, path, "damaged", problem, size)
-
+    damaged = functools.partial(CheckpointInfo, step, path, "damaged", size=size)
     try:
         raw = (path / MANIFEST).read_bytes()
         manifest = json.loads(raw)
@@ -353,10 +346,9 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     if manifest["step"] != step:
         return damaged(f"file {MANIFEST}: belongs to checkpoint {manifest['step']}")
     with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda item: _file_problem(path / item[0], item[1], checksums), manifest["files"].items())
-        problems = [f"file {name}: {problem}" for name, problem in zip(manifest["files"], results, strict=True) if problem]
-    if problems:
-        return damaged(", ".join(problems))
+        problems = list(pool.map(lambda item: _file_problem(path, *item, checksums), manifest["files"].items()))
+    if any(problems):
+        return damaged(", ".join(filter(None, problems)))
     metrics = dict(manifest["metrics"])
     selection_metric = metrics.pop("rank", metrics.get("loss")) if version == 1 else manifest["selection_metric"]
     return CheckpointInfo(step, path, "sound", "", size, metrics, selection_metric, version)
@@ -381,29 +373,30 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 def _folder_size(path: Path) -> int:
-    """Returns the bytes of all files in a folder, which may be deleted meanwhile."""
-    size = 0
-    for folder, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                size += os.path.getsize(os.path.join(folder, name))
-    return size
+    """Returns the bytes of all files in a folder; 0 if some of them are deleted meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return 0
 
 
-def _file_problem(file: Path, expected: dict[str, Any], checksums: bool) -> str:
-    """Returns what is wrong with a file that a manifest lists; empty if it is as listed."""
+def _file_problem(path: Path, name: str, expected: dict[str, Any], checksums: bool) -> str:
+    """Returns what is wrong with a file that the manifest of the checkpoint `path` lists; empty if it is as listed."""
+    problem = ""
     try:
-        size = file.stat().st_size
+        size = (path / name).stat().st_size
         if size != expected["size"]:
-            return f"{size} bytes instead of {expected['size']}"
-        return "checksum differs" if checksums and sha256(file) != expected["sha256"] else ""
+            problem = f"{size} bytes instead of {expected['size']}"
+        elif checksums and sha256(path / name) != expected["sha256"]:
+            problem = "checksum differs"
     except OSError as error:
-        return error.strerror or str(error)
+        problem = error.strerror or str(error)
+    return f"file {name}: {problem}" if problem else ""
 
 
-def _require_sound(info: CheckpointInfo) -> None:
+def _require_sound(info: CheckpointInfo) -> CheckpointInfo:
     if info.state != "sound":
         raise UserError(f"{info.path}: is {info.state} ({info.problem}); `gpt-jax checkpoint list` shows the others")
+    return info
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------------
@@ -422,64 +415,45 @@ def restore(info: CheckpointInfo, abstract_state: dict[str, Any]) -> dict[str, A
     Raises:
       UserError: names, shapes or dtypes differ from those stored; all differences are in one line.
     """
-    stored = _stored_leaves(info)
-    if info.format_version > 1:
-        return _load(info, stored, abstract_state, partial=False)
-    # Version 1 kept the optimizer's own tree, with the moments somewhere inside it and step counters that equal `step`.
-    path, moments = _find_moments(stored["optimizer"])
-
-    def nest(tree: dict[str, Any]) -> dict[str, Any]:
-        return functools.reduce(lambda inner, key: {key: inner}, reversed(("optimizer", *path)), tree)
-
-    others = {name: tree for name, tree in abstract_state.items() if name != "moments"}
-    stored = {name: stored[name] for name in others if name in stored} | nest(moments)
-    loaded = _load(info, stored, others | nest(abstract_state["moments"]), partial=True)
-    return {name: loaded[name] for name in others} | {"moments": functools.reduce(dict.__getitem__, path, loaded["optimizer"])}
-
-
-def _find_moments(tree: dict[str, Any], path: tuple[str, ...] = ()) -> tuple[tuple[str, ...], dict[str, Any]]:
-    """Returns Adam's moments in the optimizer's tree of format version 1, and the keys that lead to them."""
-    if "mu" in tree:
-        return path, {name: tree[name] for name in ("mu", "nu")}
-    found = (_find_moments(child, (*path, key)) for key, child in tree.items() if isinstance(child, dict))
-    return next((result for result in found if result[1]), ((), {}))
+    stored, wanted = _stored_leaves(info), traverse_util.flatten_dict(abstract_state)
+    # Version 1 kept the optimizer's own tree, with the moments somewhere inside it, and step counters that equal `step`.
+    moments = next((path[: path.index("mu")] for path in stored if "mu" in path), ("moments",))
+    stored = {path: leaf for path, leaf in stored.items() if path[0] != "optimizer" or "mu" in path or "nu" in path}
+    on_disk = {path: (*moments, *path[1:]) if path[0] == "moments" else path for path in wanted}
+    loaded = _load(info, stored, {on_disk[path]: leaf for path, leaf in wanted.items()})
+    return traverse_util.unflatten_dict({path: loaded[on_disk[path]] for path in wanted})
 
 
 def restore_params(info: CheckpointInfo, abstract_params: dict[str, Any]) -> dict[str, Any]:
     """Reads the parameters alone, and of these only the entries that are asked for; otherwise like `restore`."""
-    stored = _stored_leaves(info)["params"]
-    stored = {name: stored[name] for name in abstract_params if name in stored}
-    return _load(info, {"params": stored}, {"params": abstract_params}, partial=True)["params"]
+    stored = {path: leaf for path, leaf in _stored_leaves(info).items() if path[0] == "params" and path[1] in abstract_params}
+    loaded = _load(info, stored, traverse_util.flatten_dict({"params": abstract_params}))
+    return traverse_util.unflatten_dict(loaded)["params"]
 
 
-def _stored_leaves(info: CheckpointInfo) -> dict[str, Any]:
+def _stored_leaves(info: CheckpointInfo) -> Leaves:
     """Returns the shapes and dtypes of the arrays in a checkpoint."""
-    _require_sound(info)
-    return ocp.metadata(info.path).metadata
+    return traverse_util.flatten_dict(ocp.metadata(_require_sound(info).path).metadata)
 
 
-def _load(info: CheckpointInfo, stored: dict[str, Any], wanted: dict[str, Any], partial: bool) -> dict[str, Any]:
-    """Loads the tree `wanted`, after comparing it with `stored`; with `partial`, a checkpoint may hold more."""
-    _require_same_leaves(info, stored, wanted)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial
-    with context:
-        return ocp.load(info.path, wanted)
+def _load(info: CheckpointInfo, stored: Leaves, wanted: Leaves) -> Leaves:
+    """Loads the arrays `wanted` from a checkpoint, after comparing them with those of the checkpoint that should be wanted.
 
-
-def _require_same_leaves(info: CheckpointInfo, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raises a `UserError` that lists every leaf whose name, shape or dtype differs."""
+    Raises:
+      UserError: names, shapes or dtypes differ; the message lists every difference.
+    """
     have, want = _describe_leaves(stored), _describe_leaves(wanted)
     differences = [f"{name} is {have[name]}, not {want[name]}" for name in have.keys() & want.keys() if have[name] != want[name]]
     differences += [f"{name} {want[name]} is missing" for name in want.keys() - have.keys()]
     differences += [f"{name} {have[name]} is unexpected" for name in have.keys() - want.keys()]
     if differences:
         raise UserError(f"{info.path}: checkpoint {info.step} does not fit this config: {'; '.join(sorted(differences))}")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context:
+        return traverse_util.flatten_dict(ocp.load(info.path, traverse_util.unflatten_dict(wanted)))
 
 
-def _describe_leaves(tree: dict[str, Any]) -> dict[str, str]:
+def _describe_leaves(leaves: Leaves) -> dict[str, str]:
     """Maps each leaf's name ("params/embedding/tokens") to its dtype and shape as text ("float32[512,768]")."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {"/".join(path): f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]" for path, leaf in leaves.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -15,20 +16,17 @@ from gpt_jax.runtime.console import Log, ProgressLine, format_duration
 # Peak dense bfloat16 rate of one JAX device in FLOP/s, from the makers' data sheets, by `device_kind`. The utilization of a chip
 # that is not listed is not shown. (TPU v7x presents each chip as two devices.)
 PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
+    **{"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1153.5e12},
+    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), 989.4e12),
+    **{"NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12},
 }
+
+Unit = Literal["tokens", "examples"]
+"""The unit in which the rate of a training is counted."""
+
+FADE_SECONDS = 30
+"""Time constant of the rate on display: older updates count less, exponentially."""
 
 
 def flops_per_token(model: ModelConfig) -> float:
@@ -49,20 +47,12 @@ class ProgressLogger:
 
     Args:
       total_steps: updates in the whole run.
-      unit: what the rate counts; only the length of "tokens" is known, and with it the utilization (MFU).
+      unit: the unit of the rate. Only tokens are known in number of operations, and with them the utilization (MFU).
       tensorboard: folder of TensorBoard's event files.
       log: takes the lines; None on all processes but the first, which show and write nothing.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        mesh: Mesh,
-        total_steps: int,
-        unit: Literal["tokens", "examples"],
-        tensorboard: Path,
-        log: Log | None,
-    ):
+    def __init__(self, config: RunConfig, mesh: Mesh, total_steps: int, unit: Unit, tensorboard: Path, log: Log | None):
         train, peak = config.train, PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
         self._total_steps, self._unit, self._log = total_steps, unit, log
         self._units_per_step = train.batch_size * (config.model.context_length if unit == "tokens" else 1)
@@ -76,32 +66,31 @@ class ProgressLogger:
 
             tensorboard.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(tensorboard / "events"))
-        self._window: tuple[float, int] | None = None  # Time and step from which the rate on display is counted.
-        self._last: tuple[float, int] | None = None  # Time and step of the last update that no pause followed.
-        self._busy = self._updates = 0.0  # Seconds and updates of the whole run, without compilation, evaluations and saves.
-        self._rate_shown = 0.0
+        # Updates and their seconds, without compilation, evaluations and saves: of the whole run, and of the last half minute.
+        self._updates = self._seconds = self._recent_updates = self._recent_seconds = 0.0
+        self.resume_clock(0)
 
     def resume_clock(self, step: int) -> None:
         """Restarts the clock of the rate, after a compilation, an evaluation or a save."""
-        self._window = self._last = (time.monotonic(), step)
+        self._last_time, self._last_step = time.monotonic(), step
 
     @property
     def rate(self) -> float:
         """Mean units per second over the whole run, without pauses for compilation, evaluations and saves."""
-        return self._updates * self._units_per_step / self._busy if self._busy else 0.0
+        return self._updates * self._units_per_step / self._seconds if self._seconds else 0.0
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
         """Records the numbers of one update, and shows them when it is time to."""
         self.scalars("train", step, metrics)
-        now = time.monotonic()
-        if self._last is not None:
-            self._busy += now - self._last[0]
-            self._updates += step - self._last[1]
-            self._last = (now, step)
-        if self._window is None:
-            self.resume_clock(step)
-        elif self._line is not None:
-            self._line.show(lambda: self._describe(step, metrics["loss"], now), last=step == self._total_steps)
+        updates, seconds = step - self._last_step, time.monotonic() - self._last_time
+        self.resume_clock(step)
+        self._updates += updates
+        self._seconds += seconds
+        remaining = math.exp(-seconds / FADE_SECONDS)
+        self._recent_updates = self._recent_updates * remaining + updates
+        self._recent_seconds = self._recent_seconds * remaining + seconds
+        if self._line is not None:
+            self._line.show(lambda: self._describe(step, metrics["loss"]), last=step == self._total_steps)
 
     def scalars(self, group: str, step: int, values: dict[str, float]) -> None:
         """Adds points to TensorBoard's curves."""
@@ -125,16 +114,12 @@ class ProgressLogger:
             with contextlib.suppress(OSError):  # The curves are in metrics.jsonl too.
                 self._writer.close()
 
-    def _describe(self, step: int, loss: float, now: float) -> str:
-        assert self._window is not None
-        began, first = self._window
-        if step > first:
-            self._rate_shown = (step - first) * self._units_per_step / max(now - began, 1e-9)
-        if now - began > 30:  # The rate shown is that of the last half minute or so.
-            self._window = (now, step)
+    def _describe(self, step: int, loss: float) -> str:
+        """Returns the line of an update; it shows no rate before one is known."""
         line = f"step {step}/{self._total_steps}  loss {loss:.4f}  "
-        if self._rate_shown:
-            utilization = f"  MFU {self._rate_shown * self._utilization_per_rate:.1%}" if self._utilization_per_rate else ""
-            left = (self._total_steps - step) * self._units_per_step / self._rate_shown
-            line += f"{self._rate_shown:,.0f} {self._unit}/s{utilization}  {format_duration(left)} left"
-        return line
+        if not self._recent_updates:
+            return line
+        rate = self._recent_updates * self._units_per_step / max(self._recent_seconds, 1e-9)
+        utilization = f"  MFU {rate * self._utilization_per_rate:.1%}" if self._utilization_per_rate else ""
+        left = format_duration((self._total_steps - step) * self._units_per_step / rate)
+        return f"{line}{rate:,.0f} {self._unit}/s{utilization}  {left} left"

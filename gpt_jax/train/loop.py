@@ -6,31 +6,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_jax.config import RunConfig
 from gpt_jax.config.load import flatten_config
 from gpt_jax.config.schema import duration_to_steps
-from gpt_jax.data.pipeline import BatchSource, DatasetFn, iterate_batches
+from gpt_jax.data import pipeline
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.errors import Preempted, TrainingError, UserError, require
 from gpt_jax.model.attention import resolve_attention
 from gpt_jax.model.transformer import Params, compute_dtype
-from gpt_jax.runtime import distributed
+from gpt_jax.runtime import distributed, sharding
 from gpt_jax.runtime.console import Log, say
 from gpt_jax.runtime.rundir import RunDir, environment, read_json
-from gpt_jax.runtime.sharding import host_rows, place_batch
-from gpt_jax.train.checkpoint import CheckpointInfo, CheckpointWriter, find_checkpoint, newest_checkpoint, restore
-from gpt_jax.train.logging import ProgressLogger
-from gpt_jax.train.step import CompiledByShape, State, TrainableModel, abstract_state, lower_step
+from gpt_jax.train import checkpoint
+from gpt_jax.train.checkpoint import CheckpointInfo, CheckpointWriter
+from gpt_jax.train.logging import ProgressLogger, Unit
+from gpt_jax.train.step import AbstractBatch, CompiledByShape, State, TrainableModel, abstract_state, lower_step
 
 
 class RunContext(NamedTuple):
@@ -60,14 +60,6 @@ class Scores(NamedTuple):
     """The number by which the best checkpoint is selected, the lowest."""
 
 
-class NonFinite(Exception):
-    """The loss or the gradient of update `step` was not finite."""
-
-    def __init__(self, step: int, metrics: dict[str, float]):
-        super().__init__(step)
-        self.step, self.metrics = step, metrics
-
-
 @contextlib.contextmanager
 def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
     """Joins the other processes and watches for signals, from the first moment to the last, so that no save is cut short.
@@ -89,21 +81,15 @@ def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
 def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
     """Returns the facts that all processes of a run must have in common, by names for a person."""
     env = environment()
-    return {
-        "commit": env["commit"] or "unknown",
-        **env["versions"],
-        "XLA_FLAGS": env["xla_flags"],
-        "LIBTPU_INIT_ARGS": env["libtpu_init_args"],
-        "devices": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
-        "devices in total": str(jax.device_count()),
-        "--workdir": str(workdir.absolute()),
+    facts = {"commit": env["commit"] or "unknown", **env["versions"]}
+    facts |= {"XLA_FLAGS": env["xla_flags"], "LIBTPU_INIT_ARGS": env["libtpu_init_args"]}
+    facts["devices"] = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+    facts |= {"devices in total": str(jax.device_count()), "--workdir": str(workdir.absolute())}
+    for name, (value, affects) in flatten_config(config).items():
         # Processes differ in distributed.*, and what is displayed changes nothing.
-        **{
-            f"--{name}": str(value)
-            for name, (value, affects) in flatten_config(config).items()
-            if affects != "display" and not name.startswith("distributed.")
-        },
-    }
+        if affects != "display" and not name.startswith("distributed."):
+            facts[f"--{name}"] = str(value)
+    return facts
 
 
 def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) -> Schedule:
@@ -117,17 +103,13 @@ def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) 
       UserError: the run is shorter than an update, or not longer than its warm-up.
     """
     train = config.train
-
-    def steps(duration: str, field: str, total: int | None = None) -> float:
-        sizes = {"batch_size": train.batch_size, "context_length": context_length, "epoch": epoch}
-        return duration_to_steps(duration, field, total=total, **sizes)  # type: ignore[arg-type]
-
+    steps = functools.partial(duration_to_steps, batch_size=train.batch_size, context_length=context_length, epoch=epoch)
     total = int(steps(train.duration, "train.duration"))
     require(total > 0, "train.duration", f"'{train.duration}' is less than one update of {train.batch_size} examples")
-    warmup = steps(config.optim.warmup, "optim.warmup", total)
+    warmup = steps(config.optim.warmup, "optim.warmup", total=total)
     require(warmup < total, "optim.warmup", f"{warmup:g} steps of warm-up leave nothing of a run of {total} steps")
-    eval_every = max(int(steps(train.eval_every, "train.eval_every", total)), 1)
-    save_every = max(int(steps(train.save_every, "train.save_every", total)), 1)
+    eval_every = max(int(steps(train.eval_every, "train.eval_every", total=total)), 1)
+    save_every = max(int(steps(train.save_every, "train.save_every", total=total)), 1)
     return Schedule(total, warmup, eval_every, save_every)
 
 
@@ -136,19 +118,19 @@ def run_training(
     config: RunConfig,
     mesh: Mesh,
     model: TrainableModel,
-    source: BatchSource,
+    source: pipeline.BatchSource,
     schedule: Schedule,
     *,
     tokenizer: Tokenizer,
     data_digest: str,
     title: str,
-    unit: Literal["tokens", "examples"],
+    unit: Unit,
     initialize: Callable[[], tuple[State, str]],
     evaluate: Callable[[int, Params], Scores],
     batch_provenance: Callable[[int], dict[str, Any]],
     summarize: Callable[[State, Scores], dict[str, Any]],
     save_evaluated: bool = False,
-    dataset_fn: DatasetFn | None = None,
+    dataset_fn: pipeline.DatasetFn | None = None,
     allow_changes: bool = False,
 ) -> dict[str, Any]:
     """Trains in the run's folder, from its newest sound checkpoint if it has one; returns the contents of result.json.
@@ -157,7 +139,7 @@ def run_training(
       source: the batches.
       tokenizer, data_digest: the tokenizer and the digest of the data that the batches are made from.
       title: half a line that says what is trained on what.
-      unit: what the rate counts.
+      unit: the unit in which the rate is counted.
       initialize: makes the state of a run that begins, and a line that says where it comes from.
       evaluate: (step, params) -> scores of the validation split.
       batch_provenance: where the batch of an update comes from, recorded if the update goes wrong.
@@ -174,7 +156,8 @@ def run_training(
     started = time.monotonic()
     run, log, total = ctx.run, ctx.log, schedule.total_steps
     run.check_data(data_digest, allow_changes)
-    newest, step = _newest_checkpoint(run, log)
+    newest = _newest_checkpoint(run, log)
+    step = newest.step if newest else 0
     if step > total:
         raise UserError(f"{run.path}: its checkpoint {step} lies beyond --train.duration ({total} steps)")
     if step == total and run.result.exists() and (result := read_json(run.result)).get("step") == step:
@@ -182,15 +165,11 @@ def run_training(
         return result
     device = mesh.devices.flat[0]
     run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
-    if distributed.is_primary() and not (
-        run.tokenizer.exists() and load_tokenizer(run.tokenizer).fingerprint == tokenizer.fingerprint
-    ):
+    if distributed.is_primary():
         tokenizer.save(run.tokenizer)
-
-    if step:
-        info = newest or find_checkpoint(run.checkpoints / str(step), log)
-        require_tokenizer(info, tokenizer, "--workdir")
-        state, origin = restore(info, abstract_state(config, mesh, model)), f"resuming at step {step}"
+    if newest:
+        require_tokenizer(newest, tokenizer, "--workdir")
+        state, origin = checkpoint.restore(newest, abstract_state(config, mesh, model)), f"resuming at step {step}"
     else:
         state, origin = initialize()
     run.supersede(step)
@@ -199,34 +178,40 @@ def run_training(
     run.record("event", step, event="start", origin=origin)
 
     progress = ProgressLogger(config, mesh, total, unit, run.tensorboard, log if distributed.is_primary() else None)
-    rows = host_rows(mesh, config.train.batch_size)
-    pipeline = {"kind": config.data.pipeline, "prefetch": config.data.prefetch, "dataset_fn": dataset_fn}
-    batches = iterate_batches(source, step, total, rows, **pipeline)  # type: ignore[arg-type]
+    rows, data = sharding.host_rows(mesh, config.train.batch_size), config.data
+    batches = pipeline.iterate_batches(
+        source, step, total, rows, kind=data.pipeline, prefetch=data.prefetch, dataset_fn=dataset_fn
+    )
     with contextlib.closing(progress), contextlib.closing(batches), distributed.exit_if_peer_lost():
         with CheckpointWriter(run.checkpoints, config, data_digest, run.tokenizer) as writer:
             state, scores = train_loop(
                 ctx, config, mesh, model, schedule, state, batches, evaluate, batch_provenance, writer, progress, save_evaluated
             )
         summary = summarize(state, scores)
-    result = {
-        "step": int(state["step"]),
-        "parameters": config.model.num_parameters,
-        **summary,
-        f"{unit}_per_second": round(progress.rate, 1),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    run.record("final", result["step"], **{name: value for name, value in result.items() if name != "step"})
+    speed = {f"{unit}_per_second": round(progress.rate, 1), "seconds": round(time.monotonic() - started, 1)}
+    result = {"step": total, "parameters": config.model.num_parameters, **summary, **speed}
+    run.record("final", **result)
     run.write_result(result)
     return result
 
 
+def _newest_checkpoint(run: RunDir, log: Log) -> CheckpointInfo | None:
+    """Returns the run's newest sound checkpoint; all processes take the one that process 0 finds."""
+    newest = checkpoint.newest_checkpoint(run.checkpoints, log) if distributed.is_primary() else None
+    step = distributed.broadcast(newest.step if newest else -1)
+    if newest is None and step >= 0:
+        newest = checkpoint.find_checkpoint(run.checkpoints / str(step), log)
+    return newest
+
+
 def _header(config: RunConfig, mesh: Mesh, title: str, total_steps: int) -> str:
     """Returns the line that describes a run before it starts."""
+    model = config.model
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "single device"
     return (
-        f"{config.model.num_parameters:,} parameters | {title} in {total_steps:,} steps | "
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes} | attention {resolve_attention(config.model.attention)} | "
-        f"{compute_dtype(config.model)} over {config.model.param_dtype}"
+        f"{model.num_parameters:,} parameters | {title} in {total_steps:,} steps | "
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes} | attention {resolve_attention(model.attention)} | "
+        f"{compute_dtype(model)} over {model.param_dtype}"
     )
 
 
@@ -254,82 +239,74 @@ def train_loop(
     """
     run, total, scores = ctx.run, schedule.total_steps, Scores({})
     step = int(state["step"])
-    saved = step or None  # The newest step on disk: beyond 0 a run starts from a checkpoint.
-    update = CompiledByShape(
-        lambda batch: lower_step(config, mesh, total_steps=total, warmup_steps=schedule.warmup_steps, model=model, batch=batch)
-    )
+
+    def lower(batch: AbstractBatch) -> jax.stages.Lowered:
+        return lower_step(config, mesh, total_steps=total, warmup_steps=schedule.warmup_steps, model=model, batch=batch)
 
     def log_metrics(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if not values.pop("ok"):
-            raise NonFinite(step, values)
+            raise _save_last_good(run, writer, state, step, values, batch_provenance(step - 1))
         run.record("train", step, **values)
         progress.update(step, values)
 
-    with jax.set_mesh(mesh):
-        if step == total:  # The run was stopped between its last save and its result.
-            scores = evaluate(total, state["params"])
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        compilations = 0
-        try:
-            for batch in batches:
-                state, metrics = update(state, place_batch(mesh, batch, config.train.batch_size))
-                if update.compilations > compilations:  # A batch of a new shape; compiling it is not training time.
-                    compilations = update.compilations
-                    progress.resume_clock(step)
-                if pending is not None:
-                    log_metrics(*pending)
-                step += 1
-                pending = (step, metrics)
-                stopping = ctx.stop.after_update()
-                evaluating = step % schedule.eval_every == 0 or step == total
-                saving = step % schedule.save_every == 0 or step == total or stopping or (evaluating and save_evaluated)
-                if evaluating or saving:
-                    log_metrics(*pending)
-                    pending = None
-                if evaluating:
-                    scores = evaluate(step, state["params"])  # before the save, which records the selection metric
-                    if scores.metrics:
-                        run.record("eval", step, **scores.metrics)
-                    progress.scalars("eval", step, scores.metrics)
-                if saving:
-                    run.sync()  # before the checkpoint is sealed: a run that continues from it has the record up to there
-                    writer.save(step, state, *(scores if evaluating else Scores({})))
-                    saved = step
-                if stopping and step != total:
-                    writer.wait()
-                    run.record("event", step, event="preempted")
-                    raise Preempted(f"told to stop: saved at step {step} of {total}; the same command continues from there")
-                if evaluating or saving:
-                    progress.resume_clock(step)
-        except NonFinite as error:
-            raise _save_last_good(error, state, saved, run, writer, batch_provenance(error.step - 1)) from error
+    update = CompiledByShape(lower)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    if step == total:  # The run was stopped between its last save and its result.
+        scores = evaluate(total, state["params"])
+    for batch in batches:
+        compilations = update.compilations
+        state, metrics = update(state, sharding.place_batch(mesh, batch, config.train.batch_size))
+        if update.compilations > compilations:  # A batch of a new shape; compiling it is not training time.
+            progress.resume_clock(step)
+        if pending is not None:
+            log_metrics(*pending)
+        step += 1
+        pending = (step, metrics)
+        stopping = ctx.stop.after_update()
+        evaluating = step % schedule.eval_every == 0 or step == total
+        saving = step % schedule.save_every == 0 or step == total or stopping or (evaluating and save_evaluated)
+        if evaluating or saving:
+            log_metrics(*pending)
+            pending = None
+        if evaluating:
+            scores = evaluate(step, state["params"])  # before the save, which records the selection metric
+            if scores.metrics:
+                run.record("eval", step, **scores.metrics)
+            progress.scalars("eval", step, scores.metrics)
+        if saving:
+            run.sync()  # before the checkpoint is sealed: a run that continues from it has the record up to there
+            writer.save(step, state, *(scores if evaluating else Scores({})))
+        if stopping and step != total:
+            writer.wait()
+            run.record("event", step, event="preempted")
+            raise Preempted(f"told to stop: saved at step {step} of {total}; the same command continues from there")
+        if evaluating or saving:
+            progress.resume_clock(step)
     require(step == total, "dataset_fn", f"the dataset ended after step {step} of {total}")
     return state, scores
 
 
 def _save_last_good(
-    error: NonFinite, state: State, saved: int | None, run: RunDir, writer: CheckpointWriter, provenance: dict[str, Any]
+    run: RunDir, writer: CheckpointWriter, state: State, step: int, metrics: dict[str, float], provenance: dict[str, Any]
 ) -> TrainingError:
-    """Saves the state before the update that went wrong and records its batch; returns the error that ends the training."""
-    good = int(state["step"])
-    if good != saved:  # Saving it again would lose its scores.
-        run.sync()
-        writer.save(good, state | {"ok": jnp.ones_like(state["ok"])}, {})
+    """Saves the state before update `step`, which went wrong, and records its batch; returns the error that ends the training."""
     writer.wait()
+    good = int(state["step"])
+    path = run.checkpoints / str(good)
+    # Saving it again would lose its scores.
+    saved = distributed.is_primary() and checkpoint.inspect_checkpoint(path, checksums=True).state == "sound"
+    if not distributed.broadcast(int(saved)):
+        run.sync()
+        writer.save(good, state | {"ok": jax.numpy.ones_like(state["ok"])}, {})
+        writer.wait()
     # JSON has no NaN.
-    metrics = {name: value if math.isfinite(value) else str(value) for name, value in error.metrics.items()}
-    run.record("event", error.step, event="non-finite", **metrics, **provenance)
+    values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
+    run.record("event", step, event="non-finite", **values, **provenance)
     return TrainingError(
-        f"update {error.step} is not finite (loss {metrics['loss']}, gradient norm {metrics['grad_norm']}); the state before it "
-        f"is saved as checkpoint {good}, its batch is recorded in {run.path / 'metrics.jsonl'}"
+        f"update {step} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}); the state before it is saved "
+        f"as checkpoint {good}, its batch is recorded in {run.path / 'metrics.jsonl'}"
     )
-
-
-def _newest_checkpoint(run: RunDir, log: Log) -> tuple[CheckpointInfo | None, int]:
-    """Returns the run's newest sound checkpoint, on process 0 alone, and its step on all of them; 0: there is none."""
-    info = newest_checkpoint(run.checkpoints, log) if distributed.is_primary() and run.checkpoints.exists() else None
-    return info, distributed.broadcast(0 if info is None else info.step)
 
 
 def require_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer, field: str) -> None:

@@ -56,7 +56,7 @@ def make_optimizer(config: OptimConfig, decay_mask: Any) -> optax.GradientTransf
       decay_mask: a tree of booleans like the parameters, True where weight decay applies. It goes by role, not by rank, because
         stacked biases have two dimensions.
     """
-    rule = {"adam_gpt1": _adam_gpt1, "adamw": _adamw}[config.kind]
+    precondition = {"adam_gpt1": _adam_gpt1, "adamw": _adamw}[config.kind]
 
     def update(
         gradients: Any, moments: Moments, params: Any, *, step: Int[Array, ""], learning_rate: Float[Array, ""]
@@ -64,15 +64,18 @@ def make_optimizer(config: OptimConfig, decay_mask: Any) -> optax.GradientTransf
         gradients, params = optax.tree.cast((gradients, params), jnp.float32)
         if config.clip_norm:
             gradients, _ = optax.clip_by_global_norm(config.clip_norm).update(gradients, optax.EmptyState())
-        return rule(config, decay_mask, gradients, moments, params, step, learning_rate)
+        scaled, moments, rate = precondition(config, gradients, moments, step, learning_rate)
+
+        def change(x: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
+            return -rate * (x + config.weight_decay * w if decays else x)
+
+        return jax.tree.map(change, scaled, params, decay_mask), moments
 
     return optax.GradientTransformationExtraArgs(init_moments, update)
 
 
-def _adam_gpt1(
-    config: OptimConfig, decay_mask: Any, gradients: Any, moments: Moments, params: Any, step: Any, learning_rate: Any
-) -> tuple[Any, Moments]:
-    """Applies Adam as released. With t counted from 0:
+def _adam_gpt1(config: OptimConfig, gradients: Any, moments: Moments, step: Any, learning_rate: Any) -> tuple[Any, Moments, Any]:
+    """Returns the gradients as scaled by the released Adam, the new moments and the corrected rate. With t counted from 0:
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
         rate = learning_rate sqrt(1 - b2^(t+1)) / (1 - b1^(t+1))
@@ -85,21 +88,11 @@ def _adam_gpt1(
     nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), moments["nu"], gradients)
     t = (step + 1).astype(jnp.float32)
     rate = learning_rate * jnp.sqrt(1 - b2**t) / (1 - b1**t)
-
-    def change(m: jax.Array, v: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
-        return -rate * (m / (jnp.sqrt(v) + config.epsilon) + (config.weight_decay * w if decays else 0))
-
-    return jax.tree.map(change, mu, nu, params, decay_mask), {"mu": mu, "nu": nu}
+    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + config.epsilon), mu, nu), {"mu": mu, "nu": nu}, rate
 
 
-def _adamw(
-    config: OptimConfig, decay_mask: Any, gradients: Any, moments: Moments, params: Any, step: Any, learning_rate: Any
-) -> tuple[Any, Moments]:
-    """Applies Optax's AdamW, whose own step counter and schedule are replaced by the run's."""
+def _adamw(config: OptimConfig, gradients: Any, moments: Moments, step: Any, learning_rate: Any) -> tuple[Any, Moments, Any]:
+    """Returns the same of Optax's AdamW, whose own step counter and schedule are replaced by the run's."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
-    updates, state = adam.update(gradients, optax.ScaleByAdamState(step, moments["mu"], moments["nu"]))
-
-    def change(u: jax.Array, w: jax.Array, decays: bool) -> jax.Array:
-        return -learning_rate * (u + config.weight_decay * w if decays else u)
-
-    return jax.tree.map(change, updates, params, decay_mask), {"mu": state.mu, "nu": state.nu}
+    scaled, state = adam.update(gradients, optax.ScaleByAdamState(step, moments["mu"], moments["nu"]))
+    return scaled, {"mu": state.mu, "nu": state.nu}, learning_rate

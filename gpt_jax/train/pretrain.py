@@ -142,7 +142,8 @@ def make_evaluation(
             scores = Scores(metrics, metrics["loss"])
             log(f"step {step}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}")
         if train.sample_tokens and train.prompts:
-            texts = sample_texts(config.model, params, tokenizer, train.prompts, train.sample_tokens, seed=step)
+            with jax.set_mesh(mesh):
+                texts = sample_texts(config.model, params, tokenizer, train.prompts, train.sample_tokens, seed=step)
             for prompt, text in zip(train.prompts, texts, strict=True):
                 log(f"    {prompt}|{text}".replace("\n", " "))
         return scores

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.model.dropout import DropoutKey
@@ -55,25 +55,22 @@ LANGUAGE_MODEL = TrainableModel(
 def state_shardings(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
     """Returns a `NamedSharding` for each array of the state; moments are placed like their parameters."""
     params = _map_specs(lambda spec: named_sharding(mesh, spec.axes), model.param_specs(config.model))
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated = named_sharding(mesh, ())
     return {"params": params, "moments": {"mu": params, "nu": params}, "step": replicated, "ok": replicated}
 
 
 def init_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
     """Returns random parameters and zero moments, made under jit on the devices that keep them: no host ever holds the whole."""
+    init = jax.jit(functools.partial(_init, config, model), out_shardings=state_shardings(config, mesh, model))
     with jax.set_mesh(mesh):
-        create = jax.jit(functools.partial(_init, config, model), out_shardings=state_shardings(config, mesh, model))
-        return create(np.uint32(config.train.seed))
+        return init(np.uint32(config.train.seed))
 
 
 def abstract_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
     """Returns the shapes, dtypes and shardings of the state, without the arrays."""
     shapes = jax.eval_shape(functools.partial(_init, config, model), np.uint32(0))
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        state_shardings(config, mesh, model),
-    )
+    shardings = state_shardings(config, mesh, model)
+    return jax.tree.map(lambda array, sharding: array.update(sharding=sharding), shapes, shardings)
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> AbstractBatch:
@@ -104,14 +101,9 @@ def lower_step(
       total_steps, warmup_steps: length and warm-up of the run, in updates; the defaults do where only the cost matters.
       batch: abstract arrays of a batch; None: those of pre-training.
     """
-    config = _settle_by_device(config, mesh)
-    decay_mask = _map_specs(lambda spec: spec.decay, model.param_specs(config.model))
-    optimizer = make_optimizer(config.optim, decay_mask)
-    schedule = functools.partial(learning_rate, config.optim, total_steps, warmup_steps)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    metrics = dict.fromkeys(("loss", "grad_norm", "learning_rate", "ok"), replicated)
-    update = functools.partial(train_step, config, model, optimizer, schedule)
-    step = jax.jit(update, out_shardings=(state_shardings(config, mesh, model), metrics), donate_argnums=0)
+    update = functools.partial(train_step, _settle_by_device(config, mesh), model, total_steps, warmup_steps)
+    shardings = state_shardings(config, mesh, model), named_sharding(mesh, ())
+    step = jax.jit(update, out_shardings=shardings, donate_argnums=0)
     with jax.set_mesh(mesh):
         return step.lower(abstract_state(config, mesh, model), batch or abstract_batch(config, mesh))
 
@@ -124,7 +116,7 @@ def jit_evaluation(
     The arrays that it returns are whole on every device.
     """
     model_config = _settle_by_device(config, mesh).model
-    return jax.jit(functools.partial(function, model_config), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(functools.partial(function, model_config), out_shardings=named_sharding(mesh, ()))
 
 
 class CompiledByShape:
@@ -148,12 +140,7 @@ class CompiledByShape:
 
 
 def train_step(
-    config: RunConfig,
-    model: TrainableModel,
-    optimizer: optax.GradientTransformationExtraArgs,
-    schedule: Callable[[jax.Array], jax.Array],
-    state: State,
-    batch: Batch,
+    config: RunConfig, model: TrainableModel, total_steps: int, warmup_steps: float, state: State, batch: Batch
 ) -> tuple[State, dict[str, jax.Array]]:
     """Makes one update, unless its loss or gradient, or that of an earlier update, is not finite; see `lower_step`."""
     params, step = state["params"], state["step"]
@@ -166,7 +153,8 @@ def train_step(
     grad_norm = optax.tree.norm(gradients)
     ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    rate = schedule(step)
+    rate = learning_rate(config.optim, total_steps, warmup_steps, step)
+    optimizer = make_optimizer(config.optim, _map_specs(lambda spec: spec.decay, model.param_specs(config.model)))
     updates, moments = optimizer.update(gradients, state["moments"], params, step=step, learning_rate=rate)
     new = {"params": optax.apply_updates(params, updates), "moments": moments, "step": step + 1, "ok": ok}
     guarded = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state | {"ok": ok})
