@@ -1,4 +1,4 @@
-"""The compiled update: the same on every mesh and in any number of parts, compiled once, and never spoilt by a bad number."""
+"""The compiled update gives one result on every mesh and in any number of parts, compiles once, and survives bad numbers."""
 
 import contextlib
 import dataclasses
@@ -14,11 +14,10 @@ from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, Pre
 from gpt_jax.model import transformer
 from gpt_jax.runtime import sharding
 from gpt_jax.runtime.mesh import num_shards
-from gpt_jax.train.optimizer import Horizon
 from gpt_jax.train.pretrain import total_loss
-from gpt_jax.train.step import init_state, lower_evaluation, lower_step, state_shardings
+from gpt_jax.train.step import init_state, jit_evaluation, lower_step, state_shardings
 
-STEPS = 20
+STEPS, WARMUP = 20, 4.0
 MODEL = ModelConfig(vocab_size=200, context_length=16, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, loss_chunk=8)
 MESHES = {
     "single": MeshConfig(),
@@ -42,7 +41,7 @@ def make_mesh(name):
 
 
 def batch_at(step):
-    """Tokens that follow each other by a rule with exceptions, some of which do not count."""
+    """Returns tokens that follow each other by a rule with exceptions; about a tenth of them have loss weight 0."""
     rng = np.random.default_rng(step)
     tokens = np.cumsum(rng.choice([1, 1, 1, 7], size=(16, 17)), axis=1).astype(np.int32) % MODEL.vocab_size
     weights = (rng.random((16, 16)) < 0.9).astype(np.float32)
@@ -56,7 +55,7 @@ def batch_at(step):
 
 @contextlib.contextmanager
 def compilations():
-    """Collects an entry for every program that XLA compiles meanwhile."""
+    """Yields a list that gets an entry for every program that XLA compiles in the body."""
     seen = []
 
     def listen(event, seconds, **_):
@@ -72,8 +71,8 @@ def compilations():
 
 @functools.cache
 def compiled(mesh_name, grad_accum_steps):
-    """The executable, and how many programs were compiled for it."""
-    lowered = lower_step(make_config(grad_accum_steps), make_mesh(mesh_name), horizon=Horizon(STEPS, 4))
+    """Returns the executable, and the number of programs that were compiled for it."""
+    lowered = lower_step(make_config(grad_accum_steps), make_mesh(mesh_name), total_steps=STEPS, warmup_steps=WARMUP)
     with compilations() as seen:
         executable = lowered.compile()
     return executable, len(seen)
@@ -81,7 +80,7 @@ def compiled(mesh_name, grad_accum_steps):
 
 @functools.cache
 def initial():
-    """The initial state as NumPy arrays."""
+    """Returns the initial state as NumPy arrays."""
     return jax.device_get(init_state(make_config(), make_mesh("single")))
 
 
@@ -90,7 +89,7 @@ def place(state, mesh):
 
 
 def run(mesh_name, grad_accum_steps, batches, state=None):
-    """Runs updates from the initial state or another; returns the metrics of each and the last state, as NumPy arrays."""
+    """Makes updates from the initial state or another; returns the metrics of each and the last state, as NumPy arrays."""
     mesh, (update, _) = make_mesh(mesh_name), compiled(mesh_name, grad_accum_steps)
     state = place(state or initial(), mesh)
     metrics = []
@@ -114,7 +113,7 @@ def bits(tree):
     return {name: np.asarray(leaf).tobytes() for name, leaf in paths(tree).items()}
 
 
-# -- one result, however it is computed -------------------------------------------------------------------------------------
+# -- one result on every mesh and in any number of parts --------------------------------------------------------------------
 
 
 def test_training_learns():
@@ -133,7 +132,7 @@ def test_every_mesh_gives_the_losses_of_a_single_device(mesh_name):
 
 @pytest.mark.parametrize(("mesh_name", "grad_accum_steps"), [("single", 4), ("2 x 2 x 2", 2)])
 def test_micro_batches_give_the_update_of_the_whole_batch(mesh_name, grad_accum_steps):
-    """Dropout is on: a micro-batch must see its rows' own masks. Weights differ between parts: they count as in the whole."""
+    """Dropout is on, so a micro-batch must see its own rows' masks; loss weights count as in the whole batch."""
     batches = [batch_at(0), batch_at(1), batch_at(2)]
     whole, state = run("single", 1, batches)
     parts, same_state = run(mesh_name, grad_accum_steps, batches)
@@ -145,7 +144,7 @@ def test_micro_batches_give_the_update_of_the_whole_batch(mesh_name, grad_accum_
 
 
 def test_dropout_depends_on_the_step():
-    """Equal batches in successive steps of rate 0 (the first of a warm-up) and after it differ by their masks."""
+    """The first update has rate 0, so the losses of one batch at steps 0 and 1 can differ only by their masks."""
     same = [batch_at(0)] * 2
     metrics, _ = run("single", 1, same)
     assert metrics[0]["learning_rate"] == 0
@@ -168,7 +167,20 @@ def test_the_step_compiles_once(mesh_name):
     assert seen == []
 
 
-# -- where the state lies ---------------------------------------------------------------------------------------------------
+# -- the state ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_has_one_step_counter():
+    """Besides `step` and the flag `ok` the state holds parameters and their moments, and `step` alone counts updates."""
+    assert initial()["step"] == 0
+    _, state = run("single", 1, map(batch_at, range(3)))
+    assert set(state) == {"params", "moments", "step", "ok"}
+    assert set(state["moments"]) == {"mu", "nu"}
+    assert (state["step"], state["step"].dtype) == (3, np.int32)
+    assert (state["ok"], state["ok"].dtype) == (True, np.bool)
+    for moments in state["moments"].values():
+        assert jax.tree.map(lambda moment: moment.shape, moments) == jax.tree.map(lambda param: param.shape, state["params"])
+        assert {moment.dtype for moment in jax.tree.leaves(moments)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("mesh_name", ["fsdp=8", "2 x 2 x 2"])
@@ -190,7 +202,7 @@ def test_an_update_leaves_the_state_where_it_was(mesh_name):
 
 
 def assert_spread(state, mesh):
-    """Every array lies in as many pieces as its logical axes say, moments like their parameters; no device holds the whole."""
+    """Checks that every array is split as its logical axes say, moments like their parameters: no device holds the whole."""
     parameters = paths(state["params"])
     for name, parameter in paths(transformer.param_specs(MODEL)).items():
         pieces = math.prod(num_shards(mesh.shape, axis) for axis in parameter.axes if axis)
@@ -198,8 +210,7 @@ def assert_spread(state, mesh):
         for shard in parameters[name].addressable_shards:
             assert shard.data.size * pieces == parameters[name].size, name
         for moment in ("mu", "nu"):
-            (array,) = [leaf for path, leaf in paths(state["optimizer"]).items() if path.endswith(f"{moment}/{name}")]
-            assert array.sharding == parameters[name].sharding, name
+            assert paths(state["moments"][moment])[name].sharding == parameters[name].sharding, name
     held = sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(state))
     assert held < 0.35 * sum(array.nbytes for array in jax.tree.leaves(state))
 
@@ -211,7 +222,8 @@ def assert_spread(state, mesh):
 def test_evaluation_sums_the_losses_of_the_targets_that_count(mesh_name):
     config, mesh, batch = make_config(), make_mesh(mesh_name), batch_at(3)
     params = place(initial(), mesh)["params"]
-    total, weight = lower_evaluation(config, mesh, total_loss).compile()(params, sharding.place_batch(mesh, batch, 16))
+    with jax.set_mesh(mesh):
+        total, weight = jit_evaluation(config, mesh, total_loss)(params, sharding.place_batch(mesh, batch, 16))
 
     @jax.jit
     def logits(params):
@@ -261,17 +273,17 @@ def test_an_infinite_parameter_stops_the_training_too():
 
 @pytest.mark.parametrize("kind", ["adam_gpt1", "adamw"])
 def test_bfloat16_parameters_train_with_float32_moments(kind):
-    """b2 = 0.999 is 1 in bfloat16, so moments of that type would never forget; and a state must keep its types."""
+    """In bfloat16 b2 = 0.999 would be 1 and the second moments would never decay. The state keeps its types."""
     config = make_config(grad_accum_steps=2)
     model, optim = dataclasses.replace(MODEL, param_dtype="bfloat16"), dataclasses.replace(config.optim, kind=kind)
     config = dataclasses.replace(config, model=model, optim=optim)
     mesh = make_mesh("single")
-    update = lower_step(config, mesh, horizon=Horizon(STEPS, 4)).compile()
+    update = lower_step(config, mesh, total_steps=STEPS, warmup_steps=WARMUP).compile()
     state = init_state(config, mesh)
     losses = []
     for step in range(STEPS):
         state, metrics = update(state, sharding.place_batch(mesh, batch_at(step), 16))
         losses.append(float(metrics["loss"]))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state["params"])} == {"bfloat16"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(state["optimizer"])} <= {"float32", "int32"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state["moments"])} == {"float32"}
     assert losses[-1] < losses[0] - 0.3
