@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401  It registers bfloat16 with NumPy.
 import numpy as np
 
 from gpt_jax.errors import UserError
