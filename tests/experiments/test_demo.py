@@ -1,7 +1,6 @@
 """The n-gram models that the demo compares its model with."""
 
 import collections
-import dataclasses
 import itertools
 import math
 
@@ -11,12 +10,12 @@ import pytest
 from gpt_jax.config.load import load_config
 from gpt_jax.data.store import Store
 from gpt_jax.experiments.demo import ngram_losses
+from tests.tiny import replace_fields
 
 
 def test_ngram_losses_follow_from_the_counts_of_the_training_split(pretrained):
     """The formulas once more, token by token."""
-    config = load_config(str(pretrained.parent / "tiny.py"))
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_windows=0))
+    config = replace_fields(load_config(str(pretrained.parent / "tiny.py")), train={"eval_windows": 0})
     store = Store.open(pretrained / "store")
     train, validation = (
         store.split(name).read(np.zeros(1, np.int64), store.split(name).num_tokens)[0].tolist()

@@ -13,6 +13,7 @@ from gpt_jax.experiments import studies
 from gpt_jax.tasks.finetune import spread
 from gpt_jax.train.checkpoint import newest_checkpoint
 from gpt_jax.train.pretrain import pretrain
+from tests.tiny import replace_fields
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -45,13 +46,12 @@ def test_layers_go_from_nothing_to_all_blocks(pretrained):
 @pytest.fixture(scope="module")
 def lstm(pretrained, tmp_path_factory):
     """The folder of an LSTM after one update on the store of `pretrained`."""
-    config = load_config(str(pretrained.parent / "tiny.py"))
-    config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, kind="lstm", num_layers=1, lstm_units=8, context_length=8),
-        data=dataclasses.replace(config.data, store=str(pretrained / "store"), pipeline="threads"),
-        optim=dataclasses.replace(config.optim, warmup="0 steps"),
-        train=dataclasses.replace(config.train, duration="1 steps"),
+    config = replace_fields(
+        load_config(str(pretrained.parent / "tiny.py")),
+        model={"kind": "lstm", "num_layers": 1, "lstm_units": 8, "context_length": 8, "loss_chunk": 0},
+        data={"store": str(pretrained / "store")},
+        optim={"warmup": "0 steps"},
+        train={"duration": "1 steps"},
     )
     folder = tmp_path_factory.mktemp("lstm") / "run"
     pretrain(config, folder)
