@@ -1,4 +1,4 @@
-"""The errors a user sees, and the exit code each ends in (README, "Exit codes")."""
+"""The errors that are shown to users, with their exit codes (README, "A run's folder")."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 class UserError(Exception):
     """A mistake in a config, a file, a data row, a checkpoint or the environment.
 
-    The message is one line that names the field or `file:line` and says what would be right. The command line prints it
+    The message is one line that names the field or `file:line` and says what would be right. The command line prints the message
     to standard error without a traceback and exits with 2.
     """
 
@@ -18,13 +18,13 @@ class UserError(Exception):
 
 
 class TrainingError(Exception):
-    """Training itself failed (a non-finite loss, a lost peer). The evidence is in the run's folder; exit code 1."""
+    """Training itself failed, for example with a non-finite loss. The evidence is in the run's folder; exit code 1."""
 
     exit_code = 1
 
 
 class VerificationError(Exception):
-    """What was exported does not compute what the checkpoint computes; it was removed. Exit code 1."""
+    """An exported model does not compute what its checkpoint computes, and was removed; exit code 1."""
 
     exit_code = 1
 
@@ -36,7 +36,7 @@ class Preempted(Exception):
 
 
 def field_error(field: str, message: str) -> UserError:
-    """Returns an error that names a config field, or another option, as on the command line."""
+    """Returns an error that names a config field or another option as it is written on the command line."""
     return UserError(f"--{field.replace('_', '-')}: {message}")
 
 
@@ -47,13 +47,13 @@ def require(condition: bool, field: str, message: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A half-sentence with the known names closest to a misspelt `name`, or all of them if none is close."""
+    """Returns a phrase with the known names that are closest to a misspelled `name`, or with all of them if none is close."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
 def described(value: Any) -> str:
-    """What a JSON value is, in words for a message."""
+    """Returns a phrase for the type of a JSON value, for use in a message."""
     words = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return words.get(type(value), "null")

@@ -193,7 +193,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(mistake, config_file, tmp_path, op
         ("rows.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "{path}:2: no field 'text' (--data.text-field); did you mean txt?"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "{path}:2: not a JSON object on one line"),
         ("short.jsonl", b'{"text": "a b"}\n{"text": "c d"}\n', "--model.context-length: the training text has 4 tokens"),
-        ("one.txt", b"a single document", "distinct documents: 1; at least 2 are needed"),
+        ("one.txt", b"a single document", "too few distinct documents (1); at least 2 are needed"),
     ],
 )
 def test_text_that_cannot_be_used_is_one_line(mistake, config_file, tmp_path, name, content, expected):
@@ -241,7 +241,7 @@ def test_a_damaged_shard_is_named(mistake, finished, tmp_path):
     content[1000] ^= 1
     shard.write_bytes(content)
     message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.store", store)
-    assert message == f"{shard}: altered since it was written (its SHA-256 differs); restore it or prepare the store anew"
+    assert message == f"{shard}: altered since it was written (its SHA-256 differs); restore it or prepare the store again"
     shard.write_bytes(content[:-2])
     message = mistake("pretrain", config_file, "--workdir", tmp_path / "run", "--data.store", store)
     assert message.startswith(f"{shard}: has {len(content) - 2} bytes instead of {len(content)};")

@@ -1,1 +1,1 @@
-"""Text, tokens and batches. Knows nothing of JAX; numpy arrays leave it."""
+"""Text, tokens and batches as NumPy arrays. This package does not import JAX."""

@@ -1,8 +1,8 @@
 """The distinct documents of a corpus in the order of their hash.
 
-The text is written to disk once, in the order in which it is read, and its documents are looked up in the order of their hash.
-Memory holds about 200 bytes a document and none of the text. If the text is larger than the memory, the store should be on an
-SSD, because the documents are then read from all over the disk.
+The text is written to disk once, in the order in which it is read, and its documents are later read in the order of their hash.
+About 200 bytes per document are kept in memory, but none of the text. If the text is larger than the memory, the store should be
+on an SSD, because the documents are then read from all over the disk.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TABLE = "documents.npz"
 def write_documents(documents: Iterable[str], folder: Path, log: Log) -> None:
     """Writes documents into the files that `DistinctDocuments` reads.
 
-    Documents of nothing but white space are left out. A lone surrogate, which UTF-8 cannot represent, becomes a question mark,
-    as in the tokenizers.
+    Documents that consist only of white space are left out. A lone surrogate, which UTF-8 cannot represent, becomes a question
+    mark, as in the tokenizers.
     """
     digests, lengths, num_empty = bytearray(), list[int](), 0
     start, progress = time.monotonic(), ProgressLine(PROGRESS_SECONDS, log)
@@ -71,7 +71,7 @@ def write_documents(documents: Iterable[str], folder: Path, log: Log) -> None:
 
 
 class DocumentSpans(NamedTuple):
-    """Some documents by their positions and sizes in bytes in a file of UTF-8 text."""
+    """Documents in a file of UTF-8 text, given by their positions and sizes in bytes."""
 
     file: Path
     starts: Int64[np.ndarray, " documents"]
@@ -85,13 +85,13 @@ class DocumentSpans(NamedTuple):
 
 
 def is_held_out(text: str, validation_share: float) -> bool:
-    """Returns whether a document of this text is for validation, apart from the exception in `DistinctDocuments`."""
+    """Returns whether a document with this text is for validation, apart from the exception in `DistinctDocuments`."""
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[-8:], "little") < _validation_bound(validation_share)
 
 
 def _validation_bound(validation_share: float) -> int:
-    """Returns the bound below which the last eight bytes of a validation document's hash lie."""
+    """Returns the upper bound of the last eight bytes of a validation document's hash."""
     return int(validation_share * 2**64)
 
 
@@ -99,18 +99,18 @@ class DistinctDocuments:
     """The distinct documents that `write_documents` wrote, sorted by the SHA-256 of their text and divided into splits.
 
     A document is for validation if the last eight bytes of its hash, as a fraction, are below `validation_share`. The order
-    depends on the first bytes, so it is independent of the split. If a split would be empty, a document of the other one moves
-    there.
+    depends on the first bytes, so it is independent of the split. If a split would be empty, one document of the other split is
+    moved there.
 
     Args:
       folder: the folder of the files.
-      max_bytes: as many of the first documents as fit into this many bytes are used; 0: all documents.
+      max_bytes: only the first documents that fit into this many bytes are used; 0: all documents.
       validation_share: share of the documents in the validation split, in [0, 1).
 
     Attributes:
       lengths: size in bytes of each document.
       splits: the numbers of the documents of each split, in ascending order.
-      dropped: the numbers of "duplicates" and of "empty" documents that were left out.
+      dropped: how many "duplicates" and how many "empty" documents were left out.
 
     Raises:
       UserError: there are too few documents for the splits.
@@ -123,11 +123,11 @@ class DistinctDocuments:
             self.dropped = dict(zip(("duplicates", "empty"), table["dropped"].tolist(), strict=True))
         if max_bytes:
             tails = tails[: np.searchsorted(np.cumsum(self.lengths), max_bytes, side="right")]
-        needed = 2 if validation_share else 1
-        if tails.size < needed:
+        least = 2 if validation_share else 1
+        if tails.size < least:
             limit = f" within --data.max-bytes {max_bytes}" if max_bytes else ""
             hint = ", one of them for validation (--data.validation-share 0 holds none out)" if validation_share else ""
-            raise UserError(f"--data.source: distinct documents{limit}: {tails.size}; at least {needed} are needed{hint}")
+            raise UserError(f"--data.source: too few distinct documents{limit} ({tails.size}); at least {least} are needed{hint}")
         validation = tails < np.uint64(_validation_bound(validation_share))
         if validation_share:
             validation[np.argmin(tails)] = True
@@ -135,11 +135,14 @@ class DistinctDocuments:
         self.splits = {"train": np.flatnonzero(~validation), "validation": np.flatnonzero(validation)}
 
     def select(self, numbers: Int64[np.ndarray, " documents"]) -> DocumentSpans:
-        """Returns documents by their numbers."""
+        """Returns the documents with the given numbers."""
         return DocumentSpans(self._file, self._starts[numbers], self.lengths[numbers])
 
     def sample(self, split: str, max_bytes: int) -> Iterator[str]:
-        """Yields the first documents of a split that fit into `max_bytes`, but at least one. They are an even sample of it."""
+        """Yields the first documents of a split that fit into `max_bytes`, but at least one.
+
+        These documents are an even sample of the split.
+        """
         numbers = self.splits[split]
         count = np.searchsorted(np.cumsum(self.lengths[numbers]), max_bytes, side="right")
         return self.select(numbers[: max(1, count)]).read()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("flax", "jax", "numpy", "optax", "orbax-checkpoint", "scipy", "tensorflow-datasets")
-"""Distributions that are read besides the Python library: dependencies of this project that are documented in English prose."""
+"""Distributions that are read in addition to the Python library: dependencies of this project with documentation in English."""
 
 MIN_DOCUMENT_CHARS = 200
-"""Minimum length of a document. Shorter docstrings teach little and often repeat ("Returns the value.")."""
+"""Minimum length of a document. Shorter docstrings contain little text and are often repeated ("Returns the value.")."""
 
 COMMON_WORDS = frozenset(
     re.findall(
@@ -27,14 +27,14 @@ COMMON_WORDS = frozenset(
         "other so such than that the their then there these they this to used was when where which while will with would you",
     )
 )
-"""Words that make up a third of English prose, and almost nothing of code, tables and lists of names."""
+"""Words that make up about a third of English prose but are rare in code, tables and lists of names."""
 
 
 class InstalledDocs:
     """Docstrings, reference topics and text pages of the Python installation and of `PACKAGES`.
 
-    Source files are parsed and never imported. Only paragraphs of English prose are kept, each of them where it occurs first, so
-    that licenses and shared passages do not repeat. The same installation gives the same documents in the same order.
+    Source files are parsed and never imported. Only paragraphs of English prose are kept, and each only at its first occurrence,
+    so that licenses and shared passages are not repeated. The same installation gives the same documents in the same order.
 
     Args:
       max_bytes: files are read in the order of the hash of their names until their documents have this many bytes; 0: all files.
@@ -45,7 +45,7 @@ class InstalledDocs:
 
     @functools.cached_property
     def passages(self) -> list[tuple[str, str]]:
-        """The package that each document comes from ("python" for the Python library), and the document."""
+        """Pairs of the package that a document comes from ("python" for the Python library) and the document."""
         passages: list[tuple[str, str]] = []
         num_bytes = 0
         seen: set[bytes] = set()
@@ -83,7 +83,7 @@ def _installed_files() -> Iterator[tuple[str, Path, str]]:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """Yields a whole text page, or the docstrings of a Python file and the texts of its dictionary `topics`."""
+    """Yields the complete text of a page, or the docstrings of a Python file and the texts of its dictionary `topics`."""
     try:
         source = path.read_text(encoding="utf-8")
         if path.suffix != ".py":
@@ -93,7 +93,7 @@ def _texts(path: Path) -> Iterator[str]:
             return
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
-    except (OSError, SyntaxError, ValueError):  # Listed files may be missing, and some of the library are broken on purpose.
+    except (OSError, SyntaxError, ValueError):  # Listed files may be missing, and some library files are invalid on purpose.
         return
     yield from _docstrings(tree)
     for statement in tree.body:

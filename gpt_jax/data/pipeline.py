@@ -1,7 +1,7 @@
 """Makes batches ahead of the step that needs them, with tf.data or with plain threads.
 
-A batch is a pure function of its step, so neither way has a state worth saving: to resume is to start at another step. Of the
-modules that training needs, only this one imports tensorflow, and only when a dataset is made.
+A batch is a pure function of its step, so no state has to be saved: a resumed run simply starts at a later step. Of the modules
+that training needs, only this one imports tensorflow, and only when a dataset is made.
 """
 
 from __future__ import annotations
@@ -23,35 +23,36 @@ from gpt_jax.data.windows import ElementSpec, NumpyBatch
 from gpt_jax.errors import UserError, field_error, require
 
 WORKERS = 4
-"""Batches made at the same time. Waiting for disk or network overlaps; the index arithmetic holds the interpreter lock."""
+"""Number of batches made at the same time. Only waiting for disk or network overlaps, because index arithmetic holds the
+interpreter lock."""
 
 
 @runtime_checkable
 class BatchSource(Protocol):
-    """The batches of a run as a function of the step, such as `windows.Windows` or `tasks.batches.TaskBatches`."""
+    """The batches of a run as a function of the step, for example `windows.Windows` or `tasks.batches.TaskBatches`."""
 
     def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
-        """Returns the given rows of the global batch of `step`. Called from several threads at once."""
+        """Returns the given rows of the global batch of `step`. It is called from several threads at once."""
 
     def element_spec(self, num_rows: int) -> ElementSpec:
-        """Returns the shape and dtype of each array in a batch of `num_rows` rows; None stands for a length that varies."""
+        """Returns the shape and dtype of each array in a batch of `num_rows` rows; None marks a length that varies."""
 
 
 DatasetFn = Callable[[BatchSource, int, int, np.ndarray], Any]
-"""(source, start_step, end_step, rows) -> a tf.data.Dataset, as `make_dataset`."""
+"""A function of (source, start_step, end_step, rows) that returns a `tf.data.Dataset`, like `make_dataset`."""
 
 
 def make_dataset(source: BatchSource, start_step: int, end_step: int, rows: Integer[np.ndarray, " n"]) -> Any:
     """Returns a `tf.data.Dataset` whose elements are this host's batches of steps start_step, ..., end_step - 1, in order.
 
-    Its `element_spec` names the shapes and dtypes. Anything that tf.data does to a dataset works on it: printing, mapping,
-    iterating. Maps over the arrays of a batch keep a run exact; `shuffle`, `filter` and `repeat` give that up, because a resumed
-    run builds the dataset anew at its first step.
+    Its `element_spec` gives the shapes and dtypes. You can use it like any other dataset: print it, map over it, iterate over it.
+    A run stays exact if you map a function over the arrays of each batch. It does not stay exact with `shuffle`, `filter` or
+    `repeat`, because a resumed run builds the dataset again from the step at which it resumes.
 
     Args:
       source: makes the batch of a step.
       start_step: the first step.
-      end_step: the step after the last.
+      end_step: the step after the last one.
       rows: rows of the global batch that this host needs (`sharding.host_rows`).
 
     Raises:
@@ -98,7 +99,7 @@ def iterate_batches(
       dataset_fn: makes the dataset in place of `make_dataset`; needs tensorflow.
 
     Raises:
-      UserError: tensorflow is needed and not installed, or the dataset's elements are not batches.
+      UserError: tensorflow is needed but not installed, or the dataset's elements are not batches.
     """
     require(kind != "threads" or dataset_fn is None, "data.pipeline", "threads cannot run a dataset_fn; use tf")
     if kind == "tf" or dataset_fn is not None or (kind == "auto" and importlib.util.find_spec("tensorflow") is not None):
@@ -136,14 +137,14 @@ def _iterate_dataset(
         except StopIteration:
             return
         except tf.errors.OpError:
-            if recorder.errors:  # tensorflow has turned it into an error of its own.
+            if recorder.errors:  # tensorflow has replaced the error of `batch_at` with one of its own.
                 raise recorder.errors[min(recorder.errors)] from None
             raise
         yield batch
 
 
 class _ErrorRecorder:
-    """A source that keeps what `batch_at` raises, by step."""
+    """A source that records the errors that `batch_at` raises, by step."""
 
     def __init__(self, source: BatchSource):
         self._source = source
@@ -159,7 +160,7 @@ class _ErrorRecorder:
 
 
 def _check_elements(tf: Any, dataset: Any, spec: ElementSpec) -> None:
-    """Checks that the elements of a dataset, which a caller may have made, hold every array of a batch."""
+    """Checks that the elements of a dataset, which may come from a user's function, contain every array of a batch."""
     elements = dataset.element_spec
     if not isinstance(elements, dict):
         raise UserError(f"dataset_fn: the elements must be dictionaries with {', '.join(spec)}, not {elements}")
@@ -170,7 +171,7 @@ def _check_elements(tf: Any, dataset: Any, spec: ElementSpec) -> None:
 
 
 def import_tensorflow() -> Any:
-    """Imports tensorflow quietly and hides accelerators from it, all of whose memory it would take from JAX.
+    """Imports tensorflow quietly and hides accelerators from it, because it would otherwise allocate all of their memory.
 
     Raises:
       UserError: it is not installed.
@@ -195,7 +196,7 @@ _closed = False
 
 @contextlib.contextmanager
 def _called_from_tensorflow(step: int) -> Iterator[None]:
-    """Counts a call that a thread of tf.data makes into Python, and refuses it once the interpreter is shutting down."""
+    """Counts a call from a thread of tf.data into Python, and raises an error if the interpreter is shutting down."""
     global _started
     _started += 1
     _running.append(step)
@@ -211,8 +212,8 @@ def _called_from_tensorflow(step: int) -> Iterator[None]:
 def _end_calls_from_tensorflow() -> None:
     """Waits until tf.data, whose buffers are bounded, makes no more calls.
 
-    A call that comes when the interpreter has ended would wait forever for its lock, and the process for the call: a program that
-    leaves a dataset half-way would never end.
+    A call after the interpreter has ended would wait forever for the interpreter lock, and the process would wait for the call. A
+    program that stops iterating over a dataset before its end would then never exit.
     """
     global _closed
     _closed = True

@@ -1,7 +1,7 @@
-"""From text to token store: read, drop duplicates, sort by hash, split, train the tokenizer, tokenize on every core.
+"""Builds a token store: reads text, drops duplicates, sorts by hash, splits, trains the tokenizer, and tokenizes on every core.
 
-The store has the same bytes whatever the number of processes and however often the work was interrupted. Until it is finished,
-its subfolder `partial/` holds the recipe, the text, and the index entry of every finished shard.
+The bytes of the store do not depend on the number of processes or on interruptions. Until the store is finished, its subfolder
+`partial/` contains the recipe, the text, and the index entry of every finished shard.
 """
 
 from __future__ import annotations
@@ -38,34 +38,35 @@ from gpt_jax.runtime.console import Log, ProgressLine
 from gpt_jax.runtime.rundir import explain_full_disk, read_json, write_atomic
 
 PART_BYTES = 1 << 18
-"""Approximate bytes of text that a process tokenizes at a time. The number is small, so that little text still occupies every
-core and the slowest tokenizer (gpt1, about 0.1 MB/s a core) shows progress."""
+"""Approximate bytes of text that a process tokenizes at a time. The number is small, so that even a small text occupies every
+core and the slowest tokenizer (gpt1, about 0.1 MB/s per core) shows progress."""
 
 PARTS_AHEAD = 32
-"""Number of parts for each process that may be encoded before they are written."""
+"""Number of parts per process that can be encoded before the first of them is written."""
 
 RECIPE = "recipe.json"
 OTHER_STORE = "give another --data.store or delete that folder"
 
 Part = tuple[str, DocumentSpans]
-"""The name of a shard and some of its documents, which a process encodes at a time."""
+"""The name of a shard and some of its documents, which are encoded together."""
 EncodedPart = tuple[str, UInt[np.ndarray, " tokens"], Int64[np.ndarray, " documents"]]
 """The name of a shard, the tokens of some of its documents with a separator after each, and each document's number of tokens."""
 
 
 def prepare(config: PretrainConfig, store_folder: Path, log: Log) -> Store:
-    """Makes the token store that `config.data` and `config.model.vocab_size` describe, or continues an unfinished one.
+    """Builds the token store that `config.data` and `config.model.vocab_size` describe, or continues an unfinished one.
 
-    A finished store is verified and not changed. The disk needs free space for about the text and the tokens together.
+    A finished store is verified and not changed. The free disk space must be about the size of the text plus the size of the
+    tokens.
 
     Args:
       config: the run's config.
-      store_folder: the folder of the store. It is made if necessary.
-      log: takes the lines that report progress.
+      store_folder: the folder of the store. It is created if necessary.
+      log: receives the lines that report progress.
 
     Raises:
-      UserError: the source cannot be read or holds too little text; the store in the folder was made from other text or with
-        other settings; a shard was altered; another process is preparing the store; the disk is full (the next call continues).
+      UserError: the source cannot be read or has too little text; the store in the folder was made from other text or with other
+        settings; a shard was altered; another process is preparing the store; the disk is full (the next call continues).
     """
     try:
         with explain_full_disk(store_folder):
@@ -85,7 +86,7 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log) -> Store:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Keeps other processes out while this one prepares the store. The lock ends with this process, even if it is killed."""
+    """Locks the store while this process prepares it. The lock ends with the process, even if the process is killed."""
     (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
     with (folder / PARTIAL / "lock").open("w") as file:
         try:
@@ -101,13 +102,13 @@ def _reopen(config: PretrainConfig, folder: Path, log: Log) -> Store:
     store.tokenizer()
     identity = open_source(config.data).identity() if config.data.source else None
     _check_recipe(folder, store.index["recipe"], config, identity)
-    shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # It is left over if the last call was killed just before its end.
+    shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # It is left over if the last call was killed just before it finished.
     log(f"{folder}: already finished, checksums verified, nothing to do: {_summary(store)}")
     return store
 
 
 def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -> Store:
-    """Makes the store, or continues from what `partial/` holds."""
+    """Builds the store, or continues from the contents of `partial/`."""
     data, partial = config.data, folder / PARTIAL
     log(f"{folder}: preparing the text of {data.source}")
     recipe = {"fields": _recipe_fields(config), "source": source.identity()}
@@ -130,7 +131,7 @@ def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -
         return documents().sample("train", data.tokenizer.sample_bytes)
 
     if not (folder / TOKENIZER / MANIFEST).exists():
-        # Only a tokenizer that is trained needs the text. Mistakes with all others are reported before the text is read.
+        # Only a tokenizer that has to be trained needs the text. Errors of other tokenizers are reported before the text is read.
         create_tokenizer(data.tokenizer, config.model.vocab_size, sample).save(folder / TOKENIZER)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     splits = _write_splits(documents(), folder, tokenizer, data, log)
@@ -142,7 +143,7 @@ def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -
 
 
 def _summary(store: Store) -> str:
-    """Returns the size of a store in words."""
+    """Returns a description of the size of a store."""
     splits = store.index["splits"]
     size, documents, tokens = (sum(split[key] for split in splits.values()) for key in ("text_bytes", "documents", "tokens"))
     dropped = " and ".join(f"{count:,} {kind}" for kind, count in store.index["dropped"].items())
@@ -159,9 +160,9 @@ def _num_cores() -> int:
 
 
 def check_recipe(store: Store, config: PretrainConfig) -> None:
-    """Checks, without reading any text, that a store is one that `config` describes.
+    """Checks, without reading any text, that `config` describes a store.
 
-    If `config.data.source` is empty, only the tokenizer's kind and size have to be right.
+    If `config.data.source` is empty, only the tokenizer's kind and size are compared.
 
     Raises:
       UserError: fields differ. The message names them with both values.
@@ -227,7 +228,7 @@ def _write_splits(documents: DistinctDocuments, folder: Path, tokenizer: Tokeniz
 
 
 def _divide(numbers: np.ndarray, lengths: np.ndarray, target_bytes: int) -> list[np.ndarray]:
-    """Divides documents, by their numbers, into parts of about `target_bytes`, as even as whole documents allow."""
+    """Divides documents, given by their numbers, into parts of about `target_bytes` without cutting any document."""
     if not numbers.size:
         return []
     ends = np.cumsum(lengths[numbers])
@@ -237,7 +238,7 @@ def _divide(numbers: np.ndarray, lengths: np.ndarray, target_bytes: int) -> list
 
 
 def _write_shard(folder: Path, shard: str, parts: Iterable[EncodedPart]) -> dict[str, Any]:
-    """Writes a shard, its offsets and, last, its index entry, which it returns. Memory holds the tokens of the shard."""
+    """Writes a shard, its offsets and then its index entry; returns the entry. The tokens of the shard are kept in memory."""
     _, tokens, counts = zip(*parts, strict=True)
     sizes = np.concatenate(counts)
     entry = {
@@ -251,7 +252,7 @@ def _write_shard(folder: Path, shard: str, parts: Iterable[EncodedPart]) -> dict
 
 
 def _write_array(path: Path, values: np.ndarray) -> dict[str, Any]:
-    """Writes an array and returns what the index records of its file."""
+    """Writes an array and returns the entry of its file in the index."""
     data = values.tobytes()
     write_atomic(path, data)
     return {"file": path.name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -261,7 +262,7 @@ def _write_array(path: Path, values: np.ndarray) -> dict[str, Any]:
 
 
 def _encode_parts(folder: Path, fingerprint: str, parts: list[Part], processes: int, log: Log) -> Generator[EncodedPart]:
-    """Yields `encode_part` of each part in order, computed by several processes. `log` takes the progress."""
+    """Yields the result of `encode_part` for each part in order, computed by several processes. `log` receives the progress."""
     encode = functools.partial(encode_part, folder, fingerprint)
     processes = max(1, min(processes, len(parts)))
     total = sum(int(documents.lengths.sum()) for _, documents in parts) / 1e6
@@ -292,7 +293,7 @@ def _encode_parts(folder: Path, fingerprint: str, parts: list[Part], processes: 
 
 
 def _start_worker() -> None:
-    """Makes a worker process end with its parent, even if that is killed, and leaves Ctrl-C to the parent."""
+    """Makes a worker process end with its parent, even if the parent is killed, and leaves Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
 
@@ -304,7 +305,7 @@ def _exit_after(parent: Any) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _load_once(folder: Path, fingerprint: str) -> Tokenizer:
-    """Loads a tokenizer once in each process. The fingerprint makes the cache notice that a folder has another tokenizer now."""
+    """Loads a tokenizer once in each process, and again if the tokenizer in the folder has another fingerprint."""
     return load_tokenizer(folder)
 
 

@@ -1,8 +1,8 @@
 """Sources of text: files, tensorflow-datasets, or the documentation that is installed on this machine.
 
 A source yields documents. A document is one text: the text field of a JSON object or of an example, a docstring, or a piece of a
-plain text file. The pieces of a plain text file, joined again, are the file. Text is not normalized here, and none is left out.
-A token store records the `identity` of its source, and so notices later that the text has changed.
+plain text file. Joining the pieces of a plain text file gives the file again. Text is not normalized here, and none is left out.
+A token store records the `identity` of its source, so that a later change of the text is detected.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gpt_jax.errors import UserError, described, nearest
 from gpt_jax.runtime.rundir import sha256
 
 MAX_DOCUMENT_BYTES = 32 * 1024
-"""Maximum size of a document cut from plain text. A whole book as one document would lie in one split and occupy one process.
-Pieces of this size divide evenly, and each still holds more than ten of the paper's windows of 512 tokens."""
+"""Maximum size of a document cut from plain text. If a book were one document, it would be in a single split and occupy a single
+process. Pieces of this size can be divided evenly, and each still contains more than ten of the paper's windows of 512 tokens."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class TextSource(Protocol):
-    """Text that can be read more than once."""
+    """A source of text that can be read more than once."""
 
     def identity(self) -> dict[str, Any]:
         """Returns JSON values (names, versions, sizes, checksums) that are different for any other text."""
@@ -44,7 +44,7 @@ def open_source(config: DataConfig) -> TextSource:
     """Returns the source that `config.source` names.
 
     Raises:
-      UserError: the name is empty or unknown, does not exist, or holds no file.
+      UserError: the name is empty or unknown, or there is no such file, or no file in the folder.
     """
     if not config.source:
         raise UserError("--data.source: name a file, a folder, a glob, tfds:NAME, or builtin:docs (installed documentation)")
@@ -86,7 +86,7 @@ class FileSource:
             raise UserError(f"--data.source: {_describe_missing(path)}")
         self._paths = sorted(p for p in paths if not p.is_dir())
         if not self._paths:
-            raise UserError(f"--data.source: '{source}' holds no file to read")
+            raise UserError(f"--data.source: '{source}' contains no files to read")
 
     def identity(self) -> dict[str, Any]:
         """Returns the number of files, their bytes as stored, and a checksum of their names, sizes and checksums."""
@@ -100,7 +100,7 @@ class FileSource:
         """Yields the documents of all files, in the order of their paths.
 
         Raises:
-          UserError: a file cannot be read as its name says. The message names the file and, where there is one, the line.
+          UserError: a file is not in the format that its name implies. The message names the file and, if possible, the line.
         """
         for path in self._paths:
             is_json = path.name.removesuffix(".gz").endswith(".jsonl")
@@ -114,7 +114,7 @@ class FileSource:
 
 
 def _describe_missing(path: Path) -> str:
-    """Returns a message that a path does not exist, with what the nearest existing folder holds instead."""
+    """Returns a message that a path does not exist, with names from the nearest folder that does exist."""
     folder = next(parent for parent in path.parents if parent.is_dir())
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
     hint = nearest(path.relative_to(folder).parts[0], names)
@@ -125,7 +125,7 @@ BinaryFile = gzip.GzipFile | io.BufferedReader
 
 
 def text_documents(file: BinaryFile, path: Path) -> Iterator[str]:
-    """Cuts plain text into documents of at most MAX_DOCUMENT_BYTES. Joined, they are the text without its byte-order mark.
+    """Cuts plain text into documents of at most MAX_DOCUMENT_BYTES. Joined, they give the text without its byte-order mark.
 
     Raises:
       UserError: there are NUL bytes, or bytes that are not UTF-8. The message names the line.
@@ -142,15 +142,17 @@ def text_documents(file: BinaryFile, path: Path) -> Iterator[str]:
 
 
 def _cut_position(text: bytes) -> int:
-    """Returns where to cut a text that is too long: after the last blank line if that is in its second half, else after the last
-    line, else after the last space, else before the last character unless that has one byte.
+    """Returns the position at which to cut a text that is too long.
+
+    The position is after the last blank line if that is in the second half of the text, else after the last line, else after the
+    last space. If there is none of these, the position is chosen so that no character is cut in two.
     """
     for separator, start in ((b"\n\n", len(text) // 2), (b"\n", 0), (b" ", 0)):
         position = text.rfind(separator, start)
         if position >= 0:
             return position + len(separator)
     end = len(text)
-    # A character has at most three continuation bytes (10xxxxxx). UTF-8 text with more is refused when it is decoded.
+    # A character has at most three continuation bytes (10xxxxxx). If there are more, decoding the text raises an error.
     while end > len(text) - 3 and text[end - 1] & 0xC0 == 0x80:
         end -= 1
     return end - 1 if text[end - 1] >= 0xC0 else end
@@ -191,7 +193,7 @@ def json_documents(file: BinaryFile, path: Path, text_field: str) -> Iterator[st
 
 
 class TfdsSource:
-    """The training split of a data set in tensorflow-datasets ("wikipedia/20230601.en"), which is downloaded first if necessary.
+    """The training split of a data set in tensorflow-datasets ("wikipedia/20230601.en"). It is downloaded if necessary.
 
     Raises:
       UserError: tensorflow-datasets is not installed, or does not have this data set or this text field.

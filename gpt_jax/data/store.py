@@ -1,21 +1,22 @@
-"""The token store: a corpus as token ids on disk, from which windows of any length are read.
+"""The token store: the token ids of a corpus on disk, from which windows of any length can be read.
 
-Format version 1 is frozen. A change needs a new version number, and stores of old versions must keep loading. A store is a folder
-with these files:
+Format version 1 is frozen. Any change needs a new version number, and stores of old versions must remain readable. A store is a
+folder with these files:
 
 - `index.json`: {"format": FORMAT, "version": 1, "dtype": "uint16" or "uint32", "tokenizer": {"kind", "fingerprint",
   "vocab_size", "separator"}, "recipe": {"fields", "source"}, "dropped": {"duplicates", "empty"}, "splits": {"train": SPLIT,
-  "validation": SPLIT}, "digest"}. The separator is the tokenizer's `eos_id`. The recipe holds the config fields and the
+  "validation": SPLIT}, "digest"}. The separator is the tokenizer's `eos_id`. The recipe consists of the config fields and the
   identity of the text that the store was made from (`prepare`). A SPLIT is {"tokens", "documents", "text_bytes", "shards":
   [SHARD, ...]}, where text_bytes counts the original text in UTF-8. A SHARD is {"file", "size", "sha256", "tokens",
   "documents", "offsets": {"file", "size", "sha256"}}. Sizes are in bytes, and SHA-256 is hexadecimal. The digest is
   `index_digest` of everything else.
 - `train-00000.bin`, `validation-00000.bin`, ...: token ids and nothing else, little-endian, uint16 if the vocabulary has at most
-  65,536 entries and uint32 otherwise. The shards of a split follow each other. Each document is followed by the separator.
+  65,536 entries and uint32 otherwise. The tokens of a split are those of its shards in order. Each document is followed by
+  the separator.
 - `train-00000.offsets`, ...: the position in the shard of each document's first token, as little-endian uint64.
-- `tokenizer/`: the tokenizer, as `load_tokenizer` reads it.
+- `tokenizer/`: the tokenizer, which `load_tokenizer` can read.
 
-Documents are in the order of the SHA-256 of their text, so any run of consecutive documents is an even sample.
+Documents are in the order of the SHA-256 of their text, so any sequence of consecutive documents is an even sample.
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ PARTIAL = "partial"
 """Subfolder of an unfinished store, in which `prepare` keeps its state."""
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 OFFSET_DTYPE = np.dtype("<u8")
-REMEDY = "restore it or prepare the store anew"
+REMEDY = "restore it or prepare the store again"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Returns the smallest dtype of a store's tokens that holds every id."""
+    """Returns the smallest dtype of a store's tokens that can represent every id."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -64,7 +65,7 @@ class Store:
     Attributes:
       folder: the store's folder.
       index: the contents of index.json without the digest.
-      digest: hexadecimal SHA-256 of the index. Stores with equal digests hold equal tokens and were prepared alike.
+      digest: hexadecimal SHA-256 of the index. Stores with equal digests have equal tokens and were prepared in the same way.
     """
 
     folder: Path
@@ -73,10 +74,10 @@ class Store:
 
     @classmethod
     def open(cls, folder: Path, verify: bool = True) -> Store:
-        """Opens a store after checking the size of every file and, with `verify`, every checksum (about 1.5 GB/s a core).
+        """Opens a store after checking the size of every file and, with `verify`, every checksum (about 1.5 GB/s per core).
 
         Raises:
-          UserError: the folder holds no finished store, its format version is unknown, or a file is missing, truncated or
+          UserError: there is no finished store in the folder, its format version is unknown, or a file is missing, truncated or
             altered.
         """
         path = folder / INDEX
@@ -171,26 +172,26 @@ class TokenArray:
     """
 
     def __init__(self, files: Sequence[Path], dtype: np.dtype, text_bytes: int):
-        # As plain arrays, because slicing NumPy's memmap class takes several times as long.
+        # These are plain arrays because slicing NumPy's memmap class takes several times as long.
         self._shards = [np.memmap(file, dtype, mode="r").view(np.ndarray) for file in files]
         self._edges = list(itertools.accumulate(map(len, self._shards), initial=0))
         self.num_tokens = self._edges[-1]
         self.text_bytes = text_bytes
 
     def read(self, starts: Int64[np.ndarray, " rows"], length: int) -> Int32[np.ndarray, "rows length"]:
-        """Returns tokens [starts[i], starts[i] + length) as row i, wherever shards end.
+        """Returns an array whose row i is tokens [starts[i], starts[i] + length). A row may span several shards.
 
         Raises:
-          IndexError: a row reaches outside the split.
+          IndexError: a row extends beyond the split.
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
             span = f"[{starts.min()}, {starts.max() + length})"
-            raise IndexError(f"rows of {length} tokens span {span}, which lies outside the split's {self.num_tokens} tokens")
+            raise IndexError(f"rows of {length} tokens span {span}, which exceeds the split's {self.num_tokens} tokens")
         tokens = np.empty((starts.size, length), np.int32)
         for row, start in zip(tokens, starts.tolist(), strict=True):
             shard = bisect.bisect_right(self._edges, start) - 1
             filled = 0
-            while filled < length:  # Each round reads from one shard.
+            while filled < length:  # Each iteration reads from one shard.
                 place = start + filled - self._edges[shard]
                 piece = self._shards[shard][place : place + length - filled]
                 row[filled : filled + piece.size] = piece

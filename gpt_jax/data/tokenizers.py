@@ -28,12 +28,12 @@ MANIFEST = "tokenizer.json"
 
 
 class Tokenizer(abc.ABC):
-    """Base class of the tokenizers. A tokenizer is made from nothing but the contents of its files, which also identify it.
+    """Base class of the tokenizers. A tokenizer depends only on the contents of its files, which also identify it.
 
     Attributes:
       kind: "sentencepiece", "gpt1" or "bytes".
       files: the names of the files in a tokenizer's folder.
-      libraries: distributions whose versions are recorded beside the files.
+      libraries: distributions whose versions are recorded with the files.
       contents: the contents of the files.
       vocab_size: the number of ids, without padding.
       eos_id: the id that ends a document. `encode` does not add it.
@@ -59,7 +59,7 @@ class Tokenizer(abc.ABC):
         """Returns the text of ids. Bytes that are not UTF-8 become U+FFFD."""
 
     def save(self, folder: Path) -> None:
-        """Writes the files and tokenizer.json into `folder`, which is made if necessary."""
+        """Writes the files and tokenizer.json into `folder`, which is created if necessary."""
         versions = {}
         for library in self.libraries:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -85,7 +85,7 @@ def create_tokenizer(
 
     Raises:
       UserError: a file is missing or damaged, an optional dependency is missing, the vocabulary does not have `vocab_size`
-        entries, or there is too little text to train that many.
+        entries, or there is too little text to train a vocabulary of that size.
     """
     if config.kind == "bytes":
         tokenizer: Tokenizer = Bytes()
@@ -140,7 +140,7 @@ def _fingerprint(kind: str, contents: Sequence[bytes]) -> str:
 
 
 class Bytes(Tokenizer):
-    """A tokenizer whose ids are the UTF-8 bytes of the text, and 256 for the end of a document, which decodes to nothing."""
+    """A tokenizer whose ids are the UTF-8 bytes of the text. Id 256 ends a document and decodes to nothing."""
 
     kind = "bytes"
     vocab_size = 257
@@ -156,8 +156,8 @@ class Bytes(Tokenizer):
 # -- the released encoder ---------------------------------------------------------------------------------------------------
 
 PUNCTUATION = re.compile(r'([-~!";?+,)(/*\[\]}{|_])\1*')
-"""Runs of a character that are surrounded by spaces before spaCy splits the text. The backslash is not among the characters,
-because in the released pattern it only escapes the next one."""
+"""Runs of one character that are surrounded with spaces before spaCy splits the text. The backslash is not one of the characters,
+because it only escapes the next character in the released pattern."""
 PLAIN = str.maketrans({"\u2014": "-", "\u2013": "-", "\u2015": "-", "\u2026": "...", "\u00b4": "'"})
 """Replacements for dashes, the ellipsis and the acute accent, as in the released code."""
 NEWLINE = "\n</w>"
@@ -191,7 +191,7 @@ class GPT1(Tokenizer):
             self.entries = sorted(self.ids, key=self.ids.__getitem__)
             valid = NEWLINE in self.ids and sorted(self.ids.values()) == list(range(len(self.ids)))
         if not valid:
-            raise UserError(f"{self.files[0]}: must map entries, among them a newline followed by </w>, to the ids from 0 on")
+            raise UserError(f"{self.files[0]}: must map entries, including a newline followed by </w>, to the ids 0, 1, 2, ...")
         self.vocab_size = len(self.entries)
         self.eos_id = self.ids[NEWLINE]
         pairs = [tuple(line.split(" ")) for line in merges.decode("utf-8", "replace").rstrip("\n").split("\n")[1:]]
@@ -235,15 +235,15 @@ class GPT1(Tokenizer):
         def words(text: str) -> list[str]:
             text = PUNCTUATION.sub(r" \g<0> ", ftfy.fix_text(text).translate(PLAIN))
             text = re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", " \n ", text)).strip()
-            # The whole text at once, because spaCy's exceptions span spaces; in a memory zone, because spaCy would otherwise
-            # keep every word of the corpus in memory.
+            # The text is split as one string because spaCy's exceptions span spaces, and in a memory zone because spaCy would
+            # otherwise keep every word of the corpus in memory.
             with english.memory_zone():
                 return [word.text.lower() for word in english.tokenizer(text)]
 
         return words
 
     def _merge(self, word: str) -> tuple[int, ...]:
-        """Returns the ids of a word, in which the adjacent pair of the lowest rank is merged until no pair has a rank."""
+        """Returns the ids of a word after merging the adjacent pair with the lowest rank until no pair has a rank."""
         if word.isspace():  # For a newline, spaCy returns "\n ".
             return (self.eos_id,)
         symbols = [*word[:-1], word[-1] + "</w>"]
@@ -262,13 +262,13 @@ class GPT1(Tokenizer):
 # -- SentencePiece ----------------------------------------------------------------------------------------------------------
 
 SPECIAL_IDS: dict[str, Any] = {"unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1}
-"""The ids of the special pieces; -1: there is no such piece."""
+"""The ids of the special pieces; -1 means that the model does not have the piece."""
 SPACE = "\u2581"
 """The character that stands for a space in SentencePiece's pieces."""
 
 
 class SentencePiece(Tokenizer):
-    """A SentencePiece model with byte fallback, which `train` makes. The end of a document decodes to nothing.
+    """A SentencePiece model with byte fallback, made by `train`. The end of a document decodes to nothing.
 
     Args:
       model: the serialized model.
@@ -297,7 +297,7 @@ class SentencePiece(Tokenizer):
         import sentencepiece
 
         model = io.BytesIO()
-        # In a list, because SentencePiece wraps an error that its iterator raises in one of its own.
+        # The lines are in a list because SentencePiece would wrap an error that an iterator raises in one of its own.
         lines = [line for document in documents for line in document.encode("utf-8", "replace").split(b"\n")]
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -306,11 +306,11 @@ class SentencePiece(Tokenizer):
                 model_type="bpe",
                 vocab_size=vocab_size,
                 normalization_rule_name=normalization,
-                # The rarest characters, together one in 10,000 of the text, are encoded as bytes and take no entries.
+                # The rarest characters, together one in 10,000 of the text, are encoded as bytes and have no entries.
                 byte_fallback=True,
                 character_coverage=0.9999,
-                # Spaces are kept and runs of them may be one piece, because indentation has a meaning in documentation. No space
-                # is put before a text, so that the parts of an encoded text decode to the parts of the text.
+                # Spaces are kept, and a run of spaces can be one piece, because indentation is meaningful in documentation. No
+                # space is added before a text, so that the parts of an encoded text decode to the parts of the text.
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 add_dummy_prefix=False,
@@ -318,7 +318,7 @@ class SentencePiece(Tokenizer):
                 user_defined_symbols=["\n"],
                 **SPECIAL_IDS,
                 max_sentence_length=2**30,
-                # Any number gives the same pieces, but it is written into the model.
+                # The number of threads does not change the pieces, but it is written into the model.
                 num_threads=16,
                 minloglevel=2,
             )
@@ -338,7 +338,7 @@ class SentencePiece(Tokenizer):
 
 
 def _training_problem(message: str, vocab_size: int) -> str:
-    """Translates an error of SentencePiece's trainer into what is wrong and what to change."""
+    """Translates an error message of SentencePiece's trainer into a message that says what to change."""
     if match := re.search(r"set it to a value <= (\d+)", message):
         return f"the text has too few words for {vocab_size} entries; give at most {match[1]}, or add text"
     if match := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):

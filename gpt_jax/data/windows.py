@@ -1,17 +1,17 @@
 """The tokens of each training step, as a pure function of (tokens, seed, step) on any number of hosts.
 
-Training examples are numbered g = step * batch_size + row, without end. With `total` tokens, a context of T tokens and N
-windows in an epoch, example g is at position g % N of epoch g // N. Each epoch has its own permutation of [0, N), which maps
-the position to a window. Window w is the T + 1 tokens from offset + w * T. Each epoch also draws a new offset, so that windows
-are not always cut at the same tokens. An epoch has one window fewer than would fit, which leaves room for offsets that reach
-every token:
+Training examples are numbered g = step * batch_size + row, without an upper limit. With `total` tokens, a context of T tokens and
+N windows in an epoch, example g is at position g % N of epoch g // N. Each epoch has its own permutation of [0, N), which maps
+the position to a window. Window w consists of the T + 1 tokens from offset + w * T on. Each epoch also has its own offset, so
+that the text is not always cut at the same tokens. An epoch has one window fewer than would fit, which leaves room for offsets
+that reach every token:
 
     N = max(total // T - 1, 1)    offset in [0, total - N * T)
 
 Permutation version 1 is defined below, in 64-bit words with arithmetic modulo 2^64. It is frozen, because a resumed run must read
 the tokens that it would have read without the interruption. Any other definition needs a new version number.
 
-    mix64(x)                  SplitMix64's finalizer, a bijection of 64-bit words where every input bit reaches every output bit
+    mix64(x)                  SplitMix64's finalizer, a bijection of 64-bit words in which each input bit affects each output bit
     key(seed, epoch, j)       h(h(h(0, seed), epoch), j) with h(k, x) = mix64(k + x + 0x9E3779B97F4A7C15)
     a, b                      a: the least even number with a * a >= N; b = ceil(N / a)
     position = right * a + left   with left in [0, a), right in [0, b); then for j = 0, 2, ..., 10
@@ -22,8 +22,8 @@ the tokens that it would have read without the interruption. Any other definitio
 
 This is an unbalanced Feistel network with cycle walking (Black and Rogaway, 2002). Fewer than 2a of its a * b values are N or
 more, so walks are rare. `a` is even because every round is an even permutation when a and b are both odd, and half of all
-orders would then never occur. There are twelve rounds: over two million windows, the differences between successive windows
-show a pattern for N up to about 20 with ten rounds, and only up to about 10 with twelve.
+orders would then never occur. There are twelve rounds because, over two million windows, the differences between successive
+windows show a pattern for N up to about 20 with ten rounds, but only up to about 10 with twelve.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ PERMUTATION_VERSION = 1
 ROUNDS = 12
 
 NumpyBatch = dict[str, np.ndarray]
-"""A batch of n windows of T tokens, with the shapes and dtypes that `element_spec` returns. The arrays must not be written to,
-because they may share memory.
+"""A batch of n windows of T tokens, with the shapes and dtypes that `element_spec` returns. Do not write to the arrays, because
+they may share memory.
 
     tokens        int32 [n, T]
     targets       int32 [n, T]    the token after each of `tokens`
@@ -52,12 +52,12 @@ because they may share memory.
 INT32, FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 Rows = Integer[np.ndarray, " n"]
-"""Rows of a global batch, numbers in [0, batch_size)."""
+"""Row numbers in a global batch, in [0, batch_size)."""
 Numbers = Int64[np.ndarray, " n"]
-"""A number for each of these rows."""
+"""One number for each of these rows."""
 
 ElementSpec = dict[str, tuple[tuple[int | None, ...], np.dtype]]
-"""The shape and dtype of each array of a batch, by key. None stands for an axis whose length differs between batches."""
+"""The shape and dtype of each array of a batch, by key. None marks an axis whose length differs between batches."""
 
 
 class TokenSequence(Protocol):
@@ -66,14 +66,14 @@ class TokenSequence(Protocol):
     num_tokens: int
 
     def read(self, starts: Int64[np.ndarray, " n"], length: int) -> Int32[np.ndarray, "n length"]:
-        """Returns the `length` tokens from each of `starts` on, all of which lie within the sequence."""
+        """Returns `length` tokens from each of `starts` on. All of them must be within the sequence."""
 
 
 # -- the permutation --------------------------------------------------------------------------------------------------------
 
 
 def _uint64(value: int) -> UInt64[np.ndarray, ""]:
-    """Returns a 64-bit word as an array of no dimensions, with which NumPy computes twice as fast as with Python's integers."""
+    """Returns a 64-bit word as a zero-dimensional array, which makes NumPy twice as fast as a Python integer would."""
     return np.array(value, np.uint64)
 
 
@@ -124,10 +124,10 @@ def permute(position: UInt64[np.ndarray, " n"], size: int, keys: UInt64[np.ndarr
 
 
 class _WindowReader:
-    """Base class of the classes below, which reads windows of T + 1 tokens as batches.
+    """Base class of the classes below. It reads windows of T + 1 tokens as batches.
 
     Raises:
-      UserError: there are fewer tokens than one window has; the message names `text` and `remedy`.
+      UserError: there are fewer tokens than in one window; the message contains `text` and `remedy`.
     """
 
     def __init__(self, tokens: TokenSequence, context_length: int, batch_size: int, text: str, remedy: str) -> None:
@@ -202,8 +202,8 @@ class Windows(_WindowReader):
 class EvaluationWindows(_WindowReader):
     """Batches of consecutive windows from the start of a held-out split. Every target counts exactly once.
 
-    The last window begins early enough to fit into the split; its targets that the window before it has already scored get loss
-    weight 0. The last batch is filled up with rows of loss weight 0.
+    The last window begins early enough to fit into the split. Targets that the previous window has already scored get loss weight
+    0. The last batch is filled up with rows of loss weight 0.
 
     Args:
       tokens: the split.

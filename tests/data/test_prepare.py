@@ -405,10 +405,10 @@ def test_a_full_disk_is_one_line_and_the_next_call_continues(shared_source, whol
 @pytest.mark.parametrize(
     ("texts", "fields", "message"),
     [
-        (["one"], {}, "distinct documents: 1; at least 2 are needed, one of them for validation"),
-        (["one", "one", "one"], {}, "distinct documents: 1; at least 2"),
-        (["", "  "], {"validation_share": 0.0}, "distinct documents: 0; at least 1"),
-        (["one", "two"], {"max_bytes": 4}, "distinct documents within --data.max-bytes 4: 1; at least 2"),
+        (["one"], {}, r"too few distinct documents \(1\); at least 2 are needed, one of them for validation"),
+        (["one", "one", "one"], {}, r"too few distinct documents \(1\); at least 2"),
+        (["", "  "], {"validation_share": 0.0}, r"too few distinct documents \(0\); at least 1"),
+        (["one", "two"], {"max_bytes": 4}, r"too few distinct documents within --data.max-bytes 4 \(1\); at least 2"),
     ],
 )
 def test_too_few_documents_are_refused(tmp_path, texts, fields, message):

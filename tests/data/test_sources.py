@@ -157,8 +157,8 @@ def test_a_missing_path_comes_with_the_nearest_names(tmp_path):
     [
         ("", "--data.source: name a file, a folder, a glob, tfds:NAME, or builtin:docs"),
         ("builtin:novels", "there is no built-in text 'novels'; write builtin:docs"),
-        ("{tmp}", "holds no file to read"),
-        ("{tmp}/*.txt", r"\*.txt' holds no file to read"),
+        ("{tmp}", "contains no files to read"),
+        ("{tmp}/*.txt", r"\*.txt' contains no files to read"),
     ],
 )
 def test_a_source_without_text_is_refused(tmp_path, source, message):
