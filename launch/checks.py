@@ -159,10 +159,10 @@ def check_paths(job: Job, config: RunConfig, roots: tuple[str, ...]) -> None:
         visible = job.config.startswith(roots)
         require(visible, "config", f"'{job.config}' is on this machine, where workers cannot read it; move it into configs/")
         _check_mount("config", job.config, roots)
-    given = {word.partition("=")[2] if word.startswith("--") else word for word in job.command()}
+    arguments = {word.partition("=")[2] if word.startswith("--") else word for word in job.command()}
     for field, path in _paths(job, config):
         _check_mount(field, path, roots)
-        require(path in given, field, f"'{path}' is only in the config; repeat it on the command line, so that it is mounted")
+        require(path in arguments, field, f"'{path}' is only in the config; repeat it on the command line, so that it is mounted")
 
 
 def _paths(job: Job, config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -94,7 +94,7 @@ def require_tool(name: str, install: str) -> None:
     """Checks that a command of another product is installed on this machine.
 
     Raises:
-      UserError: it is not; `install` says how to get it.
+      UserError: it is missing; `install` is the advice on how to get it.
     """
     if shutil.which(name) is None:
         raise UserError(f"{name} is not installed on this machine: {install}; --dry-run prints the job without it")

@@ -199,7 +199,7 @@ def jobset_action(document, code, disrupted=False):
         (127, False, "FailJobSet"),  # The image lacks the command.
     ],
 )
-def test_preemptions_restart_and_other_codes_fail_fast(code, disrupted, expected):
+def test_preemptions_restart_the_jobset_and_other_exit_codes_fail_it(code, disrupted, expected):
     assert jobset_action(manifest(preemptions=7), code, disrupted) == expected
 
 

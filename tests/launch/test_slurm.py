@@ -158,7 +158,7 @@ def test_processes_get_the_cpus_of_the_job(play):
         (2, 0, 0, False, "giving up: exit 2 is a mistake in the command or its input"),
     ],
 )
-def test_the_exit_code_and_the_budgets_decide_about_a_restart(play, code, restarts, crashes, requeued, message):
+def test_the_exit_code_and_the_budgets_decide_whether_the_job_is_requeued(play, code, restarts, crashes, requeued, message):
     job = make("runs/a", preemptions=4, crashes=2)
     counter = play.folder / "runs" / "a" / "logs" / "crashes-12345"
     counter.parent.mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_the_exit_code_and_the_budgets_decide_about_a_restart(play, code, restar
         assert counter.read_text() == f"{crashes + 1}\n"
 
 
-def test_the_largest_of_several_exit_codes_counts(play):
+def test_the_largest_exit_code_of_the_processes_counts(play):
     # A process that lost a preempted one ends with 1.
     assert "preempted" in play.run(make("runs/a"), '[ "$JAX_PROCESS_ID" = 0 ] && exit 42; exit 1')[1]
 

@@ -246,7 +246,7 @@ INSTALLING = "installing on 1 worker; the first time this takes minutes"
         (Observation("ACTIVE", "ended", (0, 0)), ActionKind.END, Outcome.DONE),
     ],
 )
-def test_the_observation_decides_about_the_action(seen, kind, outcome):
+def test_each_observation_leads_to_its_action(seen, kind, outcome):
     assert decide(seen, Timing())[:2] == (kind, outcome)
 
 
@@ -289,7 +289,7 @@ def test_the_statuses_of_all_workers_are_combined(first, second, expected):
 # -- the watch --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_resource_is_waited_for_and_the_training_watched(cloud):
+def test_the_watch_waits_for_the_resource_and_follows_the_training(cloud):
     cloud.script({"states": ["WAITING_FOR_RESOURCES"] * 3 + ["PROVISIONING"]}, hosts=2)
     assert cloud.submit() == 0
     assert cloud.lines == [
@@ -307,7 +307,7 @@ def test_a_resource_is_waited_for_and_the_training_watched(cloud):
     assert cloud.resource() is not None
 
 
-def test_quota_is_a_mistake(cloud):
+def test_a_refusal_for_lack_of_quota_is_a_mistake(cloud):
     cloud.script(create_errors=[QUOTA] * 9)
     with pytest.raises(UserError) as error:
         cloud.submit()
@@ -316,7 +316,7 @@ def test_quota_is_a_mistake(cloud):
     assert cloud.count("create") == 1
 
 
-def test_a_request_that_fails_for_quota_is_a_mistake_and_its_name_is_freed(cloud):
+def test_a_request_that_fails_for_lack_of_quota_is_a_mistake_and_is_deleted(cloud):
     cloud.script({"states": ["WAITING_FOR_RESOURCES"], "then": "FAILED", "message": QUOTA})
     with pytest.raises(UserError, match=r"^the project has no quota for this: RESOURCE_EXHAUSTED: Quota limit"):
         cloud.submit()
@@ -325,21 +325,21 @@ def test_a_request_that_fails_for_quota_is_a_mistake_and_its_name_is_freed(cloud
 
 
 @pytest.mark.slow
-def test_gclouds_bad_moments_pass(cloud):
+def test_temporary_errors_of_gcloud_are_retried(cloud):
     cloud.script(create_errors=["UNAVAILABLE: try again"], describe_errors={"2": "UNAVAILABLE: try again"})
     assert cloud.submit() == 0
     assert "ERROR: (gcloud.compute.tpus.queued-resources.create) UNAVAILABLE: try again; trying again" in cloud.lines
     assert "tiny is UNKNOWN: ERROR: (gcloud.compute.tpus.queued-resources.describe) UNAVAILABLE: try again" in cloud.lines
 
 
-def test_what_gcloud_refuses_at_first_is_a_mistake(cloud):
+def test_a_first_command_that_gcloud_refuses_is_a_mistake(cloud):
     cloud.script(describe_errors={"1": "PERMISSION_DENIED: on project p"})
     with pytest.raises(UserError, match=r"PERMISSION_DENIED: on project p$"):
         cloud.submit()
     assert cloud.count("create") == 0
 
 
-def test_preempted_while_it_is_provisioned(cloud):
+def test_a_preemption_during_provisioning(cloud):
     cloud.script({"states": ["PROVISIONING", "SUSPENDING"], "then": "SUSPENDED"}, {})
     assert cloud.submit() == 0
     assert cloud.lines[1:7] == [
@@ -353,7 +353,7 @@ def test_preempted_while_it_is_provisioned(cloud):
     assert "done (preemptions: 1, crashes: 0)" in cloud.lines
 
 
-def test_preempted_twice_while_it_trains(cloud):
+def test_two_preemptions_during_training(cloud):
     cloud.script({"preempt": 3}, {"preempt": 5}, {}, plan=["3:wait", "5:wait", "7:0"])
     assert cloud.submit() == 0
     assert [line for line in cloud.lines if line.startswith(("preempted", "done", "tiny is S"))] == [
@@ -370,14 +370,14 @@ def test_preempted_twice_while_it_trains(cloud):
 
 
 @pytest.mark.slow
-def test_a_machine_that_is_gone_is_a_preemption_whatever_the_resource_says(cloud):
+def test_a_lost_machine_is_a_preemption_although_the_resource_is_active(cloud):
     cloud.script({"lose": 1}, {})
     assert cloud.submit() == 0
     assert "preempted (node tiny is gone): preemption restart 1 of 100 in 0 s" in cloud.lines
 
 
 @pytest.mark.slow
-def test_told_to_stop_on_machines_that_stay_it_starts_there_again(cloud):
+def test_a_preempted_training_restarts_on_machines_that_stay(cloud):
     cloud.script(hosts=2, plan=["2:42", "7:0"])
     assert cloud.submit() == 0
     assert "preempted (exit 42) at step 2: preemption restart 1 of 100 in 0 s" in cloud.lines
@@ -385,7 +385,7 @@ def test_told_to_stop_on_machines_that_stay_it_starts_there_again(cloud):
     assert (cloud.attempts(0), cloud.attempts(1)) == (2, 2)
 
 
-def test_a_crash_that_repeats_at_one_step_is_given_up(cloud):
+def test_the_watch_gives_up_when_a_crash_repeats_at_one_step(cloud):
     cloud.script(hosts=2, plan=["3:0"], others=["0:7"])
     assert cloud.submit() == 1
     crashes = [line for line in cloud.lines if "worker 1" in line or "crash" in line]
@@ -400,7 +400,7 @@ def test_a_crash_that_repeats_at_one_step_is_given_up(cloud):
 
 
 @pytest.mark.slow
-def test_crashes_have_a_budget_of_their_own(cloud):
+def test_crashes_have_a_separate_budget(cloud):
     cloud.change(crashes=1)
     cloud.script(plan=["1:1", "2:42", "3:1", "7:0"])
     assert cloud.submit(delete_on_exit=True) == 1
@@ -409,7 +409,7 @@ def test_crashes_have_a_budget_of_their_own(cloud):
     assert cloud.resource() is None
 
 
-def test_a_mistake_of_the_trainings_is_not_tried_again(cloud):
+def test_a_mistake_in_the_training_is_not_retried(cloud):
     cloud.script(plan=["0:2"])
     with pytest.raises(UserError) as error:
         cloud.submit()
@@ -433,7 +433,7 @@ def test_a_worker_whose_ssh_hangs_is_replaced(cloud):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_silent_for_a_moment_is_forgiven(cloud):
+def test_a_short_silence_of_a_worker_has_no_effect(cloud):
     cloud.script({"hang": 1, "hangs": 1}, hosts=2)
     assert cloud.submit(QUICK._replace(answer=6.0, patience=60.0)) == 0
     assert "tiny worker 1 did not answer" in cloud.lines
@@ -441,7 +441,7 @@ def test_a_worker_that_is_silent_for_a_moment_is_forgiven(cloud):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_interrupted_it_leaves_the_training_and_attaches_to_it_again(cloud, number):
+def test_an_interrupted_watch_leaves_the_training_and_attaches_to_it_again(cloud, number):
     cloud.script(plan=["3:wait"])
     cloud.interrupt_at(3, number)
     assert cloud.submit() == 42
@@ -458,7 +458,7 @@ def test_interrupted_it_leaves_the_training_and_attaches_to_it_again(cloud, numb
     assert cloud.attempts() == 1
 
 
-def test_interrupted_it_stops_the_training_and_deletes_if_asked_to(cloud):
+def test_an_interrupted_watch_stops_the_training_and_deletes_the_resource_if_asked_to(cloud):
     cloud.script(plan=["3:wait"])
     cloud.interrupt_at(3)
     assert cloud.submit(delete_on_exit=True) == 42
@@ -467,7 +467,7 @@ def test_interrupted_it_stops_the_training_and_deletes_if_asked_to(cloud):
 
 
 @pytest.mark.slow
-def test_what_an_earlier_call_left_is_not_counted(cloud):
+def test_failures_before_this_call_are_not_counted(cloud):
     cloud.change(crashes=0)
     cloud.script(plan=["3:1", "7:0"])
     assert cloud.submit() == 1
@@ -479,7 +479,7 @@ def test_what_an_earlier_call_left_is_not_counted(cloud):
 
 
 @pytest.mark.slow
-def test_another_commands_training_is_left_alone(cloud):
+def test_the_training_of_another_command_is_left_alone(cloud):
     cloud.script(plan=["3:wait"])
     cloud.interrupt_at(3)
     assert cloud.submit() == 42
@@ -491,7 +491,7 @@ def test_another_commands_training_is_left_alone(cloud):
 
 @pytest.mark.parametrize("made_for", [{"accelerator": "v5e-16"}, {"spot": True}, {"workdir": "gs://somebody/run"}])
 @pytest.mark.parametrize("state", ["ACTIVE", pytest.param("SUSPENDED", marks=pytest.mark.slow)])
-def test_what_another_has_made_is_left_alone(cloud, made_for, state):
+def test_a_resource_made_for_another_run_is_left_alone(cloud, made_for, state):
     cloud.script({"then": state})
     fields = {name: parse_accelerator(value) if name == "accelerator" else value for name, value in made_for.items()}
     subprocess.run(Gcloud(dataclasses.replace(cloud.job, **fields)).create, check=True)
@@ -502,7 +502,7 @@ def test_what_another_has_made_is_left_alone(cloud, made_for, state):
 
 
 @pytest.mark.slow
-def test_interrupted_before_the_workers_told_whose_it_is_nothing_is_deleted(cloud, monkeypatch):
+def test_nothing_is_deleted_before_the_workers_show_whose_training_they_run(cloud, monkeypatch):
     cloud.script(plan=["3:wait"])
     cloud.interrupt_at(3)
     assert cloud.submit() == 42
@@ -523,7 +523,7 @@ def test_a_second_watch_on_this_machine_is_refused(cloud):
     assert not (cloud.folder / "cloud" / "commands.jsonl").exists()
 
 
-def test_a_request_without_an_answer_is_taken_for_made(cloud):
+def test_a_request_without_an_answer_counts_as_made(cloud):
     cloud.script({"states": ["WAITING_FOR_RESOURCES"] * 99}, create_silent=1)
     cloud.when(lambda: cloud.path and cloud.created() and cloud.count("create") == 1, lambda: os.kill(os.getpid(), signal.SIGINT))
     assert cloud.submit(QUICK._replace(poll=60.0), delete_on_exit=True) == 42
@@ -535,7 +535,7 @@ def test_a_request_without_an_answer_is_taken_for_made(cloud):
 @pytest.mark.parametrize(
     ("first", "states"), [("UNAVAILABLE: later", ["ACTIVE"]), ("", ["DELETING", ""])], ids=["no answer", "still going"]
 )
-def test_a_resource_that_was_never_seen_alive_is_asked_for(cloud, first, states):
+def test_a_resource_that_was_never_seen_alive_is_requested(cloud, first, states):
     cloud.script({"states": states}, {}, describe_errors={"1": first} if first else {})
     if not first:
         subprocess.run(Gcloud(cloud.job).create, check=True)
@@ -544,7 +544,7 @@ def test_a_resource_that_was_never_seen_alive_is_asked_for(cloud, first, states)
 
 
 @pytest.mark.slow
-def test_deleting_is_tried_until_it_is_done(cloud):
+def test_deletion_is_retried_until_it_succeeds(cloud):
     cloud.script({"then": "SUSPENDED"}, {}, delete_errors=["DEADLINE_EXCEEDED: later"] * 2)
     assert cloud.submit() == 0
     assert cloud.count("delete") == 3
@@ -552,7 +552,7 @@ def test_deleting_is_tried_until_it_is_done(cloud):
 
 
 @pytest.mark.slow
-def test_an_end_is_counted_once_although_stopping_does_not_get_through(cloud):
+def test_a_crash_is_counted_once_although_stopping_fails(cloud):
     cloud.script(plan=["3:1", "7:0"], stop_errors={"tiny": 1})
     assert cloud.submit() == 0
     assert cloud.lines[-3] == "done (preemptions: 0, crashes: 1)"
@@ -560,7 +560,7 @@ def test_an_end_is_counted_once_although_stopping_does_not_get_through(cloud):
 
 
 @pytest.mark.slow
-def test_nothing_starts_beside_a_training_that_has_not_heard_it_is_to_stop(cloud):
+def test_no_training_starts_while_another_has_not_been_stopped(cloud):
     cloud.change(slices=2)
     cloud.script(plan=["3:1", "7:0"], others=["9:wait", "7:0"], stop_errors={"tiny-1": 2})
     assert cloud.submit() == 0
@@ -591,7 +591,7 @@ def watch(cloud, monkeypatch):
     return watcher
 
 
-def test_silence_ends_with_the_machines(watch):
+def test_the_silence_of_a_worker_ends_with_its_machine(watch):
     watch.observe("ACTIVE", RUNS, RUNS)
     assert watch.observe("ACTIVE", RUNS, None, after=15).seconds == 0
     assert watch.observe("ACTIVE", RUNS, None, after=200).seconds == 200
@@ -599,20 +599,20 @@ def test_silence_ends_with_the_machines(watch):
     assert watch.observe("ACTIVE", None, None, after=1200).seconds == 0
 
 
-def test_each_worker_is_silent_for_itself(watch):
+def test_the_silence_of_each_worker_is_timed_separately(watch):
     assert watch.observe("ACTIVE", None, RUNS).seconds == 0
     assert watch.observe("ACTIVE", RUNS, None, after=200).seconds == 0
     assert watch.observe("ACTIVE", None, None, after=200).seconds == 200
 
 
-def test_a_worker_that_is_silent_now_and_then_does_not_put_off_the_end(watch):
+def test_a_short_silence_does_not_delay_the_restart(watch):
     watch.observe("ACTIVE", RUNS, RUNS)
     assert watch.observe("ACTIVE", ended(1), RUNS, after=15).workers == "ended"
     assert watch.observe("ACTIVE", ended(1), None, after=30).workers == "silent"
     assert decide(watch.observe("ACTIVE", ended(1), RUNS, after=30), Timing()).kind is ActionKind.RESTART
 
 
-def test_what_never_answered_is_not_taken_away(watch):
+def test_a_resource_whose_workers_never_answered_is_not_deleted(watch):
     watch.observe("ACTIVE", None, None)
     assert decide(watch.observe("ACTIVE", None, None, after=300), Timing())[:2] == (ActionKind.END, Outcome.CRASHED)
     watch.observe("ACTIVE", RUNS, RUNS, after=15)
@@ -621,7 +621,7 @@ def test_what_never_answered_is_not_taken_away(watch):
 
 
 @pytest.mark.parametrize(
-    ("complaint", "refused"),
+    ("error", "refused"),
     [
         ("PERMISSION_DENIED: no", True),
         ("Reauthentication failed. cannot prompt during non-interactive execution.", True),
@@ -629,14 +629,14 @@ def test_what_never_answered_is_not_taken_away(watch):
         ("UNAVAILABLE: later", False),
         ("There was a problem refreshing your current auth tokens: Max retries exceeded. Run: gcloud auth login", False),
         ("gcloud crashed (ConnectionError): ('Connection aborted.')", False),
-        ("something that nobody has heard of", False),
+        ("an unknown error", False),
     ],
 )
-def test_refusals_are_told_from_bad_moments(complaint, refused):
-    assert Result(1, "", f"ERROR: (gcloud.compute.tpus.queued-resources.create) {complaint}").refused is refused
+def test_refusals_are_distinguished_from_temporary_errors(error, refused):
+    assert Result(1, "", f"ERROR: (gcloud.compute.tpus.queued-resources.create) {error}").refused is refused
 
 
-def test_whoever_read_what_it_says_may_be_gone(cloud, monkeypatch):
+def test_the_resource_is_deleted_although_standard_error_is_closed(cloud, monkeypatch):
     class Gone(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
@@ -649,7 +649,7 @@ def test_whoever_read_what_it_says_may_be_gone(cloud, monkeypatch):
 
 
 @pytest.mark.parametrize("hosts", [1, 2])
-def test_a_mended_mistake_is_not_held_against_the_next_call(cloud, hosts):
+def test_a_corrected_mistake_does_not_affect_the_next_call(cloud, hosts):
     cloud.script(plan=["0:2", "7:0"], hosts=hosts)
     with pytest.raises(UserError, match="a restart would repeat this mistake"):
         cloud.submit()
@@ -664,7 +664,7 @@ def test_a_refusal_ends_the_watch(cloud):
 
 
 @pytest.mark.slow
-def test_a_refusal_that_stays_ends_the_watch(cloud):
+def test_a_refusal_that_lasts_ends_the_watch(cloud):
     cloud.script({"states": ["PROVISIONING"] * 99}, describe_errors={str(number): "PERMISSION_DENIED" for number in range(3, 99)})
     with pytest.raises(UserError, match="PERMISSION_DENIED"):
         cloud.submit()
@@ -676,7 +676,7 @@ def test_an_unreadable_answer_leaves_the_state_unknown(cloud, answer):
     assert Gcloud(cloud.job).parse_resource(Result(0, answer, "")) == ("UNKNOWN", "gcloud's answer could not be read")
 
 
-def test_the_key_for_several_workers_is_asked_for_before_anything_is_created(cloud):
+def test_the_ssh_key_for_several_workers_is_checked_before_anything_is_created(cloud):
     cloud.script(hosts=2)
     key = cloud.folder / ".ssh" / "google_compute_engine.pub"
     key.write_text("ssh-rsa OTHER t@example.com\n")
@@ -706,7 +706,7 @@ def test_the_log_is_kept_in_the_runs_folder(cloud):
 
 
 @pytest.mark.slow
-def test_a_resource_that_somebody_deletes_is_not_made_again(cloud):
+def test_a_resource_that_someone_else_deletes_is_not_created_again(cloud):
     cloud.script({"vanish": 5}, plan=["3:wait"])  # during an observation, after `describe`
     assert cloud.submit() == 1
     assert cloud.lines[-2:] == ["tiny is not there", "the resource was deleted by someone else"]
@@ -714,7 +714,7 @@ def test_a_resource_that_somebody_deletes_is_not_made_again(cloud):
 
 
 @pytest.mark.slow
-def test_who_comes_second_takes_what_the_first_has_made(cloud):
+def test_a_second_command_uses_the_resource_that_the_first_has_created(cloud):
     cloud.script(describe_errors={"1": "NOT_FOUND: it was not there yet"})
     create = Gcloud(cloud.job).create
     subprocess.run(create, check=True)
@@ -734,7 +734,7 @@ def test_an_installation_that_fails_is_a_crash(cloud):
     assert cloud.lines[-3].endswith(giving_up)
 
 
-def test_the_workers_get_the_commit_and_what_differs_from_it(cloud):
+def test_the_workers_get_the_commit_and_the_uncommitted_changes(cloud):
     file, new = cloud.repository / "setup.cfg", cloud.repository / "configs" / "mine.py"
     file.write_text("[changed]\n")
     new.parent.mkdir()
@@ -754,7 +754,7 @@ def test_the_workers_get_the_commit_and_what_differs_from_it(cloud):
 
 
 @pytest.mark.slow
-def test_the_installation_is_kept(cloud):
+def test_an_unchanged_installation_is_kept(cloud):
     cloud.script(plan=["2:1", "4:42", "7:0"])
     assert cloud.submit() == 0
     assert (cloud.folder / "cloud" / "uv.log").read_text().count("pip install") == 1
@@ -774,7 +774,7 @@ def test_several_slices_are_several_nodes(cloud):
     assert sorted(path.name for path in (cloud.folder / "cloud" / "workers").iterdir()) == ["tiny-0", "tiny-1"]
 
 
-def test_a_dry_run_prints_what_is_run(cloud):
+def test_a_dry_run_prints_the_commands_that_are_run(cloud):
     cloud.script(plan=["2:42", "7:0"])
     printed = tpu_vm.render(cloud.job)
     assert not (cloud.folder / ".cache").exists()
@@ -809,7 +809,7 @@ def test_jobs_that_tpu_vms_cannot_run_are_refused(cloud, change, message):
         checks.check(dataclasses.replace(job, **change), tpu_vm)
 
 
-def test_without_gcloud_it_says_what_to_install(cloud, tmp_path, monkeypatch):
+def test_without_gcloud_the_message_describes_how_to_install_it(cloud, tmp_path, monkeypatch):
     cloud.script()
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "git").symlink_to(shutil.which("git"))
@@ -858,7 +858,7 @@ def worker(tmp_path):
     ask("stop", "0")
 
 
-def test_a_second_start_is_no_second_training(worker):
+def test_a_second_start_does_not_begin_a_second_training(worker):
     both = [worker.begin("start"), worker.begin("start")]
     assert ['"state": "running"' in process.communicate(timeout=60)[0] for process in both] == [True, True]
     assert worker.ask("start")["state"] == "running"
@@ -868,14 +868,14 @@ def test_a_second_start_is_no_second_training(worker):
     assert (worker.folder / "trainings").read_text() == "."
 
 
-def test_a_training_that_does_not_hear_is_killed_and_forgotten(worker):
+def test_a_training_that_ignores_sigterm_is_killed_and_forgotten(worker):
     assert worker.ask("status")["state"] == "idle"
     assert worker.ask("start")["state"] == "running"
     assert worker.ask("stop", "0")["state"] == "idle"
     assert worker.ask("status")["state"] == "idle"
 
 
-def test_a_training_that_went_down_with_its_machine_was_preempted(worker):
+def test_a_training_that_went_down_with_its_machine_counts_as_preempted(worker):
     worker.ask("start")
     os.killpg(int((worker.folder / "pid").read_text().split()[1]), signal.SIGKILL)
     while (status := worker.ask("status"))["state"] == "running":
@@ -887,7 +887,7 @@ def test_a_training_that_went_down_with_its_machine_was_preempted(worker):
 
 
 @pytest.mark.slow
-def test_two_workers_preempted_twice_train_as_if_nothing_had_been(cloud, tmp_path, monkeypatch):
+def test_a_training_that_is_preempted_twice_equals_an_undisturbed_one(cloud, tmp_path, monkeypatch):
     """Two runs of the same two processes, with two devices each, are equal bit for bit."""
     environment = {
         "JAX_COORDINATOR_ADDRESS": "127.0.0.1:{port}",
