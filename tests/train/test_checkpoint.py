@@ -415,7 +415,7 @@ def test_a_newer_format_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_format_1_still_loads(tmp_path):
-    """The whole states of such checkpoints, moments included, are restored in tests/test_fixture.py."""
+    """Checkpoints of that format with an optimizer's state are restored in tests/test_fixture.py."""
     archive = io.BytesIO(base64.b85decode("".join(FORMAT_1.split())))
     with tarfile.open(fileobj=archive, mode="r:xz") as tar:
         tar.extractall(tmp_path / "checkpoints", filter="data")
@@ -424,8 +424,9 @@ def test_a_checkpoint_of_format_1_still_loads(tmp_path):
     assert (info.metrics, info.selection_metric) == ({"loss": 1.25}, 1.25)
     assert checkpoint.read_manifest(info)["config_digest"] == "c0"
     assert checkpoint.read_config(info) == CONFIG
-    params = checkpoint.restore_params(info, abstract({"kernel": jnp.zeros((2, 3))}))
-    np.testing.assert_array_equal(params["kernel"], [[0, 0.5, 1], [1.5, 2, 2.5]])
+    restored = checkpoint.restore(info, abstract({"params": {"kernel": jnp.zeros((2, 3))}, "step": jnp.int32(0)}))
+    np.testing.assert_array_equal(restored["params"]["kernel"], [[0, 0.5, 1], [1.5, 2, 2.5]])
+    assert int(restored["step"]) == 7
     assert (info.path / "tokenizer" / "vocab.txt").read_text() == "a b c\n"
 
 

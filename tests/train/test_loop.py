@@ -8,22 +8,36 @@ import jax
 import numpy as np
 import pytest
 
-from gpt_jax.errors import Preempted, TrainingError
+from gpt_jax.config import MeshConfig
+from gpt_jax.data.pipeline import iterate_batches
+from gpt_jax.errors import Preempted, TrainingError, UserError
 from gpt_jax.runtime import sharding
+from gpt_jax.runtime.console import say
 from gpt_jax.runtime.distributed import StopRequest
 from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.train import checkpoint
-from gpt_jax.train.checkpoint import Checkpoints
-from gpt_jax.train.logging import Progress
-from gpt_jax.train.loop import Work, train
-from gpt_jax.train.optimizer import Horizon
-from gpt_jax.train.step import abstract_state, init_state
+from gpt_jax.train.checkpoint import CheckpointWriter
+from gpt_jax.train.logging import ProgressLogger
+from gpt_jax.train.loop import RunContext, Schedule, Scores, train_loop
+from gpt_jax.train.step import LANGUAGE_MODEL, abstract_state, init_state
+
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    """A transformer of one block whose checkpoints are all kept."""
+    return tiny(model={"context_length": LENGTH, "num_layers": 1}, train={"keep_latest": 100, "log_seconds": 0.001})
+
+
+def one_device():
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def random_batch(step):
     rng = np.random.default_rng(step)
-    tokens = rng.integers(0, 257, (8, 17), dtype=np.int32)
-    weights = np.ones((8, 16), np.float32)
+    tokens = rng.integers(0, 257, (8, LENGTH + 1), dtype=np.int32)
+    weights = np.ones((8, LENGTH), np.float32)
     return {
         "tokens": tokens[:, :-1],
         "targets": tokens[:, 1:],
@@ -32,17 +46,52 @@ def random_batch(step):
     }
 
 
-def start(config, folder, *, total=20, state=None, batch_at=random_batch, evaluate=lambda step, params: {}, every=5):
-    """Runs the loop in `folder`, evaluating and saving at multiples of `every`; returns what it returns."""
-    mesh = sharding.make_mesh(config.mesh)
-    work = Work(Horizon(total, 3), every, every, batch_at, evaluate, evidence=lambda index: {"windows": [index]})
-    progress = Progress(total, "tokens", 8 * 16, 0.0, 10.0, None, True)
-    with contextlib.closing(RunDir(folder)) as run, StopRequest() as stop:
+class Source:
+    """Batches of a function of the step."""
+
+    def __init__(self, batch_of_step):
+        self.batch_of_step = batch_of_step
+
+    def batch_at(self, step, rows):
+        return self.batch_of_step(step)
+
+
+def start(config, folder, *, total=20, end=None, state=None, batch_at=random_batch, scores=lambda step: {}, every=5):
+    """Runs the loop in `folder`, evaluating and saving at multiples of `every`; returns what it returns.
+
+    Args:
+      end: the number of batches in the whole run, if it is not `total`.
+      scores: step -> the scores of an evaluation, whose "loss" is the selection metric.
+    """
+    mesh = one_device()
+    state = state or init_state(config, mesh)
+
+    def evaluate(step, params):
+        metrics = scores(step)
+        return Scores(metrics, metrics.get("loss"))
+
+    with contextlib.ExitStack() as stack:
+        run = stack.enter_context(contextlib.closing(RunDir(folder)))
+        ctx = RunContext(run, stack.enter_context(StopRequest()), say)
         run.open(config, "")
-        with Checkpoints(
-            run.checkpoints, keep_latest=100, keep_best=0, config_json="{}", config_digest="", data_digest="", tokenizer=None
-        ) as saver:
-            return train(config, work, mesh, state or init_state(config, mesh), run, saver, progress, stop)
+        progress = ProgressLogger(config, mesh, total, "tokens", run.tensorboard, say)
+        batches = iterate_batches(
+            Source(batch_at), int(state["step"]), end or total, np.arange(8), kind="threads", prefetch=2
+        )
+        stack.enter_context(contextlib.closing(batches))
+        return train_loop(
+            ctx,
+            config,
+            mesh,
+            LANGUAGE_MODEL,
+            Schedule(total, 3.0, every, every),
+            state,
+            batches,
+            evaluate,
+            lambda step: {"windows": [step]},
+            stack.enter_context(CheckpointWriter(run.checkpoints, config, "", None)),
+            progress,
+        )
 
 
 def records(folder, kind):
@@ -50,32 +99,32 @@ def records(folder, kind):
 
 
 def saved(folder):
-    """Steps of the checkpoints, all of which are sound."""
-    infos = checkpoint.inspect(folder)
+    """Returns the steps of the checkpoints, all of which must be sound."""
+    infos = checkpoint.list_checkpoints(folder)
     assert {info.state for info in infos} <= {"sound"}
     return [info.step for info in infos]
 
 
 def restore(folder, step, config):
-    info = checkpoint.resolve(folder / "checkpoints" / str(step), print)
-    return checkpoint.restore(info, abstract_state(config, sharding.make_mesh(config.mesh)))
+    info = checkpoint.find_checkpoint(folder / "checkpoints" / str(step), print)
+    return checkpoint.restore(info, abstract_state(config, one_device()))
 
 
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-def test_a_run_records_every_update_and_evaluates_before_it_saves(tiny, tmp_path, capsys):
+def test_a_run_records_every_update_and_evaluates_before_it_saves(config, tmp_path, capsys):
     evaluated = []
 
-    def evaluate(step, params):
+    def scores(step):
         evaluated.append(step)
         assert not (tmp_path / "checkpoints" / str(step)).exists()
-        return {"loss": 3.0 + step}
+        return {"loss": 3.0 + step, "perplexity": 2.0}
 
-    state, scores = start(tiny(), tmp_path, evaluate=evaluate, every=8)
+    state, last_scores = start(config, tmp_path, scores=scores, every=8)
     assert evaluated == [8, 16, 20]
-    assert scores == {"loss": 23.0}
+    assert last_scores == Scores({"loss": 23.0, "perplexity": 2.0}, 23.0)
     assert int(state["step"]) == 20
     train_records = records(tmp_path, "train")
     assert [record["step"] for record in train_records] == list(range(1, 21))
@@ -84,20 +133,22 @@ def test_a_run_records_every_update_and_evaluates_before_it_saves(tiny, tmp_path
     for record in train_records:
         assert set(record) == {"kind", "step", "time", "attempt", "loss", "grad_norm", "learning_rate"}
         assert record["attempt"] == 1
-    # The rate of update s, counted from 1, is the schedule's at s - 1: nothing in the first update, the peak's share after.
+    # The rate of update s, counted from 1, is the schedule's at s - 1: 0 in the first update, a third of the peak in the next.
     assert train_records[0]["learning_rate"] == 0
     np.testing.assert_allclose(train_records[1]["learning_rate"], 0.01 / 3, rtol=1e-6)
     assert [(record["step"], record["loss"]) for record in records(tmp_path, "eval")] == [(8, 11.0), (16, 19.0), (20, 23.0)]
     assert saved(tmp_path) == [8, 16, 20]
-    assert [info.metrics for info in checkpoint.inspect(tmp_path)] == [{"loss": 11.0}, {"loss": 19.0}, {"loss": 23.0}]
-    assert bits(restore(tmp_path, 20, tiny())) == bits(state)
+    for info in checkpoint.list_checkpoints(tmp_path):
+        assert (info.metrics, info.selection_metric) == ({"loss": 3.0 + info.step, "perplexity": 2.0}, 3.0 + info.step)
+    assert bits(restore(tmp_path, 20, config)) == bits(state)
     assert "step 20/20  loss" in capsys.readouterr().err
 
 
-def test_one_batch_is_learnt_by_heart(tiny, tmp_path):
+def test_one_batch_is_learned_by_heart(tiny, tmp_path):
+    no_dropout = {"embed_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
     config = tiny(
-        *("--model.embed-dropout", "0", "--model.attention-dropout", "0", "--model.residual-dropout", "0"),
-        *("--optim.schedule", "linear", "--optim.weight-decay", "0"),
+        model=no_dropout | {"context_length": LENGTH, "num_layers": 1},
+        optim={"schedule": "linear", "weight_decay": 0.0, "peak_lr": 0.01},
     )
     start(config, tmp_path, total=200, batch_at=lambda step: random_batch(0), every=200)
     losses = [record["loss"] for record in records(tmp_path, "train")]
@@ -106,30 +157,31 @@ def test_one_batch_is_learnt_by_heart(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [6, 7, 20])
-def test_a_bad_update_ends_the_training_with_the_last_good_state(tiny, tmp_path, bad):
-    """Update 6 comes right after a save, 7 has a successor in flight when it is noticed, 20 is the last."""
+def test_a_bad_update_ends_the_training_with_the_last_good_state(config, tmp_path, bad):
+    """Update 6 comes right after a save, 7 is noticed when 8 has been dispatched, and 20 is the last."""
 
     def batch_at(step):
         batch = random_batch(step)
         return batch | {"loss_weights": batch["loss_weights"] * np.float32("nan")} if step == bad - 1 else batch
 
-    config = tiny()
     with pytest.raises(TrainingError, match=rf"update {bad} is not finite \(loss nan.*checkpoint {bad - 1},"):
-        start(config, tmp_path, batch_at=batch_at, evaluate=lambda step, params: {"loss": 2.0})
+        start(config, tmp_path, batch_at=batch_at, scores=lambda step: {"loss": 2.0})
     assert [record["step"] for record in records(tmp_path, "train")] == list(range(1, bad))
     (event,) = records(tmp_path, "event")
     assert (event["step"], event["event"], event["loss"], event["windows"]) == (bad, "non-finite", "nan", [bad - 1])
-    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()  # which is not JSON
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()  # JSON has no NaN.
 
     assert saved(tmp_path)[-1] == bad - 1
     good = restore(tmp_path, bad - 1, config)
     assert good["ok"]
     assert good["step"] == bad - 1
-    assert checkpoint.inspect(tmp_path)[0].metrics == {"loss": 2.0}
+    for info in checkpoint.list_checkpoints(tmp_path):
+        scored = info.step % 5 == 0
+        assert (info.metrics, info.selection_metric) == (({"loss": 2.0}, 2.0) if scored else ({}, None))
 
 
-def test_records_are_on_the_disk_before_the_checkpoint_of_their_step_is_sealed(tiny, tmp_path, monkeypatch):
-    """Or a machine that is taken away would leave a checkpoint without its history. The last save is that of a bad update."""
+def test_records_are_on_the_disk_before_the_checkpoint_of_their_step_is_sealed(config, tmp_path, monkeypatch):
+    """Otherwise a machine that is taken away could leave a checkpoint without its history. A bad update makes the last save."""
     file, durable, sealed = tmp_path / "metrics.jsonl", [], []
     fsync, seal = os.fsync, checkpoint._seal
 
@@ -149,23 +201,22 @@ def test_records_are_on_the_disk_before_the_checkpoint_of_their_step_is_sealed(t
     monkeypatch.setattr(os, "fsync", note_sync)
     monkeypatch.setattr(checkpoint, "_seal", note_seal)
     with pytest.raises(TrainingError):
-        start(tiny(), tmp_path, batch_at=batch_at, evaluate=lambda step, params: {"loss": 2.0})
+        start(config, tmp_path, batch_at=batch_at, scores=lambda step: {"loss": 2.0})
     assert [step for step, _ in sealed] == [5, 10, 12]
     for step, seen in sealed:
         assert {("train", update) for update in range(1, step + 1)} <= set(seen)
         assert ("eval", step // 5 * 5) in seen
 
 
-def test_sigterm_ends_the_training_after_an_update_with_its_state_saved(tiny, tmp_path):
-    def evaluate(step, params):
+def test_sigterm_ends_the_training_after_an_update_with_its_state_saved(config, tmp_path):
+    def scores(step):
         if step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return {}
 
-    config = tiny()
     expected, _ = start(config, tmp_path / "whole")
     with pytest.raises(Preempted, match="saved at step 5 of 20"):
-        start(config, tmp_path / "cut", evaluate=evaluate, every=4)
+        start(config, tmp_path / "cut", scores=scores, every=4)
     assert saved(tmp_path / "cut") == [4, 5]
     assert [record["step"] for record in records(tmp_path / "cut", "train")] == [1, 2, 3, 4, 5]
     assert [record["event"] for record in records(tmp_path / "cut", "event")] == ["preempted"]
@@ -174,22 +225,29 @@ def test_sigterm_ends_the_training_after_an_update_with_its_state_saved(tiny, tm
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_sigterm_at_the_last_update_finishes_the_run(tiny, tmp_path):
-    def evaluate(step, params):
+def test_sigterm_at_the_last_update_finishes_the_run(config, tmp_path):
+    def scores(step):
         os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": 1.0}
 
-    state, scores = start(tiny(), tmp_path, evaluate=evaluate, every=20)
+    state, last_scores = start(config, tmp_path, scores=scores, every=20)
     assert int(state["step"]) == 20
-    assert scores == {"loss": 1.0}
+    assert last_scores == Scores({"loss": 1.0}, 1.0)
 
 
-def test_what_making_a_batch_raises_reaches_the_caller(tiny, tmp_path):
+def test_an_error_in_making_a_batch_reaches_the_caller(config, tmp_path):
     def batch_at(step):
         if step == 6:
             raise OSError(5, "Input/output error", "shard")
         return random_batch(step)
 
     with pytest.raises(OSError, match="Input/output error"):
-        start(tiny(), tmp_path, batch_at=batch_at)
+        start(config, tmp_path, batch_at=batch_at)
+    assert saved(tmp_path) == [5]
+
+
+def test_batches_that_end_early_are_an_error(config, tmp_path):
+    with pytest.raises(UserError, match=r"dataset.fn: the dataset ended after step 7 of 20$"):
+        start(config, tmp_path, end=7)
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
     assert saved(tmp_path) == [5]

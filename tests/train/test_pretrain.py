@@ -1,13 +1,16 @@
-"""A whole pre-training: from a text file to a finished folder, from another run's parameters, and what is refused on the way."""
+"""A whole pre-training: from a text file to a finished folder, from other parameters, from a user's own dataset."""
 
 import json
 import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from gpt_jax.config import TokenizerConfig
+from gpt_jax.data.pipeline import make_dataset
 from gpt_jax.data.store import Store
 from gpt_jax.errors import UserError
 from gpt_jax.model import transformer
@@ -17,36 +20,47 @@ from gpt_jax.train.pretrain import pretrain
 from gpt_jax.train.step import abstract_state
 
 
-def records(run, *kinds):
+def records(run, *kinds, parse_float=float):
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] in kinds]
+    return [record for record in (json.loads(line, parse_float=parse_float) for line in lines) if record["kind"] in kinds]
+
+
+def trajectory(run):
+    """Returns the records of updates and evaluations without their times, their numbers as text: equal text is equal bits."""
+    numbers = records(run, "train", "eval", parse_float=str)
+    return [{name: value for name, value in record.items() if name not in ("time", "attempt")} for record in numbers]
 
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
-    """A run of 20 steps that prepared its own store, and what it returned."""
+    """The folder of a run of 20 updates that prepared its own store, and what `pretrain` returned."""
     folder = tmp_path_factory.mktemp("pretrain") / "run"
-    return folder, pretrain(tiny("--data.store=", "--train.tensorboard", "True"), folder)
+    return folder, pretrain(tiny(data={"store": ""}, train={"tensorboard": True}), folder)
 
 
 def restored_params(config, info):
-    mesh = sharding.make_mesh(config.mesh)
-    return checkpoint.restore_part(info, abstract_state(config, mesh)["params"])
+    return checkpoint.restore_params(info, abstract_state(config, sharding.make_mesh(config.mesh))["params"])
 
 
-def test_a_finished_folder_is_whole(finished, tiny, text):
+def test_a_finished_folder_is_whole(finished, tiny):
     run, result = finished
-    names = {path.name for path in run.iterdir()} - {"uncommitted.diff"}  # there while the code is being changed
+    names = {path.name for path in run.iterdir()} - {"uncommitted.diff"}  # It is there while the code differs from its commit.
     assert names == {"checkpoints", "config.json", "metrics.jsonl", "result.json", "store", "tensorboard", "tokenizer"}
     assert json.loads((run / "result.json").read_text()) == result
     assert result["step"] == 20
-    assert result["tokens"] == 20 * 8 * 16
-    # 257 x 16 tokens, 16 x 16 positions; two blocks of 16 x 48 + 48, 16 x 16 + 16, 16 x 32 + 32, 32 x 16 + 16, two norms of 32.
-    assert result["parameters"] == 257 * 16 + 16 * 16 + 2 * (816 + 272 + 544 + 528 + 64)
+    assert result["tokens"] == 20 * 8 * 32
+    # 257 x 16 tokens, 32 x 16 positions; two blocks of 16 x 48 + 48, 16 x 16 + 16, 16 x 64 + 64, 64 x 16 + 16, two norms of 32.
+    assert result["parameters"] == 257 * 16 + 32 * 16 + 2 * (816 + 272 + 1088 + 1040 + 64)
     config = json.loads((run / "config.json").read_text())
-    assert config["config"]["data"]["source"] == str(text)
+    assert config["config"]["data"]["source"] == tiny().data.source
     assert {"commit", "versions", "xla_flags", "digest", "data_digest", "command"} <= set(config)
-    assert [info.step for info in checkpoint.inspect(run)] == [10, 15, 20]
+    evaluations = {record["step"]: record["loss"] for record in records(run, "eval")}
+    assert list(evaluations) == [5, 10, 15, 20]
+    kept = {info.step: info for info in checkpoint.list_checkpoints(run)}
+    best = min(evaluations, key=evaluations.__getitem__)
+    assert set(kept) == {10, 15, 20, best}
+    for step, info in kept.items():
+        assert (info.selection_metric, info.metrics["loss"]) == (evaluations[step], evaluations[step])
     (final,) = records(run, "final")
     assert {name: final[name] for name in result} == result
     assert [record["step"] for record in records(run, "train")] == list(range(1, 21))
@@ -55,36 +69,38 @@ def test_a_finished_folder_is_whole(finished, tiny, text):
 
 
 def test_the_reported_loss_is_the_mean_over_every_held_out_token(finished, tiny):
-    """Worked out anew from the checkpoint and the store: 20 windows of 16 tokens each."""
+    """The test computes it anew from the checkpoint and the store: there are 20 windows of 32 tokens each."""
     run, result = finished
-    params = restored_params(tiny(), checkpoint.resolve(run, print))
-    model, split = tiny().model, Store.open(run / "store").split("validation")
+    params = restored_params(tiny(), checkpoint.find_checkpoint(run, print))
+    model, store = tiny().model, Store.open(run / "store")
+    split = store.split("validation")
     tokens = split.read(np.zeros(1, np.int64), split.num_tokens)[0]
-    count = 20 * 16  # --train.eval-windows
+    count = 20 * 32  # --train.eval-windows
     assert count < split.num_tokens - 1
     logits = jax.jit(lambda tokens: transformer.logits(model, params, transformer.apply(model, params, tokens)))
-    scores = np.asarray(logits(tokens[:count].reshape(20, 16)), np.float64).reshape(count, 257)
+    scores = np.asarray(logits(tokens[:count].reshape(20, 32)), np.float64).reshape(count, 257)
     losses = np.log(np.exp(scores).sum(axis=-1)) - scores[np.arange(count), tokens[1 : count + 1]]
     np.testing.assert_allclose(result["loss"], losses.mean(), rtol=1e-5)
     np.testing.assert_allclose(result["perplexity"], math.exp(losses.mean()), rtol=1e-4)
-    # A byte of text is a token; each document's separator is one more, whose cost its bytes share.
-    bits = losses.mean() / math.log(2) * (1 + split.documents / split.text_bytes)
+    # A byte of text is a token. The end of a document is one more, whose cost its bytes share.
+    documents = store.index["splits"]["validation"]["documents"]
+    bits = losses.mean() / math.log(2) * (1 + documents / split.text_bytes)
     np.testing.assert_allclose(result["bits_per_byte"], bits, rtol=1e-5)
     assert records(run, "eval")[-1]["loss"] == result["loss"]
 
 
 def test_a_finished_run_is_left_alone(finished, tiny, capsys):
-    """Even where its store is another copy, or the folder is told how to show and where to run."""
+    """This holds for another copy of its store, too, and if only `speed` and `display` fields differ."""
     run, result = finished
     before = (run / "metrics.jsonl").read_text()
-    assert pretrain(tiny("--train.log-seconds", "3", "--data.prefetch", "2"), run) == result
+    assert pretrain(tiny(train={"log_seconds": 3.0}, data={"prefetch": 2}), run) == result
     assert (run / "metrics.jsonl").read_text() == before
     assert "finished at step 20 already" in capsys.readouterr().err
 
 
-def test_a_finished_run_goes_on_for_longer_if_that_is_meant(finished, tiny, tmp_path, capsys):
+def test_a_finished_run_continues_for_longer_if_that_is_intended(finished, tiny, tmp_path, capsys):
     run = shutil.copytree(finished[0], tmp_path / "run")
-    longer = tiny("--train.duration", "22 steps")
+    longer = tiny(train={"duration": "22 steps"})
     with pytest.raises(UserError, match=r"differs in --train.duration '22 steps' \(was '20 steps'\)"):
         pretrain(longer, run)
     result = pretrain(longer, run, allow_changes=True)
@@ -96,75 +112,138 @@ def test_a_finished_run_goes_on_for_longer_if_that_is_meant(finished, tiny, tmp_
         (22, 2),
     ]
     with pytest.raises(UserError, match=r"checkpoint 22 lies beyond --train.duration \(7 steps\)"):
-        pretrain(tiny("--train.duration", "7 steps"), run, allow_changes=True)
+        pretrain(tiny(train={"duration": "7 steps"}), run, allow_changes=True)
 
 
-def test_a_run_keeps_to_its_tokens(finished, tiny, text, tmp_path):
-    """The same fields, but a text that has changed since: only the store's digest tells."""
+def test_a_run_never_continues_on_other_tokens(finished, tiny, tmp_path):
+    """The fields are equal, but the text has changed since: only the store's digest shows it."""
     run, _ = finished
+    text = Path(tiny().data.source)
     content = text.read_text()
     text.write_text("".join(content.splitlines(keepends=True)[1:]))
     try:
         with pytest.raises(UserError, match=r"was trained on other data \(digest"):
-            pretrain(tiny("--data.store", str(tmp_path / "store")), run)
+            pretrain(tiny(data={"store": str(tmp_path / "store")}), run)
     finally:
         text.write_text(content)
 
 
 def test_without_held_out_text_a_run_has_no_scores(tiny, tmp_path, capsys):
-    config = tiny("--data.validation-share", "0", "--data.store", str(tmp_path / "store"))
+    config = tiny(
+        data={"validation_share": 0.0, "store": str(tmp_path / "store")},
+        optim={"warmup": "1 steps"},
+        train={"duration": "3 steps", "eval_every": "1 steps", "save_every": "1 steps"},
+    )
     result = pretrain(config, tmp_path / "run")
-    assert result["step"] == 20
+    assert result["step"] == 3
     assert "loss" not in result
     assert "nan" not in capsys.readouterr().err
-    assert [info.metrics for info in checkpoint.inspect(tmp_path / "run")] == [{}] * 3
+    infos = checkpoint.list_checkpoints(tmp_path / "run")
+    assert [(info.step, info.metrics, info.selection_metric) for info in infos] == [(1, {}, None), (2, {}, None), (3, {}, None)]
 
 
-# -- from another run's parameters ------------------------------------------------------------------------------------------
+# -- from the parameters of another run -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("which", ["", "checkpoints/20"])
-def test_a_run_can_start_from_anothers_parameters(finished, tiny, tmp_path, capsys, which):
+def test_a_run_can_start_from_the_parameters_of_another(finished, tiny, tmp_path, capsys, which):
     """The first update of the warm-up has rate 0: after it the score is still that of the other run."""
     run, result = finished
-    config = tiny("--init.from", str(run / which), "--train.eval-every", "1 steps")
+    config = tiny(init={"from_": str(run / which)}, train={"duration": "5 steps", "eval_every": "1 steps"})
     pretrain(config, tmp_path)
     assert f"starting from the parameters of {run / 'checkpoints' / '20'}" in capsys.readouterr().err
     scores = [record["loss"] for record in records(tmp_path, "eval")]
     assert scores[0] == result["loss"]
-    assert len(set(scores)) == 20
-    assert [record["step"] for record in records(tmp_path, "train")] == list(range(1, 21))
+    assert len(set(scores)) == 5
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3, 4, 5]
     assert records(tmp_path, "train")[0]["learning_rate"] == 0
 
 
 def test_parameters_of_another_tokenizer_are_refused(finished, tiny, tmp_path):
     config = tiny(
-        *("--init.from", str(finished[0]), "--data.tokenizer.kind", "sentencepiece", "--model.vocab-size", "300"),
-        *("--data.store", str(tmp_path / "store")),
+        init={"from_": str(finished[0])},
+        data={"tokenizer": TokenizerConfig(kind="sentencepiece"), "store": str(tmp_path / "store")},
+        model={"vocab_size": 300},
     )
     with pytest.raises(UserError, match=r"--init.from: .* was trained with another tokenizer \(bytes, 257 entries"):
         pretrain(config, tmp_path / "run")
 
 
 def test_parameters_of_another_shape_are_refused_by_name(finished, tiny, tmp_path):
-    config = tiny("--init.from", str(finished[0]), "--model.mlp-dim", "64")
+    config = tiny(init={"from_": str(finished[0])}, model={"mlp_dim": 128})
     with pytest.raises(UserError) as caught:
         pretrain(config, tmp_path)
     message = str(caught.value)
     assert "\n" not in message
-    assert "params/blocks/mlp/up/kernel is float32[2,16,32], not float32[2,16,64]" in message
+    assert "params/blocks/mlp/up/kernel is float32[2,16,64], not float32[2,16,128]" in message
     assert "attention" not in message
 
 
-def test_a_folder_that_holds_no_checkpoint_is_refused_as_a_start(tiny, tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused_as_a_start(tiny, tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        pretrain(tiny("--init.from", str(tmp_path / "nowhere")), tmp_path / "run")
+        pretrain(tiny(init={"from_": str(tmp_path / "nowhere")}), tmp_path / "run")
 
 
 def test_a_run_killed_before_its_result_was_written_still_gets_its_scores(finished, tiny, tmp_path):
     run, result = finished
     again = shutil.copytree(run, tmp_path / "run")
     (again / "result.json").unlink()
-    second = pretrain(tiny("--data.store", str(run / "store")), again)
+    second = pretrain(tiny(data={"store": str(run / "store")}), again)
     for name in ("step", "loss", "perplexity", "bits_per_byte"):
         assert second[name] == result[name], name
+
+
+# -- from a user's own dataset ----------------------------------------------------------------------------------------------
+
+
+def shift_tokens(source, start_step, end_step, rows):
+    """Makes a dataset whose tokens and targets are the next ones in the vocabulary."""
+
+    def shift(batch):
+        return batch | {name: (batch[name] + 1) % 257 for name in ("tokens", "targets")}
+
+    return make_dataset(source, start_step, end_step, rows).map(shift)
+
+
+def data_digest(run):
+    return json.loads((run / "config.json").read_text())["data_digest"]
+
+
+def test_a_dataset_of_ones_own_that_changes_nothing_gives_an_equal_run(finished, tiny, tmp_path):
+    def dataset_fn(source, start_step, end_step, rows):
+        assert (start_step, end_step, rows.tolist()) == (0, 20, list(range(8)))
+        return make_dataset(source, start_step, end_step, rows).map(lambda batch: batch)
+
+    run, result = finished
+    assert pretrain(tiny(data={"pipeline": "tf"}), tmp_path, dataset_fn=dataset_fn)["loss"] == result["loss"]
+    assert trajectory(tmp_path) == trajectory(run)
+    assert data_digest(tmp_path) == data_digest(run)
+
+
+def test_a_dataset_of_ones_own_that_changes_results_is_part_of_the_data(finished, tiny, tmp_path):
+    config = tiny(data={"pipeline": "tf"}, train={"duration": "4 steps"})
+    result = pretrain(config, tmp_path, dataset_fn=shift_tokens, dataset_version="shifted by 1")
+    for shifted, original in zip(records(tmp_path, "train"), records(finished[0], "train"), strict=False):
+        assert shifted["loss"] != original["loss"]
+    assert data_digest(tmp_path) != data_digest(finished[0])
+    for version in ("", "shifted by 2"):
+        with pytest.raises(UserError, match=r"was trained on other data \(digest [^\n]*$"):
+            pretrain(config, tmp_path, dataset_fn=shift_tokens, dataset_version=version)
+    assert pretrain(config, tmp_path, dataset_fn=shift_tokens, dataset_version="shifted by 1") == result  # It is finished.
+
+
+def test_a_dataset_of_ones_own_that_ends_early_is_an_error(tiny, tmp_path):
+    """The run continues once there are enough batches; its dataset is then made from the step of the checkpoint on."""
+    config = tiny(data={"pipeline": "tf"}, train={"duration": "4 steps", "save_every": "1 steps"})
+    made = []
+
+    def dataset_fn(source, start_step, end_step, rows):
+        made.append((start_step, end_step))
+        return make_dataset(source, start_step, end_step, rows).take(3)
+
+    with pytest.raises(UserError, match=r"^[^\n]*dataset.fn: the dataset ended after step 3 of 4$"):
+        pretrain(config, tmp_path, dataset_fn=dataset_fn)
+    assert not (tmp_path / "result.json").exists()
+    assert pretrain(config, tmp_path, dataset_fn=dataset_fn)["step"] == 4
+    assert made == [(0, 4), (3, 4)]
+    assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3, 4]
