@@ -55,5 +55,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def described(value: Any) -> str:
     """Returns a phrase for the type of a JSON value, for use in a message."""
-    words = {str: "a text", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    words = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
     return words.get(type(value), "null")

@@ -185,7 +185,7 @@ def json_documents(file: BinaryFile, path: Path, text_field: str) -> Iterator[st
         if text_field not in row:
             raise UserError(f"{path}:{line}: no field '{text_field}' (--data.text-field); {nearest(text_field, row)}")
         if not isinstance(row[text_field], str):
-            raise UserError(f"{path}:{line}: the field '{text_field}' holds {described(row[text_field])}, not a text")
+            raise UserError(f"{path}:{line}: the field '{text_field}' is {described(row[text_field])}, not a string")
         yield row[text_field]
 
 
@@ -231,7 +231,7 @@ class TfdsSource:
         for example in examples:
             text = example[self._text_field]
             if not isinstance(text, bytes):
-                raise UserError(f"--data.text-field: '{self._text_field}' holds a {type(text).__name__}, not a text")
+                raise UserError(f"--data.text-field: '{self._text_field}' is a {type(text).__name__}, not a string")
             yield text.decode()
 
 

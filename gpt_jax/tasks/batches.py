@@ -1,14 +1,14 @@
 """Batches of labeled examples, padded to one of a few lengths, each of which is compiled once.
 
 Training batches are a pure function of (examples, seed, step), made without iterator state on any number of hosts. Their order
-comes from the frozen permutation of pre-training (`data/windows.py`). With n examples, an epoch has n // batch_size batches, and
-leaves out n mod batch_size examples, different ones every time. In epoch e,
+comes from the frozen permutation of pre-training (`data/windows.py`). With n examples, an epoch has n // batch_size batches and
+leaves out n mod batch_size examples, which differ between epochs. In epoch e,
 
     order         is the permutation of [0, n) with the keys of (seed, 2 e), cut after the epoch's last batch
     unbucketed    batch j is slice j of the order
-    bucketed      the order is sorted by the examples' longest sequences. The sort is stable, so that examples of one length meet
-                  different ones in every epoch. Batch j is slice p(j), where p is the permutation of [0, n // batch_size) with
-                  the keys of (seed, 2 e + 1)
+    bucketed      the order is sorted by the length of each example's longest sequence. The sort is stable, so examples of equal
+                  length are grouped differently in each epoch. Batch j is slice p(j), where p is the permutation of
+                  [0, n // batch_size) with the keys of (seed, 2 e + 1)
 
 Token 0 pads a sequence at its end. Causal attention hides it from the real tokens, and its loss weight is 0.
 """
@@ -30,12 +30,12 @@ from gpt_jax.tasks.transforms import EncodedSplit
 def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int, max_lengths: int) -> tuple[int, ...]:
     """Returns the lengths, ascending and at most `max_lengths`, for which the splits' batches need the least padding.
 
-    The batches of a split contain its examples in order of length, so a batch is as long as every `batch_size`-th example from
-    the longest one down. Dynamic programming over these lengths is exact for `ScoringBatches`. For bucketed training batches it
-    ignores the shift by the few examples that an epoch leaves out.
+    The batches of a split contain its examples in order of length, so the lengths of the batches are those of every
+    `batch_size`-th example, starting from the longest. Dynamic programming over these lengths is exact for `ScoringBatches`. For
+    bucketed training batches, it ignores the shift by the few examples that an epoch leaves out.
 
     Args:
-      splits: the lengths of the examples' longest sequences (`EncodedSplit.longest`), for each split that shares the result.
+      splits: for each split that shares the result, the lengths of the examples' longest sequences (`EncodedSplit.longest`).
       batch_size: examples in a batch.
       max_lengths: maximum number of lengths. > 0.
     """
@@ -43,7 +43,7 @@ def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int,
     distinct, counts = np.unique(batches, return_counts=True)
     ends = np.concatenate([[0], distinct])
     below = np.concatenate([[0], counts.cumsum()])  # number of batches of at most ends[i] tokens
-    # cost[i, j]: tokens in one row of every batch longer than ends[i] and at most ends[j], padded to ends[j].
+    # cost[i, j]: tokens in one row of each batch that is longer than ends[i] and at most ends[j] long, padded to ends[j].
     cost = np.where(ends[:, None] <= ends, (below - below[:, None]) * ends, np.inf)
     least = cost[0]
     steps = []  # steps[k][j]: the best i for the length before ends[j], if ends[j] is the last of k + 2 lengths
@@ -66,12 +66,12 @@ class _PaddedBatches(abc.ABC):
 
     @abc.abstractmethod
     def example_numbers(self, step: int) -> Int64[np.ndarray, " batch_size"]:
-        """Returns the number within the split of the example in each row of batch `step`; -1 where a row is only filler."""
+        """Returns the number within the split of the example in each row of batch `step`; -1 if a row only fills up the batch."""
 
     def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
         """Returns the given rows, numbers in [0, batch_size), of the global batch of `step`.
 
-        The padded length T follows from the whole batch, so it is the same on every host.
+        The padded length T depends on the complete batch, so it is the same on every host.
 
         Returns:
           For n rows with examples of S sequences each:
@@ -104,7 +104,7 @@ class _PaddedBatches(abc.ABC):
         }
 
     def element_spec(self, num_rows: int) -> ElementSpec:
-        """Returns the shape and dtype of each array of a batch of `num_rows` rows; the padded length is None."""
+        """Returns the shape and dtype of each array in a batch of `num_rows` rows; None marks the padded length."""
         sequences = (num_rows, self._encoded.lengths.shape[1])
         int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
         return {
@@ -126,12 +126,12 @@ class _PaddedBatches(abc.ABC):
         return np.where(examples[..., None] >= 0, self._encoded.lengths[examples], 0)
 
     def _padded_lengths(self, longest: Integer[np.ndarray, "*shape"]) -> Int64[np.ndarray, "*shape"]:
-        """Returns the smallest allowed length that holds each of these sequences."""
+        """Returns, for each of these lengths, the smallest allowed length that is at least as large."""
         return self._lengths[np.searchsorted(self._lengths, longest)]
 
 
 class TaskBatches(_PaddedBatches):
-    """Batches of the training split, with each example at most once an epoch, in a different order every epoch.
+    """Batches of the training split. Each example occurs at most once in an epoch, and each epoch has a different order.
 
     Args:
       encoded: the split.
@@ -182,9 +182,9 @@ class TaskBatches(_PaddedBatches):
 
 
 class ScoringBatches(_PaddedBatches):
-    """Batches of all examples of a split, longest first, so that the rows that fill up the last batch cost least.
+    """Batches of all examples of a split, longest first, so that the rows that fill up the last batch are cheap.
 
-    A split of few batches tends to have more padding than the training split, because its few batches cover all lengths.
+    A split with few batches tends to have more padding than the training split, because its few batches cover all lengths.
 
     Args:
       encoded: the split.
@@ -200,7 +200,7 @@ class ScoringBatches(_PaddedBatches):
         self._examples.flat[: order.size] = order
 
     def example_numbers(self, step: int) -> Int64[np.ndarray, " batch_size"]:
-        """Returns the number within the split of the example in each row of batch `step`; -1 where a row is only filler."""
+        """Returns the number within the split of the example in each row of batch `step`; -1 if a row only fills up the batch."""
         return self._examples[step]
 
     def padding_share(self) -> float:

@@ -1,4 +1,4 @@
-"""Labeled tasks, read and encoded: every split as token ids, ready for batches."""
+"""Labeled tasks after reading and encoding: every split as token ids, ready to be divided into batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TaskDataset(NamedTuple):
 
     task: Task
     splits: dict[str, TaskSplit]
-    """The examples that are used, by split. "test" may be missing, or lack labels."""
+    """The examples that are used, by split. "test" may be missing or may not have labels."""
     encoded: dict[str, EncodedSplit]
     """The same examples as token ids."""
     lengths: tuple[int, ...]
@@ -33,7 +33,7 @@ class TaskDataset(NamedTuple):
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """The numbers of rows that were read, used, dropped for each reason, and truncated, by split."""
+        """For each split, the numbers of rows that were read, used, dropped for each reason, and truncated."""
         return {
             name: {
                 "read": split.num_rows,
@@ -46,7 +46,7 @@ class TaskDataset(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """A SHA-256, in hexadecimal, of everything in the training and validation splits that training depends on."""
+        """The hexadecimal SHA-256 of everything in the training and validation splits that training depends on."""
         sha256 = hashlib.sha256()
         for name in ("train", "validation"):
             split = self.encoded[name]
@@ -76,10 +76,10 @@ def load_dataset(
       context_length: maximum number of tokens that the model processes at once.
       batch_size: examples in a batch, for which the lengths are chosen.
       log: receives a line for each split.
-      splits: the splits to read. Of several, "test" may be missing from the data.
+      splits: the splits to read. If there are several, "test" may be missing from the data.
 
     Raises:
-      UserError: a split cannot be read or encoded, a required split is missing, or a split has no labels or only one.
+      UserError: a split cannot be read or encoded, a required split is missing, or a split has fewer than two different labels.
     """
     task = task_from_config(config)
     require(
@@ -110,7 +110,7 @@ def load_dataset(
             truncation=config.truncation,
         )
         log(f"{task.title} {name}: {split.describe_counts()}; {encoded[name].num_truncated:,} truncated")
-    # The lengths suit the training and validation splits, which every epoch uses. The test split, scored once, need only fit.
+    # The lengths are chosen for the training and validation splits, which every epoch uses. The test split is scored only once.
     longest = [split.longest if name != "test" else split.longest.max(keepdims=True) for name, split in encoded.items()]
     return TaskDataset(task, loaded, encoded, choose_lengths(longest, batch_size, config.num_length_buckets))
 

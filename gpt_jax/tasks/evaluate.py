@@ -1,4 +1,4 @@
-"""The scores of a checkpoint: perplexity on text, a fine-tuned model's metrics on a split of a task, zero-shot probes."""
+"""Scoring of checkpoints: perplexity on text, a fine-tuned model's metrics on a split of a task, and zero-shot probes."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from gpt_jax.train.pretrain import language_model_metrics, make_window_scorer
 from gpt_jax.train.restore import load_model
 
 BATCH_SIZE = 8
-"""Windows of text scored at once by each part of the mesh's batch axes."""
+"""Number of windows of text that each shard of the batch scores at once."""
 
 
 class TokenList:
-    """Tokens in memory, to be read like a split of a store."""
+    """Tokens in memory that can be read like a split of a store."""
 
     def __init__(self, tokens: list[int]):
         self._tokens = np.array(tokens, np.int32)
@@ -50,11 +50,11 @@ def evaluate_text(path: Path, source: str, text_field: str = "text", max_bytes: 
 
     Args:
       path: a run's folder or one checkpoint's.
-      source: as `--data.source`: a file, a folder, a glob, `tfds:NAME` or `builtin:docs`.
+      source: as for `--data.source`: a file, a folder, a glob, `tfds:NAME` or `builtin:docs`.
       max_bytes: stop after the document that reaches this size; 0: all of the text.
 
     Raises:
-      UserError: there is no sound checkpoint, no text, or less than one window of it.
+      UserError: there is no sound checkpoint, no text, or less text than one window.
     """
     restored = load_model(path)
     tokens: list[int] = []
@@ -77,12 +77,12 @@ def evaluate_task(
     """Returns a fine-tuned model's scores on a split of its task, or of another task with the same outputs.
 
     Args:
-      path: a fine-tuning's folder (its best checkpoint) or one checkpoint's.
-      overrides: `--task.*` fields that differ from those of the fine-tuning.
+      path: the folder of a fine-tuning run, whose best checkpoint is used, or of one checkpoint.
+      overrides: `--task.*` fields that differ from those of the fine-tuning run.
       out: folder to write predictions into, or None.
 
     Raises:
-      UserError: there is no sound checkpoint of a fine-tuning, or the task's data do not fit it.
+      UserError: there is no sound checkpoint of a fine-tuned model, or the task's data does not fit it.
     """
     path = best_checkpoint(path)
     config = read_config(find_checkpoint(path, log))
@@ -114,7 +114,7 @@ def evaluate_task(
 
 
 def best_checkpoint(path: Path) -> Path:
-    """Returns the checkpoint of a fine-tuning's folder that result.json names as the best; any other path unchanged.
+    """Returns the best checkpoint of a fine-tuning run's folder according to result.json; returns any other path unchanged.
 
     Raises:
       UserError: that checkpoint no longer exists, or the folder holds runs of several seeds.
@@ -134,7 +134,7 @@ def best_checkpoint(path: Path) -> Path:
 
 
 def _describe_outputs(task: Task) -> str:
-    """Returns the number and the kind of a head's outputs in words."""
+    """Returns a phrase with the number and the kind of a head's outputs."""
     kind = "answers" if task.kind == "multiple_choice" else "classes of a score" if task.regression else "classes"
     return f"{len(task.labels)} {kind}"
 
@@ -156,12 +156,12 @@ def zero_shot(paths: Sequence[Path], sources: Mapping[str, str], every_checkpoin
 
     Args:
       paths: folders of runs or of single checkpoints.
-      sources: for the name of each probe (`zero_shot.PROBES`) the place of its rows: a task's folder, "" for tensorflow-datasets,
-        or a file of Winograd schemas.
+      sources: the location of the rows for the name of each probe (`zero_shot.PROBES`): a task's folder, "" for
+        tensorflow-datasets, or a file of Winograd schemas.
       every_checkpoint: score all sound checkpoints that a run has kept (`--train.keep-latest`), not only the newest.
 
     Returns:
-      The result of `run_probe` for each checkpoint and probe, with its `path` (as given) and `step`.
+      The result of `run_probe` for each checkpoint and probe, with the checkpoint's `path` (as given) and `step`.
 
     Raises:
       UserError: there is no such probe or no sound checkpoint, the model was fine-tuned, or the rows cannot be read.

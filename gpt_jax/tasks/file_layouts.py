@@ -1,4 +1,4 @@
-"""Layouts of labeled data: in which files and columns the releases of a task have their rows."""
+"""Layouts of labeled data: the files and columns in which the releases of a task have their rows."""
 
 from __future__ import annotations
 
@@ -23,24 +23,25 @@ PREMISE = ("premise", "hypothesis")
 
 @dataclasses.dataclass(frozen=True)
 class FileLayout:
-    """The place and form of the rows of one release of a task: files below one folder, or a data set of tensorflow-datasets."""
+    """The location and format of the rows of one release of a task: files below a folder, or a tensorflow-datasets data set."""
 
     format: TableFormat | Literal["tfds"]
     path: str
-    """A path or a glob below the task's folder, or "name/config:split" in tensorflow-datasets. The name of a split replaces
-    "{split}", and then each of `groups` replaces "{group}"."""
+    """A path or a glob below the task's folder, or "name/config:split" in tensorflow-datasets. "{split}" is replaced with the
+    name of a split, and then "{group}" with each of `groups`."""
     texts: tuple[str | tuple[str, ...], ...]
-    """Columns of the texts in the order of the input transformation. Several columns of one text are joined with spaces."""
+    """Columns of the texts in the order of the input transformation. If one text has several columns, they are joined with
+    spaces."""
     label: str = "label"
     """Column of the label. A test split may lack it."""
     split_names: tuple[str, str, str] = ("train", "dev", "test")
     """Names of the training, validation and test splits within `path`; empty if the release lacks the split."""
     groups: tuple[str, ...] = ()
-    """Parts of a split that are also scored on their own."""
+    """Parts of a split that are also scored separately."""
     headers: Mapping[SplitName, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """The columns of the splits whose files do not name them in a first row."""
     folders: tuple[str, ...] = ()
-    """Names of the task's folder below a folder that the user may give instead."""
+    """Names of the task's folder. The user may give this folder or the folder that contains it."""
     articles: bool = False
     """Whether a record is an article with several questions, as in RACE."""
     held_out: int = 0
@@ -49,7 +50,7 @@ class FileLayout:
     """Defects that this release is known to have. Rows with one of them are dropped and counted."""
 
     def paths(self, split: SplitName) -> dict[str, str]:
-        """Returns the paths of a split by group; a split without groups has the group "", and a missing split has none."""
+        """Returns the paths of a split by group. A split without groups has the group "", and a missing split has no groups."""
         name = dict(zip(SPLITS, self.split_names, strict=True))[split]
         path = self.path.replace("{split}", name)
         groups = self.groups if "{group}" in path else ("",)
@@ -62,14 +63,14 @@ class FileLayout:
 
 
 def glue(name: str, texts: tuple[str, ...], **fields: Any) -> FileLayout:
-    """Returns the layout of a task's folder in the GLUE download: tables with a header row. Test splits lack labels."""
+    """Returns the layout of a task's folder in the GLUE download: tables with a header row. Test splits have no labels."""
     return FileLayout("tsv", "{split}.tsv", texts, folders=(name,), **fields)
 
 
 def tfds(
     name: str, texts: tuple[str, ...], split_names: tuple[str, str, str] = ("train", "validation", "test"), **fields: Any
 ) -> FileLayout:
-    """Returns the layout of a data set of tensorflow-datasets."""
+    """Returns the layout of a data set in tensorflow-datasets."""
     return FileLayout("tfds", f"{name}:{{split}}", texts, split_names=split_names, **fields)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning (section 3.2): a pre-trained network and a head for the task, in the same loop; the best checkpoint is scored."""
+"""Fine-tuning (section 3.2): trains a pre-trained network with a head for a task, and scores the best checkpoint."""
 
 from __future__ import annotations
 
@@ -50,18 +50,19 @@ from gpt_jax.train.step import State, abstract_state, init_state, jit_evaluation
 
 
 def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False) -> dict[str, Any]:
-    """Fine-tunes in `workdir`, from its newest sound checkpoint if it has one; returns the contents of result.json.
+    """Fine-tunes in `workdir`, from its newest sound checkpoint if there is one; returns the contents of result.json.
 
-    The validation split is scored at every evaluation. At the end the best checkpoint's scores on the validation and test splits
-    are the result, and its predictions are in `predictions/` (for hidden tests of GLUE also in the format of its server).
+    The validation split is scored at every evaluation. The result contains the best checkpoint's scores on the validation and
+    test splits. Its predictions are written to `predictions/`; for GLUE's hidden test splits, they are also written in the format
+    of GLUE's server.
 
     Raises:
-      UserError: config, task, checkpoint, workdir or mesh do not fit; the message says how.
+      UserError: config, task, checkpoint, workdir or mesh do not fit together; the message says why.
       TrainingError, Preempted: as `loop.run_training`.
     """
     with start_run(config, workdir) as ctx:
         require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} holds runs of several seeds; name another folder")
-        task = task_from_config(config.task)  # A misspelled task is reported before a checkpoint is looked for.
+        task = task_from_config(config.task)  # A misspelled task is reported before the checkpoint is read.
         source = find_init(config.init, ctx.log)
         resolved = resolve_config(config, task, source)
         ctx.run.require_not_imported()
@@ -70,7 +71,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         mesh = make_mesh(resolved.mesh)
         check_divisibility(mesh, resolved.model, batch_size, train.grad_accum_steps)
 
-        with distributed.primary_first("the task's data", ctx.log):  # tensorflow-datasets may have to write them.
+        with distributed.primary_first("the task's data", ctx.log):  # tensorflow-datasets may have to write the data.
             dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, batch_size, ctx.log)
         batches = TaskBatches(dataset.encoded["train"], batch_size, train.seed, dataset.lengths, resolved.task.bucket_by_length)
         padding = {
@@ -128,7 +129,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
 
 
 def _describe_result(result: dict[str, Any]) -> str:
-    """Returns the scores of a result in one line."""
+    """Returns the scores of a result as one line."""
     parts = []
     for split in ("validation", "test"):
         if split in result:
@@ -141,9 +142,9 @@ def _describe_result(result: dict[str, Any]) -> str:
 
 
 def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_changes: bool = False) -> dict[str, Any]:
-    """Fine-tunes with `seeds` seeds, the config's and those after it, in `workdir`/seed-N; returns and writes their scores.
+    """Fine-tunes with `seeds` consecutive seeds from the config's on, in `workdir`/seed-N; writes and returns the scores.
 
-    result.json gives for each split and metric the median, mean, standard deviation, minimum, maximum and all values.
+    For each split and metric, result.json contains the median, mean, standard deviation, minimum, maximum and all values.
 
     Raises:
       UserError, TrainingError, Preempted: as `finetune`.
@@ -166,7 +167,7 @@ def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_chan
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Returns median, mean, sample standard deviation (0 for one value), minimum and maximum of some values, and the values."""
+    """Returns the median, mean, sample standard deviation (0 for one value), minimum and maximum of values, and the values."""
     return {
         "median": statistics.median(values),
         "mean": statistics.fmean(values),
@@ -181,27 +182,26 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 class InitSource(NamedTuple):
-    """The model that a fine-tuning starts from."""
+    """The model that a fine-tuning run starts from."""
 
     model: ModelConfig
-    """The architecture; its vocabulary may hold special tokens of an earlier fine-tuning."""
+    """The architecture; its vocabulary may contain the special tokens of an earlier fine-tuning run."""
     tokenizer: Tokenizer
     info: CheckpointInfo | None
-    """The checkpoint with the parameters; None: they are random."""
+    """The checkpoint with the parameters; None: the parameters are random."""
 
 
 def find_init(init: TransferConfig, log: Log) -> InitSource:
     """Finds the model that `--init.from` and `--init.like` name.
 
     Raises:
-      UserError: there is no checkpoint, its tokenizer does not fit its model, or nothing says which architecture and tokenizer to
-        use.
+      UserError: there is no checkpoint, its tokenizer does not fit its model, or the architecture or the tokenizer is not given.
     """
     require(bool(init.from_), "init.from", "name the run or checkpoint to fine-tune, or write none for random parameters")
     origin = init.like if init.from_ == "none" else init.from_
-    require(bool(origin), "init.like", "name the run, checkpoint or config whose architecture the random parameters shall have")
+    require(bool(origin), "init.like", "name the run, checkpoint or config whose architecture the random parameters have")
     if init.from_ != "none" or Path(origin).is_dir():
-        require(not init.tokenizer, "init.tokenizer", "leave it out; a checkpoint brings its own tokenizer")
+        require(not init.tokenizer, "init.tokenizer", "leave it out; a checkpoint has its own tokenizer")
         source = _read_checkpoint(Path(origin), log)
         return source._replace(info=None) if init.from_ == "none" else source
     config = load_config(origin)
@@ -227,10 +227,10 @@ def _read_checkpoint(path: Path, log: Log) -> InitSource:
 
 
 def resolve_config(config: FinetuneConfig, task: Task, source: InitSource) -> FinetuneRunConfig:
-    """Returns the config with everything that the source and the task decide.
+    """Returns the config with all fields that depend on the source and the task.
 
-    These are the source's architecture, with room for the special tokens, and the labels of one's own task, which may have been
-    read from its training rows.
+    These are the source's architecture, with room for the special tokens, and the labels of a user-defined task, which may have
+    been read from its training rows.
 
     Raises:
       UserError: `--init.blocks` does not fit the architecture.
@@ -239,7 +239,7 @@ def resolve_config(config: FinetuneConfig, task: Task, source: InitSource) -> Fi
     vocab_size = source.tokenizer.vocab_size + len(SpecialTokens._fields)
     model = dataclasses.replace(source.model, **options, vocab_size=vocab_size)
     blocks, layers = config.init.blocks, model.num_layers
-    require(model.kind != "lstm" or blocks <= 0, "init.blocks", "an LSTM is transferred whole (-1) or not at all (0)")
+    require(model.kind != "lstm" or blocks <= 0, "init.blocks", "an LSTM is transferred completely (-1) or not at all (0)")
     require(blocks <= layers, "init.blocks", f"the checkpoint has {layers} blocks, not {blocks}")
     sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
     labeled = config.task if config.task.name else dataclasses.replace(config.task, labels=task.labels)
@@ -247,7 +247,7 @@ def resolve_config(config: FinetuneConfig, task: Task, source: InitSource) -> Fi
 
 
 def _initial_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: InitSource) -> tuple[State, str]:
-    """Returns a random state into which the source's parameters are transferred, and a line that says so."""
+    """Returns a state with the source's parameters, if there are any, and a line for the log that describes its origin."""
     model = head.trainable_model()
     state = init_state(config, mesh, model)
     if source.info is None:
@@ -272,7 +272,7 @@ def make_head(task: Task, config: FinetuneRunConfig) -> Head:
 
 
 class TaskScorer:
-    """Scores parameters on the splits of a dataset; compiles once for each shape of a batch."""
+    """Scores parameters on the splits of a dataset. It compiles once for each shape of a batch."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, head: Head, dataset: TaskDataset):
         self._mesh, self._dataset = mesh, dataset
@@ -293,13 +293,13 @@ class TaskScorer:
         return result
 
     def scores(self, log_probabilities: np.ndarray, split: str) -> dict[str, float]:
-        """Returns the task's metrics, and the mean of the task's loss in nats."""
+        """Returns the task's metrics and its mean loss in nats."""
         task, examples = self._dataset.task, self._dataset.splits[split].examples
         loss = -(self._dataset.encoded[split].labels * log_probabilities).sum(axis=1).mean()
         return score(task, examples, predict(task, np.exp(log_probabilities))) | {"loss": float(loss)}
 
     def write(self, params: Params, split: str, folder: Path) -> tuple[dict[str, float], list[Path]]:
-        """Scores a split and writes its predictions; returns the scores (none if labels are hidden) and the files.
+        """Scores a split and writes its predictions; returns the scores (empty if labels are hidden) and the files.
 
         Raises:
           UserError: as `metrics.write_glue`.
@@ -318,7 +318,7 @@ class TaskScorer:
 
 
 def _best_params(run: RunDir, config: FinetuneRunConfig, mesh: Mesh, head: Head, state: State) -> tuple[int, Params]:
-    """Returns step and parameters of the best checkpoint, or of the last state if no checkpoint has a score."""
+    """Returns the step and the parameters of the best checkpoint, or of the last state if no checkpoint has a score."""
     best = best_checkpoints(list_checkpoints(run.checkpoints), 1) if distributed.is_primary() else []
     step = distributed.broadcast(best[0].step if best else -1)
     if step in (-1, int(state["step"])):

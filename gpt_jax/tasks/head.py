@@ -19,13 +19,13 @@ from gpt_jax.train.step import TrainableModel
 class Head(NamedTuple):
     """A classifier on top of the network.
 
-    For a task with classes, the activations of an example's sequences are added (both orders of a pair), and one linear layer
-    gives `outputs` scores. For a multiple choice, one linear layer gives one score to each choice's sequence. Either way a softmax
-    over the scores gives the probabilities.
+    For a task with classes, the activations of an example's sequences (for example, both orders of a pair) are added, and one
+    linear layer computes `outputs` scores. For multiple choice, one linear layer computes one score for the sequence of each
+    choice. In both cases, a softmax over the scores gives the probabilities.
     """
 
     outputs: int
-    """Scores of an example: one for each class, or for each choice."""
+    """Number of scores of an example: one for each class or choice."""
     choices: bool
     """Whether the outputs are choices."""
     lm_weight: float
@@ -36,13 +36,13 @@ class Head(NamedTuple):
     def trainable_model(self) -> TrainableModel:
         """Returns the network with this head and its loss.
 
-        The loss is the mean over examples of the task's loss, plus lm_weight x the mean over sequences (all choices included) of
-        the mean over their next tokens of the language model's loss.
+        The loss is the task's loss, averaged over examples, plus lm_weight times the language model's loss, averaged first over
+        the next tokens of each sequence and then over all sequences, including all choices.
         """
         return TrainableModel(self.loss, normalize, self.init, self.param_specs)
 
     def init(self, config: ModelConfig, key: PRNGKeyArray) -> Params:
-        """Returns the network's parameters, and a head N(0, init_stddev) with bias 0."""
+        """Returns random parameters of the network, and of the head: weights N(0, init_stddev) and bias 0."""
         network_key, head_key = jax.random.split(key)
         width = 1 if self.choices else self.outputs
         kernel = config.init_stddev * jax.random.normal(head_key, (config.embed_dim, width))
@@ -50,7 +50,7 @@ class Head(NamedTuple):
         return network(config).init(config, network_key) | {"head": head}
 
     def param_specs(self, config: ModelConfig) -> Params:
-        """Returns the network's parameter specs, with those of the head."""
+        """Returns the parameter specs of the network and of the head."""
         head = {"kernel": ParamSpec(("embed", None), decay=True), "bias": ParamSpec((None,), decay=False)}
         return network(config).param_specs(config) | {"head": head}
 
@@ -58,9 +58,10 @@ class Head(NamedTuple):
         """Returns the sum of both losses over the examples, whose weights `normalize` has scaled.
 
         Args:
-          batch: tokens and targets int32 [batch, sequences, time]; loss_weights float32 likewise, for each next token; extract
-            and example_id int32 [batch, sequences], the position of the extract token and the number of the sequence in the
-            global batch; labels float32 [batch, outputs], weighted distributions.
+          batch: a dictionary of arrays: tokens and targets int32 [batch, sequences, time]; loss_weights float32 of the same
+            shape, the weight of each target; extract int32 [batch, sequences], the position of the extract token; example_id
+            int32 [batch, sequences], the number of the sequence in the global batch; labels float32 [batch, outputs], weighted
+            distributions.
         """
         batch = _fold_sequences(batch)
         if dropout_key is not None:
@@ -108,8 +109,8 @@ class Head(NamedTuple):
 def normalize(batch: Batch) -> Batch:
     """Divides labels by the number of labeled examples and loss weights by the number of sequences.
 
-    The losses of micro-batches then add up to the loss of the whole batch, since the weights of a sequence, like the labels of an
-    example, add up to 1.
+    The losses of micro-batches then add up to the loss of the complete batch, because the weights of a sequence add up to 1, and
+    so do the labels of an example.
     """
     return batch | {name: batch[name] / jnp.maximum(batch[name].sum(), 1e-6) for name in ("labels", "loss_weights")}
 
@@ -120,12 +121,12 @@ def _fold_sequences(batch: Batch) -> Batch:
 
 
 def transfer(random: Params, pretrained: Params, blocks: int, entries: Int[Array, ""] | int) -> Params:
-    """Replaces random parameters by pre-trained ones.
+    """Replaces random parameters with pre-trained ones.
 
     Args:
-      random: parameters of the model to be fine-tuned, whose vocabulary may be larger by special tokens (and cross a multiple of
-        128).
-      pretrained: parameters of the pre-trained model; a head of its own is not used.
+      random: parameters of the model to be fine-tuned. Special tokens may make its vocabulary larger, and may increase the padded
+        size of the array.
+      pretrained: parameters of the pre-trained model. If it has a head, the head is not used.
       blocks: number of blocks transferred, counted from the input, in addition to the embeddings; -1: all.
       entries: number of vocabulary entries transferred; the others stay random.
     """

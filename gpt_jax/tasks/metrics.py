@@ -1,15 +1,15 @@
 """Predictions from a classifier's probabilities, their scores, and the files that they are written to.
 
-Scores are fractions in [-1, 1]. Tables for people show them in percent, as the paper does. Where textbooks leave a choice, the
-metrics are defined as follows:
+Scores are fractions in [-1, 1]. Printed tables show them in percent, as the paper does. Where definitions vary, the metrics are
+defined as follows:
 
     f1                    of the label with index 1 ("same meaning" in MRPC and QQP), as in the GLUE benchmark
     matthews              for any number of classes
     pearson, spearman     of scores (STS-B)
 
-If all predictions are the same, their correlation with anything is 0 / 0. Matthews' coefficient is defined as 0 then. For two
-binary variables it equals Pearson's, so pearson and spearman are 0 too. Such a run ranks below any run that learned something,
-and its result is still valid JSON. If all labels are the same, it is a mistake in the data and an error.
+If all predictions are the same, their correlation with anything is 0 / 0. In this case, Matthews' coefficient is defined as 0.
+For two binary variables it equals Pearson's coefficient, so pearson and spearman are also 0. Such a run ranks below any run that
+learned something, and its result is still valid JSON. If all labels are the same, the data is wrong and an error is raised.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Predictions = Int64[np.ndarray, " n"] | Float64[np.ndarray, " n"]
 
 
 def predict(task: Task, probabilities: Float32[np.ndarray, "n outputs"]) -> Predictions:
-    """Returns the most likely label of each row (of equals the first), or the expectation sum_k k * p_k of a score."""
+    """Returns the most likely label of each row (in a tie the first), or the expectation sum_k k * p_k of a score."""
     if task.regression:
         return probabilities.astype(np.float64) @ np.arange(probabilities.shape[1])
     return probabilities.argmax(axis=1)
@@ -49,7 +49,7 @@ def compute_metric(name: str, labels: Predictions, predictions: Predictions) -> 
     Args:
       name: "accuracy", "f1", "matthews", "pearson" or "spearman". F1 is 0 if label 1 is never predicted, and the correlations are
         0 if all predictions are the same.
-      labels: the right labels or scores.
+      labels: the correct labels or scores.
       predictions: the predicted ones.
     """
     from scipy import stats
@@ -72,7 +72,7 @@ def compute_metric(name: str, labels: Predictions, predictions: Predictions) -> 
 
 
 def require_scorable(task: Task, examples: Sequence[Example]) -> None:
-    """Checks that the task's metrics can be computed for these examples, which is best known before a model is trained.
+    """Checks that the task's metrics can be computed for these examples, so that errors are found before a model is trained.
 
     Raises:
       UserError: a label is hidden, or all labels are the same and a metric needs two. The message names the rows' files.
@@ -117,7 +117,7 @@ def score(task: Task, examples: Sequence[Example], predictions: Predictions) -> 
 # -- averages of GLUE -------------------------------------------------------------------------------------------------------
 
 GLUE_FILES = {task.name: task.glue_name for task in TASKS.values() if task.glue_name}
-"""The tasks of GLUE by name, and what its server calls them."""
+"""The names that GLUE's server uses for its tasks, by our names."""
 
 _MNLI = {"mnli": ("accuracy/matched", "accuracy/mismatched")}
 _GLUE = {name: TASKS[name].metrics for name in GLUE_FILES} | {"cola": ("matthews",)} | _MNLI
@@ -132,18 +132,18 @@ def glue_averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 
     `TABLE_5_MEAN` is the paper's average, 74.7 for its full model: the unweighted mean of eight tasks, with one metric for each.
     The metrics are Matthews for CoLA, F1 for MRPC and QQP, Pearson for STS-B, and accuracy for SST-2, QNLI, RTE and MultiNLI. The
-    figure of MultiNLI is the mean of matched and mismatched: the paper's 81.8 stands for the 82.1 and 81.4 of its Table 2.
+    figure of MultiNLI is the mean of matched and mismatched: the paper's 81.8 is the mean of 82.1 and 81.4 in its Table 2.
 
     `GLUE_MEAN` is the benchmark's average: the unweighted mean over tasks of the mean of each task's metrics. These are F1 and
     accuracy for MRPC and QQP, Pearson and Spearman for STS-B, and the accuracies on both parts of MultiNLI. The benchmark's own
-    figure (72.8 in Table 4) includes a ninth task, WNLI, which neither the paper nor this project treats. There, the paper's
+    figure (72.8 in Table 4) includes a ninth task, WNLI, which neither the paper nor this project evaluates. On WNLI, the paper's
     model has 53.4 on the leaderboard.
 
     Args:
       scores: what `score` returned, by task; all for the same split.
 
     Returns:
-      The averages of which every part is in `scores`.
+      Those averages for which `scores` contains all parts.
     """
     return {
         name: fmean(fmean(scores[task][metric] for metric in metrics) for task, metrics in parts.items())
@@ -158,7 +158,7 @@ def glue_averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 def write_predictions(
     path: Path, task: Task, examples: Sequence[Example], probabilities: Float32[np.ndarray, "n outputs"]
 ) -> None:
-    """Writes one JSON object a line for each example, in order.
+    """Writes one JSON object per line for each example, in order.
 
         {"id": "17", "gold": "entailment", "prediction": "not_entailment", "probabilities": [0.25, 0.75]}
 
@@ -185,18 +185,18 @@ def write_glue(
 ) -> list[Path]:
     """Writes predictions for a test split as the GLUE server expects them: CoLA.tsv, or MNLI-m.tsv and MNLI-mm.tsv.
 
-    A file has a header, and a line for each row of the test file in order: its index, counted from 0, and the prediction. The
-    prediction is a label as in the data (entailment, neutral, contradiction, not_entailment; 0 or 1 for CoLA, SST-2, MRPC and
-    QQP) or a score in [0, 5] with three decimals (STS-B). The server requires every row, so a row that was dropped in reading, as
-    QQP's empty ones are, gets the first label. A complete submission also contains WNLI.tsv and the diagnostic AX.tsv.
+    A file has a header and one line for each row of the test file, in order: the row's index, counted from 0, and the prediction.
+    The prediction is a label as in the data (entailment, neutral, contradiction, not_entailment; 0 or 1 for CoLA, SST-2, MRPC and
+    QQP) or a score in [0, 5] with three decimals (STS-B). The server requires every row, so rows that were dropped by the reader,
+    such as empty rows of QQP, get the first label. A complete submission also contains WNLI.tsv and the diagnostic AX.tsv.
 
     Args:
-      folder: where the files go.
+      folder: the folder to write into.
       task: the task.
       examples: the examples of the test split in any order; each `id` is the index within the example's file.
       predictions: what `predict` returned for these examples.
-      dropped: indices of rows that were dropped in reading (`TaskSplit.dropped_indices`), since dropped rows at the end of the
-        file leave no gap. The two files of MultiNLI have none.
+      dropped: indices of rows that were dropped by the reader (`TaskSplit.dropped_indices`). They are needed because dropped rows
+        at the end of the file leave no gap. The two files of MultiNLI have no dropped rows.
 
     Returns:
       The files that were written.

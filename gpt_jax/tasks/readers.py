@@ -1,7 +1,7 @@
 """Readers of labeled tasks: their files in the released layout, tensorflow-datasets, or the user's own files.
 
-Texts lose the white space at both ends and are otherwise unchanged. A malformed row is an error that names the row's place. Only
-rows with the known defects of a release (`FileLayout.drops`) are dropped and counted instead.
+White space is removed from both ends of a text; otherwise, texts are unchanged. A malformed row raises an error that names the
+row's location. Only rows with the known defects of a release (`FileLayout.drops`) are dropped and counted instead.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Example(NamedTuple):
     label: float | None
     """The index of the label among the task's labels, or the score in a regression; None if the label is hidden."""
     where: str
-    """The example's place: "file:line", or "tfds:glue/cola train 17"."""
+    """The example's location: "file:line", or "tfds:glue/cola train 17"."""
     group: str = ""
-    """The part of the split that the example belongs to, if parts are also scored on their own: "matched", "high", ..."""
+    """The part of the split that the example belongs to, if parts are also scored separately: "matched", "high", ..."""
 
 
 class TaskSplit(NamedTuple):
-    """One split of a task, as it was read."""
+    """One split of a task after reading."""
 
     examples: list[Example]
     num_rows: int
@@ -53,7 +53,7 @@ class TaskSplit(NamedTuple):
     """Indices, within their file, of the rows that were dropped and have an index."""
 
     def describe_counts(self) -> str:
-        """Returns the counts in words."""
+        """Returns a description of the counts."""
         dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in self.dropped.items() if count)
         return f"{self.num_rows:,} rows read, {len(self.examples):,} used{dropped}"
 
@@ -67,12 +67,12 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
       split: the name of the split. Test splits may lack labels.
 
     Returns:
-      The split, with its examples in the order of the files; None if the release, or the user, does not have it.
+      The split, with its examples in the order of the files; None if the release or the user's config does not have the split.
 
     Raises:
-      UserError: files are missing, or their release lacks a validation split; or, with file and line: a column is missing, a row
-        has too few or too many columns, a label is not in the label set, a score is not a number, a text is empty, the number of
-        answers is wrong, or some bytes are not UTF-8.
+      UserError: files are missing, or their release lacks a validation split. For the following errors, the message names file
+        and line: a column is missing, a row has too few or too many columns, a label is not in the label set, a score is not a
+        number, a text is empty, the number of answers is wrong, or some bytes are not UTF-8.
     """
     layout, groups = (_open_named_task if config.name else _open_own_task)(task, config, split)
     if not groups:
@@ -89,7 +89,7 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
                 if error.defect not in layout.drops:
                     raise UserError(f"{record.where}: {error}") from error
                 dropped[error.defect] += 1
-                # The second piece of a row that is broken at a line end may begin with any number. But an index is never greater
+                # The second part of a row that is broken at a line end may begin with any number, but an index is never greater
                 # than the number of rows before it.
                 if (index := _row_id(record, num_rows)).isdecimal() and int(index) <= num_rows:
                     dropped_indices.append(int(index))
@@ -157,7 +157,7 @@ def _read_files(layout: FileLayout, paths: list[Path], split: SplitName) -> Iter
 
 
 def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups]:
-    """Returns the layout of a task of the user's own, and the records of one of its splits."""
+    """Returns the layout of a user-defined task, and the records of one of its splits."""
     path = getattr(config, split)
     required = dict.fromkeys(config.texts, "task.texts") | ({} if split == "test" else {config.label: "task.label"})
     groups = {"": tables.read_own_table(path, f"task.{split}", required)} if path else {}
@@ -168,7 +168,7 @@ def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[Fi
 
 
 class _MalformedRow(Exception):
-    """An error in a row. `defect` names the known defect of releases that it may be, or is empty."""
+    """An error in a row. `defect` names the corresponding known defect of releases; it is empty if there is none."""
 
     def __init__(self, defect: str, message: str):
         super().__init__(message)
@@ -183,12 +183,12 @@ def _parse_example(task: Task, layout: FileLayout, group: str, record: Record, n
         raise _MalformedRow(JOINED, "a text contains a tab")
     label = label_text(record.fields.get(layout.label))
     if label is None and split != "test":
-        raise _MalformedRow("", "the label is missing, which is allowed in a test split only")
+        raise _MalformedRow("", "the label is missing, which is only allowed in a test split")
     return Example(_row_id(record, number), texts, None if label is None else _parse_label(task, label), record.where, group)
 
 
 def _row_id(record: Record, number: int) -> str:
-    """Returns the value of the column that identifies a row, or else the row's number in the split."""
+    """Returns the value of the column that identifies a row, or the row's number in the split if there is no such column."""
     return str(next((record.fields[column] for column in ID_COLUMNS if column in record.fields), number))
 
 
@@ -196,7 +196,7 @@ def _parse_texts(layout: FileLayout, record: Record) -> tuple[str, ...]:
     for column in layout.text_columns:
         value = record.fields[column]
         if not isinstance(value, str):
-            raise _MalformedRow("", f"'{column}' must be a text, not {described(value)}")
+            raise _MalformedRow("", f"'{column}' must be a string, not {described(value)}")
         if not value.strip():
             raise _MalformedRow(EMPTY, f"'{column}' is empty; every text needs at least one character that is not white space")
     joined = (record.fields[t] if isinstance(t, str) else " ".join(record.fields[column] for column in t) for t in layout.texts)
@@ -242,7 +242,7 @@ def _split_articles(records: Iterable[Record], letters: tuple[str, ...]) -> Iter
         article, *lists = (record.fields[field] for field in ARTICLE_FIELDS)
         if not isinstance(article, str) or not all(isinstance(items, list) and len(items) == len(lists[0]) for items in lists):
             raise UserError(
-                f"{record.where}: 'article' must be a text, and {', '.join(ARTICLE_FIELDS[1:])} must be lists of equal length"
+                f"{record.where}: 'article' must be a string, and {', '.join(ARTICLE_FIELDS[1:])} must be lists of equal length"
             )
         name = record.fields.get("id") or record.fields.get("example_id")
         for number, (question, options, answer) in enumerate(zip(*lists, strict=True)):

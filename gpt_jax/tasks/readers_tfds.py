@@ -13,14 +13,14 @@ from gpt_jax.tasks.tables import Record
 def read_tfds(path: str, label: str, labels: tuple[str, ...], hidden_label: str | None) -> Iterator[Record]:
     """Yields the examples of a split, in the order of their feature `idx` if they have it.
 
-    A data set that is not on this machine is downloaded, which a line on standard error announces. If the feature NAME is a list,
-    its items are also in the fields NAME/0, NAME/1, ...
+    If the data set is not on this machine, it is downloaded, and a line on standard error announces this. If the feature NAME is
+    a list, its items are also in the fields NAME/0, NAME/1, ...
 
     Args:
       path: "name/config:split".
       label: the feature that holds the label.
-      labels: the texts that replace class numbers.
-      hidden_label: what replaces the class number -1.
+      labels: the strings that replace class numbers.
+      hidden_label: the value that replaces the class number -1.
 
     Raises:
       UserError: the data set cannot be loaded.
@@ -37,7 +37,7 @@ def read_tfds(path: str, label: str, labels: tuple[str, ...], hidden_label: str 
                 fields |= {f"{feature}/{place}": item for place, item in enumerate(value)}
         if label in features:
             value = example[label]
-            # As text, a float32 has only the digits that it was made from.
+            # Converting a float32 to a string gives only the digits that it was made from.
             fields[label] = hidden_label if value < 0 else labels[value] if hasattr(features[label], "names") else str(value)
         yield Record(f"tfds:{name} {split} {fields.get('idx', number)}", fields)
 
@@ -48,7 +48,7 @@ def _load_examples(name: str, split: str) -> tuple[Any, list[dict[str, Any]]]:
         import tensorflow_datasets as tfds
 
         builder = tfds.builder(name)
-        if not builder.is_prepared():  # without a network, the attempts go on for minutes
+        if not builder.is_prepared():  # without a network, the attempts continue for minutes
             say(
                 f"tensorflow-datasets downloads {name} ({builder.info.homepage}) to {builder.data_path}; to read the task's own "
                 "files instead, give their folder as --task.path"
@@ -63,7 +63,7 @@ def _load_examples(name: str, split: str) -> tuple[Any, list[dict[str, Any]]]:
 
 
 def _to_python(value: Any) -> Any:
-    """Converts values of NumPy and TensorFlow to texts, numbers and lists."""
+    """Converts values of NumPy and TensorFlow to strings, numbers and lists."""
     if isinstance(value, bytes):
         return value.decode()
     if hasattr(value, "to_list"):  # a ragged tensor: a list of lists

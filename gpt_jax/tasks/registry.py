@@ -27,14 +27,14 @@ class Task:
     title: str
     kind: TaskKind
     labels: tuple[str, ...]
-    """The labels in the order of the classifier's outputs: names of classes, names of the answers in a multiple choice, or the
-    integers between which the scores of a regression lie."""
+    """The labels in the order of the classifier's outputs: names of classes, names of the answers of a multiple-choice question,
+    or all integers in the range of a regression's scores."""
     files: tuple[FileLayout, ...] = ()
-    """The layouts in which files of the task were released; empty for a task of the user's own."""
+    """The layouts in which files of the task were released; empty for a user-defined task."""
     tfds: FileLayout | None = None
-    """The layout in tensorflow-datasets; None for a task of the user's own."""
+    """The layout in tensorflow-datasets; None for a user-defined task."""
     metrics: tuple[str, ...] = ("accuracy",)
-    """Names that `metrics.compute_metric` takes. The first is the paper's metric, and chooses the best checkpoint."""
+    """Names of metrics, as in `metrics.compute_metric`. The first one is the paper's and determines the best checkpoint."""
     regression: bool = False
     """Whether labels are scores rather than members of `labels`."""
 
@@ -45,12 +45,12 @@ class Task:
 
     @property
     def published(self) -> Mapping[tuple[str, str], float]:
-        """The paper's figures by metric and group, as in `PUBLISHED`; empty for a task of the user's own."""
+        """The paper's figures by metric and group, as in `PUBLISHED`; empty for a user-defined task."""
         return PUBLISHED.get(self.name, {})
 
     @property
     def published_on(self) -> str:
-        """The split that the paper's figures are for. The labels of GLUE's test splits are known to its server only."""
+        """The split that the paper's figures are for. Only GLUE's server has the labels of its test splits."""
         return "test server" if self.glue_name else "test split"
 
 
@@ -58,7 +58,7 @@ def get_task(name: str) -> Task:
     """Returns the task with this name.
 
     Raises:
-      UserError: there is no such task; the message offers the nearest names.
+      UserError: there is no such task; the message contains the nearest names.
     """
     if name not in TASKS:
         raise UserError(f"--task.name: there is no task '{name}'; {nearest(name, TASKS)}")
@@ -96,7 +96,7 @@ def _labels_of_rows(config: TaskConfig) -> tuple[str, ...]:
 
 
 def label_text(value: Any) -> str | None:
-    """Returns a label as text, since in JSON it may be a number; None if it is missing."""
+    """Returns a label as a string, since it may be a number in JSON; None if it is missing."""
     if value is None:
         return None
     return value.strip() if isinstance(value, str) else json.dumps(value)
@@ -112,7 +112,7 @@ SCORES = ("0", "1", "2", "3", "4", "5")
 QNLI_TEXTS = ("question", "sentence")
 QQP_TEXTS = ("question1", "question2")
 COLA_COLUMNS = ("source", "label", "mark", "sentence")
-MATCHED = ("matched", "mismatched")  # MultiNLI: texts of the genres that the training split has, and of others
+MATCHED = ("matched", "mismatched")  # MultiNLI: genres that occur in the training split, and other genres
 
 MNLI_FILES = (
     glue("MNLI", PAIR, label="gold_label", split_names=("train", "dev_{group}", "test_{group}"), groups=MATCHED),
@@ -126,10 +126,10 @@ SCITAIL = FileLayout(
     headers=dict.fromkeys(SPLITS, (*PREMISE, "label")),
     folders=("tsv_format", "SciTailV1.1/tsv_format"),
 )
-# tensorflow-datasets reads the file as if quotes were special, so that a lone one swallows the rows up to the next: it has 23,097
-# training rows where the file has 23,596.
+# tensorflow-datasets treats quotes in the file as special characters, so a single quote joins all rows up to the next one. It has
+# 23,097 training rows, while the file has 23,596.
 SCITAIL_TFDS = tfds("sci_tail", PREMISE, drops=(JOINED,))
-# As in the released code, the validation file is the training data, and 374 of its rows are held out for validation.
+# As in the released code, the validation file provides the training data, and 374 of its rows are held out for validation.
 STORY_CLOZE = FileLayout(
     "csv",
     "cloze_test_{split}__spring2016*.csv",
@@ -138,7 +138,7 @@ STORY_CLOZE = FileLayout(
     split_names=("val", "val", "test"),
     held_out=374,
 )
-# The rows are in another order than in the file, so those held out are not those of the released code.
+# The rows are not in the order of the file, so the rows that are held out are not those of the released code.
 STORY_CLOZE_TFDS = tfds(
     "story_cloze/2016", ("context", "endings/0", "endings/1"), ("validation", "validation", "test"), held_out=374
 )
@@ -193,8 +193,8 @@ PUBLISHED: Mapping[str, Mapping[tuple[str, str], float]] = {
     "stsb": {("pearson", ""): 82.0},
     "qqp": {("f1", ""): 70.3},
 }
-"""The figures of tables 2 (entailment), 3 (multiple choice) and 4 (the others) by task, then by metric and group. The group "" is
-the whole split."""
+"""The figures of Table 2 (entailment), Table 3 (multiple choice) and Table 4 (other tasks) by task, then by metric and group. The
+group "" is the complete split."""
 
 GLUE_AVERAGE = 72.8
 """The GLUE benchmark's own average of its tasks (Table 4)."""
@@ -209,4 +209,4 @@ _TABLE_5 = {
 ABLATION_AVERAGES = {model: average for model, (average, *_) in _TABLE_5.items()}
 """The first column of Table 5: the unweighted mean of the other eight."""
 ABLATIONS = {model: dict(zip(_TABLE_5_COLUMNS, figures, strict=True)) for model, (_, *figures) in _TABLE_5.items()}
-"""The figures of Table 5 by model and task, from the test server. Each is in the first of the task's metrics."""
+"""The figures of Table 5 by model and task, from the test server. Each figure is for the first of the task's metrics."""

@@ -12,22 +12,22 @@ from gpt_jax.errors import UserError, described, nearest
 
 TableFormat = Literal["tsv", "csv", "jsonl", "json"]
 """`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `jsonl` has
-one object a line, `json` one object a file."""
+one object per line, and `json` has one object per file."""
 
 
 class Record(NamedTuple):
     """One row of a file or of a data set, before its texts and label are checked."""
 
     where: str
-    """The row's place for error messages: "file:line"."""
+    """The row's location for error messages: "file:line"."""
     fields: Mapping[str, Any]
-    """The values by column. Except in JSON, all of them are texts."""
+    """The values by column. Except in JSON, all of them are strings."""
     fault: str = ""
     """A description of the error if the number of cells does not match the columns; empty otherwise."""
 
 
 def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterator[Record]:
-    """Yields the rows of a user's own file, in the format that the end of its name determines.
+    """Yields the rows of a user's own file. Its suffix determines the format.
 
     Args:
       path: the file.
@@ -35,7 +35,7 @@ def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterat
       required: as for `read_table`.
 
     Raises:
-      UserError: there is no such file, the end of its name is unknown, or its content is malformed (`read_table`).
+      UserError: there is no such file, its suffix is unknown, or its content is malformed (`read_table`).
     """
     file = Path(path).expanduser()
     formats: dict[str, TableFormat] = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
@@ -48,16 +48,17 @@ def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterat
 
 
 def read_table(path: Path, file_format: TableFormat, required: Mapping[str, str], header: Sequence[str] = ()) -> Iterator[Record]:
-    """Yields the rows of a file in their order. Blank lines and a byte-order mark are skipped.
+    """Yields the rows of a file in order. Blank lines and a byte-order mark are skipped.
 
     Args:
       path: the file.
       file_format: its format.
-      required: columns that must be present, and for error messages the config field that names each of them ("" if none does).
+      required: columns that must be present, each with the config field that names it, for error messages ("" if none does).
       header: the columns of a table without a header row; empty if the first row names them.
 
     Raises:
-      UserError: some bytes are not UTF-8, a column is missing, quotes do not close, or JSON is malformed; with file and line.
+      UserError: some bytes are not UTF-8, a column is missing, a quote is not closed, or JSON is malformed. The message names the
+        file and the line.
     """
     if file_format in ("jsonl", "json"):
         objects = _filled_lines(path) if file_format == "jsonl" else [(1, "".join(text for _, text in _lines(path)))]

@@ -44,7 +44,7 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EncodedSplit:
-    """A split as token ids: n examples of S sequences each, and target distributions over the K outputs of the classifier."""
+    """A split as token ids: n examples of S sequences each, with target distributions over the K outputs of the classifier."""
 
     tokens: Int32[np.ndarray, " total"]
     """All sequences one after the other, example by example."""
@@ -64,7 +64,7 @@ class EncodedSplit:
 
 
 SEGMENTS = {"classification": ((0,),), "entailment": ((0, 1),), "similarity": ((0, 1), (1, 0))}
-"""For each sequence of an example, the indices of the texts that it contains. In a multiple choice, see `encode_examples`."""
+"""For each sequence of an example, the indices of the texts that it contains. `encode_examples` handles multiple choice."""
 
 
 def encode_examples(
@@ -85,9 +85,9 @@ def encode_examples(
       kind: determines the transformation.
       encode_text: the tokenizer's `encode`.
       special: ids of the special tokens.
-      num_outputs: K, the number of outputs of the classifier; in a multiple choice, the number of answers.
-      max_tokens: maximum length of a sequence, special tokens included.
-      truncation: `longest` removes tokens from the end of the longest segment (of equal ones the first), one at a time, until the
+      num_outputs: K, the number of outputs of the classifier; for multiple choice, the number of answers.
+      max_tokens: maximum length of a sequence, including special tokens.
+      truncation: `longest` removes tokens from the end of the longest segment (in a tie the first), one at a time, until the
         sequence fits. `released` cuts every segment at `max_tokens // 2 - 2` tokens, as the released code does.
 
     Raises:
@@ -124,13 +124,13 @@ def _num_special(num_segments: int) -> int:
 
 
 def truncate(lengths: Sequence[int], max_tokens: int, truncation: Truncation) -> list[int]:
-    """Returns how many tokens to keep of each of a sequence's one or two segments; `max_tokens` includes the special tokens."""
+    """Returns how many tokens to keep from each of a sequence's one or two segments; `max_tokens` includes special tokens."""
     if truncation == "released":
         return [min(length, max_tokens // 2 - 2) for length in lengths]
     room = max_tokens - _num_special(len(lengths))
     if len(lengths) == 1:
         return [min(lengths[0], room)]
-    # Each segment gets half of the room (the second one the odd token), and what the other one leaves of its half.
+    # Each segment gets half of the room (the second one gets the odd token), and what the other one leaves of its half.
     first = min(lengths[0], max(room // 2, room - lengths[1]))
     return [first, min(lengths[1], room - first)]
 
@@ -138,14 +138,14 @@ def truncate(lengths: Sequence[int], max_tokens: int, truncation: Truncation) ->
 def label_distributions(labels: Sequence[float | None], num_outputs: int) -> Float32[np.ndarray, "n K"]:
     """Returns labels as distributions over the outputs.
 
-    The index of a label becomes a one-hot distribution. A score between two integers is shared by its neighbors: 4.2 puts 0.8 on
-    output 4 and 0.2 on output 5, so that the expectation is the score again (Tai, Socher and Manning, 2015, section 4.2). The
-    paper does not describe its treatment of STS-B, but the released code has traces of this one. A hidden label (None) becomes
+    The index of a label becomes a one-hot distribution. A score between two integers is divided between them: 4.2 puts 0.8 on
+    output 4 and 0.2 on output 5, so that the expectation equals the score (Tai, Socher and Manning, 2015, section 4.2). The paper
+    does not describe how it handles STS-B, but the released code contains traces of this method. A hidden label (None) becomes
     zeros.
     """
     scores = np.array([np.nan if label is None else label for label in labels], np.float64)
     shares = 1 - np.abs(scores[:, None] - np.arange(num_outputs))
-    return np.fmax(shares, 0).astype(np.float32)  # of NaN and 0, fmax takes 0
+    return np.fmax(shares, 0).astype(np.float32)  # fmax turns NaN into 0
 
 
 def _check_room(kind: TaskKind, num_segments: int, max_tokens: int, truncation: Truncation) -> None:

@@ -10,24 +10,24 @@ from gpt_jax.errors import UserError
 from gpt_jax.tasks.readers import Example, TaskSplit
 
 PLACEHOLDER = re.compile(r"\[MASK\]|(?<!\w)_+(?!\w)")
-"""What some files have in the place of the pronoun."""
+"""The placeholder that some files contain instead of the pronoun."""
 
 
 def read_winograd(path: Path) -> TaskSplit:
     """Reads Winograd schemas in the layout of the Definite Pronoun Resolution Dataset (Rahman and Ng, 2012; test.c.txt).
 
-    An example is four lines and a blank one: the sentence, the pronoun, the two candidates separated by a comma, and the right
-    candidate. If the pronoun occurs several times, the first occurrence is meant, as that data set specifies: as a whole word and
-    in the given case. A placeholder ("[MASK]" or "_") in the sentence takes precedence over the pronoun. Each run of white space
-    becomes one space.
+    An example consists of four lines and a blank line: the sentence, the pronoun, the two candidates separated by a comma, and
+    the correct candidate. If the pronoun occurs several times, its first occurrence as a separate word in the given case is used,
+    as the data set specifies. A placeholder ("[MASK]" or "_") in the sentence takes precedence over the pronoun. Each run of
+    white space becomes one space.
 
     Returns:
       Examples whose texts are the part before the pronoun, the part after it, and the two candidates. The label is the index of
-      the right candidate.
+      the correct candidate.
 
     Raises:
-      UserError: the file cannot be read; or, with file and line: an example has the wrong number of lines or candidates, the
-        pronoun is not in the sentence or ends it, or the answer is not one of the candidates.
+      UserError: the file cannot be read. For the following errors, the message names file and line: an example has the wrong
+        number of lines or candidates, the pronoun is not in the sentence or ends it, or the answer is not one of the candidates.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
@@ -63,9 +63,9 @@ def _parse_schema(path: Path, identifier: str, lines: list[tuple[int, str]]) -> 
 
 
 def substitute(candidate: str, before: str) -> str:
-    """Returns `before` with the candidate behind it in place of the pronoun.
+    """Returns `before` followed by the candidate, which takes the place of the pronoun.
 
-    The candidate is capitalized at the beginning of a sentence. Elsewhere, an article at its beginning is put in lower case.
+    At the beginning of a sentence, the candidate is capitalized. Elsewhere, an article at its beginning is made lowercase.
     """
     if not before.strip() or before.rstrip()[-1] in ".!?":
         return before + candidate[0].upper() + candidate[1:]

@@ -1,19 +1,21 @@
 """Zero-shot probes (section 5, "Zero-shot Behaviors"; Figure 2, right), which score a language model without fine-tuning.
 
-Every probe compares the log-probabilities of continuations. A text follows the tokenizer's end-of-document token, as a document
-does in the token store. Context and continuation are encoded separately and concatenated. The space between them belongs to the
-continuation: SentencePiece makes it part of the next piece, bytes keep it as a byte, and the released encoder has no spaces.
+Every probe compares the log-probabilities of continuations. Each text follows the tokenizer's end-of-document token, like a
+document in the token store. Context and continuation are encoded separately and concatenated. The space between them belongs to
+the continuation: SentencePiece makes it part of the next piece, `bytes` keeps it as a byte, and the released encoder has no
+spaces.
 
-    CoLA               mean log-probability of the sentence's tokens. A sentence is accepted if it reaches a threshold: of the
-                       scores of the training sentences, the one with the highest Matthews correlation there (of equal ones the
-                       lowest, which accepts most)
-    SST-2              the probabilities of " positive" and " negative" after the sentence and " very". They are those of whole
-                       words, so the log-probabilities of a word's pieces are summed
+    CoLA               mean log-probability of the sentence's tokens. A sentence is accepted if its score reaches a threshold. The
+                       threshold is the score of a training sentence with which the Matthews correlation of the training split is
+                       highest (in a tie the lowest, which accepts the most sentences)
+    SST-2              the probabilities of the words " positive" and " negative" after the sentence and " very". The
+                       log-probabilities of a word's pieces are summed
     RACE, Story Cloze  mean log-probability of each answer's tokens after the document (and the question)
-    DPRD, WSC          each candidate replaces the pronoun; mean log-probability of the tokens that follow
+    DPRD, WSC          mean log-probability of the tokens that follow the pronoun, after each candidate has replaced the pronoun
 
-The paper does not have Story Cloze and WSC. Choices with equal scores share the point, because in some files of WSC the right
-candidate is always the first. Scores are fractions, as in `metrics`.
+The paper does not evaluate Story Cloze and WSC. If k choices are tied for the highest score and one of them is correct, the
+example counts 1 / k, because in some files of WSC the correct candidate is always the first. Scores are fractions, as in
+`metrics`.
 """
 
 from __future__ import annotations
@@ -39,29 +41,29 @@ from gpt_jax.tasks.readers import Example, TaskSplit
 from gpt_jax.tasks.winograd import substitute
 
 Choice = tuple[str, str]
-"""A context, and the continuation that is scored after it."""
+"""A context, and the continuation whose log-probability after this context is the score."""
 
 # -- probes -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A zero-shot task: one curve of the figure."""
+    """A zero-shot task, which is one curve in the figure."""
 
     title: str
     choices: Callable[[Example], list[Choice]]
-    """Returns an example's choices in the order of the labels. A single choice is accepted or not, by a threshold."""
+    """Returns an example's choices in the order of the labels. A threshold decides whether a single choice is accepted."""
     random: float
-    """The score of guessing, which normalization maps to 0."""
+    """The score of random guessing, which normalization maps to 0."""
     best: float | None
     """The score of the best supervised model before the paper, which normalization maps to 1; None if there is none."""
     task: str = ""
-    """The task in `registry` whose rows are used; empty if a file of Winograd schemas is the only split."""
+    """The task in `registry` whose rows are used; empty if the rows are read from a file of Winograd schemas."""
     splits: tuple[SplitName, ...] = ("test",)
     """The splits that the probe needs. The last of them is scored."""
     metric: str = "accuracy"
     whole: bool = False
-    """Whether choices are compared by the sum of their tokens' log-probabilities rather than by the mean."""
+    """Whether choices are compared by the sum of their tokens' log-probabilities instead of the mean."""
 
 
 def _sentence(example: Example) -> list[Choice]:
@@ -98,7 +100,7 @@ _SOURCES = {
     "dprd": "Peng, Khashabi and Roth (2015), test split; Rahman and Ng (2012) had 73.05 (the paper gives no figure)",
     "wsc": "not in the paper, which gives no figure to normalize by",
 }
-"""The model that each probe's `best` is from."""
+"""The source of each probe's `best`."""
 
 
 def run_probe(
@@ -153,16 +155,16 @@ def run_probe(
 
 
 def best_threshold(scores: Float64[np.ndarray, " n"], labels: Int64[np.ndarray, " n"]) -> float:
-    """Returns the score from which on sentences should be accepted.
+    """Returns the lowest score at which a sentence should be accepted.
 
-    Of the given scores, it is the one for which accepting (1) or not (0) has the highest Matthews correlation with the labels; of
-    equal ones, the lowest.
+    It is the given score for which accepting (1) or not (0) has the highest Matthews correlation with the labels; in a tie, it is
+    the lowest such score.
     """
     thresholds, index = np.unique(scores, return_inverse=True)
     # The number of examples that each threshold accepts, and the number of those with label 1.
     accepted, true = (np.bincount(index, weights)[::-1].cumsum()[::-1] for weights in (None, labels))
     total, positive = float(len(labels)), float(labels.sum())
-    # TP TN - FP FN, and the product of the four marginal sums, which is 0 where all or none are accepted.
+    # TP TN - FP FN, and the product of the four marginal sums, which is 0 if all examples or none are accepted.
     covariance = true * total - accepted * positive
     product = positive * (total - positive) * accepted * (total - accepted)
     correlation = np.divide(covariance, np.sqrt(product), out=np.zeros_like(product), where=product > 0)
@@ -203,14 +205,14 @@ def _score_choices(
 # -- log-probabilities of spans ---------------------------------------------------------------------------------------------
 
 BATCH_SIZE = 32
-"""Sequences in a batch. The batch axes of a mesh must divide it."""
+"""Number of sequences in a batch. The size of the mesh's batch axes must divide it."""
 MIN_LENGTH = 32
 """Sequences are padded to this many tokens times a power of two, so that at most log2(context / MIN_LENGTH) + 2 programs are
 compiled."""
 
 
 class Span(NamedTuple):
-    """A sequence of ids whose last `num_scored` are scored. The first id is always context."""
+    """A sequence of ids, of which the last `num_scored` are scored. The first id is always context."""
 
     ids: list[int]
     num_scored: int
@@ -228,7 +230,7 @@ class SpanScores(NamedTuple):
 def score_spans(config: ModelConfig, params: Params, spans: Sequence[Span]) -> SpanScores:
     """Returns the log-probability of the end of each sequence given everything before it.
 
-    A sequence of more than `context_length` + 1 ids loses its first ones. Unless too many are to be scored, those are context.
+    If a sequence has more than `context_length` + 1 ids, the first ones are removed. They are usually part of the context.
     """
     sequences = [span.ids[-(config.context_length + 1) :] for span in spans]
     lengths = [len(ids) - 1 for ids in sequences]

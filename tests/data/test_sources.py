@@ -123,7 +123,7 @@ BAD_FILES = {
         b'{"text": "a"}\n\n{"txt": "b"}\n',
         r"field.jsonl:3: no field 'text' \(--data.text-field\); did you mean txt\?",
     ),
-    "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: the field 'text' holds a number, not a text"),
+    "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: the field 'text' is a number, not a string"),
     "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl:1: byte 0xe9 is not UTF-8"),
     "not.gz": (b"plain", "not.gz: broken gzip archive"),
     "short.gz": (gzip.compress(os.urandom(1000).hex().encode())[:-500], "short.gz: broken gzip archive"),

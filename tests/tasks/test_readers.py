@@ -266,9 +266,9 @@ def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
             ":1 question 0: 3 options; every question must have 4",
         ),
         ({"answers": ["B", "E"]}, ":1 question 1: the label is 'E'; it must be one of A, B, C, D"),
-        ({"answers": ["B"]}, ":1: 'article' must be a text, and questions, options, answers must be lists of equal length"),
+        ({"answers": ["B"]}, ":1: 'article' must be a string, and questions, options, answers must be lists of equal length"),
         ({"options": [["snow", "rain", "hail", " "], ["a", "b", "c", "d"]]}, ":1 question 0: 'D' is empty; "),
-        ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' must be a text, not a number"),
+        ({"options": [[1, 2, 3, 4], ["a", "b", "c", "d"]]}, ":1 question 0: 'A' must be a string, not a number"),
     ],
 )
 def test_malformed_articles_are_refused(tmp_path, changes, message):
@@ -325,7 +325,7 @@ def test_malformed_json_lines_are_refused(tmp_path):
         ('{"sentence1": "A", "sentence2": "B"}', ":2: no field 'gold_label'; known: sentence1, sentence2"),
         (
             '{"sentence1": "A", "sentence2": "B", "gold_label": null}',
-            ":2: the label is missing, which is allowed in a test split only",
+            ":2: the label is missing, which is only allowed in a test split",
         ),
     ]:
         write(path, nli("neutral", 1), line)
