@@ -214,7 +214,7 @@ def test_the_training_split_of_a_tensorflow_data_set_is_read(tmp_path):
     assert good == "{'tfds': 'tiny/1.2.3'} ['first café', 'second']"
     assert field.startswith("--data.text-field: tfds:tiny has no 'text'; ")
     assert name.startswith("--data.source: cannot open tfds:tinny (DatasetNotFoundError: ")
-    assert label.startswith("--data.text-field: 'label' holds a ")
+    assert label.startswith("--data.text-field: 'label' is a ")
     assert re.match(r"--data.source: cannot read tfds:test_only \(ValueError: Unknown split [\"']train[\"']", split)
 
 
