@@ -329,7 +329,7 @@ def _report(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _generate(options: argparse.Namespace, _: list[str]) -> None:
-    from gpt_jax.train.generate import continue_prompts
+    from gpt_jax.experiments.generate import continue_prompts
 
     settings = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "seed")}
     texts = continue_prompts(options.checkpoint, options.prompt, options.tokens, **settings)

@@ -18,12 +18,12 @@ from gpt_jax.data.dedup import is_held_out
 from gpt_jax.data.installed_docs import InstalledDocs
 from gpt_jax.data.store import Store
 from gpt_jax.data.windows import EvaluationWindows
+from gpt_jax.experiments.generate import continue_prompts
 from gpt_jax.experiments.synthetic_tasks import make_tasks
 from gpt_jax.interop.export import export
 from gpt_jax.runtime.console import format_duration, format_table, say
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.finetune import finetune
-from gpt_jax.train.generate import continue_prompts
 from gpt_jax.train.pretrain import pretrain
 
 MARGIN = 1.5  # nats/token by which the model must beat the unigram model; a sound installation reaches about 2

@@ -21,7 +21,6 @@ arrays of the new one are committed, which is before its manifest exists.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -33,7 +32,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 from flax import traverse_util
@@ -57,8 +56,7 @@ Leaves = dict[tuple[str, ...], Any]
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
-@dataclasses.dataclass(frozen=True)
-class CheckpointInfo:
+class CheckpointInfo(NamedTuple):
     """One checkpoint on disk."""
 
     step: int
@@ -68,7 +66,7 @@ class CheckpointInfo:
     """The reason why it is not sound; empty for a sound one."""
     size: int
     """Bytes on disk."""
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float]
     """Scores of the validation split at `step`; empty unless sound."""
     selection_metric: float | None = None
     """The number by which the best checkpoint is selected, the lowest; None: not scored."""
@@ -331,12 +329,12 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
 def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     """Compares a checkpoint's folder with its manifest."""
     step, size = int(path.name), _folder_size(path)
-    damaged = functools.partial(CheckpointInfo, step, path, "damaged", size=size)
+    damaged = functools.partial(CheckpointInfo, step, path, "damaged", size=size, metrics={})
     try:
         raw = (path / MANIFEST).read_bytes()
         manifest = json.loads(raw)
     except FileNotFoundError:
-        return CheckpointInfo(step, path, "incomplete", f"file {MANIFEST}: missing, so its save was cut short", size)
+        return CheckpointInfo(step, path, "incomplete", f"file {MANIFEST}: missing, so its save was cut short", size, {})
     except (OSError, ValueError):
         return damaged(f"file {MANIFEST}: not readable as JSON")
     if not isinstance(manifest, dict) or raw != _encode_manifest(manifest):
@@ -346,9 +344,10 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     if manifest["step"] != step:
         return damaged(f"file {MANIFEST}: belongs to checkpoint {manifest['step']}")
     with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(lambda item: _file_problem(path, *item, checksums), manifest["files"].items()))
-    if any(problems):
-        return damaged(", ".join(filter(None, problems)))
+        results = pool.map(functools.partial(_file_problem, path, checksums), manifest["files"].items())
+        problems = [problem for problem in results if problem]
+    if problems:
+        return damaged(", ".join(problems))
     metrics = dict(manifest["metrics"])
     selection_metric = metrics.pop("rank", metrics.get("loss")) if version == 1 else manifest["selection_metric"]
     return CheckpointInfo(step, path, "sound", "", size, metrics, selection_metric, version)
@@ -379,18 +378,16 @@ def _folder_size(path: Path) -> int:
     return 0
 
 
-def _file_problem(path: Path, name: str, expected: dict[str, Any], checksums: bool) -> str:
-    """Returns what is wrong with a file that the manifest of the checkpoint `path` lists; empty if it is as listed."""
-    problem = ""
+def _file_problem(path: Path, checksums: bool, entry: tuple[str, dict[str, Any]]) -> str:
+    """Returns what is wrong with a file of the checkpoint `path`, an entry of its manifest; empty if it is as listed."""
+    name, expected = entry
     try:
         size = (path / name).stat().st_size
         if size != expected["size"]:
-            problem = f"{size} bytes instead of {expected['size']}"
-        elif checksums and sha256(path / name) != expected["sha256"]:
-            problem = "checksum differs"
+            return f"file {name}: {size} bytes instead of {expected['size']}"
+        return f"file {name}: checksum differs" if checksums and sha256(path / name) != expected["sha256"] else ""
     except OSError as error:
-        problem = error.strerror or str(error)
-    return f"file {name}: {problem}" if problem else ""
+        return f"file {name}: {error.strerror or error}"
 
 
 def _require_sound(info: CheckpointInfo) -> CheckpointInfo:
@@ -437,10 +434,10 @@ def _stored_leaves(info: CheckpointInfo) -> Leaves:
 
 
 def _load(info: CheckpointInfo, stored: Leaves, wanted: Leaves) -> Leaves:
-    """Loads the arrays `wanted` from a checkpoint, after comparing them with those of the checkpoint that should be wanted.
+    """Loads the arrays `wanted` from a checkpoint, after comparing them with those `stored` in it.
 
     Raises:
-      UserError: names, shapes or dtypes differ; the message lists every difference.
+      UserError: names, shapes or dtypes differ; the message lists all differences.
     """
     have, want = _describe_leaves(stored), _describe_leaves(wanted)
     differences = [f"{name} is {have[name]}, not {want[name]}" for name in have.keys() & want.keys() if have[name] != want[name]]

@@ -94,19 +94,17 @@ class ProgressLogger:
 
     def scalars(self, group: str, step: int, values: dict[str, float]) -> None:
         """Adds points to TensorBoard's curves."""
-        if self._writer is None:
+        if self._writer is None or self._log is None:
             return
         from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
+        from tensorboardX.proto.summary_pb2 import Summary
 
+        points = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in values.items()]
         try:
-            for name, value in values.items():
-                summary = scalar(f"{group}/{name}", value)
-                self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
         except OSError as error:
             self._writer = None
-            if self._log is not None:
-                self._log(f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has all of them")
+            self._log(f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has all of them")
 
     def close(self) -> None:
         """Writes TensorBoard's curves to the disk."""

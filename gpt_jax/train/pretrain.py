@@ -18,13 +18,12 @@ from gpt_jax.data.prepare import check_recipe, prepare
 from gpt_jax.data.store import Store
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import EvaluationWindows, Windows
+from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import Batch, language_model_loss
 from gpt_jax.model.transformer import Params
-from gpt_jax.runtime import distributed
+from gpt_jax.runtime import distributed, sharding
 from gpt_jax.runtime.console import Log
-from gpt_jax.runtime.sharding import check_divisibility, host_rows, make_mesh, place_batch
-from gpt_jax.train.checkpoint import find_checkpoint, restore_params
-from gpt_jax.train.generate import sample_texts
+from gpt_jax.train import checkpoint
 from gpt_jax.train.loop import Scores, require_tokenizer, resolve_schedule, run_training, start_run
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
 
@@ -53,8 +52,8 @@ def pretrain(
         ctx.run.require_not_imported()
         ctx.run.check_config(config, allow_changes)
         train, context_length = config.train, config.model.context_length
-        mesh = make_mesh(config.mesh)
-        check_divisibility(mesh, config.model, train.batch_size, train.grad_accum_steps)
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_divisibility(mesh, config.model, train.batch_size, train.grad_accum_steps)
 
         store = open_store(config, workdir, ctx.log)
         tokenizer = store.tokenizer()
@@ -109,9 +108,9 @@ def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log:
     state = init_state(config, mesh)
     if not config.init.from_:
         return state, "starting from random parameters"
-    info = find_checkpoint(Path(config.init.from_), log)
+    info = checkpoint.find_checkpoint(Path(config.init.from_), log)
     require_tokenizer(info, tokenizer, "--init.from")
-    params = restore_params(info, abstract_state(config, mesh)["params"])
+    params = checkpoint.restore_params(info, abstract_state(config, mesh)["params"])
     return state | {"params": params}, f"starting from the parameters of {info.path}"
 
 
@@ -128,10 +127,8 @@ def make_evaluation(
     config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: Log
 ) -> Callable[[int, Params], Scores]:
     """Returns a function (step, params) -> scores of the validation split, which also shows continuations of the prompts."""
-    split, train = store.split("validation"), config.train
-    held_out = None
-    if split.num_tokens:
-        held_out = EvaluationWindows(split, config.model.context_length, train.batch_size, train.eval_windows)
+    split, model, train = store.split("validation"), config.model, config.train
+    held_out = EvaluationWindows(split, model.context_length, train.batch_size, train.eval_windows) if split.num_tokens else None
     score_windows = make_window_scorer(config, mesh, train.batch_size)
 
     def evaluate(step: int, params: Params) -> Scores:
@@ -143,7 +140,7 @@ def make_evaluation(
             log(f"step {step}: validation loss {metrics['loss']:.4f}, perplexity {metrics['perplexity']:.1f}")
         if train.sample_tokens and train.prompts:
             with jax.set_mesh(mesh):
-                texts = sample_texts(config.model, params, tokenizer, train.prompts, train.sample_tokens, seed=step)
+                texts = sample_texts(config, params, tokenizer, seed=step)
             for prompt, text in zip(train.prompts, texts, strict=True):
                 log(f"    {prompt}|{text}".replace("\n", " "))
         return scores
@@ -151,20 +148,33 @@ def make_evaluation(
     return evaluate
 
 
+def sample_texts(config: PretrainConfig, params: Params, tokenizer: Tokenizer, seed: int) -> list[str]:
+    """Returns continuations of the config's prompts to follow a training by, each token drawn from the forty likeliest.
+
+    They are as long as the context allows; where it allows none they are empty. An empty prompt starts a new document.
+    """
+    prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in config.train.prompts]
+    num_tokens = min(config.train.sample_tokens, config.model.context_length - max(map(len, prompts)))
+    if num_tokens < 1:
+        return ["" for _ in prompts]
+    drawn = generate(config.model, params, prompts, num_tokens, top_k=40, stop=tokenizer.eos_id, seed=seed)
+    return [tokenizer.decode(tokens) for tokens in drawn]
+
+
 def make_window_scorer(
     config: RunConfig, mesh: Mesh, batch_size: int
 ) -> Callable[[Params, EvaluationWindows], tuple[float, float]]:
     """Returns a function (params, windows) -> sum of the losses of all next tokens (nats), and their number."""
     score = jit_evaluation(config, mesh, total_loss)
-    rows = host_rows(mesh, batch_size)
+    rows = sharding.host_rows(mesh, batch_size)
 
     def score_windows(params: Params, windows: EvaluationWindows) -> tuple[float, float]:
-        total = weight = 0.0
+        totals = np.zeros(2)
         with jax.set_mesh(mesh):
             for index in range(windows.num_batches):
-                batch_total, batch_weight = score(params, place_batch(mesh, windows.batch_at(index, rows), batch_size))
-                total, weight = total + float(batch_total), weight + float(batch_weight)
-        return total, weight
+                batch = sharding.place_batch(mesh, windows.batch_at(index, rows), batch_size)
+                totals += jax.device_get(score(params, batch))
+        return totals[0], totals[1]
 
     return score_windows
 

@@ -87,7 +87,7 @@ def lower_step(
     mesh: Mesh,
     *,
     total_steps: int = 1,
-    warmup_steps: float = 0,
+    warmup_steps: float = 0.0,
     model: TrainableModel = LANGUAGE_MODEL,
     batch: AbstractBatch | None = None,
 ) -> jax.stages.Lowered:

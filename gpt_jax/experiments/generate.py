@@ -1,0 +1,29 @@
+"""Text from a trained model: prompts in, continuations out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.model.decode import generate
+from gpt_jax.train.restore import load_model
+
+
+def continue_prompts(path: Path, prompts: Sequence[str], num_tokens: int, **settings: Any) -> list[str]:
+    """Returns a continuation of each prompt by the model of a checkpoint.
+
+    Args:
+      path: a run's folder, or one checkpoint's.
+      prompts: texts of at least one token.
+      num_tokens: largest number of tokens appended to each prompt.
+      settings: temperature, top_k, top_p and seed, as for `decode.generate`.
+
+    Raises:
+      UserError: there is no sound checkpoint, a prompt has no tokens, or a prompt and `num_tokens` do not fit the context.
+    """
+    restored = load_model(path)
+    tokenizer = restored.tokenizer
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    drawn = generate(restored.config.model, restored.params, encoded, num_tokens, stop=tokenizer.eos_id, **settings)
+    return [tokenizer.decode(tokens) for tokens in drawn]
