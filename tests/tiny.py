@@ -1,4 +1,4 @@
-"""A pre-training so small that it takes seconds: its text, its config, and the same config as a file or as command-line words."""
+"""A pre-training that takes seconds: its text, its config (also as a file or as command-line words), and the numbers of a run."""
 
 import dataclasses
 import json
@@ -8,6 +8,9 @@ from typing import Any
 
 from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from gpt_jax.config.load import flatten_config
+
+COMPARED = {"train": ("loss", "grad_norm", "learning_rate"), "eval": ("loss", "perplexity", "bits_per_byte")}
+"""The numbers by which two runs are compared, by the kind of their record."""
 
 
 def write_text(folder: Path) -> Path:
@@ -68,3 +71,10 @@ def as_overrides(config: PretrainConfig, base: PretrainConfig) -> tuple[str, ...
     before, after = flatten_config(base), flatten_config(config)
     changed = [(name, value) for name, (value, _) in after.items() if value != before[name][0]]
     return tuple(word for name, value in changed for word in (f"--{name}", str(value)))
+
+
+def trajectory(run: Path) -> list[tuple[Any, ...]]:
+    """Returns step, kind and numbers of a run's updates and evaluations. Numbers are texts: equal texts are equal bits."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [record for record in (json.loads(line, parse_float=str) for line in lines) if record["kind"] in COMPARED]
+    return [(record["step"], record["kind"], *(record[name] for name in COMPARED[record["kind"]])) for record in records]

@@ -18,17 +18,12 @@ from gpt_jax.runtime import sharding
 from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import pretrain
 from gpt_jax.train.step import abstract_state
+from tests.tiny import trajectory
 
 
-def records(run, *kinds, parse_float=float):
+def records(run, *kinds):
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [record for record in (json.loads(line, parse_float=parse_float) for line in lines) if record["kind"] in kinds]
-
-
-def trajectory(run):
-    """Returns the records of updates and evaluations without their times, their numbers as text: equal text is equal bits."""
-    numbers = records(run, "train", "eval", parse_float=str)
-    return [{name: value for name, value in record.items() if name not in ("time", "attempt")} for record in numbers]
+    return [record for record in map(json.loads, lines) if record["kind"] in kinds]
 
 
 @pytest.fixture(scope="module")

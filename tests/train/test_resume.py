@@ -1,4 +1,4 @@
-"""Killed at any instant and started again, a run equals the uninterrupted one bit for bit."""
+"""A run that is killed at any instant and started again equals the uninterrupted run bit for bit."""
 
 import json
 import os
@@ -13,18 +13,11 @@ import numpy as np
 import pytest
 
 from gpt_jax.cli import main
-from gpt_jax.train.logging import Progress
+from gpt_jax.train.logging import ProgressLogger
+from tests.tiny import trajectory
 
 OPTIONS = ("--train.eval-every", "4 steps")
 OFTEN = ("--train.save-every", "1 steps")  # so that many kills fall into a save
-COMPARED = {"train": ("loss", "grad_norm", "learning_rate"), "eval": ("loss", "perplexity", "bits_per_byte")}
-
-
-def trajectory(run):
-    """Step, kind and numbers of the records, the numbers as their text: equal text is equal bits."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [record for record in (json.loads(line, parse_float=str) for line in lines) if record["kind"] in COMPARED]
-    return [(record["step"], record["kind"], *(record[name] for name in COMPARED[record["kind"]])) for record in records]
 
 
 def train(config_file, run, *options):
@@ -33,7 +26,7 @@ def train(config_file, run, *options):
 
 
 def start(config_file, run, *options):
-    """Starts the command in a process of its own; what it says goes to a file beside the run."""
+    """Starts the command in a process of its own, whose output goes to a file beside the run."""
     command = [sys.executable, "-m", "gpt_jax", "pretrain", str(config_file), "--workdir", str(run), *OPTIONS, *options]
     with open(f"{run}.log", "ab") as log:
         return subprocess.Popen(command, stdout=log, stderr=log)
@@ -45,7 +38,7 @@ def log_of(run):
 
 
 def kill_when(condition, process, run, seconds=240):
-    """Kills the process once the condition holds; says whether it still ran."""
+    """Kills the process once the condition holds; returns whether it was still running."""
     limit = time.monotonic() + seconds
     try:
         while process.poll() is None and not condition():
@@ -58,7 +51,7 @@ def kill_when(condition, process, run, seconds=240):
 
 
 def records_in(run):
-    """Lines in metrics.jsonl so far."""
+    """Returns the number of lines in metrics.jsonl so far."""
     try:
         return (run / "metrics.jsonl").read_bytes().count(b"\n")
     except FileNotFoundError:
@@ -66,7 +59,7 @@ def records_in(run):
 
 
 def steps_saved(run):
-    """Steps of the folders of checkpoints, and whether each is sealed."""
+    """Returns whether each step that has a folder, temporary ones of Orbax included, is sealed."""
     return {int(path.name.split(".")[0]): (path / "manifest.json").exists() for path in (run / "checkpoints").glob("[0-9]*")}
 
 
@@ -75,7 +68,7 @@ def newest(run):
 
 
 def saving(run, beyond):
-    """Whether a checkpoint beyond that step is being written: still in Orbax's hands, or not yet sealed."""
+    """Returns whether a checkpoint beyond that step is being written: Orbax has not committed it, or it is not sealed."""
     return any(step > beyond and not sealed for step, sealed in steps_saved(run).items())
 
 
@@ -89,8 +82,8 @@ def whole(config_file, tmp_path_factory):
     return run
 
 
-def test_sigterm_ends_with_42_and_the_same_command_goes_on(whole, config_file, tmp_path, monkeypatch, capsys):
-    show = Progress.update
+def test_sigterm_ends_with_42_and_the_same_command_continues(whole, config_file, tmp_path, monkeypatch, capsys):
+    show = ProgressLogger.update
 
     def update(self, step, metrics):
         show(self, step, metrics)
@@ -99,10 +92,10 @@ def test_sigterm_ends_with_42_and_the_same_command_goes_on(whole, config_file, t
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "update", update)
+        patch.setattr(ProgressLogger, "update", update)
         assert train(config_file, run) == 42
     assert capsys.readouterr().err.endswith(
-        "gpt-jax: told to stop: saved at step 13 of 20; the same command goes on from there\n"
+        "gpt-jax: told to stop: saved at step 13 of 20; the same command continues from there\n"
     )
     assert trajectory(run)[-1][0] == 13
     assert train(config_file, run) == 0
@@ -129,7 +122,7 @@ def test_a_kill_inside_a_save_changes_nothing(whole, config_file, tmp_path, caps
 
 @pytest.mark.slow
 def test_kills_at_random_instants_change_nothing(whole, config_file, tmp_path):
-    """Kills from the first second on, before and after records, inside saves and between Orbax's commit and the seal."""
+    """Kills fall from the first second on, before and after records, into saves, and between Orbax's commit and the seal."""
     rng = random.Random(0)
     run = tmp_path / "run"
     for kills in range(100):
@@ -154,10 +147,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(whole, config_
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
     assert train(config_file, run) == 0
-    said = capsys.readouterr().err
-    assert "checkpoint 20 is damaged (file " in said
-    assert "using 15" in said
-    assert "resuming at step 15" in said
+    lines = capsys.readouterr().err
+    assert "checkpoint 20 is damaged (file " in lines
+    assert "using 15" in lines
+    assert "resuming at step 15" in lines
     assert trajectory(run) == trajectory(whole)
 
 
