@@ -45,7 +45,11 @@ def attention(
     Raises:
       ValueError: there is a stream, and the numbers of queries and keys differ.
     """
-    return IMPLEMENTATIONS[resolve_attention(implementation)](query, key, value, stream, rate, segment_ids, query_offset)
+    queries, keys = query.shape[1], key.shape[1]
+    if stream is not None and queries != keys:
+        raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
+    offset = keys - queries if query_offset is None else query_offset
+    return IMPLEMENTATIONS[resolve_attention(implementation)](query, key, value, stream, rate, segment_ids, offset)
 
 
 def resolve_attention(implementation: str) -> str:
@@ -54,20 +58,11 @@ def resolve_attention(implementation: str) -> str:
 
 
 def _plain(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    stream: jax.Array | None,
-    rate: float,
-    segment_ids: jax.Array | None,
-    query_offset: jax.Array | int | None,
-) -> jax.Array:
+    query: Array, key: Array, value: Array, stream: Array | None, rate: float, segment_ids: Array | None, offset: Array | int
+) -> Array:
     """Implements the definition, with the probabilities as one [batch, heads, queries, keys] array."""
-    queries, keys = query.shape[1], key.shape[1]
-    if stream is not None and queries != keys:
-        raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
-    offset = jnp.asarray(keys - queries if query_offset is None else query_offset)
-    allowed = offset[..., None, None] + jnp.arange(queries)[:, None] >= jnp.arange(keys)
+    positions = jnp.asarray(offset)[..., None, None] + jnp.arange(query.shape[1])[:, None]
+    allowed = positions >= jnp.arange(key.shape[1])
     if segment_ids is not None:
         allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
     if allowed.ndim == 3:
@@ -80,4 +75,4 @@ def _plain(
     return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {"plain": _plain}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain}

@@ -7,7 +7,7 @@ dropped. A resumed run, another mesh, another micro-batch size and another atten
     bits(stream, queries, keys)                           uint32[..., Tq, Tk]   16-bit values: two multiplications per element
     keep(stream, queries, keys, rate)                     bool[..., Tq, Tk]     False where bits < round(rate * 65536)
     dropout(x, stream, rate)                              like x, [..., T, E] with a stream [..., 2]
-    apply_dropout(x, key, rate, layer, site)              like x, [batch, time, embed]
+    apply_dropout(x, key, rate, site)                     like x, [batch, time, embed]
 
 Queries q and q + 8, which differ in bit 3, form a pair and share one product. Eight rows are the sublanes of a TPU vector
 register, and r and r + 8 are the two rows that a GPU thread holds of a tensor-core accumulator. A kernel that computes by pairs
@@ -44,12 +44,14 @@ class Site(IntEnum):
 
 
 class DropoutKey(NamedTuple):
-    """The part of a mask's arguments that is the same everywhere in the model during one update."""
+    """The arguments of a mask that are the same at all sites of a layer during one update."""
 
     seed: UInt32[Array, ""] | int
     step: Int[Array, ""] | int
     example_id: Int[Array, "batch"]
     """Number of each example in the global batch."""
+    layer: Int[Array, ""] | int = 0
+    """Number of the layer, counted from 0; also 0 outside of the layers."""
 
 
 # --- one stream per (example, head) ---------------------------------------------------------------------------------
@@ -153,11 +155,11 @@ def dropout(x: Float[Array, "*shape T E"], stream: UInt32[Array, "*shape 2"], ra
     return jnp.where(kept, x * (65536 / (65536 - dropped)), 0)
 
 
-def apply_dropout(x: jax.Array, key: DropoutKey | None, rate: float, layer: jax.Array | int, site: Site) -> jax.Array:
+def apply_dropout(x: jax.Array, key: DropoutKey | None, rate: float, site: Site) -> jax.Array:
     """Applies dropout to activations [batch, time, embed] at one site; without a key, in evaluation, they are unchanged."""
     if key is None or rate == 0:
         return x
-    return dropout(x, mask_stream(key.seed, key.step, layer, site, key.example_id, 0), rate)
+    return dropout(x, mask_stream(key.seed, key.step, key.layer, site, key.example_id, 0), rate)
 
 
 def _words(stream: Any, queries: Integers, keys: Integers) -> Any:

@@ -19,7 +19,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Hidden, Params, Tokens
-from gpt_jax.runtime.sharding import all_max, all_sum, constrain, per_shard, shard_index
+from gpt_jax.runtime.sharding import all_max, all_sum, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
 
@@ -46,28 +46,7 @@ def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropo
         return cross_entropy(hidden, table, batch["targets"], batch["loss_weights"], config.vocab_size, config.loss_chunk)
 
 
-def token_log_probabilities(config: ModelConfig, params: Params, tokens: Tokens, targets: Tokens) -> Float[Array, "batch time"]:
-    """Returns log softmax(logits)[target] (nats) at every position, float32, without dropout; `loss_chunk` time steps at once."""
-    hidden = network(config).apply(config, params, tokens)
-    table = constrain(params["embedding"]["tokens"], "vocab", None).astype(hidden.dtype)
-    entries = jnp.arange(table.shape[0])
-    batch, time = tokens.shape
-    starts, chunk = _chunks(time, config.loss_chunk, tokens.shape[0])
-    hidden, targets = _pad_time(hidden, len(starts) * chunk), _pad_time(targets, len(starts) * chunk)
-
-    def one_chunk(start: jax.Array) -> jax.Array:
-        x, target = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets))
-        scores = jnp.einsum("bte,ve->btv", x, table, preferred_element_type=jnp.float32)
-        scores = constrain(jnp.where(entries < config.vocab_size, scores, -jnp.inf), "batch", None, "vocab")
-        target_score = jnp.where(entries == target[..., None], scores, 0).sum(axis=-1)
-        return target_score - jax.nn.logsumexp(scores, axis=-1)
-
-    with jax.default_matmul_precision(config.matmul_precision):
-        pieces = jax.lax.map(one_chunk, starts)
-    return constrain(jnp.moveaxis(pieces, 0, 1).reshape(batch, -1)[:, :time], "batch", None)
-
-
-def _chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
+def time_chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
     """Returns starts and common length of the fewest chunks of at most `longest` steps that cover `time`.
 
     The last chunk may reach beyond `time`. If `longest` is 0, a chunk has about `CACHED_ROWS` tokens of a batch of this size.
@@ -78,7 +57,7 @@ def _chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks"], 
     return jnp.arange(number) * length, length
 
 
-def _pad_time(array: jax.Array, time: int) -> jax.Array:
+def pad_time(array: jax.Array, time: int) -> jax.Array:
     """Pads axis 1 with zeros, which have no weight, up to a length of `time`."""
     missing = time - array.shape[1]
     return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)) if missing else array
@@ -132,8 +111,8 @@ def _local(
     entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
     time = hidden.shape[1]
-    starts, chunk = _chunks(time, chunk, hidden.shape[0])
-    hidden, targets, weights = (_pad_time(array, len(starts) * chunk) for array in (hidden, targets, weights))
+    starts, chunk = time_chunks(time, chunk, hidden.shape[0])
+    hidden, targets, weights = (pad_time(array, len(starts) * chunk) for array in (hidden, targets, weights))
 
     def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         total, table_gradient = carry

@@ -11,26 +11,17 @@ outputs are gathered at every step: this saves memory, not time.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
+from gpt_jax.model import transformer
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout
-from gpt_jax.model.transformer import (
-    Hidden,
-    Linear,
-    Params,
-    TokenEmbedding,
-    Tokens,
-    compute_dtype,
-    module_param_specs,
-    rematerialize,
-)
+from gpt_jax.model.transformer import Hidden, Linear, Params, Starts, TokenEmbedding, Tokens
 from gpt_jax.runtime.sharding import constrain
 
 Cache = dict[str, Float[Array, "batch positions units"]]
@@ -73,7 +64,7 @@ class Lstm(nnx.Module):
         # The inputs' share of the gates is one product for all steps; only the recurrent product must be computed step by step.
         projected = constrain(self.input(x), "batch", None, None, "mlp")
         by_time = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (projected, restart))
-        _, states = jax.lax.scan(rematerialize(self.config, step), state, by_time)
+        _, states = jax.lax.scan(transformer.rematerialize(self.config, step), state, by_time)
         hidden, cell = (jnp.moveaxis(array, 0, 1) for array in states)
         return self.output(hidden), {"hidden": hidden, "cell": cell}
 
@@ -83,33 +74,24 @@ def _with_inputs(config: ModelConfig, inputs: int) -> ModelConfig:
     return dataclasses.replace(config, init_stddev=inputs**-0.5)
 
 
+MODULES = {"embedding": TokenEmbedding, "lstm": Lstm}
+
 # -- functions on plain dictionaries, with the signatures of `transformer` ----------------------------------------------------
 
 
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Returns random parameters; the embeddings are N(0, init_stddev)."""
-    embedding_key, lstm_key = jax.random.split(key)
-    embedding = TokenEmbedding(config, rngs=nnx.Rngs(params=embedding_key))
-    lstm = Lstm(config, rngs=nnx.Rngs(params=lstm_key))
-    modules = {"embedding": embedding, "lstm": lstm}
-    return {name: nnx.to_pure_dict(nnx.state(module, nnx.Param)) for name, module in modules.items()}
+    keys = zip(MODULES.items(), jax.random.split(key), strict=True)
+    return {name: transformer.init_module(module, config, module_key) for (name, module), module_key in keys}
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:
     """Returns a tree like that of `init`, with a `ParamSpec` in place of each array."""
-    return {
-        "embedding": module_param_specs(lambda: TokenEmbedding(config, rngs=nnx.Rngs(0))),
-        "lstm": module_param_specs(lambda: Lstm(config, rngs=nnx.Rngs(0))),
-    }
+    return {name: transformer.module_param_specs(module, config) for name, module in MODULES.items()}
 
 
 def apply(
-    config: ModelConfig,
-    params: Params,
-    tokens: Tokens,
-    *,
-    dropout_key: DropoutKey | None = None,
-    segment_ids: Tokens | None = None,
+    config: ModelConfig, params: Params, tokens: Tokens, dropout_key: DropoutKey | None = None, segment_ids: Tokens | None = None
 ) -> Hidden:
     """Returns the projected output, in the compute dtype.
 
@@ -118,7 +100,7 @@ def apply(
       dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
       segment_ids: numbers of the examples packed into one row: the state restarts where the number changes.
     """
-    return apply_cached(config, params, tokens, None, None, dropout_key=dropout_key, segment_ids=segment_ids)[0]
+    return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids)[0]
 
 
 def apply_cached(
@@ -126,8 +108,7 @@ def apply_cached(
     params: Params,
     tokens: Tokens,
     cache: Cache | None,
-    start: Int[Array, "batch"] | None,
-    *,
+    start: Starts | None,
     dropout_key: DropoutKey | None = None,
     segment_ids: Tokens | None = None,
 ) -> tuple[Hidden, Cache | None]:
@@ -142,17 +123,15 @@ def apply_cached(
         before = {name: jnp.take_along_axis(array, last, axis=1)[:, 0] for name, array in cache.items()}
         state = tuple(jnp.where(start[:, None] > 0, before[name], 0) for name in ("hidden", "cell"))  # type: ignore[assignment]
     restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    graph, _ = transformer.split_module(Lstm, config)
     with jax.default_matmul_precision(config.matmul_precision):
         x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens]
-        x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
-        x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
-        output, states = nnx.merge(_graph(config), params["lstm"])(x, restart, state)
-        output = apply_dropout(output, dropout_key, config.residual_dropout, 0, Site.RESIDUAL_MLP)
+        x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
+        x = constrain(x.astype(transformer.compute_dtype(config)), "batch", None, None)
+        output, states = nnx.merge(graph, params["lstm"])(x, restart, state)
+        output = apply_dropout(output, dropout_key, config.residual_dropout, Site.RESIDUAL_MLP)
         output = constrain(output, "batch", None, None)
-    if cache is None:
-        return output, None
-    write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
-    return output, {name: write(cache[name], states[name], start) for name in cache}
+    return output, None if cache is None or start is None else transformer.write_cache(cache, states, start)
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
@@ -164,10 +143,4 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
 def _zero_state(config: ModelConfig, batch: Any) -> State:  # The batch is a symbol instead of an int where a graph is exported.
     """Returns the state before the first token. The cell is a sum over time, and float32 whatever the compute dtype is."""
     shape = (batch, config.lstm_units)
-    return jnp.zeros(shape, compute_dtype(config)), jnp.zeros(shape, jnp.float32)
-
-
-@functools.cache
-def _graph(config: ModelConfig) -> Any:
-    """Returns Flax's static description of the layer, into which its arrays are merged."""
-    return nnx.split(nnx.eval_shape(lambda: Lstm(config, rngs=nnx.Rngs(0))))[0]
+    return jnp.zeros(shape, transformer.compute_dtype(config)), jnp.zeros(shape, jnp.float32)

@@ -29,6 +29,10 @@ Params = dict[str, Any]
 """Parameters as nested dictionaries of arrays."""
 Tokens = Int[Array, "batch time"]
 Hidden = Float[Array, "batch time embed"]
+Starts = Int[Array, "batch"]
+"""Position of the first new token of each row."""
+MaskStream = UInt32[Array, "batch heads 2"]
+"""Dropout masks of one layer's attention probabilities (`dropout.mask_stream`)."""
 Cache = dict[str, Any]
 """Keys and values of earlier positions, by "key" and "value": [layers, batch, positions, heads, dim], or without layers inside a
 block. The LSTM keeps its states instead (lstm.py)."""
@@ -89,29 +93,15 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self,
-        x: Hidden,
-        stream: UInt32[Array, "batch heads 2"] | None,
-        segment_ids: Tokens | None,
-        cache: Cache | None,
-        start: Int[Array, "batch"] | None,
+        self, x: Hidden, stream: MaskStream | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
     ) -> tuple[Hidden, Cache | None]:
         qkv = constrain(self.qkv(x), "batch", None, None, "heads", None)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if cache is not None:
-            write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
-            cache = {"key": write(cache["key"], key, start), "value": write(cache["value"], value, start)}
+        if cache is not None and start is not None:
+            cache = write_cache(cache, {"key": key, "value": value}, start)
             key, value = cache["key"], cache["value"]
-        mixed = attention(
-            query,
-            key,
-            value,
-            stream=stream,
-            rate=self.config.attention_dropout,
-            segment_ids=segment_ids,
-            query_offset=start,
-            implementation=self.config.attention,
-        )
+        attend = functools.partial(attention, rate=self.config.attention_dropout, implementation=self.config.attention)
+        mixed = attend(query, key, value, stream=stream, segment_ids=segment_ids, query_offset=start)
         return self.out(constrain(mixed, "batch", None, "heads", None)), cache
 
 
@@ -138,24 +128,17 @@ class Block(nnx.Module):
         self.config = config
 
     def __call__(
-        self,
-        x: Hidden,
-        layer: Int[Array, ""],
-        dropout_key: DropoutKey | None,
-        segment_ids: Tokens | None = None,
-        cache: Cache | None = None,
-        start: Int[Array, "batch"] | None = None,
+        self, x: Hidden, dropout_key: DropoutKey | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
     ) -> tuple[Hidden, Cache | None]:
-        config = self.config
-        stream = None
+        config, stream = self.config, None
         if dropout_key is not None and config.attention_dropout:
-            seed, step, example_id = dropout_key
+            seed, step, example_id, layer = dropout_key
             stream = mask_stream(seed, step, layer, Site.ATTENTION, example_id[:, None], jnp.arange(config.num_heads))
             stream = constrain(stream, "batch", "heads", None)
         mixed, cache = self.attention(x, stream, segment_ids, cache, start)
-        mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, layer, Site.RESIDUAL_ATTENTION)
+        mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, Site.RESIDUAL_ATTENTION)
         x = self.attention_norm(x + constrain(mixed, "batch", None, None))
-        changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, layer, Site.RESIDUAL_MLP)
+        changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, Site.RESIDUAL_MLP)
         return self.mlp_norm(x + constrain(changed, "batch", None, None)), cache
 
 
@@ -184,34 +167,18 @@ class Embedding(TokenEmbedding):
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
     """Returns random parameters. Trace it under jit with output shardings, so that no host holds them all."""
     embedding_key, blocks_key = jax.random.split(key)
-    embedding = Embedding(config, rngs=nnx.Rngs(params=embedding_key))
-    create = lambda key: nnx.to_pure_dict(nnx.state(Block(config, rngs=nnx.Rngs(params=key)), nnx.Param))  # noqa: E731
-    blocks = jax.vmap(create)(jax.random.split(blocks_key, config.num_layers))
-    return {"embedding": nnx.to_pure_dict(nnx.state(embedding, nnx.Param)), "blocks": blocks}
+    init_block = functools.partial(init_module, Block, config)
+    blocks = jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers))
+    return {"embedding": init_module(Embedding, config, embedding_key), "blocks": blocks}
 
 
 def param_specs(config: ModelConfig) -> dict[str, Any]:
     """Returns a tree like that of `init`, with a `ParamSpec` in place of each array."""
-    return {
-        "embedding": module_param_specs(lambda: Embedding(config, rngs=nnx.Rngs(0))),
-        "blocks": module_param_specs(lambda: Block(config, rngs=nnx.Rngs(0)), (None,)),
-    }
-
-
-def module_param_specs(create: Callable[[], nnx.Module], prefix: tuple[str | None, ...] = ()) -> dict[str, Any]:
-    """Returns a `ParamSpec` for each parameter of a module; `prefix` names the axes that stacking puts in front."""
-    state = nnx.state(nnx.eval_shape(create), nnx.Param)
-    as_parameter = lambda p: ParamSpec(prefix + p.get_metadata()["axes"], p.get_metadata()["decay"])  # noqa: E731
-    return nnx.to_pure_dict(jax.tree.map(as_parameter, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+    return {"embedding": module_param_specs(Embedding, config), "blocks": module_param_specs(Block, config, (None,))}
 
 
 def apply(
-    config: ModelConfig,
-    params: Params,
-    tokens: Tokens,
-    *,
-    dropout_key: DropoutKey | None = None,
-    segment_ids: Tokens | None = None,
+    config: ModelConfig, params: Params, tokens: Tokens, dropout_key: DropoutKey | None = None, segment_ids: Tokens | None = None
 ) -> Hidden:
     """Returns the last block's output, in the compute dtype. There is no final layer norm.
 
@@ -220,7 +187,7 @@ def apply(
       dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
       segment_ids: numbers of the examples packed into one row: attention and positions restart where the number changes.
     """
-    return apply_cached(config, params, tokens, None, None, dropout_key=dropout_key, segment_ids=segment_ids)[0]
+    return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids)[0]
 
 
 def apply_cached(
@@ -228,8 +195,7 @@ def apply_cached(
     params: Params,
     tokens: Tokens,
     cache: Cache | None,
-    start: Int[Array, "batch"] | None,
-    *,
+    start: Starts | None,
     dropout_key: DropoutKey | None = None,
     segment_ids: Tokens | None = None,
 ) -> tuple[Hidden, Cache | None]:
@@ -240,17 +206,18 @@ def apply_cached(
     """
     embedding = params["embedding"]
     positions = _positions(tokens, segment_ids) if start is None else start[:, None] + jnp.arange(tokens.shape[1])
-    graph = _block_graph(config)
+    graph, _ = split_module(Block, config)
 
     def layer(x: jax.Array, scanned: tuple[Params, jax.Array, Cache | None]) -> tuple[jax.Array, Cache | None]:
         layer_params, number, layer_cache = scanned
-        return nnx.merge(graph, layer_params)(x, number, dropout_key, segment_ids, layer_cache, start)
+        layer_key = None if dropout_key is None else dropout_key._replace(layer=number)
+        return nnx.merge(graph, layer_params)(x, layer_key, segment_ids, layer_cache, start)
 
     with jax.default_matmul_precision(config.matmul_precision):
         # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
         table = constrain(embedding["tokens"], "vocab", None)
         x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
-        x = apply_dropout(x, dropout_key, config.embed_dropout, 0, Site.EMBEDDING)
+        x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
         x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
         return jax.lax.scan(rematerialize(config, layer), x, (params["blocks"], jnp.arange(config.num_layers), cache))
 
@@ -297,7 +264,30 @@ def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
+# -- what the LSTM uses as well ---------------------------------------------------------------------------------------------
+
+
+def init_module(create: Callable[..., nnx.Module], config: ModelConfig, key: PRNGKeyArray) -> Params:
+    """Returns random parameters of one module; `create` is its class."""
+    return nnx.to_pure_dict(nnx.state(create(config, rngs=nnx.Rngs(params=key)), nnx.Param))
+
+
 @functools.cache
-def _block_graph(config: ModelConfig) -> Any:
-    """Returns Flax's static description of a block, into which a layer's arrays are merged."""
-    return nnx.split(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(0))))[0]
+def split_module(create: Callable[..., nnx.Module], config: ModelConfig) -> tuple[Any, Any]:
+    """Returns Flax's static description of a module, into which arrays are merged, and its state with shapes for arrays."""
+    return nnx.split(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))
+
+
+def module_param_specs(
+    create: Callable[..., nnx.Module], config: ModelConfig, prefix: tuple[str | None, ...] = ()
+) -> dict[str, Any]:
+    """Returns a `ParamSpec` for each parameter of a module; `prefix` names the axes that stacking puts in front."""
+    to_spec = lambda leaf: ParamSpec(prefix + leaf.get_metadata()["axes"], leaf.get_metadata()["decay"])  # noqa: E731
+    _, state = split_module(create, config)
+    return nnx.to_pure_dict(jax.tree.map(to_spec, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
+
+
+def write_cache(cache: Cache, new: Cache, start: Starts) -> Cache:
+    """Returns the cache with the arrays of new positions written into each row from position `start[i]` on."""
+    write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
+    return {name: write(cache[name], new[name], start) for name in cache}
