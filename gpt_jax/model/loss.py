@@ -22,6 +22,8 @@ from gpt_jax.model.transformer import Hidden, Params, Tokens
 from gpt_jax.runtime.sharding import all_max, all_sum, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
+Table = Float[Array, "padded_vocab embed"]
+Weights = Float[Array, "batch time"]
 
 CACHED_ROWS = 256
 """Tokens whose logits a CPU computes at once: few enough for its cache, and enough to make up for the table's gradient, which is
@@ -65,48 +67,40 @@ def pad_time(array: jax.Array, time: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    hidden: Hidden,
-    table: Float[Array, "padded_vocab embed"],
-    targets: Tokens,
-    weights: Float[Array, "batch time"],
-    vocab_size: int,
-    chunk: int,
+    hidden: Hidden, table: Table, targets: Tokens, weights: Weights, vocab_size: int, chunk: int
 ) -> Float[Array, ""]:
     """Returns sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
 
     It is differentiable in `hidden` and `table`; weights and targets are data. The product is computed in the type of `hidden`
     with float32 results, at most `chunk` time steps at once (0: about `CACHED_ROWS` tokens).
     """
-    return _over_shards(hidden, table, targets, weights, vocab_size, chunk, False)
-
-
-def _forward(hidden: Any, table: Any, targets: Any, weights: Any, vocab_size: int, chunk: int) -> Any:
-    loss, hidden_gradient, table_gradient = _over_shards(hidden, table, targets, weights, vocab_size, chunk, True)
-    return loss, (hidden_gradient, table_gradient)
-
-
-def _backward(vocab_size: int, chunk: int, residuals: Any, gradient: Any) -> Any:
-    hidden_gradient, table_gradient = residuals
-    scaled = tuple((gradient * array).astype(array.dtype) for array in (hidden_gradient, table_gradient))
-    return (*scaled, None, None)
-
-
-cross_entropy.defvjp(_forward, _backward)
+    return _over_shards(hidden, table, targets, weights, vocab_size, chunk)
 
 
 def _over_shards(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, vocab_size: int, chunk: int, gradients: bool
+    hidden: Hidden, table: Table, targets: Tokens, weights: Weights, vocab_size: int, chunk: int, gradients: bool = False
 ) -> Any:
-    """Computes the loss, and its gradients if asked for, with each device taking its own examples and part of the vocabulary."""
+    """Computes the loss with each device taking its own examples and its part of the vocabulary.
+
+    With `gradients` it returns (loss, (gradient of hidden, gradient of table)), which is what the forward pass of a custom
+    derivative has to return.
+    """
     by_example, by_token, by_entry = ("batch", None, None), ("batch", None), ("vocab", None)
-    out_names = ((), by_example, by_entry) if gradients else ()
+    out_names = ((), (by_example, by_entry)) if gradients else ()
     local = functools.partial(_local, vocab_size=vocab_size, chunk=chunk, gradients=gradients)
     return per_shard(local, (by_example, by_entry, by_token, by_token), out_names)(hidden, table, targets, weights)
 
 
-def _local(
-    hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, *, vocab_size: int, chunk: int, gradients: bool
-) -> Any:
+def _backward(vocab_size: int, chunk: int, gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None, None]:
+    """Scales the gradients that the forward pass has computed; targets and weights have none."""
+    hidden_gradient, table_gradient = ((factor * gradient).astype(gradient.dtype) for gradient in gradients)
+    return hidden_gradient, table_gradient, None, None
+
+
+cross_entropy.defvjp(functools.partial(_over_shards, gradients=True), _backward)
+
+
+def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab_size: int, chunk: int, gradients: bool) -> Any:
     """Computes the loss, and its gradients if asked for, of this device's examples, and adds them up over the devices."""
     entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
@@ -139,4 +133,4 @@ def _local(
     if not gradients:
         return total
     hidden_gradient = jnp.moveaxis(pieces, 0, 1).reshape(hidden.shape)[:, :time]
-    return total, hidden_gradient, all_sum(table_gradient, "batch").astype(table.dtype)
+    return total, (hidden_gradient, all_sum(table_gradient, "batch").astype(table.dtype))

@@ -27,14 +27,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Array, Bool, Float, Float64, Int64
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError, nearest
-from gpt_jax.model.loss import token_log_probabilities
-from gpt_jax.model.transformer import Params
+from gpt_jax.model.loss import pad_time, time_chunks
+from gpt_jax.model.network import network
+from gpt_jax.model.transformer import Params, Tokens
+from gpt_jax.runtime.sharding import constrain
 from gpt_jax.tasks.file_layouts import SplitName
 from gpt_jax.tasks.metrics import compute_metric
 from gpt_jax.tasks.readers import Example, TaskSplit
@@ -240,7 +243,7 @@ def score_spans(config: ModelConfig, params: Params, spans: Sequence[Span]) -> S
         for row, number in enumerate(numbers):
             tokens[row, : lengths[number]] = sequences[number][:-1]
             targets[row, : lengths[number]] = sequences[number][1:]
-        log_probabilities = np.asarray(_token_log_probabilities(config, params, tokens, targets), np.float64)
+        log_probabilities = np.asarray(token_log_probabilities(config, params, tokens, targets), np.float64)
         for row, number in enumerate(numbers):
             counts[number] = min(spans[number].num_scored, lengths[number])
             total[number] = log_probabilities[row, lengths[number] - counts[number] : lengths[number]].sum()
@@ -260,4 +263,23 @@ def _batches(lengths: Sequence[int], context_length: int) -> Iterator[tuple[list
             yield numbers[start : start + BATCH_SIZE], padded
 
 
-_token_log_probabilities = jax.jit(token_log_probabilities, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def token_log_probabilities(config: ModelConfig, params: Params, tokens: Tokens, targets: Tokens) -> Float[Array, "batch time"]:
+    """Returns log softmax(logits)[target] (nats) at every position, float32, without dropout; `loss_chunk` time steps at once."""
+    hidden = network(config).apply(config, params, tokens)
+    table = constrain(params["embedding"]["tokens"], "vocab", None).astype(hidden.dtype)
+    entries = jnp.arange(table.shape[0])
+    batch, time = tokens.shape
+    starts, chunk = time_chunks(time, config.loss_chunk, tokens.shape[0])
+    hidden, targets = pad_time(hidden, len(starts) * chunk), pad_time(targets, len(starts) * chunk)
+
+    def one_chunk(start: jax.Array) -> jax.Array:
+        x, target = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets))
+        scores = jnp.einsum("bte,ve->btv", x, table, preferred_element_type=jnp.float32)
+        scores = constrain(jnp.where(entries < config.vocab_size, scores, -jnp.inf), "batch", None, "vocab")
+        target_score = jnp.where(entries == target[..., None], scores, 0).sum(axis=-1)
+        return target_score - jax.nn.logsumexp(scores, axis=-1)
+
+    with jax.default_matmul_precision(config.matmul_precision):
+        pieces = jax.lax.map(one_chunk, starts)
+    return constrain(jnp.moveaxis(pieces, 0, 1).reshape(batch, -1)[:, :time], "batch", None)

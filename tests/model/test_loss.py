@@ -1,6 +1,5 @@
 """The chunked loss against the plain formula: values, gradients, micro-batches, meshes, and what it never holds."""
 
-import dataclasses
 import functools
 import math
 import re
@@ -12,10 +11,9 @@ import pytest
 
 from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.model.dropout import DropoutKey
-from gpt_jax.model.loss import cross_entropy, language_model_loss, normalize, token_log_probabilities
+from gpt_jax.model.loss import cross_entropy, language_model_loss, normalize
 from gpt_jax.model.network import network
-from gpt_jax.model.transformer import ParamSpec
-from gpt_jax.runtime.sharding import make_mesh, named_sharding
+from gpt_jax.runtime.sharding import make_mesh
 
 BATCH, TIME, EMBED, VOCAB, PADDED = 8, 12, 16, 150, 256
 
@@ -136,44 +134,11 @@ def test_micro_batches_add_to_the_whole(example):
     np.testing.assert_allclose(sum(parts), whole, rtol=1e-5)
 
 
-def log_probabilities_by_hand(config, params, tokens, targets):
-    """NumPy's log-softmax over the logical vocabulary, float64, of the network's output."""
-    hidden = np.asarray(jax.jit(functools.partial(network(config).apply, config))(params, tokens), np.float64)
-    scores = hidden @ np.asarray(params["embedding"]["tokens"][:VOCAB], np.float64).T
-    normalised = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
-    return np.take_along_axis(normalised, targets[..., None], -1)[..., 0]
-
-
 def random_params(config):
     """The rows that pad the table are not zero here, so that only a mask keeps them out."""
     draw = np.random.default_rng(1)
     shapes = jax.eval_shape(functools.partial(network(config).init, config), jax.random.key(0))
     return jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32) / 3, shapes)
-
-
-@pytest.mark.parametrize("time", [1, 11, TIME])
-def test_token_log_probabilities(example, time):
-    tokens, targets = example[2][:, :time], np.roll(example[2], 1, axis=0)[:, :time]
-    params = random_params(TINY)
-    actual = jax.jit(functools.partial(token_log_probabilities, TINY))(params, tokens, targets)
-    assert actual.dtype == jnp.float32
-    np.testing.assert_allclose(actual, log_probabilities_by_hand(TINY, params, tokens, targets), atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["transformer", "lstm"])
-def test_token_log_probabilities_on_a_mesh(example, kind):
-    config = dataclasses.replace(TINY, kind=kind, lstm_units=8, loss_chunk=5)
-    tokens, targets = example[2], np.roll(example[2], 1, axis=0)
-    params = random_params(config)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    is_parameter = lambda leaf: isinstance(leaf, ParamSpec)  # noqa: E731
-    shardings = jax.tree.map(
-        lambda leaf: named_sharding(mesh, leaf.axes), network(config).param_specs(config), is_leaf=is_parameter
-    )
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings)
-        actual = jax.jit(functools.partial(token_log_probabilities, config))(placed, tokens, targets)
-    np.testing.assert_allclose(actual, log_probabilities_by_hand(config, params, tokens, targets), atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [4, TIME])

@@ -1,5 +1,6 @@
 """Tests of zero-shot probes: span scores against full logits in NumPy, and the rules by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,16 +9,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import matthews_corrcoef
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.data.tokenizers import Bytes, SentencePiece
 from gpt_jax.errors import UserError
 from gpt_jax.model.network import network
-from gpt_jax.model.transformer import logits
-from gpt_jax.tasks import zero_shot
+from gpt_jax.model.transformer import ParamSpec, logits
+from gpt_jax.runtime.sharding import make_mesh, named_sharding
 from gpt_jax.tasks.readers import Example, TaskSplit
 from gpt_jax.tasks.registry import TASKS
 from gpt_jax.tasks.winograd import read_winograd
-from gpt_jax.tasks.zero_shot import PROBES, Span, best_threshold, run_probe, score_spans
+from gpt_jax.tasks.zero_shot import PROBES, Span, best_threshold, run_probe, score_spans, token_log_probabilities
 
 TINY = ModelConfig(
     vocab_size=257, context_length=40, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, lstm_units=16, loss_chunk=16
@@ -26,6 +27,7 @@ LSTM = ModelConfig(kind="lstm", vocab_size=257, context_length=40, embed_dim=16,
 
 
 def random_params(config):
+    """Returns parameters that are all random. The rows that pad the table are not zero, so that only a mask keeps them out."""
     draw = np.random.default_rng(0)
     shapes = jax.eval_shape(functools.partial(network(config).init, config), jax.random.key(0))
     return jax.tree.map(lambda leaf: jnp.asarray(draw.normal(size=leaf.shape) / 3, jnp.float32), shapes)
@@ -54,6 +56,46 @@ def split_of(rows):
     return TaskSplit([Example(str(n), texts, label, f"made:{n + 1}") for n, (texts, label) in enumerate(rows)], len(rows), {})
 
 
+# -- tokens -----------------------------------------------------------------------------------------------------------------
+
+SHORT = ModelConfig(vocab_size=150, context_length=12, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=32, loss_chunk=4)
+
+
+def random_tokens(time):
+    """Returns tokens and targets of eight rows."""
+    return np.random.default_rng(1).integers(0, SHORT.vocab_size, (2, 8, time)).astype(np.int32)
+
+
+def log_probabilities_by_hand(config, params, tokens, targets):
+    """Returns NumPy's log-softmax over the logical vocabulary, float64, of the network's output."""
+    hidden = np.asarray(jax.jit(functools.partial(network(config).apply, config))(params, tokens), np.float64)
+    scores = hidden @ np.asarray(params["embedding"]["tokens"][: config.vocab_size], np.float64).T
+    normalized = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    return np.take_along_axis(normalized, targets[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize("time", [1, 11, 12])
+def test_token_log_probabilities(time):
+    tokens, targets = random_tokens(time)
+    params = random_params(SHORT)
+    actual = token_log_probabilities(SHORT, params, tokens, targets)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, log_probabilities_by_hand(SHORT, params, tokens, targets), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+def test_token_log_probabilities_on_a_mesh(kind):
+    config = dataclasses.replace(SHORT, kind=kind, lstm_units=8, loss_chunk=5)
+    tokens, targets = random_tokens(12)
+    params = random_params(config)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    is_spec = lambda leaf: isinstance(leaf, ParamSpec)  # noqa: E731
+    shardings = jax.tree.map(lambda spec: named_sharding(mesh, spec.axes), network(config).param_specs(config), is_leaf=is_spec)
+    with jax.set_mesh(mesh):
+        actual = token_log_probabilities(config, jax.device_put(params, shardings), tokens, targets)
+    np.testing.assert_allclose(actual, log_probabilities_by_hand(config, params, tokens, targets), atol=1e-5)
+
+
 # -- spans ------------------------------------------------------------------------------------------------------------------
 
 
@@ -80,9 +122,9 @@ def test_sequences_longer_than_the_context_lose_their_beginning(params):
 
 
 def test_few_programs_are_compiled(params):
-    zero_shot._token_log_probabilities.clear_cache()
+    token_log_probabilities.clear_cache()
     score_spans(TINY, params, [Span([1] * length, 1) for length in range(2, 42)] * 3)
-    assert zero_shot._token_log_probabilities._cache_size() == 2  # padded to 32 and to 40
+    assert token_log_probabilities._cache_size() == 2  # padded to 32 and to 40
 
 
 # -- CoLA's threshold -------------------------------------------------------------------------------------------------------
