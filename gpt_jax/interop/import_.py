@@ -253,12 +253,10 @@ def _load_pickle(folder: Path, trusted: bool) -> Tensors:
         raise UserError(f"{path}: needs torch: pip install 'gpt_jax[huggingface]'") from None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # The unpickler raises errors of many types in a damaged or hostile file.
-        raise UserError(f"{path}: truncated, altered, or not only tensors ({type(error).__name__})") from None
-    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
-        raise UserError(f"{path}: is not a dictionary of tensors")
-    # NumPy has no bfloat16 of its own, so torch cannot convert it.
-    return {
-        name: x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
-        for name, x in state.items()
-    }
+        # NumPy has no bfloat16 of its own, so torch cannot convert it.
+        return {
+            str(name): x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+            for name, x in state.items()
+        }
+    except Exception as error:  # A damaged or hostile file causes errors of many types.
+        raise UserError(f"{path}: truncated, altered, or not a dictionary of tensors ({type(error).__name__})") from error

@@ -300,6 +300,22 @@ def test_a_pickle_is_read_only_if_it_is_trusted(exported, tmp_path, capsys):
     assert "truncated, altered" in message or "pip install 'gpt_jax[huggingface]'" in message
 
 
+def test_a_trusted_pickle_of_tensors_is_imported(exported, pretrained, tmp_path, capsys):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    (exported / "gpt_jax" / "manifest.json").unlink()
+    tensors = tensor_files.load_safetensors(exported)
+    (exported / "model.safetensors").unlink()
+    state = {name: torch.from_numpy(tensor).bfloat16() for name, tensor in tensors.items()}
+    torch.save(state, exported / "pytorch_model.bin")
+    import_.import_(exported, tmp_path / "run", quiet, trust_pickle=True)
+    rounded = jax.tree.map(lambda x: x.astype("bfloat16").astype(np.float32), load_params(pretrained))
+    assert_equal(load_params(tmp_path / "run"), rounded)
+    for content in ([1], {"a": "text"}, {"a": torch.zeros(2, dtype=torch.float8_e4m3fn)}):
+        torch.save(content, exported / "pytorch_model.bin")
+        message = refused(capsys, "import", exported, "--workdir", tmp_path / "other", "--trust-pickle")
+        assert "not a dictionary of tensors" in message
+
+
 def test_training_does_not_continue_in_an_imported_folder(exported, pretrained, tmp_path, capsys):
     import_.import_(exported, tmp_path / "run", quiet)
     command = ["pretrain", pretrained.parent / "tiny.py", "--data.store", pretrained / "store"]
