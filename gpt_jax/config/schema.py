@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses whose defaults are the paper's settings.
 
-Section numbers refer to "Improving Language Understanding by Generative Pre-Training" (2018). Each field says what it affects:
-`result` (the numbers of the run), `speed` (how fast it goes, where, and how often it saves) or `display`. A run's folder refuses
-to resume only when a `result` field differs. Every rule that needs nothing but the config is checked on construction.
+Section numbers refer to "Improving Language Understanding by Generative Pre-Training" (2018). Each field declares what it
+affects: `result` (the numbers of the run), `speed` (how fast and where it runs, and how often it saves) or `display`. A run
+cannot be resumed if a `result` field differs. All rules that depend only on the config are checked on construction.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Effect = Literal["result", "speed", "display"]
 
 
 class Range(NamedTuple):
-    """The values that a number may have, in words and as a test."""
+    """The allowed values of a number, as a phrase for messages and as a function."""
 
     words: str
     contains: Callable[[float], bool]
@@ -29,25 +29,25 @@ class Range(NamedTuple):
 
 POSITIVE = Range("be positive", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Range("be at least 0", lambda x: 0 <= x < math.inf)
-FRACTION = Range("lie in [0, 1)", lambda x: 0 <= x < 1)
-SEED = Range("lie in [0, 2^32)", lambda x: 0 <= x < 2**32)
+FRACTION = Range("be in [0, 1)", lambda x: 0 <= x < 1)
+SEED = Range("be in [0, 2^32)", lambda x: 0 <= x < 2**32)
 
 
 def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
-    """A config field with its default, what it affects, and the range of its values."""
+    """Returns a config field with its default value, its effect, and the range of its values."""
     return dataclasses.field(default=default, metadata={"affects": affects, "within": within})
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Base class of the parts of a config; checks the ranges of their fields.
+    """Base class of the sections of a config. It checks the ranges of their fields.
 
     Raises:
       UserError: a value is out of range; the message names the field as on the command line.
     """
 
     section: ClassVar[str]
-    """The part's dotted name."""
+    """The section's dotted name."""
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -64,15 +64,15 @@ DURATION = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(steps?|epochs?|tokens|%)?
 def duration_to_steps(
     duration: str, field: str, *, batch_size: int, context_length: int | None, epoch: int, total: int | None = None
 ) -> float:
-    """Converts "2000 steps", "3 epochs", "6e6 tokens" or "0.2%" (of the whole run) to a number of updates, fractions included.
+    """Converts "2000 steps", "3 epochs", "6e6 tokens" or "0.2%" (of the run) to a number of updates, which may be fractional.
 
     Args:
-      duration: a number and a unit; without a unit, steps.
-      field: the dotted name for error messages.
-      batch_size: examples in one update, over all hosts.
-      context_length: tokens in one example; None where examples differ.
-      epoch: examples in one epoch.
-      total: updates in the whole run, where "%" is allowed.
+      duration: a number and a unit; the default unit is steps.
+      field: the field's dotted name, for error messages.
+      batch_size: number of examples in one update, over all hosts.
+      context_length: number of tokens in one example; None if it varies.
+      epoch: number of examples in one epoch.
+      total: number of updates in the complete run, if "%" is allowed.
 
     Raises:
       UserError: the duration cannot be parsed, or its unit makes no sense for this field.
@@ -105,12 +105,12 @@ def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "
     return float(match[1]), unit
 
 
-# -- the parts of a config --------------------------------------------------------------------------------------------------
+# -- the sections of a config -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig(Section):
-    """How text becomes token ids. The number of entries is `model.vocab_size`."""
+    """The tokenizer, which converts text to token ids. Its number of entries is `model.vocab_size`."""
 
     section = "data.tokenizer"
 
@@ -118,57 +118,58 @@ class TokenizerConfig(Section):
     """`gpt1`: the released vocabulary of 40,478 entries (section 4.1: 40,000 merges); `sentencepiece`: a BPE trained on the run's
     own text, with byte fallback; `bytes`: one entry for each byte and an end-of-document entry (257), for tests."""
     path: str = field("", affects="result")
-    """Folder of a ready-made tokenizer. `gpt1` needs one with the released encoder_bpe_40000.json and vocab_40000.bpe;
+    """Folder of an existing tokenizer. `gpt1` needs a folder with the released encoder_bpe_40000.json and vocab_40000.bpe;
     `sentencepiece` trains a tokenizer if this is empty."""
     normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = field("nmt_nfkc", affects="result")
     """SentencePiece's normalization of text before it is split (`_cf` folds case; `identity` keeps every character). It is fixed
     when the tokenizer is trained; the other kinds do not use it."""
     sample_bytes: int = field(50_000_000, affects="result", within=POSITIVE)
-    """Bytes of text that a SentencePiece model is trained on, spread evenly over the documents. > 0."""
+    """Number of bytes of text that a SentencePiece model is trained on, sampled evenly from the documents. > 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig(Section):
-    """How batches are made ahead of the training step that needs them."""
+    """The input pipeline, which makes batches ahead of the training step that needs them."""
 
     section = "data"
 
     pipeline: Literal["auto", "tf", "threads"] = field("auto", affects="speed")
-    """What makes and prefetches the batches: `tf` (tf.data), `threads` (without tensorflow), or `auto`, which is `tf` where
+    """Implementation of the input pipeline: `tf` (tf.data), `threads` (without tensorflow), or `auto`, which selects `tf` if
     tensorflow is installed. The batches are the same."""
     prefetch: int = field(4, affects="speed", within=POSITIVE)
-    """Batches kept ready ahead of the training step. > 0."""
+    """Number of batches that are kept ready ahead of the training step. > 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(PipelineConfig):
-    """Which text to train on, and the token store made from it."""
+    """The text to train on, and the token store that is built from it."""
 
     source: str = field("", affects="result")
-    """What to read: a text file (.txt, .gz, .jsonl; any other name is read as plain text), a folder, a glob, `tfds:NAME` for a
-    tensorflow-datasets set, or `builtin:docs` for the documentation installed on this machine. Empty: whatever an existing store
-    holds."""
+    """Text to read: a text file (.txt, .gz, .jsonl; any other name is read as plain text), a folder, a glob, `tfds:NAME` for a
+    data set from tensorflow-datasets, or `builtin:docs` for the documentation installed on this machine. Empty: use the text of
+    an existing store."""
     text_field: str = field("text", affects="result")
-    """Field of a .jsonl object or of a tensorflow-datasets example that holds the text."""
+    """Field that contains the text in a .jsonl object or a tensorflow-datasets example."""
     max_bytes: int = field(0, affects="result", within=NOT_NEGATIVE)
-    """Keep this many bytes of text, taking documents in the order of their hash so that the choice is even; 0: all of it."""
+    """Maximum number of bytes of text to use. Documents are taken in the order of their hash, so they are an even sample. 0:
+    all."""
     validation_share: float = field(0.01, affects="result", within=FRACTION)
-    """Share of the documents held out for validation, chosen by the hash of their text. In [0, 1); 0 holds none out."""
+    """Share of the documents that are held out for validation, chosen by the hash of their text. In [0, 1); 0: none."""
     store: str = field("", affects="speed")
-    """Folder of the token store; empty: `store/` inside the run's folder. Its place does not matter: a run is tied to the store's
-    digest."""
+    """Folder of the token store; empty: `store/` inside the run's folder. The folder can be moved, because a resumed run compares
+    only the store's digest."""
     shard_bytes: int = field(64_000_000, affects="result", within=POSITIVE)
-    """Approximate bytes of text behind one file of the store. > 0."""
+    """Approximate number of bytes of text in each shard of the store. > 0."""
     processes: int = field(0, affects="speed", within=NOT_NEGATIVE)
-    """Processes that tokenize; 0: one for each core."""
+    """Number of processes that tokenize; 0: one for each core."""
     verify: bool = field(True, affects="speed")
-    """Check every shard's checksum when a store is opened (about 1.5 GB/s on a core). Sizes are always checked."""
+    """Whether to verify every shard's checksum when a store is opened (about 1.5 GB/s per core). Sizes are always checked."""
     tokenizer: TokenizerConfig = TokenizerConfig()
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions(Section):
-    """How a model of any architecture is regularized and computed (section 4.1). The defaults are the paper's."""
+    """Settings for the regularization and computation of any model (section 4.1). The defaults are the paper's."""
 
     section = "model"
 
@@ -182,16 +183,18 @@ class ModelOptions(Section):
     """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and
     the loss are always computed in float32."""
     param_dtype: Literal["float32", "bfloat16"] = field("float32", affects="result")
-    """Type of the stored parameters. The optimizer computes, and keeps its moments, in float32."""
+    """Type of the stored parameters. The optimizer always computes in float32 and keeps its moments in float32."""
     matmul_precision: Literal["default", "high", "highest"] = field("default", affects="result")
-    """Precision of float32 matrix products on hardware that would otherwise shorten them (TPUs, GPUs with TF32)."""
+    """Precision of float32 matrix products on hardware that would otherwise reduce it (TPUs, GPUs with TF32)."""
     remat: Literal["off", "dots", "full"] = field("off", affects="speed")
-    """What the backward pass recomputes instead of keeping: `off` nothing, `dots` everything except the outputs of matrix
-    products with parameters, `full` each block from its input."""
+    """Activations that the backward pass recomputes instead of storing. `off`: none; `dots`: all except the outputs of matrix
+    products with parameters; `full`: all activations of a block, from its input."""
     attention: Literal["auto", "plain"] = field("auto", affects="speed")
-    """Implementation of attention. `plain`: probabilities as one array, on any device. `auto`: the fastest that runs here."""
+    """Implementation of attention. `plain` computes all probabilities as one array, on any device; `auto` selects the fastest
+    implementation for this device."""
     loss_chunk: int = field(0, affects="speed", within=NOT_NEGATIVE)
-    """Time steps whose logits exist at once in the loss; 0: 128 on accelerators, and on a CPU as many as fit its cache."""
+    """Number of time steps whose logits are in memory at once in the loss; 0: 128 on accelerators, and on a CPU as many as fit
+    into its cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,18 +202,18 @@ class ModelConfig(ModelOptions):
     """The model of section 4.1, "Model specifications", or the LSTM of section 5. The defaults are the paper's."""
 
     kind: Literal["transformer", "lstm"] = field("transformer", affects="result")
-    """The decoder-only Transformer, or a single-layer LSTM in its place (section 5, "Ablation studies"). Of the following fields
+    """Architecture: a decoder-only Transformer, or a single-layer LSTM (section 5, "Ablation studies"). Of the following fields,
     the LSTM uses only `vocab_size`, `context_length`, `embed_dim`, `init_stddev` and `lstm_units`."""
     vocab_size: int = field(40_478, affects="result", within=POSITIVE)
-    """Entries of the vocabulary (the logical size). Arrays are padded up to a multiple of 128."""
+    """Number of vocabulary entries (the logical size). Arrays are padded to a multiple of 128."""
     context_length: int = field(512, affects="result", within=POSITIVE)
-    """Tokens that the model sees at once, each with a learned position (section 4.1: 512)."""
+    """Number of tokens that the model processes at once, each with a learned position embedding (section 4.1: 512)."""
     num_layers: int = field(12, affects="result", within=POSITIVE)
-    """Transformer blocks (section 4.1: 12)."""
+    """Number of Transformer blocks (section 4.1: 12)."""
     embed_dim: int = field(768, affects="result", within=POSITIVE)
     """Width of the residual stream (section 4.1: 768)."""
     num_heads: int = field(12, affects="result", within=POSITIVE)
-    """Attention heads; must divide `embed_dim` (section 4.1: 12)."""
+    """Number of attention heads; must divide `embed_dim` (section 4.1: 12)."""
     mlp_dim: int = field(3072, affects="result", within=POSITIVE)
     """Inner width of the position-wise feed-forward network (section 4.1: 3072)."""
     init_stddev: float = field(0.02, affects="result", within=POSITIVE)
@@ -218,7 +221,7 @@ class ModelConfig(ModelOptions):
     layer_norm_epsilon: float = field(1e-5, affects="result", within=POSITIVE)
     """Term added to the variance in layer normalization (released code: 1e-5)."""
     lstm_units: int = field(2048, affects="result", within=POSITIVE)
-    """Units of the LSTM (section 5: 2048)."""
+    """Number of units of the LSTM (section 5: 2048)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,7 +240,7 @@ class ModelConfig(ModelOptions):
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters, without the rows that pad the vocabulary (the paper's Transformer: 116,534,784)."""
+        """Number of parameters, excluding the rows that pad the vocabulary (116,534,784 for the paper's Transformer)."""
         width, embeddings = self.embed_dim, self.vocab_size * self.embed_dim
         if self.kind == "lstm":
             gates = 4 * self.lstm_units * (width + self.lstm_units + 1)
@@ -255,23 +258,25 @@ class OptimConfig(Section):
     section = "optim"
 
     kind: Literal["adam_gpt1", "adamw"] = field("adam_gpt1", affects="result")
-    """`adam_gpt1`: Adam as released, with epsilon outside the bias correction and decay scaled by the rate; `adamw`: Optax's."""
+    """Optimizer. `adam_gpt1`: Adam as in the released code, with epsilon outside the bias correction and with weight decay scaled
+    by the learning rate; `adamw`: AdamW from Optax."""
     peak_lr: float = field(2.5e-4, affects="result", within=POSITIVE)
-    """Learning rate at the top of the schedule (section 4.1: 2.5e-4)."""
+    """Maximum learning rate of the schedule (section 4.1: 2.5e-4)."""
     schedule: Literal["cosine", "linear"] = field("cosine", affects="result")
-    """Shape after warm-up: `cosine` to 0 over all of the run (section 4.1), or `linear` to 0 (section 4.1, fine-tuning)."""
+    """Decay to 0 after the warm-up: `cosine`, a function of the complete run (section 4.1), or `linear` (section 4.1,
+    fine-tuning)."""
     warmup: str = field("2000 steps", affects="result")
-    """Duration of the linear warm-up from 0 (section 4.1: 2,000 updates); "%" is a share of the run."""
+    """Duration of the linear warm-up from 0 (section 4.1: 2,000 updates); "%" means a share of the run."""
     b1: float = field(0.9, affects="result", within=FRACTION)
-    """Decay of Adam's first moment, in [0, 1) (released code: 0.9)."""
+    """Decay rate of Adam's first moment, in [0, 1) (released code: 0.9)."""
     b2: float = field(0.999, affects="result", within=FRACTION)
-    """Decay of Adam's second moment, in [0, 1) (released code: 0.999)."""
+    """Decay rate of Adam's second moment, in [0, 1) (released code: 0.999)."""
     epsilon: float = field(1e-8, affects="result", within=POSITIVE)
     """Adam's epsilon (released code: 1e-8)."""
     weight_decay: float = field(0.01, affects="result", within=NOT_NEGATIVE)
-    """Decay of matrices and embeddings, never of biases and gains (section 4.1: w = 0.01)."""
+    """Weight decay of matrices and embeddings; biases and gains do not decay (section 4.1: w = 0.01)."""
     clip_norm: float = field(0.0, affects="result", within=NOT_NEGATIVE)
-    """Largest global gradient norm; larger gradients are scaled down to it. 0: off (the paper's pre-training has none)."""
+    """Maximum global gradient norm; larger gradients are scaled down to it. 0: no clipping (as in the paper's pre-training)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -280,30 +285,32 @@ class OptimConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig(Section):
-    """How long to train, in what batches, and what to keep on the way."""
+    """The training loop: its batches, its length, its evaluations, and its checkpoints."""
 
     section = "train"
 
     batch_size: int = field(64, affects="result", within=POSITIVE)
-    """Examples in one update over all devices and hosts (section 4.1: 64). In pre-training an example is one window."""
+    """Number of examples in one update, over all devices and hosts (section 4.1: 64). In pre-training, an example is one
+    window."""
     duration: str = field("100 epochs", affects="result")
     """Length of the run (section 4.1: 100 epochs), in steps, tokens or epochs."""
     seed: int = field(0, affects="result", within=SEED)
-    """Seed of initialization, of the order of examples and of dropout, in [0, 2^32)."""
+    """Seed of the initial parameters, the order of examples, and dropout, in [0, 2^32)."""
     grad_accum_steps: int = field(1, affects="speed", within=POSITIVE)
-    """Micro-batches that a batch is split into to save memory; must divide `batch_size`. The update is the whole batch's."""
+    """Number of micro-batches that a batch is split into to save memory; must divide `batch_size`. There is one update per
+    batch."""
     eval_every: str = field("1000 steps", affects="speed")
-    """How often the validation split is scored; it is scored at the end too."""
+    """Interval between evaluations on the validation split; there is also one at the end."""
     save_every: str = field("1000 steps", affects="speed")
-    """How often a checkpoint is written; one is written at the end too."""
+    """Interval between checkpoints; there is also one at the end."""
     keep_latest: int = field(3, affects="speed", within=POSITIVE)
-    """Number of newest checkpoints kept. > 0."""
+    """Number of newest checkpoints to keep. > 0."""
     keep_best: int = field(1, affects="speed", within=NOT_NEGATIVE)
-    """Number of checkpoints with the best validation score kept in addition; 0: none."""
+    """Number of checkpoints with the best validation scores to keep in addition; 0: none."""
     log_seconds: float = field(10.0, affects="display", within=POSITIVE)
-    """Seconds between log lines where standard error is not a terminal."""
+    """Seconds between log lines if standard error is not a terminal."""
     tensorboard: bool = field(True, affects="display")
-    """Write TensorBoard's event files beside metrics.jsonl."""
+    """Whether to write TensorBoard event files in addition to metrics.jsonl."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -313,19 +320,19 @@ class LoopConfig(Section):
             number, unit = parse_duration(getattr(self, name), f"train.{name}")
             require(number > 0, f"train.{name}", f"must be positive, not '{getattr(self, name)}'")
             absolute = name != "duration" or unit != "%"
-            require(absolute, "train.duration", "a share of itself makes no sense; give steps, tokens or epochs")
+            require(absolute, "train.duration", "cannot be a share of itself; give steps, tokens or epochs")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
-    """The training loop of pre-training, and what is scored and shown of a language model."""
+    """The training loop of pre-training, with the settings of its evaluations and sample texts."""
 
     eval_windows: int = field(1024, affects="result", within=NOT_NEGATIVE)
-    """Largest number of validation windows scored, from the beginning of the split; 0: all of them."""
+    """Maximum number of validation windows to score, from the beginning of the split; 0: all of them."""
     prompts: tuple[str, ...] = field(("The", "It was", "In the"), affects="display")
-    """Texts that are continued at every evaluation, to be read."""
+    """Prompts from which the model generates sample texts at every evaluation."""
     sample_tokens: int = field(40, affects="display", within=NOT_NEGATIVE)
-    """Tokens of each continuation; 0: none."""
+    """Number of tokens in each sample text; 0: no sample texts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,15 +340,17 @@ class FinetuneLoopConfig(LoopConfig):
     """The training loop of fine-tuning, with the settings of section 4.1, "Fine-tuning details"."""
 
     batch_size: int = field(32, affects="result", within=POSITIVE)
-    """Examples in one update over all devices and hosts (section 4.1: 32). A question with all its choices is one example."""
+    """Number of examples in one update, over all devices and hosts (section 4.1: 32). A question with its choices is one
+    example."""
     duration: str = field("3 epochs", affects="result")
     """Length of the run (section 4.1: 3 epochs), in steps or epochs; the last partial batch of an epoch is dropped."""
     eval_every: str = field("1 epochs", affects="result")
-    """How often the validation split is scored and a checkpoint written; the best of these is chosen. Also done at the end."""
+    """Interval at which the validation split is scored and a checkpoint is written; both also happen at the end. The best of
+    these checkpoints is selected."""
     save_every: str = field("1 epochs", affects="speed")
-    """How often an additional checkpoint is written, so that less is lost when the run is killed."""
+    """Interval between additional checkpoints, so that less work is lost if the run is killed."""
     keep_latest: int = field(1, affects="speed", within=POSITIVE)
-    """Number of newest checkpoints kept. > 0."""
+    """Number of newest checkpoints to keep. > 0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -350,16 +359,16 @@ class FinetuneLoopConfig(LoopConfig):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each mesh axis; at most one is -1, which stands for all devices that are left."""
+    """Number of devices along each mesh axis. At most one axis can be -1, which means all devices that are left."""
 
     slice: int = field(1, affects="speed")
-    """TPU slices joined by the data-center network; each holds a whole copy of the model."""
+    """Number of TPU slices connected by the data-center network; each has a complete copy of the model."""
     data: int = field(-1, affects="speed")
-    """Copies of the model within a slice; each takes its share of the batch."""
+    """Number of copies of the model within a slice; each processes its share of the batch."""
     fsdp: int = field(1, affects="speed")
-    """Devices that share the batch and the storage of the parameters and of the optimizer's state."""
+    """Number of devices that share the batch, and among which the parameters and the optimizer state are divided."""
     tensor: int = field(1, affects="speed")
-    """Devices that split heads, feed-forward width and vocabulary between them."""
+    """Number of devices among which heads, feed-forward width and vocabulary are divided."""
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
@@ -370,18 +379,18 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig(Section):
-    """Several processes of one run. On TPU pods, SLURM and Kubernetes all of this is detected."""
+    """The processes of a run with several processes. On TPU pods, SLURM and Kubernetes, these settings are detected."""
 
     section = "distributed"
 
     coordinator: str = field("", affects="speed")
-    """HOST:PORT of process 0; empty: detected, or a single process."""
+    """HOST:PORT of process 0; empty: detected, or there is only one process."""
     num_processes: int = field(0, affects="speed", within=NOT_NEGATIVE)
-    """Number of processes, with `coordinator`."""
+    """Number of processes; required with `coordinator`."""
     process_id: int = field(-1, affects="speed")
-    """Number of this process, counted from 0, with `coordinator`."""
+    """Number of this process, counted from 0; required with `coordinator`."""
     timeout_seconds: int = field(300, affects="speed", within=POSITIVE)
-    """Seconds to wait for the other processes at the start."""
+    """Number of seconds to wait for the other processes at the start."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -390,51 +399,52 @@ class DistributedConfig(Section):
         count, number = self.num_processes, self.process_id
         require(":" in self.coordinator, "distributed.coordinator", f"'{self.coordinator}' is not HOST:PORT")
         require(count > 0, "distributed.num_processes", "must be given with distributed.coordinator")
-        require(0 <= number < count, "distributed.process_id", f"must lie in [0, {count}), not {number}")
+        require(0 <= number < count, "distributed.process_id", f"must be in [0, {count}), not {number}")
 
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Where the initial parameters come from."""
+    """The source of the initial parameters."""
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="result")
-    """A run's folder (its newest sound checkpoint) or one checkpoint's folder whose parameters to start from; empty: random."""
+    """Folder of a run (its newest sound checkpoint is used) or of one checkpoint, with the parameters to start from; empty:
+    random parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TransferConfig(InitConfig):
-    """Where the initial parameters of a fine-tuning come from, and with them its architecture and its tokenizer."""
+    """The source of the initial parameters, the architecture and the tokenizer of a fine-tuning run."""
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="result")
-    """A run's folder (its newest sound checkpoint) or one checkpoint's folder, or `none`: random parameters (section 5, Table 5,
+    """Folder of a run (its newest sound checkpoint is used) or of one checkpoint; `none`: random parameters (section 5, Table 5,
     "w/o pre-training")."""
     like: str = field("", affects="result")
-    """With `--init.from none`: the run or checkpoint whose architecture and tokenizer to take, or the name of a pre-training
-    config whose architecture to take."""
+    """With `--init.from none`: the run or checkpoint whose architecture and tokenizer to use, or the name of a pre-training
+    config whose architecture to use."""
     tokenizer: str = field("", affects="result")
-    """With the name of a config in `like`: the folder of a tokenizer of that config's kind."""
+    """If `like` is the name of a config: the folder of a tokenizer of the kind that the config specifies."""
     blocks: int = field(-1, affects="result")
-    """Number of pre-trained blocks transferred, counted from the input, in addition to the embeddings; -1: all (section 5,
-    "Impact of number of layers transferred"). The other blocks start at random."""
+    """Number of pre-trained blocks to transfer, counted from the input, in addition to the embeddings; -1: all (section 5,
+    "Impact of number of layers transferred"). The other blocks start with random parameters."""
 
     def __post_init__(self) -> None:
         random, blocks = self.from_ == "none", self.blocks
         require(blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {blocks}")
         require(not random or blocks == -1, "init.blocks", "with --init.from none there are no blocks to transfer")
-        require(random or not self.like, "init.like", "goes with --init.from none; a checkpoint has its own architecture")
+        require(random or not self.like, "init.like", "requires --init.from none; a checkpoint has its own architecture")
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig(Section):
-    """A labeled task, and how its examples become the model's input (section 3.3, Figure 1)."""
+    """A labeled task, and the transformation of its examples into the model's input (section 3.3, Figure 1)."""
 
     section = "task"
 
     name: str = field("", affects="result")
-    """A task of the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a task of
-    your own, described by the fields from `kind` to `labels`."""
+    """Name of a task of the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a
+    task of your own, which the fields from `kind` to `labels` describe."""
     path: str = field("", affects="speed")
-    """Folder with the named task's files in their original layout; empty: tensorflow-datasets."""
+    """Folder with the files of the task `name` in their original layout; empty: read the task from tensorflow-datasets."""
     kind: Literal["classification", "entailment", "similarity", "multiple_choice"] = field("classification", affects="result")
     """Input transformation of your own task: one text; premise, hypothesis; two texts in both orders; a context and answers."""
     train: str = field("", affects="speed")
@@ -442,25 +452,27 @@ class TaskConfig(Section):
     validation: str = field("", affects="speed")
     """Validation rows of your own task, by which the best checkpoint is chosen."""
     test: str = field("", affects="speed")
-    """Test rows of your own task; may be empty, and may lack labels."""
+    """Test rows of your own task. They are optional and may have no labels."""
     texts: tuple[str, ...] = field(("text",), affects="result")
     """Names of your own task's text columns in the order of the transformation: the text; premise, hypothesis; the two texts; the
     context and then each answer."""
     label: str = field("label", affects="result")
-    """Name of the column with the label. In a multiple choice it is the answer's number from 0, or a member of `labels`."""
+    """Name of the column with the label. For multiple choice, a label is the answer's number, counted from 0, or a member of
+    `labels`."""
     labels: tuple[str, ...] = field((), affects="result")
     """The label set in the order of the classifier's outputs; empty: the labels of the training rows, sorted."""
     max_train: int = field(0, affects="result", within=NOT_NEGATIVE)
-    """Use this many training rows, an even choice that is the same for every seed; 0: all of them."""
+    """Maximum number of training rows to use. They are sampled evenly, in the same way for every seed. 0: all of them."""
     max_tokens: int = field(0, affects="result", within=NOT_NEGATIVE)
-    """Longest input in tokens, special tokens included; longer ones are truncated and counted. 0: the model's context."""
+    """Maximum length of an input in tokens, including special tokens. Longer inputs are truncated and counted. 0: the model's
+    context length."""
     truncation: Literal["longest", "released"] = field("longest", affects="result")
-    """`longest`: tokens are taken off the end of whichever segment is longest; `released`: every segment is cut at
-    `max_tokens` / 2 - 2 tokens, as in the released code."""
+    """Method of truncation. `longest`: tokens are removed from the end of the longest segment until the input fits; `released`:
+    every segment is cut at `max_tokens` / 2 - 2 tokens, as in the released code."""
     bucket_by_length: bool = field(True, affects="result")
-    """Put examples of similar length into one batch, so that little of it is padding; False: batches in random order."""
+    """Whether to put examples of similar length into the same batch, which reduces padding; False: random batches."""
     num_length_buckets: int = field(8, affects="speed", within=POSITIVE)
-    """Largest number of lengths that batches are padded to, each compiled once for training and once for scoring. > 0."""
+    """Maximum number of lengths that batches are padded to. Each is compiled once for training and once for scoring. > 0."""
     lm_weight: float = field(0.5, affects="result", within=NOT_NEGATIVE)
     """Weight of the auxiliary language-model loss (section 4.1: lambda = 0.5); 0: off."""
     classifier_dropout: float = field(0.1, affects="result", within=FRACTION)
@@ -474,8 +486,8 @@ class TaskConfig(Section):
             raise field_error("task.name", f"'{self.name}' is a task of the paper; {hint}")
         for name in ("kind", "texts", "label", "labels"):
             given = getattr(self, name) != type(self).__dataclass_fields__[name].default
-            require(not (self.name and given), f"task.{name}", f"describes a task of your own, and '{self.name}' is known")
-        require(not (own and self.path), "task.path", "is for the paper's tasks; your own task has --task.train and so on")
+            require(not (self.name and given), f"task.{name}", f"is for your own tasks; leave it out for '{self.name}'")
+        require(not (own and self.path), "task.path", "is for the paper's tasks; for your own task, use --task.train and so on")
         given, wanted = len(self.texts), {"classification": 1, "entailment": 2, "similarity": 2}.get(self.kind)
         if own and wanted is not None:
             require(given == wanted, "task.texts", f"{self.kind} takes {wanted} text columns, not {given}")
@@ -485,7 +497,7 @@ class TaskConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What every training run has: a model, batches, an optimizer, a length, devices and initial parameters."""
+    """The settings of every training run: model, data, optimizer, training loop, devices and initial parameters."""
 
     model: ModelConfig = ModelConfig()
     data: PipelineConfig = PipelineConfig()
@@ -523,6 +535,6 @@ class FinetuneConfig(RunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneRunConfig(FinetuneConfig):
-    """A fine-tuning whose architecture is known, as its folder records it."""
+    """The config of a fine-tuning run with its architecture, as recorded in the run's folder."""
 
     model: ModelConfig = ModelConfig()

@@ -149,8 +149,8 @@ NAN, INFINITY = float("nan"), float("inf")
 REFUSED = {
     "be positive": (0, -1, NAN, INFINITY),
     "be at least 0": (-1, -1e-9, NAN, INFINITY),
-    "lie in [0, 1)": (-1e-9, 1, 1.5, NAN, INFINITY),
-    "lie in [0, 2^32)": (-1, 2**32, NAN, INFINITY),
+    "be in [0, 1)": (-1e-9, 1, 1.5, NAN, INFINITY),
+    "be in [0, 2^32)": (-1, 2**32, NAN, INFINITY),
 }
 """Values that a field of each range does not take."""
 
@@ -236,18 +236,18 @@ def test_the_ends_of_the_ranges(field, accepted, refused):
         (lambda: MeshConfig(slice=-2), "--mesh.slice: must be positive, or -1"),
         (lambda: DistributedConfig("host"), "--distributed.coordinator: 'host' is not HOST:PORT"),
         (lambda: DistributedConfig("host:1"), "--distributed.num-processes: must be given with"),
-        (lambda: DistributedConfig("host:1", 2), "--distributed.process-id: must lie in [0, 2), not -1"),
-        (lambda: DistributedConfig("host:1", 2, 2), "--distributed.process-id: must lie in [0, 2), not 2"),
+        (lambda: DistributedConfig("host:1", 2), "--distributed.process-id: must be in [0, 2), not -1"),
+        (lambda: DistributedConfig("host:1", 2, 2), "--distributed.process-id: must be in [0, 2), not 2"),
         (lambda: PretrainConfig(model=ModelConfig(vocab_size=257)), "--model.vocab-size: the gpt1 tokenizer has 40478"),
         (lambda: TaskConfig(name="cola", train="a.tsv"), "--task.name: 'cola' is a task of the paper"),
-        (lambda: TaskConfig(name="cola", labels=("a", "b")), "--task.labels: describes a task of your own"),
+        (lambda: TaskConfig(name="cola", labels=("a", "b")), "--task.labels: is for your own tasks; leave it out for"),
         (lambda: TaskConfig(path="GLUE", train="a.tsv"), "--task.path: is for the paper's tasks"),
         (lambda: TaskConfig(kind="entailment", train="a.tsv"), "--task.texts: entailment takes 2 text columns, not 1"),
         (
             lambda: TaskConfig(kind="multiple_choice", train="a.tsv"),
             "--task.texts: multiple_choice takes columns of the context and of at least two answers",
         ),
-        (lambda: TransferConfig("RUN", like="gpt1"), "--init.like: goes with --init.from none"),
+        (lambda: TransferConfig("RUN", like="gpt1"), "--init.like: requires --init.from none"),
         (lambda: TransferConfig("RUN", blocks=-2), "--init.blocks: must be -1 (all)"),
         (lambda: TransferConfig("none", blocks=2), "--init.blocks: with --init.from none there are no blocks"),
     ],
