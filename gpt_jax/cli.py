@@ -1,6 +1,6 @@
-"""The command line: parses, calls, prints.
+"""The command line: parses arguments, calls the function of each verb, and prints results.
 
-The work of each verb is imported when the verb runs, so that `gpt-jax --help` needs neither JAX nor TensorFlow.
+The modules that a verb needs are imported when the verb runs, so that `gpt-jax --help` needs neither JAX nor TensorFlow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gpt_jax import __version__
 from gpt_jax.errors import Preempted, TrainingError, UserError, VerificationError, field_error
 from gpt_jax.launch import command
 
-DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, and look at what was trained. `gpt-jax VERB --help` says more."
+DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, generate, export. See `gpt-jax VERB --help` for the arguments of a verb."
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("gpt-jax: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # The reader of the output left, as `| head` does.
+    except BrokenPipeError:  # The reader of the output, for example `head`, has exited.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
 
     def verb(name: str, run: Callable[..., int | None], text: str, config: bool = False) -> argparse.ArgumentParser:
-        # A verb with a config leaves --help to the config's own fields, once it knows which config.
+        # For a verb with a config, `_load_config` handles --help, which also lists the fields of the config.
         sub = verbs.add_parser(name, help=text, description=text, allow_abbrev=False, add_help=not config)
         sub.set_defaults(run=run, takes_overrides=config, parser=sub)
         if config:
@@ -75,46 +75,46 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("config", metavar="CONFIG", nargs="?", help=text)
         return sub
 
-    sub = verb("demo", _demo, "the whole story on the documentation installed on this machine; CPU, a few minutes")
+    sub = verb("demo", _demo, "run every stage on the documentation installed on this machine; takes minutes on a CPU")
     sub.add_argument("--workdir", type=_path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
 
-    sub = verb("prepare", _prepare, "text -> tokenizer and token store", config=True)
+    sub = verb("prepare", _prepare, "build the tokenizer and the token store from text", config=True)
     sub.add_argument("--workdir", type=_path, help="prepare WORKDIR/store, unless --data.store names another folder")
 
-    _add_training(verb("pretrain", _pretrain, "token store -> checkpoints; prepares a missing store, resumes a run", config=True))
-    sub = verb("finetune", _finetune, "checkpoint + task -> checkpoints + scores; resumes a run", config=True)
+    _add_training(verb("pretrain", _pretrain, "pre-train on a token store; prepares a missing store, resumes a run", config=True))
+    sub = verb("finetune", _finetune, "fine-tune a checkpoint on a task and score it; resumes a run", config=True)
     _add_training(sub)
     sub.add_argument("--seeds", type=int, help="run this many seeds, one after the other, in WORKDIR/seed-N")
 
-    _add_evaluate(verb("evaluate", _evaluate, "perplexity on text, a task's scores, or zero-shot scores of a checkpoint"))
-    sub = verb("study", _study, "the paper's analyses: a series of fine-tunings, a table and a plot", config=True)
+    _add_evaluate(verb("evaluate", _evaluate, "compute perplexity on text, task scores, or zero-shot scores"))
+    sub = verb("study", _study, "run one of the paper's analyses: several fine-tuning runs, a table and a plot", config=True)
     sub.add_argument("--name", choices=("layers", "ablations", "steps"), help="the study")
     sub.add_argument("--workdir", type=_path, help="the study's folder")
-    sub.add_argument("--seeds", type=int, default=1, help="fine-tunings of each variant (default: 1)")
-    sub.add_argument("--lstm", type=_local, default="", metavar="RUN", help="a pre-trained LSTM, for the ablations")
+    sub.add_argument("--seeds", type=int, default=1, help="fine-tuning runs of each variant (default: 1)")
+    sub.add_argument("--lstm", type=_local, default="", metavar="RUN", help="a pre-trained LSTM, for the study 'ablations'")
 
-    sub = verb("report", _report, "measured scores beside the paper's figures")
-    sub.add_argument("--paper", action="store_true", required=True, help="a table of the paper's figures beside the runs'")
+    sub = verb("report", _report, "print measured scores beside the paper's figures")
+    sub.add_argument("--paper", action="store_true", required=True, help="compare with the figures of the paper")
     sub.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="folders of fine-tuning runs")
 
     _add_generate(verb("generate", _generate, "continue prompts with a trained model"))
-    _add_export(verb("export", _export, "a checkpoint in another framework's format, verified before it is there"))
-    _add_import(verb("import", _import, "a model of another format -> a run to fine-tune, evaluate or generate from"))
+    _add_export(verb("export", _export, "export a checkpoint to another framework's format and verify the result"))
+    _add_import(verb("import", _import, "import a model from another format as a run"))
 
-    sub = verb("launch", command.launch, "run a training elsewhere: TPU VMs, GKE, SLURM, SkyPilot, or processes here")
+    sub = verb("launch", command.launch, "start a run on TPU VMs, GKE, SLURM or SkyPilot, or in several local processes")
     sub.set_defaults(takes_overrides=True)
     command.add_launch(sub)
-    command.add_supervise(verb("supervise", command.supervise, "restart a local training after failures, until it is done"))
+    command.add_supervise(verb("supervise", command.supervise, "run a command and restart it after failures until it is done"))
 
-    sub = verb("checkpoint", _checkpoint, "the checkpoints of a run")
+    sub = verb("checkpoint", _checkpoint, "list, verify or prune the checkpoints of a run")
     text = "list them, verify every file, or delete all but the newest and best"
     sub.add_argument("action", choices=("list", "verify", "prune"), help=text)
     sub.add_argument("run_folder", type=_path, metavar="RUN")
     sub.add_argument("--keep-latest", type=int, default=1, help="prune: newest checkpoints to keep (default: 1)")
     sub.add_argument("--keep-best", type=int, default=1, help="prune: best checkpoints to keep in addition (default: 1)")
 
-    sub = verb("bench", _bench, "measured tables")
-    text = "input: tokens/s of the data pipeline; matmul: matrix products of this machine; padding: fine-tuning by padding"
+    sub = verb("bench", _bench, "run a benchmark and print a table")
+    text = "input: the input pipeline; matmul: matrix products; padding: fine-tuning with batches padded in three ways"
     sub.add_argument("name", choices=("input", "matmul", "padding"), help=text)
     sub.set_defaults(takes_overrides=True)
     sub.add_argument("--config", help="padding: a fine-tuning config, with its --section.field overrides")
@@ -136,23 +136,23 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(takes_overrides=True)
     sub.epilog = "A fine-tuned checkpoint is scored on its own task; --task.path and other --task.* fields change the task."
     _add_checkpoint(sub, nargs="+", help="a run's folder, or one of its checkpoints/STEP; several with --zero-shot")
-    text = "perplexity on a file, a folder, a glob, tfds:NAME or builtin:docs"
+    text = "compute the perplexity on a file, a folder, a glob, tfds:NAME or builtin:docs"
     sub.add_argument("--text", type=_local, metavar="SOURCE", help=text)
-    sub.add_argument("--max-bytes", type=int, help="bytes of the text to read (default: all)")
+    sub.add_argument("--max-bytes", type=int, help="maximum number of bytes of text to read (default: all)")
     sub.add_argument("--split", choices=("train", "validation", "test"), help="split of the task (default: validation)")
     text = "cola, sst2, race, story_cloze (PATH: the task's folder), dprd or wsc (PATH: a file); may be given several times"
     sub.add_argument("--zero-shot", type=_local, action="append", metavar="PROBE[=PATH]", help=text)
-    sub.add_argument("--every-checkpoint", action="store_true", help="zero-shot scores along the whole run, with a plot")
+    sub.add_argument("--every-checkpoint", action="store_true", help="zero-shot scores of all checkpoints of a run, with a plot")
     sub.add_argument("--out", type=_path, help="folder for predictions, or for zero-shot scores and their plot")
 
 
 def _add_generate(sub: argparse.ArgumentParser) -> None:
     _add_checkpoint(sub)
     sub.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
-    sub.add_argument("--tokens", type=int, default=100, help="largest number of tokens to append (default: 100)")
-    sub.add_argument("--temperature", type=float, default=1.0, help="0: always the likeliest token (default: 1)")
-    sub.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0: all (default)")
-    text = "draw from the likeliest tokens of this total probability (default: 1)"
+    sub.add_argument("--tokens", type=int, default=100, help="maximum number of tokens to append (default: 100)")
+    sub.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0: the likeliest token (default: 1)")
+    sub.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default)")
+    text = "sample from the likeliest tokens with this total probability (default: 1)"
     sub.add_argument("--top-p", type=float, default=1.0, help=text)
     sub.add_argument("--seed", type=int, default=0, help="equal seeds give equal text (default: 0)")
 
@@ -161,19 +161,19 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
     _add_checkpoint(sub)
     text = "huggingface, npz, openai (as released), stablehlo, onnx or savedmodel"
     sub.add_argument("--format", required=True, metavar="FORMAT", help=text)
-    sub.add_argument("--out", required=True, type=_path, help="the folder to be made")
+    sub.add_argument("--out", required=True, type=_path, help="the folder to create")
     dtypes = ("float32", "bfloat16", "float16")
     sub.add_argument("--dtype", default="float32", choices=dtypes, help="type of the stored numbers (default: float32)")
-    sub.add_argument("--shard-bytes", type=float, default=5e9, help="huggingface: cut larger files into several (default: 5e9)")
+    sub.add_argument("--shard-bytes", type=float, default=5e9, help="huggingface: split files larger than this (default: 5e9)")
 
 
 def _add_import(sub: argparse.ArgumentParser) -> None:
     text = "folder of a Hugging Face openai-gpt, of the released files, or of an npz file"
     sub.add_argument("source", type=_path, metavar="SOURCE", help=text)
     sub.add_argument("--workdir", required=True, type=_path, help="the run's folder")
-    text = "a pre-training config that the model must fit (default: the one that SOURCE holds, or the paper's)"
+    text = "a pre-training config that describes the model (default: the config in SOURCE, or the paper's)"
     sub.add_argument("--config", help=text)
-    sub.add_argument("--tokenizer", type=_path, help="folder of the tokenizer, where SOURCE has none")
+    sub.add_argument("--tokenizer", type=_path, help="folder of the tokenizer, if SOURCE has none")
     sub.add_argument("--trust-pickle", action="store_true", help="read a pytorch_model.bin, which is a pickle")
 
 
@@ -181,15 +181,15 @@ def _local(word: str, field: str = "") -> str:
     """Returns a word that names a file or folder.
 
     Args:
-      field: the config field that it comes from, if any.
+      field: the config field that the word comes from, if any.
 
     Raises:
-      UserError: it is a URL, of which pathlib would make a local folder called "gs:".
+      UserError: the word is a URL, which pathlib would turn into a local folder called "gs:".
     """
     if "://" in word:
         raise UserError(
-            (f"--{field}: " if field else "") + f"{word} is not a path of this machine; a bucket is reached through its mount "
-            "(docs/launch.md: Cloud Storage FUSE), so give its path there"
+            (f"--{field}: " if field else "") + f"{word} is not a path on this machine; to use a bucket, mount it "
+            "(docs/launch.md: Cloud Storage FUSE) and give the mounted path"
         )
     return word
 
@@ -199,7 +199,7 @@ def _path(word: str) -> Path:
 
 
 def _load_config(options: argparse.Namespace, overrides: list[str], verb: str = "pretrain") -> Any:
-    """Returns the config that the command names, with its overrides; `verb` says which of the two kinds it must be."""
+    """Returns the config that the command names, with its overrides; `verb` is the verb that the config must be for."""
     from gpt_jax.config import FinetuneConfig
     from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
 
@@ -291,20 +291,20 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
 
 
 def _check_evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
-    """Refuses arguments of `evaluate` that do not go together."""
+    """Checks that the arguments of `evaluate` can be combined."""
     if options.text and options.zero_shot:
         raise UserError("--text and --zero-shot are different measurements; give one of them")
     chosen = "--text" if options.text else "--zero-shot" if options.zero_shot else ""
     if overrides and chosen:
         raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax evaluate with {chosen}")
     if options.split and chosen:
-        raise field_error("split", f"goes with a task; with {chosen}, leave it out")
+        raise field_error("split", f"applies to tasks; with {chosen}, leave it out")
     if options.max_bytes is not None and chosen != "--text":
-        raise field_error("max_bytes", "goes with --text")
+        raise field_error("max_bytes", "requires --text")
     if options.text and options.out:
-        raise field_error("out", "perplexity is printed and leaves no files")
+        raise field_error("out", "perplexity is only printed; leave it out with --text")
     if options.every_checkpoint and not options.zero_shot:
-        raise field_error("every_checkpoint", "goes with --zero-shot")
+        raise field_error("every_checkpoint", "requires --zero-shot")
     if len(options.checkpoint) > 1 and not options.zero_shot:
         raise UserError(f"{options.checkpoint[1]}: one checkpoint at a time; several can be compared with --zero-shot")
     probes = [word.partition("=")[0] for word in options.zero_shot or ()]
@@ -369,7 +369,7 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
         return 0
     infos = list_checkpoints(run, checksums=options.action == "verify")
     if not infos:
-        raise UserError(f"{run}: holds no checkpoints")
+        raise UserError(f"{run}: has no checkpoints")
     for info in infos:
         scores = "  ".join(f"{name} {value:.4f}" for name, value in info.metrics.items())
         print(f"{info.step:>9}  {info.size / 1e6:9.1f} MB  {info.state:<10}  {info.problem or scores}")

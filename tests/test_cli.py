@@ -129,7 +129,7 @@ def test_a_url_where_a_path_belongs_is_one_line(mistake, tmp_path, monkeypatch, 
     """No folder called "gs:" is made."""
     monkeypatch.chdir(tmp_path)
     message = mistake(*arguments.replace("URL", "gs://bucket/run").split())
-    assert "gs://bucket/run is not a path of this machine; a bucket is reached through its mount (docs/launch.md" in message
+    assert "gs://bucket/run is not a path on this machine; to use a bucket, mount it (docs/launch.md" in message
     assert list(tmp_path.iterdir()) == []
 
 

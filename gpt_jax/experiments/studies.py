@@ -109,7 +109,7 @@ def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, ls
     """
     require_matplotlib()
     require(config.init.from_ not in ("", "none"), "init.from", "name the pre-trained run that the study is about")
-    require(not lstm or name == "ablations", "lstm", f"goes with the study 'ablations', not with '{name}'")
+    require(not lstm or name == "ablations", "lstm", f"applies to the study 'ablations', not to '{name}'")
     require(name == "steps" or config.init.blocks == -1, "init.blocks", f"the study '{name}' sets this field; leave it out")
     require(seeds > 0, "seeds", f"must be positive, not {seeds}")
     task = task_from_config(config.task)

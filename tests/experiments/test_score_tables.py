@@ -49,12 +49,12 @@ def test_zero_shot_scores_along_a_run(pretrained, tmp_path, capsys):
         (["RUN", "--zero-shot", "dprd=nowhere"], "--zero-shot dprd: nowhere: No such file or directory; give a file of"),
         (["RUN", "--zero-shot", "cola=nowhere"], "--zero-shot cola: there is no folder 'nowhere'"),
         (["RUN", "--zero-shot", "dprd=a", "--zero-shot", "dprd=b"], "--zero-shot: dprd is given more than once"),
-        (["RUN", "--zero-shot", "dprd=a", "--split", "test"], "--split: goes with a task; with --zero-shot, leave it out"),
-        (["RUN", "--text", "a.txt", "--split", "test"], "--split: goes with a task; with --text, leave it out"),
-        (["RUN", "--zero-shot", "dprd=a", "--max-bytes", "9"], "--max-bytes: goes with --text"),
-        (["RUN", "--max-bytes", "9"], "--max-bytes: goes with --text"),
+        (["RUN", "--zero-shot", "dprd=a", "--split", "test"], "--split: applies to tasks; with --zero-shot, leave it out"),
+        (["RUN", "--text", "a.txt", "--split", "test"], "--split: applies to tasks; with --text, leave it out"),
+        (["RUN", "--zero-shot", "dprd=a", "--max-bytes", "9"], "--max-bytes: requires --text"),
+        (["RUN", "--max-bytes", "9"], "--max-bytes: requires --text"),
         (["RUN", "--text", "a.txt", "--zero-shot", "dprd=a"], "different measurements"),
-        (["RUN", "--text", "a.txt", "--every-checkpoint"], "--every-checkpoint: goes with --zero-shot"),
+        (["RUN", "--text", "a.txt", "--every-checkpoint"], "--every-checkpoint: requires --zero-shot"),
     ],
 )
 def test_arguments_of_evaluate_that_do_not_go_together(pretrained, capsys, arguments, message):
