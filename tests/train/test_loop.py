@@ -75,9 +75,7 @@ def start(config, folder, *, total=20, end=None, state=None, batch_at=random_bat
         ctx = RunContext(run, stack.enter_context(StopRequest()), say)
         run.open(config, "")
         progress = ProgressLogger(config, mesh, total, "tokens", run.tensorboard, say)
-        batches = iterate_batches(
-            Source(batch_at), int(state["step"]), end or total, np.arange(8), kind="threads", prefetch=2
-        )
+        batches = iterate_batches(Source(batch_at), int(state["step"]), end or total, np.arange(8), kind="threads", prefetch=2)
         stack.enter_context(contextlib.closing(batches))
         return train_loop(
             ctx,

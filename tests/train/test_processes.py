@@ -1,4 +1,4 @@
-"""Two processes of four devices each train as one process of eight does, stop together, and go on together."""
+"""Two processes with four devices each train as one process with eight does, stop together, and continue together."""
 
 import json
 import os
@@ -14,14 +14,18 @@ import pytest
 from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import pretrain
 
-MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+MESH_WORDS = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
 class Pair:
-    """The command in two processes that join over this machine's loopback."""
+    """The command in two processes that join over this machine's loopback interface.
+
+    Args:
+      second: options of the second process alone.
+    """
 
     def __init__(self, config_file, run, *options, second=()):
-        """`second`: options of the second process alone."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -44,25 +48,25 @@ class Pair:
             process.kill()
             process.wait()
 
-    def said(self):
+    def output(self):
         return "\n".join(log.read_text(errors="replace") for log in self.logs)
 
     def wait_for_records(self, count, seconds=240):
-        """Waits until metrics.jsonl has so many lines."""
+        """Waits until metrics.jsonl has `count` lines."""
         file, limit = self.run / "metrics.jsonl", time.monotonic() + seconds
         while not file.exists() or file.read_bytes().count(b"\n") < count:
-            assert time.monotonic() < limit, self.said()
-            assert [process.poll() for process in self.processes] == [None, None], self.said()
+            assert time.monotonic() < limit, self.output()
+            assert [process.poll() for process in self.processes] == [None, None], self.output()
             time.sleep(0.01)
 
     def finish(self, code=0, seconds=240):
-        """Waits for both to end with this exit code."""
+        """Waits for both processes to end, and checks their exit code."""
         limit = time.monotonic() + seconds
         try:
             codes = [process.wait(max(limit - time.monotonic(), 0.1)) for process in self.processes]
         except subprocess.TimeoutExpired:
-            pytest.fail(f"not finished after {seconds} s:\n{self.said()}")
-        assert codes == [code, code], self.said()
+            pytest.fail(f"not finished after {seconds} s:\n{self.output()}")
+        assert codes == [code, code], self.output()
 
 
 def records(run):
@@ -74,53 +78,61 @@ def losses(run):
 
 
 def assert_same_losses(run, expected):
-    for got, wanted in zip(losses(run), losses(expected), strict=True):
-        assert got[:2] == wanted[:2]
-        np.testing.assert_allclose(got[2], wanted[2], rtol=3e-6)
+    for (*where, loss), (*expected_where, expected_loss) in zip(losses(run), losses(expected), strict=True):
+        assert where == expected_where
+        np.testing.assert_allclose(loss, expected_loss, rtol=3e-6)
 
 
 @pytest.fixture(scope="module")
 def single(tiny, tmp_path_factory):
-    """The run of one process with eight devices."""
+    """The folder of a run in one process with eight devices."""
     run = tmp_path_factory.mktemp("processes") / "single"
-    pretrain(tiny(*MESH), run)
+    pretrain(tiny(mesh=MESH), run)
     return run
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(single, config_file, tmp_path):
     run = tmp_path / "run"
-    with Pair(config_file, run, *MESH) as pair:
+    with Pair(config_file, run, *MESH_WORDS) as pair:
         pair.finish()
     assert_same_losses(run, single)
-    assert pair.logs[1].read_text(errors="replace").count("step ") == 0, pair.said()  # one of them talks
-    assert [info.step for info in checkpoint.inspect(run)] == [10, 15, 20]
+    assert pair.logs[1].read_text(errors="replace").count("step ") == 0, pair.output()  # Only the first prints.
+    assert [info.step for info in checkpoint.list_checkpoints(run)][-3:] == [10, 15, 20]
     assert json.loads((run / "result.json").read_text())["step"] == 20
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [0, 1])
-def test_sigterm_to_one_process_stops_both_at_one_step_and_both_go_on(config_file, tiny, tmp_path, told):
-    options = (*MESH, "--train.duration", "2000 steps", "--train.save-every", "1000 steps", "--train.eval-every", "500 steps")
+@pytest.mark.parametrize("receiver", [0, 1])
+def test_sigterm_to_one_process_stops_both_at_one_step_and_both_continue(config_file, tmp_path, receiver):
+    options = (
+        *MESH_WORDS,
+        "--train.duration",
+        "2000 steps",
+        "--train.save-every",
+        "1000 steps",
+        "--train.eval-every",
+        "500 steps",
+    )
     run = tmp_path / "run"
     with Pair(config_file, run, *options) as pair:
         pair.wait_for_records(20)
-        pair.processes[told].send_signal(signal.SIGTERM)
+        pair.processes[receiver].send_signal(signal.SIGTERM)
         pair.finish(42)
-    (stopped,) = [info.step for info in checkpoint.inspect(run) if info.state == "sound"][-1:]
+    (stopped,) = [info.step for info in checkpoint.list_checkpoints(run) if info.state == "sound"][-1:]
     assert 20 <= stopped < 2000
     assert losses(run)[-1][1] == stopped
-    assert f"saved at step {stopped} of 2000" in pair.said()
-    shorter = (*MESH, "--train.duration", f"{stopped + 5} steps", "--allow-changes")
+    assert f"saved at step {stopped} of 2000" in pair.output()
+    shorter = (*MESH_WORDS, "--train.duration", f"{stopped + 5} steps", "--allow-changes")
     with Pair(config_file, run, *shorter) as pair:
         pair.finish()
-    assert f"resuming at step {stopped}" in pair.said()
+    assert f"resuming at step {stopped}" in pair.output()
     assert [step for kind, step, _ in losses(run) if kind == "train"] == list(range(1, stopped + 6))
 
 
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again_equal_themselves(config_file, tmp_path):
-    options = (*MESH, "--train.duration", "60 steps", "--train.save-every", "5 steps")
+    options = (*MESH_WORDS, "--train.duration", "60 steps", "--train.save-every", "5 steps")
     with Pair(config_file, tmp_path / "whole", *options) as pair:
         pair.finish()
     run = tmp_path / "run"
@@ -129,7 +141,7 @@ def test_two_processes_killed_and_started_again_equal_themselves(config_file, tm
     assert not (run / "result.json").exists()
     with Pair(config_file, run, *options) as pair:
         pair.finish()
-    assert "resuming at step " in pair.said()
+    assert "resuming at step " in pair.output()
     assert losses(run) == losses(tmp_path / "whole")
 
 
@@ -137,26 +149,26 @@ def test_two_processes_killed_and_started_again_equal_themselves(config_file, tm
 def test_a_process_that_nobody_joins_ends_with_1(config_file, tmp_path):
     with Pair(config_file, tmp_path / "run", "--distributed.timeout-seconds", "4") as pair:
         pair.processes[0].kill()
-        assert pair.processes[1].wait(120) == 1, pair.said()
-    assert "process 1 of 2 could not join the others at 127.0.0.1:" in pair.said()
-    assert "Traceback" not in pair.said()
+        assert pair.processes[1].wait(120) == 1, pair.output()
+    assert "process 1 of 2 could not join the others at 127.0.0.1:" in pair.output()
+    assert "Traceback" not in pair.output()
 
 
 @pytest.mark.slow
-def test_a_mistake_of_the_first_is_said_by_all(config_file, tmp_path):
+def test_all_processes_print_a_mistake_that_the_first_finds(config_file, tmp_path):
     options = ("--data.source", str(tmp_path / "nowhere"), "--data.store", str(tmp_path / "store"))
-    with Pair(config_file, tmp_path / "run", *MESH, *options) as pair:
+    with Pair(config_file, tmp_path / "run", *MESH_WORDS, *options) as pair:
         pair.finish(2)
     for log in pair.logs:
-        said = log.read_text(errors="replace")
-        assert said.count("gpt-jax: ") == 1
-        assert str(tmp_path / "nowhere") in said
-        assert "Traceback" not in said
+        output = log.read_text(errors="replace")
+        assert output.count("gpt-jax: ") == 1
+        assert str(tmp_path / "nowhere") in output
+        assert "Traceback" not in output
 
 
 @pytest.mark.slow
-def test_processes_that_were_started_differently_say_in_what(config_file, tmp_path):
-    with Pair(config_file, tmp_path / "run", *MESH, second=("--train.seed", "7", "--optim.peak-lr", "0.5")) as pair:
+def test_processes_that_were_started_differently_name_the_difference(config_file, tmp_path):
+    with Pair(config_file, tmp_path / "run", *MESH_WORDS, second=("--train.seed", "7", "--optim.peak-lr", "0.5")) as pair:
         pair.finish(2)
     for log in pair.logs:
         (line,) = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("gpt-jax: ")]
