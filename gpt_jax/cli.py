@@ -17,7 +17,7 @@ from gpt_jax import __version__
 from gpt_jax.errors import Preempted, TrainingError, UserError, VerificationError, field_error
 from gpt_jax.launch import command
 
-DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, generate, export. See `gpt-jax VERB --help` for the arguments of a verb."
+DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, generate, export. See `gpt-jax VERB --help` for the arguments."
 
 
 class Parser(argparse.ArgumentParser):
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="gpt-jax", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"gpt_jax {__version__}")
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
+    parser.add_argument("--traceback", action="store_true", help="show where in the code an error occurred")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
 
     def verb(name: str, run: Callable[..., int | None], text: str, config: bool = False) -> argparse.ArgumentParser:
