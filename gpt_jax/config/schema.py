@@ -193,8 +193,8 @@ class ModelOptions(Section):
     """Implementation of attention. `plain` computes all probabilities as one array, on any device; `auto` selects the fastest
     implementation for this device."""
     loss_chunk: int = field(0, affects="speed", within=NOT_NEGATIVE)
-    """Number of time steps whose logits are in memory at once in the loss; 0: 128 on accelerators, and on a CPU as many as fit
-    into its cache."""
+    """Number of time steps whose logits are in memory at once in the loss; 0: chosen automatically (128 on accelerators, and as
+    many as fit into the cache on a CPU)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Programs that use all other parts: the demo, the paper's analyses, benchmarks, score tables and plots."""
+"""Programs that use all other packages: the demo, the paper's analyses, benchmarks, score tables and plots."""

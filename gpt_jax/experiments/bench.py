@@ -45,7 +45,7 @@ def bench_input(
     seconds: float = 2.0,
     kinds: Sequence[PipelineKind] = (),
 ) -> None:
-    """Measures how fast each kind of pipeline delivers batches of windows as NumPy arrays, and prints a table.
+    """Measures how fast each kind of input pipeline delivers batches of windows as NumPy arrays, and prints a table.
 
     The columns "first batch" and "at step 1M" are the times from creating a pipeline to its first batch, for a new run and for a
     run that resumes at step 1,000,000. "start-up" is this time for the first pipeline of a process; most of it is spent on
@@ -54,12 +54,12 @@ def bench_input(
     Args:
       store: the token store whose training split is read; None: a temporary memory-mapped file of random tokens.
       context_length: tokens in an example.
-      batch_sizes: the numbers of examples in a batch to measure.
-      seconds: duration of each of the `RUNS` runs, of which the fastest counts.
+      batch_sizes: the batch sizes to measure.
+      seconds: duration of each of the `RUNS` runs, of which the fastest is reported.
       kinds: pipelines to measure; empty: all that are installed.
 
     Raises:
-      UserError: the store is damaged or shorter than one window, or tensorflow is requested and not installed.
+      UserError: the store is damaged or shorter than one window, or tensorflow is requested but not installed.
     """
     if not kinds:
         kinds = ("tf", "threads") if importlib.util.find_spec("tensorflow") else ("threads",)
@@ -102,7 +102,7 @@ def _seconds_to_first(kind: PipelineKind, windows: Windows, rows: np.ndarray, st
 
 
 def bench_matmul() -> None:
-    """Prints the rate in FLOP/s of a 1024 x 768 x 3072 float32 product, the one of GPT-1's feed-forward layer.
+    """Prints the rate in FLOP/s of a 1024 x 768 x 3072 float32 product, as in GPT-1's feed-forward layer.
 
     A model's tokens/s times `logging.flops_per_token`, divided by this rate, is the share of the machine that training uses.
     """
@@ -121,17 +121,17 @@ def bench_matmul() -> None:
 def bench_padding(config: FinetuneConfig, steps: int = 20) -> None:
     """Measures the speed of fine-tuning with batches padded in three ways, and prints a table.
 
-    The three ways see the same examples in the same number of batches:
+    All three divide the same examples into the same number of batches:
 
-    - grouped by length and padded to a few lengths, as `finetune` does it;
+    - grouped by length and padded to a few lengths, as in `finetune`;
     - in random order, padded to the longest example of each batch;
-    - in random order, padded to the model's context.
+    - in random order, padded to the model's context length.
 
-    Compilation is not timed, but the table has the number of compilations that an epoch needs.
+    Compilation is not timed, but the table shows the number of compilations that an epoch needs.
 
     Args:
-      config: the fine-tuning to measure.
-      steps: number of batches of the first epoch that are timed, spread evenly over it.
+      config: the fine-tuning config to measure.
+      steps: number of batches to time, spread evenly over the first epoch.
     """
     source = find_init(config.init, say)
     resolved = resolve_config(config, task_from_config(config.task), source)
@@ -152,7 +152,7 @@ def bench_padding(config: FinetuneConfig, steps: int = 20) -> None:
         timed = np.linspace(0, batches.steps_per_epoch - 1, min(steps, batches.steps_per_epoch)).astype(int)
         placed = [sharding.place_batch(mesh, batches.batch_at(int(step), rows), size) for step in timed]
         with jax.set_mesh(mesh):
-            for _ in range(2):  # The first pass compiles, and the second one counts.
+            for _ in range(2):  # The first pass compiles, and the second one is timed.
                 begin = time.perf_counter()
                 for batch in placed:
                     state, _ = update(state, batch)

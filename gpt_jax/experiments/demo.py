@@ -1,4 +1,4 @@
-"""The demo (`gpt-jax demo`): a small GPT is pre-trained, sampled from, compared with n-gram models, fine-tuned and exported."""
+"""The demo (`gpt-jax demo`), which pre-trains a small GPT, samples from it, and evaluates, fine-tunes and exports it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.finetune import finetune
 from gpt_jax.train.pretrain import pretrain
 
-MARGIN = 1.5  # nats/token by which the model must beat the unigram model; a sound installation reaches about 2
+MARGIN = 1.5  # nats/token by which the model must beat the unigram model; a working installation reaches about 2
 TRAIN_ROWS, VALIDATION_ROWS = 240, 160  # per synthetic task
 MAX_TOKENS = {"classification": 48, "entailment": 64, "similarity": 64, "multiple_choice": 64}
 
@@ -34,7 +34,7 @@ MAX_TOKENS = {"classification": 48, "entailment": 64, "similarity": 64, "multipl
 def demo(workdir: Path) -> int:
     """Runs the demo on the documentation installed on this machine and prints its results.
 
-    The model is fine-tuned on four tasks that are made from the same documentation.
+    The model is also fine-tuned on four tasks that are made from the same documentation.
 
     Returns:
       The exit code: 1 if the model's loss is not `MARGIN` nats/token below that of a unigram model, 0 otherwise.
@@ -62,7 +62,7 @@ def demo(workdir: Path) -> int:
     loss_rows = [(name, f"{loss:.3f}", f"{loss * bits_per_byte:.3f}") for name, loss in losses.items()]
     print("\n" + format_table([("validation loss", "nats/token", "bits/byte"), *loss_rows]))
     score_rows = [(name, *(f"{100 * accuracy:.1f}" for accuracy in accuracies)) for name, accuracies in scores.items()]
-    print("\n" + format_table([("accuracy, %", "pre-trained", "from nothing", "majority class"), *score_rows]))
+    print("\n" + format_table([("accuracy, %", "pre-trained", "from scratch", "majority class"), *score_rows]))
     print(
         f"\nparameters   {result['parameters']:,}\n"
         f"tokens seen  {result['tokens']:,} (the corpus has {store.split('train').num_tokens:,})\n"
@@ -83,10 +83,10 @@ def finetune_synthetic_tasks(config: PretrainConfig, workdir: Path) -> dict[str,
     """Fine-tunes the model in `workdir` on each synthetic task, in `workdir`/tasks.
 
     Returns:
-      For each task the validation accuracies of the model fine-tuned from the pre-trained parameters, of the one fine-tuned from
+      For each task, the validation accuracies of the model fine-tuned from pre-trained parameters, of the model fine-tuned from
       random parameters, and of always predicting the most frequent class.
     """
-    # The two fine-tunings of a task compile the same programs.
+    # The two fine-tuning runs of a task compile the same programs.
     jax.config.update("jax_compilation_cache_dir", str(workdir / "tasks" / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     inits = {"pretrained": TransferConfig(str(workdir)), "nothing": TransferConfig("none", like=str(workdir))}
@@ -95,7 +95,7 @@ def finetune_synthetic_tasks(config: PretrainConfig, workdir: Path) -> dict[str,
     folder, scores = workdir / "tasks", {}
     for name, task in make_tasks(passages, held_out, folder, TRAIN_ROWS, VALIDATION_ROWS).items():
         tuning = FinetuneConfig(
-            # As in pre-training, a model this small does not gain from dropout.
+            # As in pre-training, a model this small does not benefit from dropout.
             model=ModelOptions(embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0),
             optim=OptimConfig(peak_lr=1e-3, schedule="linear", warmup="10%", b2=0.98, clip_norm=1.0),
             train=FinetuneLoopConfig(batch_size=16, duration="2 epochs", tensorboard=False),
@@ -110,14 +110,14 @@ def finetune_synthetic_tasks(config: PretrainConfig, workdir: Path) -> dict[str,
 
 
 def ngram_losses(config: PretrainConfig, store: Store) -> tuple[float, float]:
-    """Returns the validation losses in nats/token of a unigram and of an interpolated bigram model of the training tokens.
+    """Returns the validation losses in nats/token of a unigram and an interpolated bigram model of the training tokens.
 
-    They are scored on the same tokens as the model. The unigram model adds one to each count. The bigram model interpolates with
-    it as proposed by Witten and Bell (1991), which needs no tuning:
+    Both are scored on the same tokens as the GPT. The unigram model adds one to each count. The bigram model interpolates with
+    the unigram model as proposed by Witten and Bell (1991), which needs no tuning:
 
         p(w | h) = (count(h w) + followers(h) p(w)) / (count(h) + followers(h))
 
-    Memory: 8 bytes for each pair of entries of the vocabulary.
+    The memory needed is 8 bytes for each pair of vocabulary entries.
     """
     split = store.split("train")
     tokens = split.read(np.zeros(1, np.int64), split.num_tokens)[0].astype(np.int64)

@@ -1,8 +1,8 @@
-"""Measured scores beside those that the paper reports for the same task and ablation (`gpt-jax report --paper RUN...`).
+"""Measured scores beside the scores that the paper reports for the same task and ablation (`gpt-jax report --paper RUN...`).
 
-Our scores are on the development split (validation), or on a test split with public labels. The paper's scores for GLUE's tasks
-are from the benchmark's test server, whose labels are secret. The table therefore shows for each score which split it is for, and
-a list below the table names the settings in which a run differs from the paper.
+Our scores are for the development split (validation) or a test split with public labels. The paper's scores for GLUE's tasks are
+from the benchmark's test server, whose labels are secret. The table therefore shows the split of each score, and a list below the
+table names the settings in which a run differs from the paper.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SPLITS = {"validation": "dev split", "test": "test split"}
 
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
-    """A finished fine-tuning with one seed or several."""
+    """A finished fine-tuning run with one or more seeds."""
 
     path: Path
     config: FinetuneRunConfig
@@ -39,7 +39,7 @@ class FinishedRun:
     """Platform on which the run was last started ("cpu", "gpu" or "tpu"); None: unknown."""
     num_seeds: int
     scores: dict[str, dict[str, list[float]]]
-    """Scores by split and metric, a number in [-1, 1] for each seed."""
+    """Scores by split and metric: one number in [-1, 1] for each seed."""
 
     @property
     def task(self) -> Task:
@@ -48,7 +48,7 @@ class FinishedRun:
 
     @property
     def row(self) -> str:
-        """Name of the run's row in Table 5; a combination that the table lacks is named in the same way."""
+        """Name of the run's row in Table 5. Combinations that are not in the table are named in the same way."""
         architecture = "LSTM" if self.config.model.kind == "lstm" else "Transformer"
         missing = ["pre-training"] * (self.config.init.from_ == "none") + ["aux LM"] * (self.config.task.lm_weight == 0)
         if missing:
@@ -60,10 +60,10 @@ def print_paper_table(paths: Sequence[Path]) -> None:
     """Prints the table, the settings that differ from the paper's, and the averages over tasks that the runs allow.
 
     Args:
-      paths: folders of fine-tuning runs, each with one seed or several.
+      paths: folders of fine-tuning runs, each with one or more seeds.
 
     Raises:
-      UserError: a folder does not hold a finished fine-tuning of one of the paper's tasks.
+      UserError: a folder does not contain a finished fine-tuning run on one of the paper's tasks.
     """
     runs = [_load_run(path) for path in paths]
     table = [("", "task", "row", "metric", "measured", "on", "paper", "on")]
@@ -114,9 +114,9 @@ def _in_percent(values: Sequence[float]) -> str:
 
 
 def _averages(runs: Sequence[FinishedRun]) -> Iterator[str]:
-    """Yields a line for each average over tasks. The runs of an average have one pre-trained model, one row and one split.
+    """Yields a line for each average over tasks. All runs in an average have the same pre-trained model, row and split.
 
-    No average is taken if two of these runs have the same task, because either might be meant.
+    There is no average if two of these runs have the same task, because it is not clear which run to use.
     """
     for origin, row, split in dict.fromkeys((run.config.init.from_, run.row, split) for run in runs for split in run.scores):
         group = [run for run in runs if (run.config.init.from_, run.row) == (origin, row) and split in run.scores]
@@ -132,7 +132,7 @@ def _averages(runs: Sequence[FinishedRun]) -> Iterator[str]:
             yield f"{name}, {row}, {SPLITS[split]}: {100 * average:.1f}{paper}"
 
 
-# Fields that describe the task, the row or the seed rather than a setting, and fields that only one architecture uses.
+# Fields that are not settings but describe the task, the row or the seed, and fields that only one architecture uses.
 NOT_COMPARED = {"model.kind", "init.from", "init.like", "init.tokenizer", "task.name", "train.seed"}
 TRANSFORMER_FIELDS = {"model.num-layers", "model.num-heads", "model.mlp-dim", "model.layer-norm-epsilon"}
 LSTM_FIELDS = {"model.lstm-units"}
@@ -142,13 +142,13 @@ VALUE_NAMES = {("init.blocks", -1): "all", ("task.max-train", 0): "all", ("task.
 def _differences(run: FinishedRun) -> list[str]:
     """Returns a phrase for each setting that differs from the paper's, and for the pre-trained model if there is one."""
     config, init = run.config, run.config.init.from_
-    if run.platform:  # "auto" is the type that this platform chose
+    if run.platform:  # replaces "auto" with the type that this platform chose
         dtype: Any = compute_dtype(config.model, run.platform).name
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
     skipped = NOT_COMPARED | (TRANSFORMER_FIELDS if config.model.kind == "lstm" else LSTM_FIELDS)
     if config.task.lm_weight == 0:  # the name of the row includes it
         skipped |= {"task.lm-weight"}
-    # The paper's own settings, also where our defaults differ from them on purpose (docs/paper.md).
+    # These are the paper's settings, including those from which our defaults differ on purpose (docs/paper.md).
     model = ModelConfig(vocab_size=ModelConfig().vocab_size + len(SpecialTokens._fields), compute_dtype="float32")
     task = TaskConfig(bucket_by_length=False, truncation="released")
     paper = flatten_config(FinetuneRunConfig(model=model, task=task))

@@ -12,7 +12,7 @@ import numpy as np
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.rundir import write_atomic
 
-MAX_LEVEL_TICKS = 6  # the names of more ticks do not fit side by side and are turned upright
+MAX_LEVEL_TICKS = 6  # with more ticks, the names do not fit next to each other and are rotated
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -25,13 +25,13 @@ class Curve(NamedTuple):
     ranges: Sequence[tuple[float, float]] = ()
     """The lowest and the highest value at each point, drawn as an error bar; empty: no error bars."""
     color: int = 0
-    """Number of the color, from 0."""
+    """Number of the color, counted from 0."""
     style: int = 0
-    """Number of the line style, from 0."""
+    """Number of the line style, counted from 0."""
 
 
 def require_matplotlib() -> None:
-    """Raises a `UserError` if matplotlib is not installed. Called before hours of training that end in a plot."""
+    """Raises a `UserError` if matplotlib is not installed. It is called before hours of training that end with a plot."""
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -51,7 +51,7 @@ def plot_curves(
 
     Args:
       tick_names: names of the first curve's values of x, which replace the numbers on the axis; empty: numbers.
-      joined: whether lines connect the points, which suggests that their order has a meaning.
+      joined: whether lines connect the points, which suggests that their order is meaningful.
 
     Raises:
       UserError: matplotlib is not installed.

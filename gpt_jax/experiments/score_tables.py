@@ -1,4 +1,4 @@
-"""Tables of measured scores: a fine-tuning over several seeds, and pre-trained models that were not fine-tuned."""
+"""Tables of measured scores: fine-tuning with several seeds, and zero-shot scores of pre-trained models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpt_jax.runtime.rundir import write_atomic
 
 
 def print_seed_scores(result: dict[str, Any]) -> None:
-    """Prints how the scores of a fine-tuning vary over its seeds.
+    """Prints how the scores of fine-tuning runs vary between seeds.
 
     Args:
       result: the return value of `finetune_seeds`.
@@ -56,7 +56,7 @@ def print_zero_shot_scores(scores: Sequence[dict[str, Any]], out: Path | None) -
         plot_curves(figure, curves, "Zero-shot scores along pre-training", "pre-training steps", label)
         print(f"{data}, {figure}")
     else:
-        figure.unlink(missing_ok=True)  # A figure of an earlier call would not match the scores beside it.
+        figure.unlink(missing_ok=True)  # A figure from an earlier call would not match the new scores.
         print(data)
 
 

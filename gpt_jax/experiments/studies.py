@@ -1,10 +1,11 @@
-"""The paper's analyses (section 5) as series of fine-tunings that differ in one setting (`gpt-jax study`).
+"""The paper's analyses (section 5): series of fine-tuning runs that differ in one setting (`gpt-jax study`).
 
     layers      random parameters, pre-trained embeddings, then one more pre-trained block at a time (Figure 2, left)
-    ablations   the full method; without pre-training; without the auxiliary loss; an LSTM in the Transformer's place (Table 5)
+    ablations   the full method; without pre-training; without the auxiliary loss; an LSTM instead of the Transformer (Table 5)
     steps       every checkpoint that a pre-training run has kept (`--train.keep-latest` of that run limits their number)
 
-A study's folder holds a run for each variant and seed, NAME.json with all scores, and NAME.png. Repeating the command resumes it.
+A study's folder contains a run for each variant and seed, NAME.json with all scores, and NAME.png. Repeating the command resumes
+the study.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ StudyName = Literal["layers", "ablations", "steps"]
 
 
 class Variant(NamedTuple):
-    """One fine-tuning of a study."""
+    """One variant of a study: a fine-tuning config, which is run with one or more seeds."""
 
     name: str
     x: float
-    """Position of its point in the figure."""
+    """Position of the variant's point in the figure."""
     config: FinetuneConfig
 
 
 def layer_variants(config: FinetuneConfig, log: Log) -> list[Variant]:
-    """Returns the variants that take nothing, the embeddings, or the embeddings and 1, 2, ... blocks from `--init.from`.
+    """Returns the variants that transfer nothing, the embeddings, or the embeddings and 1, 2, ... blocks from `--init.from`.
 
     Raises:
       UserError: `--init.from` has no checkpoint of a Transformer.
@@ -55,10 +56,11 @@ def layer_variants(config: FinetuneConfig, log: Log) -> list[Variant]:
 
 
 def ablation_variants(config: FinetuneConfig, log: Log, lstm: str = "") -> list[Variant]:
-    """Returns the rows of Table 5; the LSTM's only if `lstm` names the run of a pre-trained one.
+    """Returns the rows of Table 5. The LSTM's row is included only if `lstm` names the run of a pre-trained LSTM.
 
     Raises:
-      UserError: `--init.from` has no checkpoint of a Transformer, or `lstm` none of an LSTM, or the config has no auxiliary loss.
+      UserError: `--init.from` has no checkpoint of a Transformer, `lstm` has no checkpoint of an LSTM, or the config has no
+        auxiliary loss.
     """
     require(
         config.task.lm_weight > 0, "task.lm_weight", "must be positive; the study 'ablations' sets it to 0 for one of its rows"
@@ -92,19 +94,20 @@ def step_variants(config: FinetuneConfig, log: Log) -> list[Variant]:
 def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, lstm: str = "") -> dict[str, Any]:
     """Runs a study and writes its folder.
 
-    All fine-tunings start from one checkpoint, the newest one when the study began. Each run's config records its folder.
+    All runs start from one checkpoint, which is the newest one when the study begins. The config of each run records the folder
+    of the checkpoint.
 
     Args:
-      config: the fine-tuning that is varied; `--init.from` names the pre-trained run.
-      seeds: number of fine-tunings of each variant.
+      config: the fine-tuning config that is varied; `--init.from` names the pre-trained run.
+      seeds: number of seeds for each variant.
       lstm: the run of a pre-trained LSTM, for "ablations".
 
     Returns:
-      The content of NAME.json.
+      The contents of NAME.json.
 
     Raises:
-      UserError: as `finetune`, before any training starts if a checkpoint does not fit; or the settings do not allow this study;
-        or matplotlib is not installed.
+      UserError: as `finetune`; the settings do not allow this study; or matplotlib is not installed. If a checkpoint does not
+        fit, the error is raised before any training starts.
       TrainingError, Preempted: as `finetune`; the same command resumes the study.
     """
     require_matplotlib()
@@ -152,17 +155,17 @@ def _show(result: dict[str, Any], figure: Path, title: str) -> None:
 
 
 def _pin_checkpoint(config: FinetuneConfig, log: Log) -> tuple[FinetuneConfig, ModelConfig]:
-    """Replaces the run in `--init.from` by its newest checkpoint; also returns that checkpoint's architecture."""
+    """Returns the config with the run in `--init.from` replaced by its newest checkpoint, and the checkpoint's architecture."""
     source = find_init(config.init, log)
     assert source.info is not None
     return _replace_init(config, from_=str(source.info.path)), source.model
 
 
 def _random_init(config: FinetuneConfig) -> FinetuneConfig:
-    """Returns the config with random parameters of the architecture in `--init.from`."""
+    """Returns the config with random parameters for the architecture in `--init.from`."""
     return dataclasses.replace(config, init=TransferConfig(from_="none", like=config.init.from_))
 
 
 def _replace_init(config: FinetuneConfig, **fields: Any) -> FinetuneConfig:
-    """Returns the config with other values of some fields of `init`."""
+    """Returns the config with some fields of `init` replaced."""
     return dataclasses.replace(config, init=dataclasses.replace(config.init, **fields))

@@ -5,8 +5,8 @@
     same_text      similarity        whether two sentences come from the same text
     continuation   multiple choice   which of four sentences follows the first one
 
-Validation rows are made from documents that pre-training has held out too, so neither training has seen them. All classes are
-equally frequent, except that the right answers of `continuation` have random positions.
+Validation rows are made from documents that were also held out in pre-training, so the model has never been trained on them. All
+classes are equally frequent, except that the positions of the correct answers in `continuation` are random.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from gpt_jax.config import TaskConfig
 from gpt_jax.runtime.rundir import write_atomic
 
-CLASSES = 4  # number of packages to tell apart
+CLASSES = 4  # number of packages to distinguish
 CHOICES = 4
 SENTENCE_CHARS = range(40, 160)  # lengths of the sentences that are used; the demo's model has a context of 128 tokens
 
@@ -39,10 +39,10 @@ def make_tasks(
     """Writes the rows of the tasks to folder/NAME/train.jsonl and folder/NAME/validation.jsonl.
 
     Args:
-      held_out: whether a text was held out from pre-training. Validation rows are made from these texts, training rows from the
-        others.
-      train, validation: largest number of rows in each split.
-      seed: seed of the choice of rows. Equal arguments write equal files.
+      held_out: whether a text was held out from pre-training. Validation rows are made from these texts, and training rows from
+        the other texts.
+      train, validation: maximum number of rows in each split.
+      seed: seed for the choice of rows. Equal arguments give equal files.
 
     Returns:
       The config of each task by name.
@@ -106,7 +106,7 @@ def _continuation_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
 
 
 def _split_texts(passages: Sequence[Passage], min_sentences: int) -> list[list[str]]:
-    """Returns the sentences of each text in order, without the texts that have too few of them.
+    """Returns the sentences of each text in order, without the texts that have too few sentences.
 
     Sentences outside of `SENTENCE_CHARS` are left out. A line break within a sentence becomes a space.
     """
