@@ -76,7 +76,7 @@ class CheckpointInfo(NamedTuple):
 # -- writing ----------------------------------------------------------------------------------------------------------------
 
 
-class CheckpointWriter:
+class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
     """Writes a run's checkpoints in the background, one at a time, and deletes those that are no longer to be kept.
 
     All processes of a run construct it and call `save` at the same steps; process 0 alone writes what is not arrays. Used
@@ -131,9 +131,6 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
-
-    def __enter__(self) -> CheckpointWriter:
-        return self
 
     def __exit__(self, *_: object) -> None:
         with self._thread:  # It is shut down at the end, even if the last save failed.

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from gpt_jax.config import RunConfig
 from gpt_jax.config.load import flatten_config
 from gpt_jax.config.schema import duration_to_steps
-from gpt_jax.data import pipeline
+from gpt_jax.data.pipeline import BatchSource, DatasetFn, iterate_batches
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.errors import Preempted, TrainingError, UserError, require
 from gpt_jax.model.attention import resolve_attention
@@ -58,6 +58,10 @@ class Scores(NamedTuple):
     metrics: dict[str, float]
     selection_metric: float | None = None
     """The number by which the best checkpoint is selected, the lowest."""
+
+
+Evaluate = Callable[[int, Params], Scores]
+"""A function (step, params) -> scores of the validation split."""
 
 
 @contextlib.contextmanager
@@ -118,7 +122,7 @@ def run_training(
     config: RunConfig,
     mesh: Mesh,
     model: TrainableModel,
-    source: pipeline.BatchSource,
+    source: BatchSource,
     schedule: Schedule,
     *,
     tokenizer: Tokenizer,
@@ -126,11 +130,11 @@ def run_training(
     title: str,
     unit: Unit,
     initialize: Callable[[], tuple[State, str]],
-    evaluate: Callable[[int, Params], Scores],
+    evaluate: Evaluate,
     batch_provenance: Callable[[int], dict[str, Any]],
     summarize: Callable[[State, Scores], dict[str, Any]],
     save_evaluated: bool = False,
-    dataset_fn: pipeline.DatasetFn | None = None,
+    dataset_fn: DatasetFn | None = None,
     allow_changes: bool = False,
 ) -> dict[str, Any]:
     """Trains in the run's folder, from its newest sound checkpoint if it has one; returns the contents of result.json.
@@ -141,7 +145,7 @@ def run_training(
       title: half a line that says what is trained on what.
       unit: the unit in which the rate is counted.
       initialize: makes the state of a run that begins, and a line that says where it comes from.
-      evaluate: (step, params) -> scores of the validation split.
+      evaluate: scores parameters on the validation split.
       batch_provenance: where the batch of an update comes from, recorded if the update goes wrong.
       summarize: (last state, last scores) -> entries of result.json besides step, parameters and rate.
       save_evaluated: also save at every evaluation, because the best of these checkpoints will be chosen.
@@ -179,9 +183,7 @@ def run_training(
 
     progress = ProgressLogger(config, mesh, total, unit, run.tensorboard, log if distributed.is_primary() else None)
     rows, data = sharding.host_rows(mesh, config.train.batch_size), config.data
-    batches = pipeline.iterate_batches(
-        source, step, total, rows, kind=data.pipeline, prefetch=data.prefetch, dataset_fn=dataset_fn
-    )
+    batches = iterate_batches(source, step, total, rows, kind=data.pipeline, prefetch=data.prefetch, dataset_fn=dataset_fn)
     with contextlib.closing(progress), contextlib.closing(batches), distributed.exit_if_peer_lost():
         with CheckpointWriter(run.checkpoints, config, data_digest, run.tokenizer) as writer:
             state, scores = train_loop(
@@ -223,7 +225,7 @@ def train_loop(
     schedule: Schedule,
     state: State,
     batches: Iterator[Any],
-    evaluate: Callable[[int, Params], Scores],
+    evaluate: Evaluate,
     batch_provenance: Callable[[int], dict[str, Any]],
     writer: CheckpointWriter,
     progress: ProgressLogger,

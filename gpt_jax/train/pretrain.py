@@ -24,7 +24,7 @@ from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import distributed, sharding
 from gpt_jax.runtime.console import Log
 from gpt_jax.train import checkpoint
-from gpt_jax.train.loop import Scores, require_tokenizer, resolve_schedule, run_training, start_run
+from gpt_jax.train.loop import Evaluate, Scores, require_tokenizer, resolve_schedule, run_training, start_run
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
 
 
@@ -123,9 +123,7 @@ def window_provenance(windows: Windows, step: int, batch_size: int) -> dict[str,
 # -- evaluation -------------------------------------------------------------------------------------------------------------
 
 
-def make_evaluation(
-    config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: Log
-) -> Callable[[int, Params], Scores]:
+def make_evaluation(config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: Log) -> Evaluate:
     """Returns a function (step, params) -> scores of the validation split, which also shows continuations of the prompts."""
     split, model, train = store.split("validation"), config.model, config.train
     held_out = EvaluationWindows(split, model.context_length, train.batch_size, train.eval_windows) if split.num_tokens else None

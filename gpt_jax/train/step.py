@@ -123,20 +123,16 @@ class CompiledByShape:
     """A function of (state or parameters, batch) that is compiled when the first batch of each shape comes."""
 
     def __init__(self, lower: Callable[[AbstractBatch], jax.stages.Lowered]):
-        self._lower = lower
-        self._programs: dict[tuple[tuple[int, ...], ...], jax.stages.Compiled] = {}
+        self._compile = functools.cache(lambda arrays: lower(dict(arrays)).compile())
 
     @property
     def compilations(self) -> int:
         """Number of compilations so far."""
-        return len(self._programs)
+        return self._compile.cache_info().misses
 
     def __call__(self, state: Any, batch: Batch) -> Any:
-        key = tuple(batch[name].shape for name in sorted(batch))
-        if key not in self._programs:
-            abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}
-            self._programs[key] = self._lower(abstract).compile()
-        return self._programs[key](state, batch)
+        arrays = ((name, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)) for name, x in batch.items())
+        return self._compile(tuple(arrays))(state, batch)
 
 
 def train_step(
