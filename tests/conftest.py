@@ -6,12 +6,10 @@ import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import runtime_checkable
 
 import pytest
 from jaxtyping import install_import_hook
 
-from gpt_jax.data.pipeline import BatchSource
 from tests.tiny import tiny_config, write_config, write_text
 
 # JAX, XLA and TensorFlow read these when they are first imported, here and in the processes that tests start. Several workers
@@ -32,7 +30,6 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1":
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {OLD_EMITTERS}".strip()
 
 install_import_hook(["gpt_jax.model", "gpt_jax.train"], "beartype.beartype")
-runtime_checkable(BatchSource)  # beartype checks an argument of this type in gpt_jax.train.
 
 UNPACK = Path(__file__).parents[2] / "shared" / "data" / "unpack"
 

@@ -403,15 +403,31 @@ def test_the_folder_of_one_step_means_that_checkpoint(tmp_path):
 # -- formats ----------------------------------------------------------------------------------------------------------------
 
 
+def rewrite_manifest(info, without=(), **entries):
+    """Changes entries of a manifest and its checksum with them."""
+    manifest = {name: value for name, value in checkpoint.read_manifest(info).items() if name not in ("sha256", *without)}
+    manifest |= entries
+    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (info.path / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
+
+
 def test_a_newer_format_is_refused(tmp_path):
     save(tmp_path, 40)
-    file = tmp_path / "checkpoints" / "40" / "manifest.json"
-    manifest = json.loads(file.read_text()) | {"format_version": 3}
-    del manifest["sha256"]
-    manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    file.write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
+    rewrite_manifest(checkpoint.find_checkpoint(tmp_path, fail), format_version=3)
     with pytest.raises(UserError, match="format version 3, and this gpt_jax reads up to 2; update"):
         checkpoint.find_checkpoint(tmp_path, fail)
+
+
+def test_format_1_kept_the_selection_metric_among_the_metrics(tmp_path):
+    """There it is the metric "rank", or else "loss"."""
+    metrics = {10: {"rank": -0.5, "loss": 3.0}, 20: {"loss": 2.0}, 30: {}, 40: {"rank": -0.25, "accuracy": 0.25}}
+    save(tmp_path, *metrics, keep_latest=9)
+    for info in checkpoint.list_checkpoints(tmp_path):
+        rewrite_manifest(info, without=["selection_metric"], format_version=1, metrics=metrics[info.step])
+    infos = checkpoint.list_checkpoints(tmp_path)
+    assert [info.selection_metric for info in infos] == [-0.5, 2.0, None, -0.25]
+    assert [info.metrics for info in infos] == [{"loss": 3.0}, {"loss": 2.0}, {}, {"accuracy": 0.25}]
+    assert [info.step for info in checkpoint.best_checkpoints(infos, 9)] == [10, 40, 20]
 
 
 def test_a_checkpoint_of_format_1_still_loads(tmp_path):

@@ -15,7 +15,7 @@ from gpt_jax.train import checkpoint
 from gpt_jax.train.pretrain import pretrain
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
-MESH_WORDS = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
+ON_MESH = ("--mesh.data", "2", "--mesh.fsdp", "2", "--mesh.tensor", "2")
 
 
 class Pair:
@@ -94,26 +94,18 @@ def single(tiny, tmp_path_factory):
 @pytest.mark.slow
 def test_two_processes_train_as_one(single, config_file, tmp_path):
     run = tmp_path / "run"
-    with Pair(config_file, run, *MESH_WORDS) as pair:
+    with Pair(config_file, run, *ON_MESH) as pair:
         pair.finish()
     assert_same_losses(run, single)
     assert pair.logs[1].read_text(errors="replace").count("step ") == 0, pair.output()  # Only the first prints.
-    assert [info.step for info in checkpoint.list_checkpoints(run)][-3:] == [10, 15, 20]
+    assert [info.step for info in checkpoint.list_checkpoints(run)] == [10, 15, 20]
     assert json.loads((run / "result.json").read_text())["step"] == 20
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("receiver", [0, 1])
 def test_sigterm_to_one_process_stops_both_at_one_step_and_both_continue(config_file, tmp_path, receiver):
-    options = (
-        *MESH_WORDS,
-        "--train.duration",
-        "2000 steps",
-        "--train.save-every",
-        "1000 steps",
-        "--train.eval-every",
-        "500 steps",
-    )
+    options = (*ON_MESH, "--train.duration", "2000 steps", "--train.save-every", "1000 steps", "--train.eval-every", "500 steps")
     run = tmp_path / "run"
     with Pair(config_file, run, *options) as pair:
         pair.wait_for_records(20)
@@ -123,7 +115,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step_and_both_continue(config_
     assert 20 <= stopped < 2000
     assert losses(run)[-1][1] == stopped
     assert f"saved at step {stopped} of 2000" in pair.output()
-    shorter = (*MESH_WORDS, "--train.duration", f"{stopped + 5} steps", "--allow-changes")
+    shorter = (*ON_MESH, "--train.duration", f"{stopped + 5} steps", "--allow-changes")
     with Pair(config_file, run, *shorter) as pair:
         pair.finish()
     assert f"resuming at step {stopped}" in pair.output()
@@ -132,7 +124,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step_and_both_continue(config_
 
 @pytest.mark.slow
 def test_two_processes_killed_and_started_again_equal_themselves(config_file, tmp_path):
-    options = (*MESH_WORDS, "--train.duration", "60 steps", "--train.save-every", "5 steps")
+    options = (*ON_MESH, "--train.duration", "60 steps", "--train.save-every", "5 steps")
     with Pair(config_file, tmp_path / "whole", *options) as pair:
         pair.finish()
     run = tmp_path / "run"
@@ -157,7 +149,7 @@ def test_a_process_that_nobody_joins_ends_with_1(config_file, tmp_path):
 @pytest.mark.slow
 def test_all_processes_print_a_mistake_that_the_first_finds(config_file, tmp_path):
     options = ("--data.source", str(tmp_path / "nowhere"), "--data.store", str(tmp_path / "store"))
-    with Pair(config_file, tmp_path / "run", *MESH_WORDS, *options) as pair:
+    with Pair(config_file, tmp_path / "run", *ON_MESH, *options) as pair:
         pair.finish(2)
     for log in pair.logs:
         output = log.read_text(errors="replace")
@@ -168,7 +160,7 @@ def test_all_processes_print_a_mistake_that_the_first_finds(config_file, tmp_pat
 
 @pytest.mark.slow
 def test_processes_that_were_started_differently_name_the_difference(config_file, tmp_path):
-    with Pair(config_file, tmp_path / "run", *MESH_WORDS, second=("--train.seed", "7", "--optim.peak-lr", "0.5")) as pair:
+    with Pair(config_file, tmp_path / "run", *ON_MESH, second=("--train.seed", "7", "--optim.peak-lr", "0.5")) as pair:
         pair.finish(2)
     for log in pair.logs:
         (line,) = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("gpt-jax: ")]
