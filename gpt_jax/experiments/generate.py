@@ -1,4 +1,4 @@
-"""Text from a trained model: prompts in, continuations out."""
+"""Text generation: continues prompts with a trained model."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def continue_prompts(path: Path, prompts: Sequence[str], num_tokens: int, **sett
     """Returns a continuation of each prompt by the model of a checkpoint.
 
     Args:
-      path: a run's folder, or one checkpoint's.
+      path: folder of a run or of one checkpoint.
       prompts: texts of at least one token.
-      num_tokens: largest number of tokens appended to each prompt.
+      num_tokens: maximum number of tokens appended to each prompt.
       settings: temperature, top_k, top_p and seed, as for `decode.generate`.
 
     Raises:

@@ -1,11 +1,11 @@
-"""`gpt-jax export`: writes a checkpoint in another format and verifies it before it takes its name.
+"""Exports (`gpt-jax export`): writes a checkpoint in another format, and verifies the export before it appears under its name.
 
-Everything is written into a hidden folder beside the final one, read back by the framework that the format belongs to, compared
-with the checkpoint, and renamed. A failure leaves nothing behind. Besides the format's own files an export has
+All files are written into a hidden folder next to the final one. They are loaded with the target framework and compared with the
+checkpoint, and the folder is renamed. A failure leaves nothing behind. In addition to the format's own files, an export contains
 
-    parity.json     what was compared, and the differences
-    gpt_jax/        what `gpt-jax import` makes the same checkpoint from: config.json, tokenizer/, and for a fine-tuned model
-                    head.npz; and manifest.json, the SHA-256 of every file that an import reads
+    parity.json     the results of the comparison
+    gpt_jax/        files from which `gpt-jax import` restores the same checkpoint: config.json, tokenizer/, head.npz for a
+                    fine-tuned model, and manifest.json, which has the SHA-256 of every file that an import reads
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHARD_BYTES = 5e9
 
 
 class Format(NamedTuple):
-    """An export format. Those without `write` and `load` are files of tensors (`param_map`)."""
+    """An export format. Formats without `write` and `load` are files of tensors (`param_map`)."""
 
     tolerance: float
     """Largest difference from the checkpoint's float32 outputs that counts as equal."""
@@ -88,7 +88,7 @@ class ExportedModel(NamedTuple):
 
     @property
     def function(self) -> ExportedFunction:
-        """The function of a graph: that of the fine-tuned model, or of the language model where there is no head."""
+        """The function that a graph computes: that of the fine-tuned model, or of the language model if there is no head."""
         sequences = len(SEGMENTS.get(self.task.kind, self.task.labels)) if self.task else 1
         return ExportedFunction(self.config.model, self.head, sequences)
 
@@ -101,16 +101,16 @@ def export(
     The parameters are held on the host in float32, and a second time while they are written (docs/interop.md).
 
     Args:
-      path: a run's folder (the best checkpoint of a fine-tuning) or one checkpoint's.
+      path: folder of a run (for a fine-tuning run, the best checkpoint is exported) or of one checkpoint.
       format_: one of FORMATS.
-      out: the folder to be made; it may exist and be empty.
-      dtype: type of the stored numbers, where the format has a choice.
-      shard_bytes: size from which a huggingface file is split into several.
+      out: the folder to create. It may already exist if it is empty.
+      dtype: type of the stored numbers, if the format supports several types.
+      shard_bytes: size above which a huggingface file is split.
 
     Raises:
-      UserError: no sound checkpoint; a format that cannot hold this model or type, or whose framework is not installed; an `out`
-        that is not empty; no space left.
-      VerificationError: what was written does not compute what the checkpoint computes; it is removed.
+      UserError: there is no sound checkpoint; the format cannot represent this model or type, or its framework is not installed;
+        `out` is not empty; there is no space left.
+      VerificationError: the export does not compute what the checkpoint computes; it is removed.
     """
     require_format(format_)
     if dtype not in FORMATS[format_].dtypes:
@@ -127,7 +127,7 @@ def export(
         _write_run_files(exported, folder)
         report = _verify(exported, format_, folder, dtype, log)
         (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        # The manifest lists what an import reads. The other files, such as the model card, are the user's to change.
+        # The manifest lists the files that an import reads. Users may change the other files, such as the model card.
         read = [file for pattern in import_.IMPORTED_PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file()]
         checksums = {str(file.relative_to(folder)): sha256(file) for file in read}
         (folder / RUN_FILES / "manifest.json").write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
@@ -136,7 +136,7 @@ def export(
 
 
 def require_format(format_: str) -> None:
-    """Raises a `UserError` if there is no such format or a package that it needs is not installed."""
+    """Raises a `UserError` if there is no such format or if a package that it needs is not installed."""
     if format_ not in FORMATS:
         raise UserError(f"--format: '{format_}' is unknown; {nearest(format_, FORMATS)}")
     missing = [package for package in FORMATS[format_].packages if importlib.util.find_spec(package) is None]
@@ -148,7 +148,7 @@ def load_checkpoint(path: Path, format_: str, log: Log) -> ExportedModel:
     """Verifies and loads the checkpoint that a CHECKPOINT argument names.
 
     Raises:
-      UserError: there is no sound checkpoint, or the format cannot hold its model.
+      UserError: there is no sound checkpoint, or the format cannot represent its model.
     """
     info = find_checkpoint(best_checkpoint(path), log)
     config = read_config(info)
@@ -185,7 +185,7 @@ def _write_tensors(exported: ExportedModel, format_: str, folder: Path, dtype: D
 def _score_weight(exported: ExportedModel, dtype: Dtype) -> np.ndarray:
     """Returns the classifier's weights with its bias folded in, for the rounded parameters.
 
-    A task that adds the scores of both orders of a pair has half of the bias in each.
+    If a task adds the scores of both orders of a pair, each score contains half of the bias.
     """
     params = (exported.params["head"], exported.params["blocks"]["mlp_norm"])
     head, norm = _rounded(jax.device_get(params), dtype)
@@ -226,7 +226,7 @@ def _write_run_files(exported: ExportedModel, folder: Path) -> None:
 
 
 def _verify(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype, log: Log) -> dict[str, Any]:
-    """Compares what was written with the checkpoint and returns the contents of parity.json."""
+    """Compares an export with its checkpoint and returns the contents of parity.json."""
     framework, logits, outputs = _load_back(exported, format_, folder)
     log(f"verifying with {framework}")
     report = {"format": format_, "dtype": dtype, "checkpoint_step": exported.info.step, "verified_with": framework}
@@ -246,11 +246,11 @@ def _verify(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype, l
 
 
 def _load_back(exported: ExportedModel, format_: str, folder: Path) -> tuple[str, Computation | None, Computation | None]:
-    """Loads what was written, where possible into the framework of the format.
+    """Loads an export, with the framework of the format if possible.
 
     Returns:
-      The framework's name and version, the function that computes next-token logits (None where the format only has the outputs
-      of a fine-tuned model), and the function that computes the outputs of a fine-tuned model (None for a language model).
+      The framework's name and version, the function that computes next-token logits (None if the format only has the outputs of a
+      fine-tuned model), and the function that computes the outputs of a fine-tuned model (None for a language model).
     """
     head = exported.head
     if load := FORMATS[format_].load:
@@ -285,6 +285,6 @@ def _compare_tokenizers(exported: ExportedModel, folder: Path, log: Log) -> dict
     wrong = [text for text in promised if text not in set(equal)]
     log(f"parity: tokenizer.json gives the same ids for {len(equal):,} of {len(texts):,} texts (promised: {len(promised):,})")
     if wrong:
-        raise VerificationError(f"tokenizer.json gives other ids than the tokenizer for {wrong[0][:80]!r}; it is removed")
+        raise VerificationError(f"tokenizer.json gives different ids for {wrong[0][:80]!r}; the export is removed")
     version = f"tokenizers {library.__version__}"
     return {"verified_with": version, "texts": len(texts), "promised": len(promised), "equal": len(equal)}

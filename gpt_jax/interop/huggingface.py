@@ -1,10 +1,10 @@
-"""The Hugging Face form of a model: config.json, the weights of the classifier, the model card, and the model in transformers.
+"""The Hugging Face format of a model: config.json, the weights of the classifier, the model card, and the model in transformers.
 
-Three classes of the `openai-gpt` in transformers matter here. `OpenAIGPTLMHeadModel` is the language model.
-`OpenAIGPTDoubleHeadsModel` scores each choice of a question by a linear layer with a bias, as we do.
-`OpenAIGPTForSequenceClassification` has a linear layer without a bias; `score_weight` folds our bias into its weights. A
-similarity task adds the activations of both orders of a pair, which none of these classes does. Since the layer is linear, adding
-the scores of both orders gives the same result, and the model card explains that.
+Three `openai-gpt` classes in transformers are used. `OpenAIGPTLMHeadModel` is the language model. `OpenAIGPTDoubleHeadsModel`
+scores each choice of a question with a linear layer that has a bias, as we do. `OpenAIGPTForSequenceClassification` has a linear
+layer without a bias, so `score_weight` folds our bias into its weights. Similarity tasks add the activations of both orders of a
+pair, which none of these classes does. Because the layer is linear, adding the scores of both orders gives the same result, as
+the model card explains.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SPECIALS = tuple(f"<{name}>" for name in SpecialTokens._fields)
 SCORE = "score.weight"
 """Name of the tensor with the weights of the classifier."""
 LARGEST_ADDITION = 10.0
-"""Largest number that folding the bias may add to a weight. Beyond it, rounding would show at 1e-5 and more."""
+"""Largest number that folding the bias may add to a weight. Larger numbers would cause rounding errors of 1e-5 and more."""
 PAD = 0
-"""Id of the padding token. The Hugging Face classifier reads the last token with another id, which is the extract token."""
+"""Id of the padding token. The Hugging Face classifier uses the last token with a different id, which is the extract token."""
 
-# For each of our fields its name, type and default value in config.json; a field without a default is required.
+# Name, type and default value in config.json of each of our fields. A field without a default is required.
 FIELDS: dict[str, tuple[str, Any, Any]] = {
     "vocab_size": ("vocab_size", int, None),
     "context_length": ("n_positions", int, None),
@@ -56,7 +56,7 @@ FIELDS: dict[str, tuple[str, Any, Any]] = {
 
 
 def architecture(head: Head | None) -> str:
-    """Returns the name of the transformers class for a model."""
+    """Returns the name of the class in transformers for a model."""
     if head is None:
         return LANGUAGE_MODEL
     return DOUBLE_HEADS if head.choices else CLASSIFIER
@@ -119,18 +119,18 @@ def from_config_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Returns our classifier as a linear layer without a bias, float32 [outputs, embed]. The two compute the same scores.
+    """Returns the weights, float32 [outputs, embed], of a linear layer without a bias that computes our classifier's scores.
 
-    The input of the layer is the output of a layer norm, h = gain x + shift, where the numbers x add up to 0. So sum(h / gain) =
-    sum(shift / gain) is the same for every input, and adding bias / sum(shift / gain) times 1 / gain to the weights adds the
-    bias to the scores.
+    The input of the layer is the output of a layer norm, h = gain x + shift, where the numbers x add up to 0. Therefore, sum(h /
+    gain) = sum(shift / gain) is the same for every input, and adding bias / sum(shift / gain) times 1 / gain to the weights adds
+    the bias to the scores.
 
     Args:
       kernel, bias: our head, [embed, outputs] and [outputs].
       gain, shift: parameters of the last layer norm, [embed].
 
     Raises:
-      UserError: the sum is so small that float32 could not hold what is added to the weights, or a gain is 0.
+      UserError: the sum is so small that float32 cannot represent the new weights precisely enough, or a gain is 0.
     """
     kernel, bias, gain, shift = (array.astype(np.float64) for array in (kernel, bias, gain, shift))
     if not bias.any():
@@ -175,7 +175,7 @@ def model_card(
         "\n".join(scores),
         "## Origin",
         "\n".join(origin),
-        "parity.json has the results of the comparison of this folder with the original.",
+        "parity.json contains the results of comparing this export with the original model.",
         "## Tokenizer",
         "\n".join(f"- {sentence}" for sentence in tokenizer_json.differences(tokenizer)),
         "## Configuration",
@@ -188,7 +188,7 @@ def model_card(
 
 
 def installed_versions() -> str:
-    """Returns the versions of transformers and torch, or "" where one of them is missing."""
+    """Returns the versions of transformers and torch, or "" if one of them is missing."""
     try:
         import torch
         import transformers
@@ -198,11 +198,12 @@ def installed_versions() -> str:
 
 
 def load_model(folder: Path, class_name: str, head: Head | None = None) -> Computation:
-    """Loads an exported folder into one of transformers' classes.
+    """Loads an exported folder into one of the classes in transformers.
 
     Returns:
-      A function of tokens int [batch, time] that returns logits float32 [batch, time, vocab]; with a head a function of tokens
-      int [batch, sequences, time] and extract int [batch, sequences] that returns log-probabilities float32 [batch, outputs].
+      A function of tokens int [batch, time] that returns logits float32 [batch, time, vocab]. With a head, it is a function of
+      tokens int [batch, sequences, time] and extract int [batch, sequences] that returns log-probabilities float32 [batch,
+      outputs].
     """
     import torch
     import transformers

@@ -1,4 +1,4 @@
-"""`gpt-jax import`: a model in another format becomes an ordinary run with one checkpoint, which loads on any mesh."""
+"""Imports (`gpt-jax import`): turns a model in another format into a run with one checkpoint, which can be loaded on any mesh."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gpt_jax.train.checkpoint import CheckpointWriter
 from gpt_jax.train.restore import local_mesh
 
 RUN_FILES = "gpt_jax"
-"""Name of the folder in an export for what other frameworks do not need: config.json, tokenizer/, head.npz, manifest.json."""
+"""Folder in an export for files that other frameworks do not need: config.json, tokenizer/, head.npz, manifest.json."""
 
 EXPECTED_FILES = {
     "huggingface": "config.json with model.safetensors (a Hugging Face openai-gpt)",
@@ -42,7 +42,7 @@ IMPORTED_PATTERNS = (
 """Patterns of the files in an export that an import reads."""
 
 VOCABULARY_FILES = (GPT1.files, ("vocab.json", "merges.txt"))
-"""Names of the released vocabulary: those of the release, and those that Hugging Face uses."""
+"""Names of the files of the released vocabulary: in the release, and in Hugging Face's repositories."""
 
 
 class ForeignModel(NamedTuple):
@@ -64,16 +64,16 @@ def import_(
     tokenizer: Path | None = None,
     trust_pickle: bool = False,
 ) -> None:
-    """Makes a run in `workdir` whose only checkpoint, of step 0, is the model in `folder`.
+    """Creates a run in `workdir` whose only checkpoint, at step 0, is the model in `folder`.
 
     Args:
-      config: describes the model; None: the config in the folder, or the paper's where there is none.
+      config: describes the model; None: the config in the folder, or the paper's config if there is none.
       tokenizer: folder of a tokenizer (one of ours, or the two released files); None: the tokenizer in `folder`.
-      trust_pickle: read a pytorch_model.bin, which is a pickle, with torch's restricted loader.
+      trust_pickle: whether to read a pytorch_model.bin, which is a pickle, with torch's restricted loader.
 
     Raises:
-      UserError: an unknown format; a damaged file; names, shapes or types that do not fit, all of them listed; another
-        architecture; a tokenizer that is missing or does not fit; a workdir that is in use.
+      UserError: the format is unknown; a file is damaged; names, shapes or types do not fit (all of them are listed); the model
+        has another architecture; the tokenizer is missing or does not fit; the workdir is in use.
     """
     with staged_folder(workdir, "workdir") as staging:
         foreign = inspect_folder(folder, config, tokenizer)
@@ -90,7 +90,7 @@ def import_(
 
 
 def inspect_folder(folder: Path, config: PretrainConfig | None = None, tokenizer: Path | None = None) -> ForeignModel:
-    """Returns the model in a folder in another format, without reading its parameters. Arguments and errors as in `import_`."""
+    """Returns the model in `folder` without reading its parameters. Arguments and errors are those of `import_`."""
     format_ = _detect_format(folder)
     _check_manifest(folder)
     loaded_tokenizer = _load_tokenizer(folder, tokenizer)
@@ -121,10 +121,10 @@ def inspect_folder(folder: Path, config: PretrainConfig | None = None, tokenizer
 
 
 def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: bool = False) -> Params:
-    """Reads the parameters of a folder and shards them over a mesh.
+    """Reads the parameters in a folder and shards them over a mesh.
 
     Raises:
-      UserError: a damaged file, or tensors that do not fit; all differences in one line.
+      UserError: a file is damaged, or tensors do not fit. The message lists all differences in one line.
     """
     format_, model, head = foreign.format_, foreign.config.model, foreign.head
     maps = param_map.tensor_maps(format_, model, head)
@@ -135,7 +135,7 @@ def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: b
     else:
         in_file = tensor_files.load_safetensors(folder) if _has_safetensors(folder) else _load_pickle(folder, trust_pickle)
         tensors = _standard_names(folder, in_file)
-        if head is not None and not head.choices:  # Its classifier has no bias, so our head is in a file of its own.
+        if head is not None and not head.choices:  # Hugging Face's classifier has no bias, so our head is in a separate file.
             tensors.pop(huggingface.SCORE, None)
             tensors |= tensor_files.load_npz(folder / RUN_FILES / "head.npz")
             maps += param_map.head_maps("npz", model, head)
@@ -169,7 +169,7 @@ def _detect_format(folder: Path) -> str:
 
 
 def _check_manifest(folder: Path) -> None:
-    """Compares the files of one of our exports with their checksums."""
+    """Verifies the checksums of the files if the folder is one of our exports."""
     manifest = folder / RUN_FILES / "manifest.json"
     if not manifest.is_file():
         return
@@ -219,7 +219,7 @@ def _require_size(folder: Path, model: ModelConfig, tokenizer: Tokenizer, num_sp
 
 
 def _standard_names(folder: Path, tensors: Tensors) -> Tensors:
-    """Returns tensors under the names that transformers' language model uses.
+    """Returns tensors by the names that transformers' language model uses.
 
     Files of the bare model lack the prefix "transformer.". Old files also have the causal mask of each block, and the output
     layer, which is a copy of the embeddings.

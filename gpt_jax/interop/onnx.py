@@ -1,7 +1,7 @@
-"""ONNX files, written operator by operator.
+"""ONNX files, which are written operator by operator.
 
-The converters that exist do not serve: jax2onnx traces our models at fixed sizes only, and tf2onnx does not know the operator
-that a SavedModel of ours consists of.
+The existing converters are not suitable: jax2onnx traces our models at fixed sizes only, and tf2onnx does not support the
+operator that our SavedModels consist of.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ OPSET, IR_VERSION = 20, 9
 """Versions of ONNX 1.15 (2023), the first release in which GELU is an operator."""
 
 INLINE_BYTES = 2**31 - 2**24
-"""Largest size of the weights inside an ONNX file, which cannot exceed 2 GiB. Larger weights go into a file beside it."""
+"""Maximum size in bytes of the weights inside an ONNX file, which cannot exceed 2 GiB. Larger weights go into a separate file."""
 
 
 def write_onnx(folder: Path, function: ExportedFunction, parameters: dict[str, np.ndarray]) -> None:
-    """Writes model.onnx into `folder`, and model.onnx.data beside it if the weights are too large for one file.
+    """Writes model.onnx into `folder`, and also model.onnx.data if the weights are too large for one file.
 
     Args:
       parameters: float32, as `ExportedFunction.named_parameters` returns them.
@@ -49,7 +49,7 @@ def write_onnx(folder: Path, function: ExportedFunction, parameters: dict[str, n
 
 
 def load_onnx(folder: Path) -> Computation:
-    """Loads what `write_onnx` wrote, to be run by ONNX Runtime on the CPU."""
+    """Returns a function that runs the graph of `write_onnx` with ONNX Runtime on the CPU."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
@@ -68,8 +68,8 @@ class _Graph:
         """Adds a node.
 
         Args:
-          inputs: names of other nodes' outputs or of tensors; a list becomes an int64 tensor (shapes and axes), and a number a
-            float32 tensor.
+          inputs: names of other nodes' outputs or of tensors. A list (a shape or axes) becomes an int64 tensor, and a number
+            becomes a float32 tensor.
         """
         from onnx import helper
 
@@ -86,12 +86,12 @@ class _Graph:
         return name
 
     def parameter(self, path: str, layer: int | None, shape: tuple[int, ...]) -> str:
-        """Adds one of the model's parameters, or one layer of it, in another shape and returns its name."""
+        """Adds one of the model's parameters, or one layer of it, in the given shape and returns its name."""
         array = self.parameters[path] if layer is None else self.parameters[path][layer]
         return self.tensor(path if layer is None else path.replace("blocks", f"blocks/{layer}"), array.reshape(shape))
 
     def linear(self, x: str, path: str, layer: int | None = None) -> str:
-        """Adds x @ kernel + bias, in which the output dimensions of the kernel are one axis."""
+        """Adds x @ kernel + bias, with the output dimensions of the kernel merged into one axis."""
         width = math.prod(self.parameters[f"{path}/bias"].shape[0 if layer is None else 1 :])
         kernel = self.parameter(f"{path}/kernel", layer, (-1, width))
         return self("Add", self("MatMul", x, kernel), self.parameter(f"{path}/bias", layer, (width,)))
@@ -102,7 +102,7 @@ class _Graph:
 
 
 def _add_function(graph: _Graph, function: ExportedFunction) -> str:
-    """Adds the whole function and returns the name of its output."""
+    """Adds the complete function and returns the name of its output."""
     from onnx import TensorProto
 
     model, head = function.model, function.head

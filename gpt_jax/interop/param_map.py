@@ -1,7 +1,7 @@
-"""How parameters are named and shaped in other formats, and the conversion in both directions.
+"""The names and shapes of parameters in other formats, and the conversion in both directions.
 
-Every tensor of another format is one of our arrays, or one layer of a stacked one, in another shape. Nothing is transposed: the
-convolutions of width one in the released code keep their weights as (inputs, outputs), as we do. The rows that pad our
+Every tensor in another format is one of our arrays, or one layer of a stacked array, in another shape. Nothing is transposed: the
+convolutions of width one in the released code store their weights as (inputs, outputs), as we do. The rows that pad our
 vocabulary are left out.
 
     ours                            released              Hugging Face              npz
@@ -56,7 +56,7 @@ HEAD = {
 
 
 class TensorMap(NamedTuple):
-    """One tensor of a format, and the part of our parameters that it holds."""
+    """One tensor of a format, and the corresponding part of our parameters."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,12 +64,12 @@ class TensorMap(NamedTuple):
     path: tuple[str, ...]
     """Keys of our array in the nested dictionary of parameters."""
     internal_shape: tuple[int, ...]
-    """Shape of that part of our array."""
+    """Shape of the corresponding part of our array."""
     layer: int | None = None
-    """Index on the first axis of our array; None: all of the array, without the rows that pad the vocabulary."""
+    """Index on the first axis of our array; None: the complete array, without the rows that pad the vocabulary."""
 
     def slice(self, array: np.ndarray) -> np.ndarray:
-        """Returns a view of the tensor's part of our array."""
+        """Returns a view of the part of our array that corresponds to the tensor."""
         return array[: self.internal_shape[0]] if self.layer is None else array[self.layer]
 
     def to_external(self, part: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ def tensor_maps(format_: str, model: ModelConfig, head: Head | None = None) -> l
     """Returns the map of every tensor of a model in a format, in the order in which the tensors are written.
 
     Raises:
-      UserError: the format has no place for this model.
+      UserError: the format cannot represent this model.
     """
     _require_place(format_, model, head)
     shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(parameter_shapes(model, head)).items()}
@@ -101,18 +101,18 @@ def tensor_maps(format_: str, model: ModelConfig, head: Head | None = None) -> l
                 if path in shapes:  # Layer norms have no kernel, and linear layers have no gain.
                     shape = _block_shape(format_, model, path, shapes[path][1:])
                     maps.append(TensorMap(_block_name(format_, layer, name, suffix), shape, path, shapes[path][1:], layer))
-    # The paper has no names for the LSTM's parameters, so the npz file has ours.
+    # The paper does not name the LSTM's parameters, so the npz file uses our names.
     maps += [TensorMap("/".join(path), shape, path, shape) for path, shape in shapes.items() if path[0] == "lstm"]
     return maps + (head_maps(format_, model, head) if head else [])
 
 
 def head_maps(format_: str, model: ModelConfig, head: Head) -> list[TensorMap]:
-    """Returns the maps of the head's tensors; the Hugging Face format only has the head of a multiple choice."""
+    """Returns the maps of the head's tensors. The Hugging Face format only has tensors for the head of multiple choice."""
     if format_ == "huggingface" and not head.choices:
         return []
     maps = []
     for part, leaf in parameter_shapes(model, head)["head"].items():
-        # The head of a multiple choice has one output, so that reshaping transposes its kernel.
+        # The head for multiple choice has one output, so reshaping its kernel transposes it.
         shape = leaf.shape[::-1] if format_ == "huggingface" else leaf.shape
         maps.append(TensorMap(HEAD[format_][part], shape, ("head", part), leaf.shape))
     return maps
@@ -142,7 +142,7 @@ def _block_shape(format_: str, model: ModelConfig, path: tuple[str, ...], intern
     if path[-1] != "kernel":
         return (size,)
     inputs = model.mlp_dim if "down" in path else model.embed_dim
-    # The released kernels have an axis for their width of one.
+    # The released kernels have an additional axis for their width, which is one.
     return (1, inputs, size // inputs) if format_ == "openai" else (inputs, size // inputs)
 
 
@@ -161,10 +161,10 @@ def to_tensors(maps: Sequence[TensorMap], params: Params, dtype: str) -> dict[st
 def to_params(
     folder: Path, tensors: Mapping[str, np.ndarray], maps: Sequence[TensorMap], config: RunConfig, mesh: Mesh, head: Head | None
 ) -> Params:
-    """Returns the parameters that the tensors of a format hold, sharded over a mesh.
+    """Returns the parameters from the tensors of a format, sharded over a mesh.
 
     Args:
-      folder: where the tensors come from, for messages.
+      folder: the folder of the tensors, for messages.
 
     Raises:
       UserError: names, shapes or types differ from what the model needs (all differences are listed), or a number is not finite.

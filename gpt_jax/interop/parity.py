@@ -1,15 +1,15 @@
 """The function that an exported model computes, and its comparison with the checkpoint on real text.
 
-A language model maps
+A language model computes
 
     tokens int32 [batch, time] -> logits float32 [batch, time, vocabulary]
 
-and a fine-tuned model maps
+and a fine-tuned model computes
 
     tokens int32 [batch, sequences, time], extract int32 [batch, sequences] -> log_probabilities float32 [batch, outputs]
 
-where `extract` has the positions of the extract tokens. Batch and time are free; the time of a Transformer goes up to its context
-length. All arithmetic is in float32, whatever the config says.
+where `extract` contains the positions of the extract tokens. The sizes of the axes `batch` and `time` are free, except that the
+time of a Transformer cannot exceed its context length. All arithmetic is in float32, regardless of the config.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.transforms import special_tokens
 
 POSITIONS = 2048
-"""Smallest number of positions of text at which next-token logits are compared."""
+"""Minimum number of positions of text at which next-token logits are compared."""
 EXAMPLES = 64
-"""Number of examples at which the outputs of a fine-tuned model are compared."""
+"""Number of examples for which the outputs of a fine-tuned model are compared."""
 LOGITS_AT_ONCE = 1 << 26
-"""Largest number of logits in one batch, to limit memory."""
+"""Maximum number of logits in one batch, which limits memory."""
 
 Shape = tuple[str | int, ...]
-"""A shape in which a name stands for a free dimension."""
+"""A shape in which a string is the name of a free dimension."""
 Inputs = tuple[np.ndarray, ...]
 Computation = Callable[..., np.ndarray]
 """A function of tokens, or of tokens and extract, that returns the output of an exported model."""
@@ -50,7 +50,7 @@ Computation = Callable[..., np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class ExportedFunction:
-    """A language model's or a fine-tuned model's function of parameters and inputs."""
+    """The function of parameters and inputs that a language model or a fine-tuned model computes."""
 
     model: ModelConfig
     head: Head | None = None
@@ -64,7 +64,7 @@ class ExportedFunction:
         )
         if self.head is None:
             return transformer.logits(model, params, network(model).apply(model, params, tokens))
-        labels = jnp.zeros((tokens.shape[0], self.head.outputs), jnp.float32)  # Only their shape is used.
+        labels = jnp.zeros((tokens.shape[0], self.head.outputs), jnp.float32)  # Only the shape of the labels is used.
         return self.head.log_probabilities(model, params, {"tokens": tokens, "extract": extract[0], "labels": labels})
 
     def bind(self, params: Params) -> Computation:
@@ -74,7 +74,7 @@ class ExportedFunction:
 
     @property
     def inputs(self) -> dict[str, Shape]:
-        """Names and shapes of the int32 inputs, in their order."""
+        """Names and shapes of the int32 inputs, in order."""
         if self.head is None:
             return {"tokens": ("batch", "time")}
         return {"tokens": ("batch", self.sequences, "time"), "extract": ("batch", self.sequences)}
@@ -92,7 +92,8 @@ class ExportedFunction:
         return [f"time <= {self.model.context_length}"] if self.model.kind == "transformer" else []
 
     def named_parameters(self, params: Params) -> dict[str, np.ndarray]:
-        """Returns the parameters on the host in float32 by their paths, such as "params/blocks/mlp/up/kernel", sorted by path.
+        """Returns float32 parameters on the host by their paths, such as "params/blocks/mlp/up/kernel", in the order of the
+        paths.
 
         The rows that pad the vocabulary are left out.
         """
@@ -105,14 +106,14 @@ class ExportedFunction:
 
 
 def documents() -> list[str]:
-    """Returns real text that every machine has: the reference topics of the Python language."""
+    """Returns real text that is installed with Python: the reference topics of the language."""
     from pydoc_data.topics import topics
 
     return [text for _, text in sorted(topics.items())]
 
 
 def windows(tokenizer: Tokenizer, model: ModelConfig) -> Iterator[tuple[Int[np.ndarray, "batch time"]]]:
-    """Yields the inputs of a language model: batches of full contexts of text, together at least `POSITIONS` tokens."""
+    """Yields inputs for a language model: batches of full contexts of text, with at least `POSITIONS` tokens in total."""
     context = model.context_length
     tokens = _read_tokens(tokenizer, -(-POSITIONS // context) * context).reshape(-1, context)
     batch = max(LOGITS_AT_ONCE // (context * model.vocab_size), 1)
@@ -123,9 +124,9 @@ def windows(tokenizer: Tokenizer, model: ModelConfig) -> Iterator[tuple[Int[np.n
 def examples(
     tokenizer: Tokenizer, model: ModelConfig, sequences: int
 ) -> tuple[Int[np.ndarray, "batch sequences time"], Int[np.ndarray, "batch sequences"]]:
-    """Returns the inputs of a fine-tuned model: sequences of different lengths, padded, and the positions of the extract tokens.
+    """Returns inputs for a fine-tuned model: padded sequences of different lengths, and the positions of the extract tokens.
 
-    Each sequence is a start token, text and an extract token.
+    Each sequence consists of a start token, text and an extract token.
     """
     start, _, extract = special_tokens(tokenizer)
     longest = min(model.context_length, 64)
@@ -156,12 +157,12 @@ def compare(
     """Compares the outputs of two models, [..., outputs], on the same inputs.
 
     Args:
-      unit: "positions" or "examples", over which the outputs are counted.
+      unit: "positions" or "examples", the unit in which the outputs are counted.
       tolerance: largest absolute difference of a logit or log-probability that counts as equal.
 
     Returns:
-      An entry of parity.json: the number of positions or examples, the largest difference, and the share with the same most
-      likely output.
+      An entry of parity.json: the number of positions or examples, the largest difference, and the share of positions or examples
+      with the same most likely output.
 
     Raises:
       VerificationError: the difference is larger than `tolerance`, or the shapes differ.

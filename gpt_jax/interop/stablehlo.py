@@ -1,4 +1,4 @@
-"""Graphs traced from the model's own functions: StableHLO files, and TensorFlow SavedModels that wrap StableHLO."""
+"""Graphs that are traced from the model's own functions: StableHLO files, and TensorFlow SavedModels that wrap StableHLO."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gpt_jax.interop.parity import Computation, ExportedFunction, Shape
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 STABLEHLO_VERSION = "1.1.0"
-"""Version of the SavedModel's graph: the oldest one that can express the model, so that any TensorFlow reads it. The version that
-JAX 0.12, and with it jax2tf, writes by default is too new for TensorFlow 2.21."""
+"""StableHLO version of the SavedModel's graph. It is the oldest version that can express the model, so that every TensorFlow can
+read it. The version that JAX 0.12 and its jax2tf write by default is too new for TensorFlow 2.21."""
 
 
 def _trace(function: ExportedFunction, parameters: dict[str, np.ndarray]) -> jax.export.Exported:
@@ -46,9 +46,9 @@ def _trace(function: ExportedFunction, parameters: dict[str, np.ndarray]) -> jax
 def write_stablehlo(folder: Path, function: ExportedFunction, parameters: dict[str, np.ndarray]) -> None:
     """Writes model.stablehlo, model.safetensors and signature.json into `folder`.
 
-    The first file is a serialized `jax.export.Exported`, and the second one has the parameters, which are inputs of the graph and
-    not constants. A call from JAX takes them as a dictionary; a call without JAX takes arrays in the order that the third file
-    lists.
+    The first file is a serialized `jax.export.Exported`. The second file has the parameters, which are inputs of the graph, not
+    constants. From JAX, the graph is called with a dictionary of parameters. Without JAX, it is called with arrays in the order
+    that the third file lists.
 
     Args:
       parameters: float32, as `ExportedFunction.named_parameters` returns them.
@@ -72,7 +72,7 @@ def write_stablehlo(folder: Path, function: ExportedFunction, parameters: dict[s
 
 
 def load_stablehlo(folder: Path) -> Computation:
-    """Loads what `write_stablehlo` wrote, to be run by JAX."""
+    """Returns a function that runs the graph of `write_stablehlo` with JAX."""
     exported = jax.export.deserialize(bytearray((folder / "model.stablehlo").read_bytes()))
     parameters = jax.tree.map(jnp.asarray, tensor_files.load_safetensors(folder))
     call = jax.jit(exported.call)
@@ -83,7 +83,7 @@ def load_stablehlo(folder: Path) -> Computation:
 
 
 def write_savedmodel(folder: Path, function: ExportedFunction, parameters: dict[str, np.ndarray]) -> None:
-    """Writes a TensorFlow SavedModel with the signature `serving_default` into `folder`; its parameters are variables.
+    """Writes a TensorFlow SavedModel with the signature `serving_default` into `folder`. The parameters are its variables.
 
     Args:
       parameters: float32, as `ExportedFunction.named_parameters` returns them.
@@ -95,7 +95,7 @@ def write_savedmodel(folder: Path, function: ExportedFunction, parameters: dict[
     graph = stablehlo.serialize_portable_artifact_str(exported.mlir_module(), STABLEHLO_VERSION)
     name, shape = function.output
     module = tf.Module()
-    # A SavedModel keeps the variables that it finds in attributes.
+    # TensorFlow saves the variables that it finds in the module's attributes.
     module.parameters = [tf.Variable(array, name=path, trainable=False) for path, array in parameters.items()]
 
     def serve(*inputs: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def write_savedmodel(folder: Path, function: ExportedFunction, parameters: dict[
 
 
 def load_savedmodel(folder: Path) -> Computation:
-    """Loads what `write_savedmodel` wrote, to be run by TensorFlow."""
+    """Returns a function that runs the graph of `write_savedmodel` with TensorFlow."""
     tf = import_tensorflow()
     module = tf.saved_model.load(str(folder))
     serve = module.signatures["serving_default"]

@@ -23,7 +23,7 @@ from gpt_jax.errors import UserError
 Tensors = dict[str, np.ndarray]
 
 OPENAI_FILES = 10
-"""Number of files over which the released parameters, one long array, are split evenly."""
+"""Number of files into which the released parameters, one long array, are split evenly."""
 
 
 # -- safetensors ------------------------------------------------------------------------------------------------------------
@@ -34,10 +34,10 @@ def save_safetensors(folder: Path, tensors: Mapping[str, np.ndarray], shard_byte
 
     Args:
       tensors: dtypes float32, bfloat16 or float16.
-      shard_bytes: largest size of the numbers in one file, unless a single tensor is larger; > 0.
+      shard_bytes: maximum size of the numbers in one file, unless a single tensor is larger; > 0.
 
     Raises:
-      OSError: no space left, for example.
+      OSError: a file cannot be written, for example because there is no space left.
     """
     shards: list[Tensors] = [{}]
     for name, tensor in tensors.items():
@@ -67,14 +67,14 @@ def _save_shard(path: Path, shard: Tensors) -> None:
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    path.chmod(path.parent.stat().st_mode & 0o666)  # The library makes files that only their owner can read.
+    path.chmod(path.parent.stat().st_mode & 0o666)  # The library creates files that only their owner can read.
 
 
 def load_safetensors(folder: Path) -> Tensors:
     """Reads the tensors of model.safetensors, or of the files that model.safetensors.index.json lists.
 
     Raises:
-      UserError: a file is missing, truncated or not in the format.
+      UserError: a file is missing, truncated, or not in this format.
     """
     from safetensors.numpy import load_file
 
@@ -98,7 +98,7 @@ def load_safetensors(folder: Path) -> Tensors:
 
 
 def save_npz(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes an npz file, with each tensor under its name."""
+    """Writes an npz file that contains each tensor under its name."""
     np.savez(path, **tensors)  # type: ignore[arg-type]
 
 
@@ -121,7 +121,7 @@ def load_npz(path: Path) -> Tensors:
 def save_openai(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes params_shapes.json and params_0.npy to params_9.npy: all numbers (float32) as one array, split into ten files.
 
-    As in the released files, the first ones have one number more where ten does not divide their count.
+    As in the released files, the first files have one more number than the others if ten does not divide the total.
     """
     shapes = [tensor.shape for tensor in tensors.values()]
     (folder / "params_shapes.json").write_text(json.dumps(shapes) + "\n", encoding="utf-8")
@@ -136,10 +136,10 @@ def load_openai(folder: Path, names: Sequence[str]) -> Tensors:
     """Reads the tensors of the released files, which have shapes and an order but no names.
 
     Args:
-      names: names of the tensors in the order of the files. Tensors beyond them are called "array N".
+      names: names of the tensors in the order of the files. Any further tensors are called "array N".
 
     Raises:
-      UserError: a file is missing, truncated or altered, or has pickled objects; the shapes do not add up to the numbers.
+      UserError: a file is missing, truncated or altered, or has pickled objects; or the shapes do not match the number of values.
     """
     shapes_file = folder / "params_shapes.json"
     try:
@@ -171,7 +171,7 @@ def _explain_damage(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (AttributeError, TypeError) as error:  # NumPy lacks a type, such as float8, that the file's header names.
+    except (AttributeError, TypeError) as error:  # The file's header names a type that NumPy does not have, such as float8.
         raise UserError(f"{path}: has numbers of a type other than float32, bfloat16 and float16 ({error})") from error
     except Exception as error:  # The libraries raise errors of many types, depending on where the damage is.
         message = " ".join(str(error).split())

@@ -1,9 +1,10 @@
-"""tokenizer.json: our tokenizers in the format of the `tokenizers` library, and the texts for which it gives the same ids.
+"""Conversion of our tokenizers to tokenizer.json, the format of the `tokenizers` library.
 
-SentencePiece and bytes fit into the library's building blocks except for a few corners. The released GPT-1 encoder does not fit:
-it repairs text with ftfy and finds words with spaCy, which are thousands of lines of rules. Here a dozen regular expressions
-insert spaces where those rules end a word, which gives the same words for nearly all English prose. `differences` describes what
-is left out, and `claims_equality` decides for a given text whether the ids are certain to be the same.
+The library's building blocks can express SentencePiece and bytes, except for a few special cases. They cannot express the
+released GPT-1 encoder, which repairs text with ftfy and finds words with spaCy, because these libraries apply thousands of lines
+of rules. Instead, a dozen regular expressions insert spaces where those rules end a word, which gives the same words for nearly
+all English prose. `differences` describes the cases that are not handled, and `claims_equality` determines whether the ids of a
+given text are certain to be the same.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def convert(tokenizer: Tokenizer, specials: Sequence[str] = ()) -> dict[str, Any
     """Returns the contents of tokenizer.json.
 
     Args:
-      specials: names of the start, delimiter and extract tokens that fine-tuning added to the vocabulary. If they are given, the
-        file puts them around a text or a pair of texts as in Figure 1 of the paper; otherwise nothing is added to a text.
+      specials: names of the start, delimiter and extract tokens that fine-tuning added to the vocabulary. If they are given, they
+        are added to a text or a pair of texts as in Figure 1 of the paper; otherwise, nothing is added.
 
     Raises:
       UserError: one of the names is already an entry of the vocabulary.
@@ -55,26 +56,26 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
         names["unk_token"] = _unknown(tokenizer)
     if specials:
         names |= dict(zip(("bos_token", "sep_token", "cls_token"), specials, strict=True))
-        if "unk_token" in names:  # It has id 0, with which batches for the classifier are padded.
+        if "unk_token" in names:  # It has id 0, which pads the batches for the classifier.
             names["pad_token"] = names["unk_token"]
     return {
-        # The library's class for this model type would take only the vocabulary and split text in its own way.
+        # The library's class for this model type would use only the vocabulary and split text in its own way.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
-        # Without token types, for which the model in transformers would add embeddings of tokens.
+        # Token types are left out, because the model in transformers would add token embeddings for them.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-        # Text that spells a special token stays text.
+        # Text that looks like a special token is treated as text.
         "split_special_tokens": True,
         **names,
     }
 
 
 def differences(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """Returns descriptions of what tokenizer.json cannot express, one or two sentences each."""
+    """Returns descriptions of the behavior that tokenizer.json cannot express, each in one or two sentences."""
     special = (
-        "The tokenizers library alone reads text that spells a special token as that token; transformers reads it as text, as in "
-        "training."
+        "The tokenizers library alone treats text that looks like a special token as that token; transformers treats it as text, "
+        "as in training."
     )
     if isinstance(tokenizer, GPT1):
         return (
@@ -110,7 +111,7 @@ def claims_equality(tokenizer: Tokenizer, text: str, specials: Sequence[str] = (
 
 
 def _unknown(tokenizer: GPT1 | SentencePiece) -> str:
-    """Returns the name of id 0, which stands for text that the vocabulary does not have."""
+    """Returns the name of id 0, which represents text that is not in the vocabulary."""
     return tokenizer.entries[0] if isinstance(tokenizer, GPT1) else tokenizer.processor.id_to_piece(0)
 
 
@@ -142,7 +143,7 @@ def _figure_1(ids: Mapping[str, int], start: str, delimiter: str, extract: str) 
 
 
 def _bytes(_: Bytes) -> dict[str, Any]:
-    # The byte-level form names a byte by a printable character: its own in Latin-1, or one from U+0100 on.
+    # The library names each byte by a printable character: the byte's own character in Latin-1, or one from U+0100 on.
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     names = {byte: chr(byte) for byte in printable} | {byte: chr(0x100 + i) for i, byte in enumerate(others)}
@@ -169,8 +170,8 @@ def _normalizes(tokenizer: Tokenizer) -> bool:
 def _sentencepiece(tokenizer: SentencePiece) -> dict[str, Any]:
     proto = _proto(tokenizer)
     kinds = type(proto).SentencePiece
-    # SentencePiece writes SPACE for a space. With spaces in the pieces, a SPACE in a text is not a piece and falls back to bytes,
-    # as it does in our tokenizer.
+    # SentencePiece uses SPACE for a space. If the pieces contain spaces instead, a SPACE in a text is not a piece and falls back
+    # to bytes, as it does in our tokenizer.
     vocab = {piece.piece.replace(SPACE, " "): i for i, piece in enumerate(proto.pieces)}
     scores = {piece.piece.replace(SPACE, " "): piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
     user_defined = [(piece.piece, i) for i, piece in enumerate(proto.pieces) if piece.type == kinds.USER_DEFINED]
@@ -187,9 +188,9 @@ def _sentencepiece(tokenizer: SentencePiece) -> dict[str, Any]:
 def _merges(scores: Mapping[str, float]) -> list[list[str]]:
     """Returns all pairs of pieces that make a piece, in descending order of the score of that piece.
 
-    SentencePiece ranks the result of merging two neighbors, and `tokenizers` ranks the pair. Both give the same merges although
-    several pairs may make the same piece, because only one of these pairs ever occurs: neighbors are merged without regard to
-    what is beyond them, so the pair is the one that the characters of the piece, merged by themselves, reach last.
+    SentencePiece ranks the result of merging two neighbors, while `tokenizers` ranks the pair. Both give the same merges. Several
+    pairs may make the same piece, but only one of these pairs ever occurs: a merge does not depend on the text around the pair,
+    so it is the last pair that results from merging the characters of the piece alone.
     """
     return [
         [piece[:i], piece[i:]]
@@ -229,9 +230,9 @@ REPLACED = (
 """Characters that ftfy and our tokenizer replace: the pattern and its replacement."""
 
 START, STOP = r"(?<!\S)", r"(?!\S)"
-"""Start and end of a chunk."""
+"""Patterns for the start and the end of a chunk."""
 MARK = PUNCTUATION.pattern.removeprefix("(").removesuffix(r")\1*")
-"""A character that is always a chunk of its own."""
+"""A punctuation mark that is always a separate chunk."""
 CURRENCY = r"(?:(?:US|[AC])?\$|[£€])"
 UNIT = _any("km m dm cm mm ha nm yd in ft kg g mg t lb oz kmh mph hPa Pa mbar mb MB kb KB gb GB tb TB T G M K % $ £ €")
 ABBREVIATION = (
@@ -244,13 +245,13 @@ ABBREVIATION = (
     )
     + r")\.(?!\.)"
 )
-"""Words that keep their period, single letters among them."""
+"""Words that keep their period, including single letters."""
 ELISION = "'" + _any("em ll nuff re bout cause Cause cos Cos coz Coz cuz Cuz") + r"|'[dsS](?!\.(?!\.))"
-"""Words that keep the apostrophe in front."""
+"""Words that keep the apostrophe at their start."""
 CLIPPED = _any("doin Doin goin Goin havin Havin lovin Lovin nothin Nothin nuthin Nuthin ol Ol somethin Somethin") + "'(?!s)"
-"""Words that keep the apostrophe at the end."""
+"""Words that keep the apostrophe at their end."""
 EDGE = "`:#&<>"
-"""Characters that are cut from both ends of a chunk, as are apostrophes and runs of periods."""
+"""Characters that are split off at both ends of a chunk, like apostrophes and runs of periods."""
 SUFFIX = rf"(?:'(?:s|S(?!\.(?!\.)))?|[{EDGE}]|\.+)"
 PERIOD = rf"(?:(?<=[\p{{Ll}}\d%'{EDGE}])|(?<=\p{{Lu}}\p{{Lu}}))\.(?!\.)"
 """A period that ends a sentence, not an initial."""
@@ -268,17 +269,17 @@ CONTRACTIONS = (
     ("c'm", "on"),
     ("1 2 3 4 5 6 7 8 9 10 11 12", "am pm"),
 )
-"""Pairs of lists of words. A chunk that joins a word of the first list and one of the second, such as "don't", is cut between
-them. It may begin with a capital letter."""
+"""Pairs of lists of words. A chunk that consists of a word of the first list and a word of the second, such as "don't", is cut
+between them. It may begin with a capital letter."""
 WHOLE = "ill its hell shell shed were well whore"
-"""Words that look like contractions."""
+"""Words that look like contractions but are not cut."""
 CUTS = (
     # Marks. A run of one mark is split too, if spaCy has a rule for that mark.
     rf"([-~|/])\1*\K|{MARK}\K",
     rf"(?<=\S)(?<!{MARK})(?={MARK})",
     # The beginning of a chunk.
     rf"{START}(?:{ELISION})(?={SUFFIX}*{STOP})\K|{START}(?>''|['=%{EDGE}]|{CURRENCY}|\.\.+)\K(?=\S)",
-    # The end of a chunk. A word that keeps its last mark is skipped as a whole; a cut behind it does no harm.
+    # The end of a chunk. A word that keeps its last mark is skipped completely; a cut after it does no harm.
     rf"{START}(?:{ABBREVIATION}|{ELISION}|{CLIPPED}|'')(?={SUFFIX}*{STOP})\K"
     rf"|(?<=\S)(?=(?<!')'|[{EDGE}]|(?<!\.)\.\.|{PERIOD})(?={SUFFIX}+{STOP})"
     rf"|(?<=\d)(?={UNIT}{SUFFIX}*{STOP})",
@@ -291,8 +292,8 @@ CUTS = (
     rf"(?<=[^\s.])(?=\.\.)|(?<=\.\.)(?=[^\s.])|{START}{ABBREVIATION}\K(?:{STOP}|(?<=\p{{Ll}}\.)(?=[\p{{Lu}}'`]))"
     r"|(?<=[\p{Ll}'`])(?=\.[\p{Lu}'`])|(?<=[\p{Ll}'`]\.)(?=[\p{Lu}'`])",
 )
-"""Patterns of the places where spaces are inserted into a text, applied one after the other. They match only positions between
-characters, and never the position before the first character, where some versions of `tokenizers` fail to insert anything."""
+"""Patterns for the positions where spaces are inserted into a text, applied one after the other. They match only positions between
+characters, never the position before the first character, where some versions of `tokenizers` do not insert anything."""
 
 
 def _gpt1(tokenizer: GPT1) -> dict[str, Any]:
@@ -316,7 +317,7 @@ def _gpt1(tokenizer: GPT1) -> dict[str, Any]:
 
 
 BESIDE = "\0-\x7f\u00a0\u00b4\u2013-\u2015\u2019\u2026"
-"""Neighbors next to which ftfy does not mistake an accented letter or a currency sign for mojibake."""
+"""Characters next to which ftfy does not mistake an accented letter or a currency sign for mojibake."""
 SAFE_TEXT = re.compile(
     "(?:[\t\n -~\u00a0\u00b4\u2013-\u2015\u2018\u2019\u201c\u201d\u2026]"
     rf"|(?<![^{BESIDE}])(?:[à-öø-ÿ£€]|[ÀÆÇÈÉÊËÑÖÜÄ](?=[A-Za-z]))(?![^{BESIDE}]))*"
@@ -338,8 +339,8 @@ UNSAFE_CHUNK = "|".join(
     (
         # Contractions of three words, and rare contractions.
         r".*(?:d|ll|n'?t)'?ve\b|'?(?i:i'?ma\b|how'd'y|y'?all)",
-        # Parts that spaCy joins again after cutting, unless a neighbor prevents it: two apostrophes, elisions with marks, and
-        # the last letter of a contraction or of a unit with its period. Some of these units keep their period, too.
+        # Parts that spaCy joins again after cutting, unless the text next to them prevents it: two apostrophes, elisions with
+        # marks, and the last letter of a contraction or of a unit with its period. Some of these units also keep their period.
         r".*''|'[dsS]\.",
         rf"(?:{ELISION})(?:'s?|\.+|:){{2}}",
         *(
@@ -351,7 +352,7 @@ UNSAFE_CHUNK = "|".join(
     )
 )
 SAFE_CHUNK = re.compile(rf"{MARK}+|\S|''|``|(?!{UNSAFE_CHUNK})(?:'?(?:{WORD})?|{CURRENCY}{NUMBER})(?:'s)?'?(?:\.+|:)?'?")
-"""A chunk, with marks already split off, in which CUTS finds the words of spaCy, whatever its neighbors are."""
+"""A chunk, with marks already split off, for which CUTS finds the same words as spaCy regardless of the text around it."""
 
 
 def _is_plain_english(text: str) -> bool:
