@@ -172,7 +172,7 @@ def compare(
         expected, actual = ours(*inputs), theirs(*inputs)
         if expected.shape != actual.shape:
             raise VerificationError(
-                f"the exported model's outputs have shape {actual.shape}, not {expected.shape}; it is removed"
+                f"the exported model's outputs have shape {actual.shape}, not {expected.shape}; the export is removed"
             )
         difference = float(np.abs(expected.astype(np.float64) - actual).max())
         largest = max(largest, difference) if np.isfinite(difference) else float("inf")
@@ -185,6 +185,6 @@ def compare(
     if largest > tolerance:
         raise VerificationError(
             f"the exported model differs from the checkpoint by {largest:.2e} at {unit} of real text (allowed: {tolerance:g}); "
-            "it is removed"
+            "the export is removed"
         )
     return {unit: compared, "max_abs_difference": largest, "top1_agreement": agreeing / compared, "tolerance": tolerance}

@@ -292,8 +292,8 @@ CUTS = (
     rf"(?<=[^\s.])(?=\.\.)|(?<=\.\.)(?=[^\s.])|{START}{ABBREVIATION}\K(?:{STOP}|(?<=\p{{Ll}}\.)(?=[\p{{Lu}}'`]))"
     r"|(?<=[\p{Ll}'`])(?=\.[\p{Lu}'`])|(?<=[\p{Ll}'`]\.)(?=[\p{Lu}'`])",
 )
-"""Patterns for the positions where spaces are inserted into a text, applied one after the other. They match only positions between
-characters, never the position before the first character, where some versions of `tokenizers` do not insert anything."""
+"""Patterns for the positions where spaces are inserted into a text, applied one after the other. They match only positions
+between characters, never the position before the first character, where some versions of `tokenizers` do not insert anything."""
 
 
 def _gpt1(tokenizer: GPT1) -> dict[str, Any]:
