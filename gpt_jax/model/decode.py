@@ -13,8 +13,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.network import network
-from gpt_jax.model.transformer import Params, logits
+from gpt_jax.model.transformer import Params, Starts, Tokens, logits
 from gpt_jax.runtime.sharding import constrain
+
+Scalar = Float[Array, ""]
 
 
 def generate(
@@ -63,42 +65,33 @@ def generate(
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    settings = (
-        np.float32(temperature),
-        np.int32(top_k or config.vocab_size),
-        np.float32(top_p),
-        np.int32(-1 if stop is None else stop),
-    )
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    drawn = np.asarray(_generate(config, num_tokens, params, tokens, lengths, *settings, np.uint32(seed)))
-    rows = [row.tolist() for row in drawn]
+    settings = (np.float32(temperature), np.int32(top_k or config.vocab_size), np.float32(top_p))
+    stop_or_none = np.int32(-1 if stop is None else stop)
+    drawn = _generate(config, num_tokens, params, tokens, lengths, settings, stop_or_none, np.uint32(seed))
+    rows = np.asarray(drawn).tolist()
     return [row[: row.index(stop)] if stop in row else row for row in rows]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    config: ModelConfig,
-    num_tokens: int,
-    params: Params,
-    tokens: Int[Array, "batch width"],
-    lengths: Int[Array, "batch"],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-    stop: Int[Array, ""],
-    seed: Array,
+    config: ModelConfig, num_tokens: int, params: Params, tokens: Tokens, start: Starts, settings: tuple, stop: Array, seed: Array
 ) -> Int[Array, "batch new"]:
-    """Processes the prompt at once, then draws one token at a time, up to `num_tokens` or until every row has stopped."""
+    """Processes the prompt at once, then draws one token at a time, up to `num_tokens` or until every row has stopped.
+
+    Row i continues at position `start[i]`, behind its prompt. `settings` are the last three arguments of `sample`; a negative
+    `stop` stands for no token.
+    """
     batch, width = tokens.shape
     key = jax.random.key(seed)
     cache = network(config).empty_cache(config, batch, width + num_tokens)
     hidden, cache = network(config).apply_cached(config, params, tokens, cache, jnp.zeros(batch, jnp.int32))
     # Padding was written into the cache behind each prompt; the row's own tokens overwrite it before any query can reach it.
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    last = jnp.take_along_axis(hidden, (start - 1)[:, None, None], axis=1)
 
     def pick(hidden: jax.Array, number: jax.Array | int) -> jax.Array:
         scores = logits(config, params, hidden)[:, 0]
-        return sample(scores, jax.random.fold_in(key, number), temperature, top_k, top_p)
+        return sample(scores, jax.random.fold_in(key, number), *settings)
 
     first = pick(last, 0)
     drawn = jnp.full((batch, num_tokens), stop, jnp.int32).at[:, 0].set(first)
@@ -110,7 +103,7 @@ def _generate(
     def extend(carry: tuple) -> tuple:
         number, cache, drawn, finished = carry
         previous = jax.lax.dynamic_slice_in_dim(drawn, number - 1, 1, axis=1)
-        hidden, cache = network(config).apply_cached(config, params, previous, cache, lengths + number - 1)
+        hidden, cache = network(config).apply_cached(config, params, previous, cache, start + number - 1)
         token = pick(hidden, number)  # A stopped row continues until all have stopped; `generate` cuts it off.
         return number + 1, cache, drawn.at[:, number].set(token), finished | (token == stop)
 
@@ -119,11 +112,7 @@ def _generate(
 
 
 def sample(
-    scores: Float[Array, "batch vocab"],
-    key: PRNGKeyArray,
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
+    scores: Float[Array, "batch vocab"], key: PRNGKeyArray, temperature: Scalar, top_k: Int[Array, ""], top_p: Scalar
 ) -> Int[Array, "batch"]:
     """Draws a token for each row from softmax(scores / temperature), restricted to the top k and to the nucleus of mass p.
 
@@ -137,8 +126,7 @@ def sample(
     within = (before < top_p) | (top_p == 1)  # A float32 sum may reach 1 before the last token.
     allowed = (within & (probabilities > 0)).sum(axis=-1, keepdims=True)
     lowest = jnp.take_along_axis(descending, allowed - 1, axis=-1)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        key, jnp.arange(scores.shape[0])
-    )  # A row's draw does not depend on the others.
+    # Each row has its own key, so that its draws do not depend on the other rows.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(scores.shape[0]))
     drawn = jax.vmap(jax.random.categorical)(keys, jnp.where(scaled >= lowest, scaled, -jnp.inf))
     return jnp.where(temperature > 0, drawn, scores.argmax(axis=-1)).astype(jnp.int32)
