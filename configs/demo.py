@@ -2,7 +2,7 @@
 
     gpt-jax pretrain demo --workdir RUN
 
-`gpt-jax demo` pre-trains with this config and then samples, compares, fine-tunes and exports (gpt_jax/experiments/demo.py).
+`gpt-jax demo` pre-trains with this config, and then samples, evaluates, fine-tunes and exports (gpt_jax/experiments/demo.py).
 
 Time: about 5 minutes on two CPU cores.
 Expect: a validation loss about 2 nats/token below that of a unigram model.
@@ -21,9 +21,9 @@ def config() -> PretrainConfig:
             num_heads=4,
             mlp_dim=512,
             # The paper's 0.02 at width 768, scaled with 1 / sqrt(width). A narrow post-norm model that starts with smaller
-            # parameters predicts nothing but token frequencies for a long time.
+            # parameters predicts only token frequencies for a long time.
             init_stddev=0.06,
-            # Each text is seen a few times at most, so the model does not overfit, and dropout would only slow it down.
+            # Each text occurs only a few times, so the model does not overfit, and dropout would only slow it down.
             embed_dropout=0.0,
             attention_dropout=0.0,
             residual_dropout=0.0,

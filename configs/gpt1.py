@@ -2,11 +2,11 @@
 
     gpt-jax pretrain gpt1 --data.source TEXT --data.tokenizer.path FOLDER --workdir RUN
 
-TEXT is a corpus of your own, because the paper's BooksCorpus is no longer available. FOLDER holds the released tokenizer's files
-encoder_bpe_40000.json and vocab_40000.bpe. docs/paper.md lists the intended differences from the paper.
+TEXT is a corpus of your own, because the paper's BooksCorpus is no longer available. FOLDER contains the released tokenizer's
+files encoder_bpe_40000.json and vocab_40000.bpe. docs/paper.md lists the intended differences from the paper.
 
 Time: not measured; the authors report a month on 8 GPUs.
-Expect: not measured; the paper has a perplexity of 18.4 on BooksCorpus (section 4.1).
+Expect: not measured; the paper reports a perplexity of 18.4 on BooksCorpus (section 4.1).
 """
 
 from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig

@@ -1,10 +1,10 @@
-"""A larger GPT-1 with 1,479,539,712 parameters, for work on scale: 36 layers of width 1792 and contexts of 1,024 tokens.
+"""A larger GPT-1 with 1,479,539,712 parameters, for experiments at scale: 36 layers of width 1792, and 1,024 tokens of context.
 
     gpt-jax pretrain gpt1_1b5 --data.store STORE --mesh.fsdp 16 --workdir RUN
 
-The rest of the architecture is that of GPT-1: heads of width 64, a feed-forward width of four times the model's, layer
-normalization after each sum, and learned positions. All sizes are divisible by 2 and by 4, for meshes with that many devices on
-the axis `tensor`. The tokenizer is a SentencePiece model with 50,000 pieces.
+The rest of the architecture is that of GPT-1: heads of width 64, a feed-forward width of four times the model's width, layer
+normalization after each residual sum, and learned positions. All sizes are divisible by 2 and 4, for meshes with 2 or 4 devices
+on the axis `tensor`. The tokenizer is a SentencePiece model with 50,000 pieces.
 
 Time: not measured.
 Expect: not measured.

@@ -1,8 +1,8 @@
-"""A GPT with ten million parameters for your own text, small enough to train on a small machine in about an hour.
+"""A GPT with ten million parameters for your own text, small enough to train in about an hour on a small machine.
 
     gpt-jax pretrain mini --data.source TEXT --workdir RUN
 
-TEXT should have at least 10 MB. The figures below are those of a run on 74.2 MB of novels (docs/benchmarks.md).
+TEXT should be at least 10 MB long. The figures below are from a run on 74.2 MB of novels (docs/benchmarks.md).
 
 Time: 71 minutes on two cores of a shared cloud machine.
 Expect: a validation loss of 5.193 nats/token, which is a perplexity of 180.0.
@@ -21,7 +21,7 @@ def config() -> PretrainConfig:
             num_heads=5,
             mlp_dim=1280,
             # The paper's 0.02 at width 768, scaled with 1 / sqrt(width). A narrow post-norm model that starts with smaller
-            # parameters predicts nothing but token frequencies for a long time.
+            # parameters predicts only token frequencies for a long time.
             init_stddev=0.05,
             # The run is shorter than one epoch, so the model cannot overfit, and dropout would only slow it down.
             embed_dropout=0.0,

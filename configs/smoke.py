@@ -1,8 +1,8 @@
-"""A very small GPT on the embedded corpus, which shows whether everything works on this machine.
+"""A very small GPT, trained on installed documentation, to check that everything works on this machine.
 
     gpt-jax pretrain smoke --workdir RUN
 
-Time: less than 1 minute on two CPU cores, preparation of the text included.
+Time: less than 1 minute on two CPU cores, including the preparation of the text.
 Expect: the training loss falls from about 7.6 to about 6.2 nats/token.
 """
 

@@ -7,8 +7,8 @@ intended differences from the paper.
 
 Time: 81 minutes without pre-training on one core of a shared cloud machine (docs/benchmarks.md); on accelerators, not measured.
 Expect: 7.9 Matthews correlation (times 100) on the development split without pre-training, with one seed (docs/benchmarks.md),
-where the paper has 18.9 on GLUE's test server (Table 5). With pre-training, not measured; the paper has 45.4 Matthews correlation
-on GLUE's test server (Table 4).
+where the paper reports 18.9 on GLUE's test server (Table 5). With pre-training, not measured; the paper reports 45.4 Matthews
+correlation on GLUE's test server (Table 4).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

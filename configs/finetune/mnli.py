@@ -4,10 +4,10 @@
 
 The training split has 392,702 rows. Without --task.path, tensorflow-datasets provides the rows (glue/mnli). --task.path also
 accepts the .jsonl files of multinli_1.0, which have no test split. The validation split has a matched part, whose genres occur in
-training, and a mismatched part. docs/paper.md lists the intended differences from the paper.
+the training split, and a mismatched part. docs/paper.md lists the intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 82.1 (matched) and 81.4 (mismatched) accuracy on GLUE's test server (Table 2).
+Expect: not measured; the paper reports 82.1 (matched) and 81.4 (mismatched) accuracy on GLUE's test server (Table 2).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

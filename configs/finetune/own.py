@@ -1,11 +1,11 @@
-"""Fine-tuning on a task of your own, in tables (.tsv, .csv or .jsonl) with named columns, with the paper's settings.
+"""Fine-tuning with the paper's settings on a task of your own, in tables (.tsv, .csv or .jsonl) with named columns.
 
     gpt-jax finetune finetune/own --init.from RUN --workdir OUT \\
         --task.texts review --task.label stars --task.train my.tsv --task.validation held_out.tsv
 
 This task classifies the texts in the column `review`. --task.kind chooses another kind of task, such as entailment.
 
-Time: not measured; about as long as pre-training on three times the tokens in the rows.
+Time: not measured; about the time of pre-training on three times as many tokens as the rows contain.
 Expect: not measured; the result is the score of the best of three epochs. `--seeds 5` shows how it varies.
 """
 

@@ -6,7 +6,7 @@ The training split has 104,743 rows. Without --task.path, tensorflow-datasets pr
 the intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 88.1 accuracy on GLUE's test server (Table 2), with the rows of 2018, which GLUE has since
+Expect: not measured; the paper reports 88.1 accuracy on GLUE's test server (Table 2), with the rows of 2018, which GLUE has since
 replaced.
 """
 

@@ -2,11 +2,11 @@
 
     gpt-jax finetune finetune/qqp --init.from RUN --task.path GLUE/QQP --workdir OUT
 
-The training split has 363,849 rows, or a few less in some releases. Without --task.path, tensorflow-datasets provides the rows
+The training split has 363,849 rows, or a few fewer in some releases. Without --task.path, tensorflow-datasets provides the rows
 (glue/qqp). docs/paper.md lists the intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 70.3 F1 on GLUE's test server (Table 4).
+Expect: not measured; the paper reports 70.3 F1 on GLUE's test server (Table 4).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

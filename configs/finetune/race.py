@@ -6,7 +6,7 @@ The questions are from exams of middle and high schools. The training split has 
 tensorflow-datasets provides the rows (race). docs/paper.md lists the intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 59.0 accuracy, 62.9 (middle) and 57.4 (high) on the test split (Table 3).
+Expect: not measured; the paper reports 59.0 accuracy, 62.9 (middle) and 57.4 (high) on the test split (Table 3).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

@@ -6,7 +6,7 @@ The training split has 2,490 rows. Without --task.path, tensorflow-datasets prov
 intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 56.0 accuracy on GLUE's test server (Table 2).
+Expect: not measured; the paper reports 56.0 accuracy on GLUE's test server (Table 2).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

@@ -2,11 +2,12 @@
 
     gpt-jax finetune finetune/scitail --init.from RUN --task.path FOLDER/SciTailV1.1 --workdir OUT
 
-The training split has 23,596 rows. Without --task.path, tensorflow-datasets provides the rows (sci_tail); it has fewer of them,
-because it joins some rows by mistake; those are dropped and counted. docs/paper.md lists the intended differences from the paper.
+The training split has 23,596 rows. Without --task.path, tensorflow-datasets provides the rows (sci_tail). It has fewer rows,
+because it joins some of them by mistake; the joined rows are dropped and counted. docs/paper.md lists the intended differences
+from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 88.3 accuracy on the test split (Table 2).
+Expect: not measured; the paper reports 88.3 accuracy on the test split (Table 2).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

@@ -2,11 +2,11 @@
 
     gpt-jax finetune finetune/snli --init.from RUN --task.path FOLDER/snli_1.0 --workdir OUT
 
-The training split has 550,152 rows. 549,367 of them are used; for the others, the annotators did not agree on a label. Without
+The training split has 550,152 rows, of which 549,367 are used. For the others, the annotators did not agree on a label. Without
 --task.path, tensorflow-datasets provides the rows (snli). docs/paper.md lists the intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 89.9 accuracy on the test split (Table 2).
+Expect: not measured; the paper reports 89.9 accuracy on the test split (Table 2).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

@@ -6,7 +6,7 @@ The training split has 67,349 rows. Without --task.path, tensorflow-datasets pro
 the intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 91.3 accuracy on GLUE's test server (Table 4).
+Expect: not measured; the paper reports 91.3 accuracy on GLUE's test server (Table 4).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

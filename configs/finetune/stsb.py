@@ -6,7 +6,7 @@ The training split has 5,749 rows. Without --task.path, tensorflow-datasets prov
 intended differences from the paper.
 
 Time: not measured.
-Expect: not measured; the paper has 82.0 Pearson correlation (times 100) on GLUE's test server (Table 4).
+Expect: not measured; the paper reports 82.0 Pearson correlation (times 100) on GLUE's test server (Table 4).
 """
 
 from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig, ModelOptions, OptimConfig, TaskConfig

@@ -58,7 +58,7 @@ def test_times_name_the_hardware_and_results_are_figures_or_not_measured(name):
     assert measured or "not measured" in time
     assert re.search(r"\d", expect) or "not measured" in expect
     if "docs/benchmarks.md" in source_of(name):  # That page must have every measured figure.
-        ours = f"{time} {expect.partition('the paper has')[0]}"
+        ours = f"{time} {expect.partition('the paper reports')[0]}"
         for figure in re.findall(r"\d+(?:\.\d+)?", ours):
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]\d)", BENCHMARKS.read_text()), figure
 
@@ -75,7 +75,7 @@ TABLES = {"entailment": 2, "multiple_choice": 3, "similarity": 4, "classificatio
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
 def test_the_papers_results_are_those_of_the_registry(task):
     _, _, expect = header_of(f"finetune/{task.name}")
-    *_, papers = expect.split("the paper has ")
+    *_, papers = expect.split("the paper reports ")
     figures, place, rest = re.fullmatch(r"(.+?) on (GLUE's test server|the test split) \((.+)", papers).groups()
     assert place.endswith(task.published_on)
     assert rest.startswith(f"Table {TABLES[task.kind]})")
@@ -87,7 +87,7 @@ def test_the_papers_results_are_those_of_the_registry(task):
 def test_the_papers_result_without_pretraining_is_that_of_table_5():
     _, _, expect = header_of("finetune/cola")
     figure = ABLATIONS["Transformer w/o pre-training"]["cola"]
-    assert f"without pre-training, with one seed (docs/benchmarks.md), where the paper has {figure} on" in expect
+    assert f"without pre-training, with one seed (docs/benchmarks.md), where the paper reports {figure} on" in expect
 
 
 SHARED = {
