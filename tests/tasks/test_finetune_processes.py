@@ -1,4 +1,4 @@
-"""Fine-tuning in processes of its own: killed at any instant, and two of them for several seeds; both equal a plain run."""
+"""Fine-tuning in separate processes: one that is killed at any instant, and two for several seeds, equal an uninterrupted one."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def config():
 
 
 def trajectory(run):
-    """The records that are compared, without what tells one start from another."""
+    """Returns the records of updates and evaluations, without what differs between attempts."""
     records = (json.loads(line, parse_float=str) for line in (run / "metrics.jsonl").read_text().splitlines())
     kept = [record for record in records if record["kind"] in ("train", "eval")]
     return [{name: value for name, value in record.items() if name not in ("time", "attempt")} for record in kept]
@@ -43,15 +43,15 @@ def config_file(pretrained, own_task, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(config_file):
-    """The uninterrupted runs of two seeds, in this process."""
-    folder = config_file.with_name("whole")
+def uninterrupted(config_file):
+    """The folder of uninterrupted runs of two seeds, in this process."""
+    folder = config_file.with_name("uninterrupted")
     assert main(["finetune", str(config_file), "--workdir", str(folder), "--seeds", "2"]) == 0
     return folder
 
 
 @pytest.mark.slow
-def test_killed_at_random_instants_it_equals_the_uninterrupted_run(whole, config_file, tmp_path):
+def test_killed_at_random_instants_it_equals_the_uninterrupted_run(uninterrupted, config_file, tmp_path):
     rng = random.Random(0)
     run = tmp_path / "run"
     records = run / "metrics.jsonl"
@@ -71,14 +71,14 @@ def test_killed_at_random_instants_it_equals_the_uninterrupted_run(whole, config
         assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
         kills += 1
     assert kills > 1
-    assert trajectory(run) == trajectory(whole / "seed-0")
-    results = [json.loads((folder / "result.json").read_text()) for folder in (run, whole / "seed-0")]
+    assert trajectory(run) == trajectory(uninterrupted / "seed-0")
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, uninterrupted / "seed-0")]
     assert results[0]["validation"] == results[1]["validation"]
     assert results[0]["test"] == results[1]["test"]
 
 
 @pytest.mark.slow
-def test_two_processes_fine_tune_several_seeds_as_one_does(whole, config_file, tmp_path):
+def test_two_processes_fine_tune_several_seeds_as_one_does(uninterrupted, config_file, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -97,12 +97,12 @@ def test_two_processes_fine_tune_several_seeds_as_one_does(whole, config_file, t
         for process in processes:
             process.kill()
     assert codes == [0, 0], "\n".join((tmp_path / f"log{number}").read_text() for number in (0, 1))
-    tables = [(tmp_path / f"log{number}").read_text().count("of 2 seeds") for number in (0, 1)]
-    assert tables == [1, 0], "the spread is told once, by the first process"
+    num_tables = [(tmp_path / f"log{number}").read_text().count("of 2 seeds") for number in (0, 1)]
+    assert num_tables == [1, 0], "the table of seeds is printed once, by the first process"
     for seed in (0, 1):
-        ours, theirs = (trajectory(folder / f"seed-{seed}") for folder in (run, whole))
+        ours, theirs = (trajectory(folder / f"seed-{seed}") for folder in (run, uninterrupted))
         assert [record["step"] for record in ours] == [record["step"] for record in theirs]
         for one, other in zip(ours, theirs, strict=True):
             assert float(one["loss"]) == pytest.approx(float(other["loss"]), rel=1e-5)
-    summary, expected = (json.loads((folder / "result.json").read_text()) for folder in (run, whole))
+    summary, expected = (json.loads((folder / "result.json").read_text()) for folder in (run, uninterrupted))
     assert summary["validation"]["loss"]["values"] == pytest.approx(expected["validation"]["loss"]["values"], rel=1e-4)
