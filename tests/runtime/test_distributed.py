@@ -113,6 +113,47 @@ def test_a_single_process_waits_for_nobody():
 
 
 @pytest.fixture
+def exchange(monkeypatch):
+    """A function that makes this process one of three, with its number and the texts that it receives; returns what it does."""
+
+    def join(number, received):
+        actions = []
+        monkeypatch.setattr(jax, "process_count", lambda: 3)
+        monkeypatch.setattr(jax, "process_index", lambda: number)
+        monkeypatch.setattr(distributed, "_exchange", lambda text, what, log: actions.append((text, what)) or received)
+        return actions
+
+    return join
+
+
+def test_the_first_process_runs_before_the_others_which_then_run(exchange):
+    actions = exchange(0, ["", "", ""])
+    with distributed.primary_first("the store", silent):
+        actions.append("body")
+    assert actions == ["body", ("", "the other 2 processes to come for the store")]
+    actions = exchange(2, ["", "", ""])
+    with distributed.primary_first("the store", silent):
+        actions.append("body")
+    assert actions == [("", "process 0 to finish the store"), "body"]
+
+
+def test_a_mistake_that_the_first_process_finds_ends_all_of_them(exchange):
+    def run():
+        with distributed.primary_first("the store", silent):
+            actions.append("body")
+            raise UserError("the text is empty")
+
+    actions = exchange(0, ["", "", ""])
+    with pytest.raises(UserError, match="the text is empty"):
+        run()
+    assert actions == ["body", ("the text is empty", "the other 2 processes to come for the store")]
+    actions = exchange(1, ["the text is empty", "", ""])
+    with pytest.raises(UserError, match="the text is empty"):
+        run()
+    assert actions == [("", "process 0 to finish the store")]
+
+
+@pytest.fixture
 def disagreement(monkeypatch):
     """A function from the facts of each process, whose hosts are h0, h1, ..., to the error of all of them; empty: none."""
 
