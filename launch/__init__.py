@@ -1,1 +1,1 @@
-"""Running a training on other machines: a `Job`, the hardware it asks for, and one module for each target that can run it."""
+"""Runs on other machines: the description of a job, the hardware that it needs, and one module for each target."""

@@ -1,4 +1,4 @@
-"""The hardware that a job can ask for: hosts, devices, memory, and the names that cloud products use.
+"""The hardware that a job can request: hosts, devices, memory, and the names that cloud products use.
 
 An accelerator is named FAMILY-SIZE. TPU sizes are those of Cloud TPU: chips for v5e and v6e, TensorCores (two in a chip) for v4,
 v5p and 7x. GPU and CPU sizes count the devices of one node; "cpu-4" is a node on which JAX simulates four devices.
@@ -22,20 +22,20 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
-    """One TPU slice, or one node of GPUs or CPUs."""
+    """One TPU slice, or one node with GPUs or CPUs."""
 
     name: str
     kind: Literal["tpu", "gpu", "cpu"]
     family: str
     hosts: int
-    """Number of machines. Each runs one process, except where a target starts a process for each GPU."""
+    """Number of machines. Each runs one process, unless a target starts a process for each GPU."""
     chips_per_host: int
     devices_per_host: int
     """Number of devices that JAX sees on one host."""
     memory: int = 0
     """Memory of one device in bytes; 0 if it is not known."""
     gcloud: str = ""
-    """Accelerator type in Cloud TPU, which xpk calls the TPU type."""
+    """Accelerator type in Cloud TPU; xpk calls it the TPU type."""
     gke: str = ""
     """Value of the GKE node label gke-tpu-accelerator or gke-accelerator."""
     topology: str = ""
@@ -45,13 +45,14 @@ class Accelerator:
 
     @property
     def devices(self) -> int:
-        """Number of JAX devices in the whole slice or node."""
+        """Number of JAX devices in the slice or node."""
         return self.hosts * self.devices_per_host
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that select the devices of one host. With the platform named, a broken driver is an error; without it, JAX
-        would train on the CPU.
+        """Environment variables that select the devices of one host.
+
+        The platform is given so that a broken driver is an error. Otherwise, JAX would train on the CPU.
         """
         if self.kind == "cpu":
             return {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(self.devices_per_host)}
@@ -65,7 +66,7 @@ class Accelerator:
 
 _FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16"
-_TPUS = {  # name in gcloud and in GKE, GiB of one chip, what a chip adds to the size, devices of one chip, topologies
+_TPUS = {  # name in gcloud, name in GKE, GiB per chip, units of size per chip, devices per chip, topologies
     "v4": ("v4", "tpu-v4-podslice", 32, 2, 1, _CUBES),
     "v5e": ("v5litepod", "tpu-v5-lite-podslice", 16, 1, 1, _FLAT),
     "v5p": ("v5p", "tpu-v5p-slice", 95, 2, 1, f"{_CUBES} 4x4x12 4x8x12 16x16x16 16x16x24"),
@@ -75,10 +76,10 @@ _TPUS = {  # name in gcloud and in GKE, GiB of one chip, what a chip adds to the
 _ALIASES = {gcloud: family for family, (gcloud, *_) in _TPUS.items()}
 
 RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
-"""Software version of a TPU VM for each family that Cloud TPU offers as TPU VMs."""
+"""Software version for each family that Cloud TPU offers as TPU VMs."""
 
 
-_GPUS = {  # GB of one GPU from its data sheet, and the names in GKE and SkyPilot
+_GPUS = {  # GB per GPU from its data sheet, name in GKE, name in SkyPilot
     "l4": (24, "nvidia-l4", "L4"),
     "a100": (40, "nvidia-tesla-a100", "A100"),
     "a100-80gb": (80, "nvidia-a100-80gb", "A100-80GB"),
@@ -119,7 +120,7 @@ def _nodes() -> Iterator[Accelerator]:
 
 
 ACCELERATORS = {accelerator.name: accelerator for accelerator in (*_tpu_slices(), *_nodes())}
-"""All accelerators by their names."""
+"""All accelerators by name."""
 
 
 def parse_accelerator(name: str) -> Accelerator:

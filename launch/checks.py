@@ -1,4 +1,4 @@
-"""The checks of a job before anything is created: arithmetic on its config, and whether its processes can see every path.
+"""Checks of a job before anything is created: whether its config fits the hardware, and whether its processes can see all paths.
 
 None of them needs JAX or the accelerator.
 """
@@ -35,12 +35,12 @@ def check(job: Job, target: Any) -> None:
     """Checks that a target can run a job, as far as this machine can tell.
 
     Args:
-      job: what to run.
-      target: the target's module. It has `MOUNTS` (see `check_paths`), `UNSUPPORTED` (the options that it does not take, each
+      job: the job.
+      target: the target's module. It has `MOUNTS` (see `check_paths`), `UNSUPPORTED` (the options that it does not accept, each
         with the reason) and a function `check(job)` for its own requirements.
 
     Raises:
-      UserError: as `check_job` and `check_paths`, or the target does not support something that the job asks for.
+      UserError: as `check_job` and `check_paths`, or the target does not support something that the job requests.
     """
     check_paths(job, check_job(job), target.MOUNTS)
     for name, reason in target.UNSUPPORTED.items():
@@ -52,11 +52,11 @@ def check(job: Job, target: Any) -> None:
 
 
 def check_job(job: Job) -> RunConfig:
-    """Checks all that is the same on every target; returns the job's config with its overrides.
+    """Performs the checks that are the same on every target; returns the job's config with its overrides.
 
     Raises:
-      UserError: an option, the name, the config or its overrides are wrong; there is nothing to read or to start from; the mesh
-        does not fit the devices, or the batch and the model do not divide over it; or parameters, gradients and optimizer state
+      UserError: an option, the name, the config or an override is wrong; there is no text or checkpoint to start from; the mesh
+        does not fit the devices, or does not divide the batch and the model; or the parameters, gradients and optimizer state
         alone exceed the memory of the devices.
     """
     _check_options(job)
@@ -65,7 +65,7 @@ def check_job(job: Job) -> RunConfig:
     _check_input(job, config)
     sizes = mesh_sizes(config.mesh, job.accelerator, job.slices)
     check_batch(sizes, config.train.batch_size, config.train.grad_accum_steps)
-    if not isinstance(config, FinetuneConfig):  # The architecture of a fine-tuning is its checkpoint's.
+    if not isinstance(config, FinetuneConfig):  # For fine-tuning, the architecture is that of the checkpoint.
         check_model(sizes, config.model)
         _check_memory(config.model, sizes, job.accelerator)
     return config
@@ -91,13 +91,13 @@ def _check_options(job: Job) -> None:
 
 
 def _check_input(job: Job, config: RunConfig) -> None:
-    """Checks that a fine-tuning has a checkpoint to start from, and that a pre-training has text to read."""
+    """Checks that fine-tuning has a checkpoint to start from, or that pre-training has text to read."""
     if isinstance(config, FinetuneConfig):
         require(bool(config.init.from_), "init.from", "name the run or checkpoint to fine-tune, or none for random parameters")
     if isinstance(config, PretrainConfig) and not (config.data.store or config.data.source):
         store = Path(job.workdir) / "store" / "index.json"
         if not store.exists():
-            open_source(config.data)  # raises the error that the training would raise
+            open_source(config.data)  # raises the error that the run would raise
 
 
 def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[str, int]:
@@ -108,7 +108,7 @@ def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[
     """
     where = f" on {f'{slices} x ' if slices > 1 else ''}{accelerator.name}"
     sizes = resolve_mesh(mesh, accelerator.devices * slices, where)
-    # This keeps the other axes on the fast interconnect inside a slice or node, which CPUs do not have.
+    # This keeps the other axes on the fast interconnect inside a slice or node. CPUs do not have such an interconnect.
     if accelerator.kind != "cpu" and slices > 1:
         parts = "TPU slices" if accelerator.kind == "tpu" else "nodes"
         require(sizes["slice"] == slices, "mesh.slice", f"there are {slices} {parts}, so set --mesh.slice {slices}")
@@ -116,12 +116,12 @@ def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[
 
 
 def _check_memory(model: ModelConfig, sizes: Mapping[str, int], accelerator: Accelerator) -> None:
-    """Checks that the training state fits into the devices' memory, where that is known."""
+    """Checks that the training state fits into the devices' memory, if the size of the memory is known."""
     total = model.num_parameters * bytes_per_parameter(model)
     needed = total / (sizes["fsdp"] * sizes["tensor"])
     if not accelerator.memory or needed <= accelerator.memory:
         return
-    devices = sizes["data"] * sizes["fsdp"]  # what these two axes can share between them
+    devices = sizes["data"] * sizes["fsdp"]  # the number of devices to divide between these two axes
     possible = (size for size in range(1, devices + 1) if devices % size == 0 and model.embed_dim % size == 0)
     fitting = [size for size in possible if total / (size * sizes["tensor"]) <= accelerator.memory]
     advice = f"set --mesh.data -1 --mesh.fsdp {fitting[0]}" if fitting else "no --mesh.fsdp is large enough: use more devices"
@@ -143,13 +143,13 @@ def check_paths(job: Job, config: RunConfig, roots: tuple[str, ...]) -> None:
     """Checks that the processes can see the config file and every path that it and --workdir name.
 
     Args:
-      job: what to run.
-      config: its config.
-      roots: where the target mounts storage on its workers, which are other machines (`BUCKETS`, `CLAIMS`); empty if processes
-        see the same files as this machine, and no buckets.
+      job: the job.
+      config: the job's config.
+      roots: folders in which the target mounts storage on its workers, if they are other machines (`BUCKETS`, `CLAIMS`); empty if
+        the processes see the same files as this machine, and no buckets.
 
     Raises:
-      UserError: a path is on this machine only, is not valid, or stands where the launcher cannot see that it must be mounted.
+      UserError: a path is only on this machine, is not valid, or is only in the config, so that the launcher would not mount it.
     """
     if not roots:
         for field, path in _paths(job, config):
@@ -181,7 +181,7 @@ def _paths(job: Job, config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def _check_mount(field: str, path: str, roots: tuple[str, ...]) -> None:
-    """Checks that a path lies in storage that workers mount."""
+    """Checks that a path is in storage that the workers mount."""
     form = "gs://BUCKET/PATH or /mnt/CLAIM/PATH" if CLAIMS in roots else "gs://BUCKET/PATH"
     match = re.fullmatch(f"({BUCKETS}|{CLAIMS})([^/]*)(.*)", to_mount_paths([path])[0])
     if match is None or match[1] not in roots:

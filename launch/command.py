@@ -1,6 +1,6 @@
-"""The commands `gpt-jax launch` and `gpt-jax supervise`: their arguments, and the call of the target.
+"""The commands `gpt-jax launch` and `gpt-jax supervise`: their arguments, and the calls that run them.
 
-Importing this module needs only the standard library; a target and the checks are imported when a job is launched.
+Importing this module needs only the standard library. The target's module and the checks are imported when a job is launched.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ TARGETS = {
     "slurm": "a SLURM cluster, as a batch job",
     "sky": "SkyPilot, as a managed job",
 }
-"""The targets, each the module of that name, with their help texts."""
+"""The targets with their help texts. Each target has a module of the same name."""
 OPTIONS = {field.name: field for field in dataclasses.fields(Job) if "help" in field.metadata}
 EXCLUSIVE = {"processes": "local", "delete_on_exit": "tpu-vm"}
-"""The options that only one target takes, and that target."""
+"""The options that only one target accepts, with the target."""
 
 
 def add_launch(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `gpt-jax launch`. Arguments that it does not know are overrides of config fields."""
+    """Adds the arguments of `gpt-jax launch`. Unknown arguments are treated as overrides of config fields."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     targets = "".join(f"  {name:<8}{text}\n" for name, text in TARGETS.items())
     overrides = "--SECTION.FIELD VALUE: any field of the config, as for gpt-jax pretrain and finetune"
@@ -116,7 +116,7 @@ def _job(options: argparse.Namespace, overrides: list[str]) -> Job:
 
 
 def _warn_of_changes(job: Job, target: str) -> None:
-    """Warns that something other than the commit runs, or that workers will lack a file."""
+    """Warns if the job runs something other than the commit, or if workers will not have some of the files."""
     checkout = git_info.find_checkout()
     if checkout.diff:
         record = "the image contains the files it was built from" if job.image else "the run keeps them as uncommitted.diff"

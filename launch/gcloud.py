@@ -1,4 +1,4 @@
-"""The gcloud commands that `tpu_watch` runs, what their output means, and running several at once.
+"""The gcloud commands that `tpu_watch` runs, with functions to run several at once and to parse their output.
 
 Sources: gcloud's reference for `compute tpus queued-resources` and `compute tpus tpu-vm` (Google Cloud documentation, 2026).
 """
@@ -23,16 +23,16 @@ from .job import Job, to_mount_paths
 from .supervise import kill, spawn
 
 LABEL = "gpt-jax"
-"""Label of a queued resource; its value identifies the run that the resource was made for."""
+"""Label of a queued resource. Its value identifies the run that the resource was created for."""
 REFUSALS = re.compile(
     "PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|FAILED_PRECONDITION|OUT_OF_RANGE|UNIMPLEMENTED|SERVICE_DISABLED|quota"
     "|reauthentication|credentials|gcloud auth|does not have permission|not been used in project|arguments?|must be specified"
     "|invalid|HTTPError 40[013]",
     re.IGNORECASE,
 )
-"""Errors that a second attempt would repeat; any other error may pass."""
+"""Errors that a second attempt would repeat. Any other error may be temporary."""
 NETWORK = re.compile("Max retries|Connection|resol(ve|ution)|timed? ?out|Temporary|UNAVAILABLE|DEADLINE_EXCEEDED")
-"""Errors of a network that is down, for which gcloud may wrongly advise to log in again."""
+"""Network errors, for which gcloud may wrongly advise the user to log in again."""
 
 
 class Result(NamedTuple):
@@ -45,7 +45,7 @@ class Result(NamedTuple):
 
     @property
     def problem(self) -> str:
-        """The error message of gcloud in one line."""
+        """The error message of gcloud as one line."""
         if self.code is None:
             return "gcloud did not answer in time"
         _, error, text = self.errors.strip().rpartition("ERROR:" if "ERROR:" in self.errors else "\n")
@@ -72,7 +72,7 @@ class Gcloud:
         hardware = [*nodes, *kind, *(["--spot"] if job.spot else [])]
         owner = json.dumps([to_mount_paths([job.workdir]), hardware])
         self.owner = hashlib.sha256(owner.encode()).hexdigest()[:16]
-        """Value of the label. Two commands share a resource if they have the same run's folder and hardware."""
+        """Value of the label. Two commands share a resource if the run's folder and the hardware are the same."""
         self.folder = f"gpt-jax/{job.name}"
         """Folder on each worker, below the home folder."""
         self.create = self._resource("create", *hardware, "--labels", f"{LABEL}={self.owner}")
@@ -86,7 +86,7 @@ class Gcloud:
         return [self._node("scp", *paths, f"{node}:{self.folder}/", "--worker", "all") for node in self.nodes]
 
     def ask(self, words: str) -> list[list[str]]:
-        """Returns a command for each node that runs `tpu_worker.py WORDS` on its workers; one without its files answers {}."""
+        """Returns a command for each node that runs `tpu_worker.py WORDS` on its workers; without the files, they answer {}."""
         missing = f"if test ! -f tpu_worker.py -o ! -f job.json; then echo; echo {tpu_worker.MARK} $HOSTNAME {{}}; exit; fi"
         script = f"mkdir -p {self.folder} && cd {self.folder} && {missing}; python3 tpu_worker.py {words}"
         return [self._node("ssh", node, "--worker", "all", "--command", script) for node in self.nodes]
@@ -98,7 +98,7 @@ class Gcloud:
         return ["gcloud", "compute", "tpus", "tpu-vm", verb, *words, *self._place]
 
     def parse_resource(self, result: Result) -> tuple[str, str]:
-        """Returns the state of the queued resource (as in `tpu_watch.Observation`) and its message, from what `describe` gave."""
+        """Returns the state of the queued resource (as in `tpu_watch.Observation`) and a message, from the output of `describe`."""
         if result.code != 0:
             missing = "NOT_FOUND" in result.errors
             return ("", "") if missing else ("REFUSED" if result.refused else "UNKNOWN", result.problem)
@@ -128,9 +128,9 @@ def parse_statuses(node: str, output: str) -> dict[str, dict[str, Any]]:
 
 
 def run_all(commands: Sequence[Sequence[str]], limit: float) -> list[Result]:
-    """Runs commands at the same time, and kills those that take longer than `limit` seconds, with the ssh they wait for.
+    """Runs commands at the same time, and kills those that take longer than `limit` seconds, including their ssh processes.
 
-    The output of a killed command is kept: if one worker is silent, the others have answered.
+    The output of a killed command is kept, because other workers may have answered even if one is silent.
     """
     deadline = time.monotonic() + limit
     processes: list[subprocess.Popen[bytes]] = []

@@ -1,8 +1,9 @@
 """Google Kubernetes Engine: a JobSet with one Job for each slice or node, one pod for each host, and one process in each pod.
 
-Restarts have two levels. A process that crashes is restarted in its pod by `gpt-jax supervise`, which counts. A pod that
-Kubernetes takes away ends with 42 or is gone; its Job fails, and the JobSet creates all Jobs again, `preemptions` times. A pod
-that ends in any other way would only fail again: the pod failure policy fails its Job for that reason, and the JobSet with it.
+There are two levels of restarts. If a process crashes, `gpt-jax supervise` restarts it in its pod and counts the crashes. If
+Kubernetes evicts a pod, the pod ends with 42 or disappears; its Job fails, and the JobSet creates all Jobs again, up to
+`preemptions` times. A pod that ends in any other way would only fail again, so the pod failure policy fails its Job and the
+JobSet.
 
 Sources: "JobSet API v1alpha2" and its failure policy; "Job" and "Pod failure policy" (Kubernetes documentation); "Deploy TPU
 workloads in GKE", "Deploy TPU Multislices in GKE" and "Cloud Storage FUSE CSI driver" (Google Cloud documentation).
@@ -28,20 +29,20 @@ UNSUPPORTED: dict[str, str] = {}
 WORKERS = "workers"
 """Name of the JobSet's group of Jobs."""
 USER = 1000
-"""User of the container (launch/Dockerfile), who must own what is mounted."""
+"""User id in the container (launch/Dockerfile). This user must own the mounted files."""
 MEGASCALE_PORT = 8080
 TPU_PORT = 8471
 BUCKET_OPTIONS = f"implicit-dirs,uid={USER},gid={USER},file-system:rename-dir-limit:200000"
-"""Mount options of Cloud Storage FUSE, which refuses to rename folders with more files; a checkpoint is completed by a rename."""
+"""Mount options of Cloud Storage FUSE. A checkpoint is completed by renaming its folder, which fails if it has too many files."""
 KILLED = (137, 143)
-"""Exit codes of a container that was killed from outside: 128 + SIGKILL, 128 + SIGTERM."""
+"""Exit codes of a container that was killed from outside: 128 + SIGKILL and 128 + SIGTERM."""
 
 
 def check(job: Job) -> None:
     """Checks the options that GKE restricts.
 
     Raises:
-      UserError: there is no image, or the job asks for something that GKE does not support.
+      UserError: there is no image, or the job requests something that GKE does not support.
     """
     accelerator = job.accelerator
     if accelerator.kind != "tpu":
@@ -79,19 +80,19 @@ def submit(job: Job) -> int:
 
 def _jobset(job: Job) -> dict[str, Any]:
     hosts = job.accelerator.hosts
-    # Only a pod's disruption and these exit codes may lead to a restart. The first rule that matches a failed pod decides.
+    # Only a pod's disruption and these exit codes lead to a restart. The first rule that matches a failed pod applies.
     exit_codes = {"containerName": "train", "operator": "NotIn", "values": [RESTART_CODE, *KILLED]}
     disruption = {"action": "Count", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     job_spec = {
         **{"completionMode": "Indexed", "completions": hosts, "parallelism": hosts},
-        "backoffLimit": 0,  # A counted failure fails the Job as BackoffLimitExceeded, on which the JobSet restarts.
+        "backoffLimit": 0,  # A counted failure fails the Job with BackoffLimitExceeded, and the JobSet restarts.
         "podFailurePolicy": {"rules": [disruption, {"action": "FailJob", "onExitCodes": exit_codes}]},
         "template": _pod(job),
     }
     metadata: dict[str, Any] = {"name": job.name}
     if job.queue:
         metadata["labels"] = {"kueue.x-k8s.io/queue-name": job.queue}
-    if job.accelerator.kind == "tpu":  # All pods of a Job run on the hosts of one slice, which are a node pool.
+    if job.accelerator.kind == "tpu":  # All pods of a Job run on the hosts of one slice, which form a node pool.
         metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     failure_policy = {
         "maxRestarts": job.preemptions,
@@ -124,13 +125,13 @@ def _pod(job: Job) -> dict[str, Any]:
     }
     if not mount_names(job.command(), BUCKETS):
         return {"spec": spec}
-    # The sidecar that mounts buckets may use what it needs; its default limits are smaller than a checkpoint.
+    # The sidecar that mounts buckets has no limits, because its default limits are smaller than a checkpoint.
     limits = {f"gke-gcsfuse/{name}-limit": "0" for name in ("cpu", "memory", "ephemeral-storage")}
     return {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true", **limits}}, "spec": spec}
 
 
 def _volumes(job: Job) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Returns the path and the source of each volume by its name."""
+    """Returns the path and the source of each volume, by the name of the volume."""
     volumes: dict[str, tuple[str, dict[str, Any]]] = {}
     volumes["shm"] = "/dev/shm", {"emptyDir": {"medium": "Memory"}}  # libtpu and NCCL need more than the default 64 MiB.
     for number, bucket in enumerate(mount_names(job.command(), BUCKETS)):
@@ -148,7 +149,7 @@ def _container(job: Job) -> dict[str, Any]:
     ports = {"jax": PORT} | ({"tpu": TPU_PORT} if accelerator.kind == "tpu" else {})
     if job.is_multislice:
         ports["megascale"] = MEGASCALE_PORT
-    # Kubernetes leaves $((...)) to the shell, because it is not the name of a variable.
+    # Kubernetes leaves $((...)) to the shell, because it does not contain the name of a variable.
     script = f'export JAX_PROCESS_ID=$((SLICE_INDEX * {accelerator.hosts} + JOB_COMPLETION_INDEX)); exec "$@"'
     return {
         "name": "train",
@@ -187,7 +188,7 @@ def _node_labels(job: Job) -> dict[str, str]:
 
 
 def _xpk_commands(job: Job) -> list[str]:
-    """Returns the commands of xpk for the same job: one for each bucket, and one for the workload, with xpk's own manifest."""
+    """Returns the xpk commands for the same job: one for each bucket, and one for the workload. xpk writes its own manifest."""
     place = ["--cluster=CLUSTER"]
     place += [f"--{name}={value}" for name, value in (("project", job.project), ("zone", job.zone)) if value]
     buckets = mount_names(job.command(), BUCKETS)

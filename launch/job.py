@@ -1,4 +1,4 @@
-"""One training that is to run somewhere else, described in terms that mean the same on every target."""
+"""The description of a training job, in terms that have the same meaning on every target."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gpt_jax.errors import Preempted, UserError
 from .accelerators import Accelerator
 
 RESTART_CODE = Preempted.exit_code
-"""Exit code of a run that was asked to stop and has saved its state, so it should be started again."""
+"""Exit code of a run that was asked to stop and has saved its state. It means that the run should be started again."""
 PORT = 1234
-"""Port of process 0 on which the other processes reach it."""
+"""Port on which the other processes reach process 0."""
 BUCKETS = "/gcs/"
-"""Folder where workers mount Cloud Storage: gs://BUCKET/PATH is /gcs/BUCKET/PATH there."""
+"""Folder where workers mount Cloud Storage: gs://BUCKET/PATH becomes /gcs/BUCKET/PATH."""
 CLAIMS = "/mnt/"
-"""Folder where pods mount volumes: /mnt/CLAIM/PATH lies in the PersistentVolumeClaim CLAIM."""
+"""Folder where pods mount volumes: /mnt/CLAIM/PATH is a path in the PersistentVolumeClaim CLAIM."""
 
 
 def _option(default: Any, text: str) -> Any:
@@ -29,7 +29,7 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One training: what to run, on which hardware, and how often to restart it.
+    """A training job: the command to run, its hardware, and its limits for restarts.
 
     The fields with a default are options of `gpt-jax launch`, which shows their help texts.
     """
@@ -45,7 +45,7 @@ class Job:
     """Name of the job, made of a-z, 0-9 and "-"; `default_name` derives one from the config."""
     accelerator: Accelerator
     slices: int = _option(1, "number of TPU slices, or of nodes with GPUs or CPUs")
-    seeds: int = _option(1, "number of fine-tunings to run one after the other, each with a seed of its own")
+    seeds: int = _option(1, "number of fine-tuning runs, one after the other, each with its own seed")
     zone: str = _option("", "zone of the cloud")
     project: str = _option("", "project of the cloud, or account in SLURM (default: the configured one)")
     queue: str = _option("", "LocalQueue of Kueue, or partition of SLURM (default: the cluster's)")
@@ -53,9 +53,9 @@ class Job:
     spot: bool = _option(False, "use cheaper machines that may be preempted")
     preemptions: int = _option(100, "maximum number of restarts after preemptions, which end with exit code 42")
     crashes: int = _option(3, "maximum number of restarts after other failures")
-    grace_seconds: int = _option(120, "seconds from SIGTERM to SIGKILL, in which a checkpoint must be saved")
+    grace_seconds: int = _option(120, "seconds between SIGTERM and SIGKILL, in which a checkpoint must be saved")
     processes: int = _option(1, "local: number of processes that share the accelerator's devices")
-    delete_on_exit: bool = _option(False, "tpu-vm: delete the queued resource at the end, also after Ctrl-C")
+    delete_on_exit: bool = _option(False, "tpu-vm: delete the queued resource at the end, even after Ctrl-C")
 
     @property
     def is_multislice(self) -> bool:
@@ -68,13 +68,13 @@ class Job:
         return ["gpt-jax", self.verb, self.config, "--workdir", self.workdir, *seeds, *self.overrides]
 
     def supervised_command(self) -> list[str]:
-        """Returns `command` under `gpt-jax supervise`, which restarts a process where it ran."""
+        """Returns `command` under `gpt-jax supervise`, which restarts the process on the same machine."""
         budget = [f"--preemptions={self.preemptions}", f"--crashes={self.crashes}", f"--grace-seconds={self.grace_seconds}"]
         return ["gpt-jax", "supervise", *budget, "--", *self.command()[1:]]
 
 
 def default_name(config: str) -> str:
-    """Returns a job's name made from a config's: "finetune/cola" becomes "finetune-cola", "my/Big.py" becomes "big"."""
+    """Returns the default name of a job: the config "finetune/cola" gives "finetune-cola", and "my/Big.py" gives "big"."""
     stem = Path(config).stem if config.endswith(".py") else config
     return re.sub("[^a-z0-9]+", "-", stem.lower()).strip("-")[:40].strip("-") or "run"
 
@@ -85,7 +85,7 @@ def to_mount_paths(words: Iterable[str]) -> list[str]:
 
 
 def mount_names(words: Iterable[str], root: str) -> list[str]:
-    """Returns the names that follow `root` (`BUCKETS` or `CLAIMS`) in the paths among the words, each once."""
+    """Returns the distinct names that follow `root` (`BUCKETS` or `CLAIMS`) in those words that are paths."""
     matches = (re.match(f"(?:--[^=]*=)?{root}([^/]+)", word) for word in to_mount_paths(words))
     return list(dict.fromkeys(match[1] for match in matches if match))
 

@@ -1,4 +1,4 @@
-"""Several processes on this machine under one supervisor: one process for each GPU, or several simulated hosts on a CPU."""
+"""Several processes on this machine under one supervisor: one process for each GPU, or several simulated hosts on the CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(job: Job) -> None:
 
 
 def render(job: Job) -> str:
-    """Returns what `submit` runs as shell commands. PORT stands for a free port, a new one for each attempt."""
+    """Returns shell commands that are equivalent to `submit`. PORT represents a free port, a new one for each attempt."""
     lines = [shlex.join(["unset", *hidden])] if (hidden := _hidden_variables()) else []
     for log, variables in zip(_logs(job), _environments(job, "PORT"), strict=True):
         words = [*(f"{name}={value}" for name, value in variables.items()), *job.command()]
@@ -63,7 +63,7 @@ def submit(job: Job) -> int:
                 with open(log, "ab") as output:
                     environment = inherited | variables
                     started.append(spawn(command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment))
-        except BaseException:  # The processes that run would wait for those that do not.
+        except BaseException:  # The processes that have started would wait for the others.
             kill(started)
             raise
         return started
@@ -81,7 +81,7 @@ def submit(job: Job) -> int:
 
 
 def _environments(job: Job, port: str) -> list[dict[str, str]]:
-    """Returns the variables of each process: its devices and, if there are several, its number and the address of the first."""
+    """Returns the environment variables of each process: its devices and, if there are several, how to join the others."""
     share = job.accelerator.devices // job.processes
     environments = []
     for number in range(job.processes):
@@ -97,7 +97,7 @@ def _environments(job: Job, port: str) -> list[dict[str, str]]:
 
 
 def _hidden_variables() -> list[str]:
-    """Returns the variables that are not passed on: with SLURM_LOCALID set, JAX would take one device."""
+    """Returns the variables that are not passed on to processes, because JAX would use only one device with SLURM_LOCALID set."""
     return sorted(name for name in os.environ if name.startswith("SLURM_"))
 
 

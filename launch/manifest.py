@@ -1,4 +1,4 @@
-"""YAML documents that people read before they submit them."""
+"""YAML documents that are easy to read, because people check them before they submit them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a string of several lines as a block."""
+    """A YAML writer that writes a string with several lines as a block."""
 
 
 _Dumper.add_representer(

@@ -1,7 +1,7 @@
-"""SkyPilot: a task for managed jobs, which finds machines in any cloud and starts the training again when they are lost.
+"""SkyPilot: a task for a managed job, for which SkyPilot finds machines in any cloud and replaces them when they are lost.
 
-SkyPilot's controller restarts the job: always after a preemption and after exit code 42, and up to `crashes` times after other
-failures. It has no limit for preemptions.
+SkyPilot's controller always restarts the job after a preemption and after exit code 42. After other failures, it restarts the job
+up to `crashes` times. It has no limit for preemptions.
 
 Source: "Task YAML" and "Managed jobs" (SkyPilot documentation, 0.14).
 """
@@ -30,15 +30,15 @@ UNSUPPORTED = {
 }
 
 DIFF = "~/uncommitted.diff"
-"""Path on the machines of the file with the uncommitted changes."""
-# uv is looked for where pip installs programs for a user.
+"""Path of the file with the uncommitted changes on the machines."""
+# The PATH includes the folder where pip installs programs for a user.
 SETUP = """\
 export PATH="$HOME/.local/bin:$PATH"
 command -v uv > /dev/null || python3 -m pip install --quiet --user uv
 uv venv --quiet --python 3.12 .venv
 uv pip install --quiet --python .venv/bin/python --constraint constraints/py312.txt '.[{extras}]'
 """
-"""Installs the checkout, which SkyPilot copies to every host, with the locked versions."""
+"""Shell commands that install the checkout, which SkyPilot copies to every host, with the locked package versions."""
 
 
 def check(job: Job) -> None:
@@ -85,7 +85,7 @@ def _launch_command(job: Job, file: str) -> list[str]:
 
 
 def _diff_file(job: Job) -> Path:
-    """The file on this machine with the uncommitted changes. An image needs none: its folder keeps its own record."""
+    """Returns the path on this machine of the file with the uncommitted changes. It is not used with an image."""
     return Path("~/.cache/gpt_jax/launch").expanduser() / job.name / "uncommitted.diff"
 
 
@@ -111,7 +111,7 @@ def _resources(job: Job) -> dict[str, Any]:
     accelerator = job.accelerator
     resources: dict[str, Any] = {"use_spot": job.spot}
     if accelerator.kind == "tpu":
-        # Without a version, SkyPilot would install that of v5p on v5e too.
+        # Without a version, SkyPilot would install the runtime for v5p on v5e too.
         runtime = {"runtime_version": RUNTIMES[accelerator.family]}
         resources |= {"cloud": "gcp", "accelerators": accelerator.sky, "accelerator_args": runtime}
     elif accelerator.kind == "gpu":

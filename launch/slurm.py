@@ -1,8 +1,8 @@
-"""SLURM: a batch file that starts one process for each GPU, or each node without GPUs, and requeues itself after failures.
+"""SLURM: a batch file that starts one process for each GPU, or for each node without GPUs, and requeues its job after failures.
 
-The batch script counts. A step that ends with 42 was asked to stop and has saved its state: the job is requeued, up to
-`preemptions` times. After a crash it is requeued up to `crashes` times, and never after a user's mistake. SLURM's own count
-includes restarts of every kind, so the number of crashes is kept in a file beside the logs.
+The batch file counts the restarts. A job step that ends with 42 was asked to stop and has saved its state; the job is requeued up
+to `preemptions` times. After a crash, the job is requeued up to `crashes` times, but never after a user's mistake. SLURM's own
+count includes restarts of every kind, so the number of crashes is kept in a file in the folder of the logs.
 
 Sources: the manual pages sbatch, srun, scontrol and slurm.conf (SLURM 22.05 and later).
 """
@@ -26,13 +26,13 @@ UNSUPPORTED = {
 }
 
 STRAGGLER_SECONDS = 600
-"""A process that outlives another one by this time hangs, and is killed."""
+"""Time after the end of the first process at which remaining processes are killed, because they are assumed to hang."""
 MAX_GRACE_SECONDS = 65535
-"""Largest value of sbatch's --signal."""
+"""Maximum time in sbatch's --signal."""
 
 
 def check(job: Job) -> None:
-    """Checks what sbatch restricts.
+    """Checks the options that sbatch restricts.
 
     Raises:
       UserError: a check fails.

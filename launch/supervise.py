@@ -4,11 +4,11 @@ The exit code of an attempt (README, "A run's folder") decides:
 
     0       done           stop and return 0
     2       a mistake      stop and return 2, because a restart would fail in the same way
-    42      preempted      restart, while the budget of preemptions lasts (many)
-    other   crashed        restart, while the budget of crashes lasts (few) and crashes do not repeat: after two with the same
-                           exit code and no progress between them, a third would end there too
+    42      preempted      restart, unless the limit of preemptions is reached (many)
+    other   crashed        restart, unless the limit of crashes is reached (few) or the crash repeats: after two crashes with the
+                           same exit code and no progress between them, a third one would be the same
 
-With several processes, the first one that fails ends the attempt, because the others can only wait for it.
+With several processes, the first process that fails ends the attempt, because the others can only wait for it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def classify_exit(codes: Iterable[int]) -> tuple[Outcome, int]:
     """Returns the outcome of an attempt, and the exit code that shows the cause.
 
     Args:
-      codes: the exit codes of its processes; a negative one is the signal that ended the process. A process that lost another
-        one ends with 1, so any other code is closer to the cause.
+      codes: the exit codes of its processes. A negative code is the signal that ended the process. A process that loses the
+        connection to another one ends with 1, so any other code is closer to the cause.
     """
     failed = [code for code in codes if code != 0]
     for outcome in (Outcome.MISTAKE, Outcome.PREEMPTED):
@@ -60,7 +60,7 @@ def classify_exit(codes: Iterable[int]) -> tuple[Outcome, int]:
 
 
 def describe_exit(code: int) -> str:
-    """Returns an exit code in words. A signal is 128 plus its number in a shell, and its negative number in Python."""
+    """Returns a phrase for an exit code. A signal is represented by 128 plus its number (shells) or its negative (Python)."""
     number = -code if code < 0 else code - 128
     try:
         name = signal.Signals(number).name
@@ -74,13 +74,13 @@ class RestartDecision(NamedTuple):
 
     restart: bool
     message: str
-    """One line with the event and the decision."""
+    """One line that describes the event and the decision."""
     delay: float = 0.0
     """Seconds to wait before the restart."""
 
 
 class RestartBudget:
-    """Counts preemptions and crashes, and decides after each whether to restart.
+    """Counts preemptions and crashes, and decides after each one whether to restart.
 
     The delay before a restart doubles while the run makes no progress, from one second to five minutes.
 
@@ -100,12 +100,12 @@ class RestartBudget:
         return f"preemptions: {self._counts[Outcome.PREEMPTED]}, crashes: {self._counts[Outcome.CRASHED]}"
 
     def decide(self, outcome: Outcome, reason: str, step: int | None) -> RestartDecision:
-        """Counts a failed attempt and decides what follows.
+        """Counts a failed attempt and decides whether to restart.
 
         Args:
           outcome: PREEMPTED or CRASHED.
-          reason: the cause in words; two crashes are alike if their reasons are equal.
-          step: number of updates that the run has made, or None where it is unknown.
+          reason: a phrase for the cause. Two crashes count as the same if their reasons are equal.
+          step: number of updates that the run has made, or None if it is unknown.
         """
         self._counts[outcome] += 1
         count, limit = self._counts[outcome], self._limits[outcome]
@@ -125,9 +125,9 @@ class RestartBudget:
 
 
 def count_steps(workdir: str) -> int | None:
-    """Returns the number of updates of all runs in a folder (a fine-tuning may have one run for each seed).
+    """Returns the total number of updates of all runs in a folder (fine-tuning may have one run for each seed).
 
-    Returns None where it is unknown: no folder is given, or the folder is not on a file system.
+    Returns None if the number is unknown because no folder is given or the folder is not on a file system.
     """
     if not workdir or "://" in workdir:
         return None
@@ -135,14 +135,14 @@ def count_steps(workdir: str) -> int | None:
 
 
 def show(text: str) -> None:
-    """Writes to standard error. A closed terminal is no reason to end, since processes or machines still have to be stopped."""
+    """Writes to standard error. A closed terminal is ignored, because processes or machines still have to be stopped."""
     with contextlib.suppress(OSError):
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 def say(line: str) -> None:
-    """Shows a line of `gpt-jax supervise`."""
+    """Shows a line with the prefix of `gpt-jax supervise`."""
     show(f"supervise: {line}\n")
 
 
@@ -154,17 +154,17 @@ class Supervisor:
     """Starts all processes of one attempt."""
     budget: RestartBudget
     grace_seconds: float
-    """Time between asking a process to end and killing it, in which it must save a checkpoint."""
+    """Time in seconds between asking a process to end and killing it, in which it must save a checkpoint."""
     steps: Callable[[], int | None]
     """Returns the number of updates that the run has made."""
     tick: Callable[[], None] = lambda: None
-    """Called about twenty times a second while processes run."""
+    """A function that is called about twenty times a second while processes run."""
     say: Callable[[str], None] = say
     sleep: Callable[[float], None] = time.sleep
     clock: Callable[[], float] = time.monotonic
 
     def run(self) -> int:
-        """Returns 0 when the run is done, 2 after a user's mistake, 1 after giving up, 42 after a request to stop."""
+        """Returns 0 when the run is done, 2 after a user's mistake, 1 after giving up, and 42 after a request to stop."""
         with StopSignals() as stop:
             while True:
                 outcome, code = classify_exit(self._attempt(stop))
@@ -187,7 +187,7 @@ class Supervisor:
                     return Preempted.exit_code
 
     def _attempt(self, stop: StopSignals) -> list[int]:
-        """Waits until every process has ended; returns the exit codes of the first ones to fail, or all if none failed first."""
+        """Waits for all processes to end; returns the exit codes of the first ones that failed, or of all if none failed."""
         processes = self.start()
         decisive: list[int] = []
         deadline: float | None = None
@@ -214,15 +214,15 @@ class Supervisor:
 
 
 def spawn(command: Sequence[str], **options: Any) -> subprocess.Popen[bytes]:
-    """Starts a process in its own session, so that Ctrl-C reaches only this process, which passes it on once, as SIGTERM.
+    """Starts a process in its own session, so that Ctrl-C only reaches the current process, which passes it on once as SIGTERM.
 
-    A training that receives Ctrl-C twice ends without saving.
+    A run that receives Ctrl-C twice would end without saving.
     """
     return subprocess.Popen(command, start_new_session=True, **options)
 
 
 def kill(processes: Iterable[subprocess.Popen[bytes]]) -> None:
-    """Kills those processes started by `spawn` that are still running, and their children."""
+    """Kills processes that were started by `spawn` and are still running, with their children."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Cloud TPU VMs: a training on a queued resource, which is watched, and requested again after a preemption.
+"""Cloud TPU VMs: a run on a queued resource, which is watched, and requested again after a preemption.
 
-`tpu_watch` is the watch, with the commands of `gcloud`. `tpu_worker` runs on the workers; it is copied there with the commit. No
-state is kept on this machine: the same command, run again, attaches to what it finds, if the resource's label shows that it was
-made for this run.
+`tpu_watch` watches the resource with the commands of `gcloud`. `tpu_worker` is copied to the workers with the commit and runs
+there. No state is kept on this machine. If the same command is run again, it attaches to an existing resource whose label shows
+that it was created for this run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNSUPPORTED = {"queue": "Cloud TPU has one queue for each zone", "image": "tpu-v
 
 
 def check(job: Job) -> None:
-    """Checks the hardware and the zone, and that the commit and the config can be sent to the workers.
+    """Checks the hardware and the zone, and checks that the commit and the config can be sent to the workers.
 
     Raises:
       UserError: a check fails.
@@ -54,7 +54,7 @@ def check(job: Job) -> None:
 
 
 def render(job: Job) -> str:
-    """Returns the commands that `submit` runs if nothing fails, with comments on what it does otherwise."""
+    """Returns the commands that `submit` runs if nothing fails, with comments that describe what it does otherwise."""
     checkout, gcloud, poll = git_info.find_checkout(), Gcloud(job), f"every {DEFAULT_TIMING.poll:g} s"
     sent = ", ".join(file.name for file in _files(job) if file.suffix != ".bundle")
 
@@ -88,7 +88,7 @@ def submit(job: Job, timing: Timing = DEFAULT_TIMING) -> int:
     """Runs the training on TPU VMs until it is done; returns the exit code described at `TpuWatcher.run`.
 
     Raises:
-      UserError: gcloud or its key is missing, another command watches the job, or gcloud or the training refuses it.
+      UserError: gcloud or its key is missing, another command watches the job, or gcloud or the training reports a mistake.
     """
     require_tool("gcloud", "install the Google Cloud CLI, then run `gcloud auth login`")
     if job.accelerator.hosts > 1:
@@ -102,7 +102,7 @@ def submit(job: Job, timing: Timing = DEFAULT_TIMING) -> int:
 
 
 def _check_ssh_key() -> None:
-    """Checks, before anything costs money, that gcloud can reach several workers: for that it needs a key in the ssh agent."""
+    """Checks that gcloud can reach several workers, which requires a key in the ssh agent, before anything costs money."""
     key = Path("~/.ssh/google_compute_engine").expanduser()
     public = key.with_suffix(".pub")
     if not public.exists():
@@ -114,7 +114,7 @@ def _check_ssh_key() -> None:
 
 @contextlib.contextmanager
 def _lock(job: Job) -> Iterator[None]:
-    """Holds a lock on the job's folder, because two watches would undo each other's work.
+    """Holds a lock on the job's folder, because two commands that watch a job would undo each other's work.
 
     Raises:
       UserError: another command on this machine holds it.
@@ -127,17 +127,17 @@ def _lock(job: Job) -> Iterator[None]:
 
 
 def _folder(job: Job) -> Path:
-    """The folder on this machine where the files for the workers are made, one for each resource."""
+    """Returns the folder on this machine for the files that are sent to the workers. Each resource has its own folder."""
     return Path("~/.cache/gpt_jax/launch/tpu-vm").expanduser() / (job.project or "default-project") / job.zone / job.name
 
 
 def _files(job: Job) -> list[Path]:
-    """The files that are copied to every worker."""
+    """Returns the paths of the files that are copied to every worker."""
     return [_folder(job) / name for name in ("tpu_worker.py", "job.json", "source.bundle", "uncommitted.diff")]
 
 
 def _bundle(job: Job, checkout: git_info.Checkout) -> list[str]:
-    """The command that packs the commit and its history into a file, so that workers need no access to a repository."""
+    """Returns the command that packs the commit and its history into a file, so that workers need no access to a repository."""
     return ["git", "-C", str(checkout.folder), "bundle", "create", "--quiet", str(_folder(job) / "source.bundle"), "HEAD"]
 
 

@@ -1,4 +1,4 @@
-"""The watch over a training on Cloud TPU VMs: it observes, decides and acts until nothing is left to do.
+"""Watches a run on Cloud TPU VMs: observes its state, decides what to do, and acts, until the run is done.
 
 `decide` holds all rules, from one observation to the next action. `TpuWatcher` makes the observations and carries out the actions
 with the commands of `gcloud`.
@@ -39,21 +39,22 @@ class Timing(NamedTuple):
     poll: float = 15.0
     """Time between two observations."""
     settle: float = 60.0
-    """Time from the end of a training to its classification. A resource stays ACTIVE for a while after its machines are gone."""
+    """Time from the end of the training to its classification. A resource stays ACTIVE for a while after its machines are
+    gone."""
     patience: float = 300.0
-    """Time limit for a worker that does not answer while its resource is ACTIVE, and for gcloud when it refuses."""
+    """Time limit for a worker that does not answer while its resource is ACTIVE, and for gcloud when it reports errors."""
     answer: float = 90.0
-    """Time limit of one command on all workers."""
+    """Time limit for one command on all workers."""
     install: float = 1800.0
-    """Time limit of copying the files, of installing, and of starting."""
+    """Time limit for copying the files, for installing, and for starting."""
     change: float = 900.0
-    """Time limit of creating or deleting a resource."""
+    """Time limit for creating or deleting a resource."""
 
 
 DEFAULT_TIMING = Timing()
 
 
-# -- what is observed, and what is done about it ----------------------------------------------------------------------------
+# -- observations and actions -----------------------------------------------------------------------------------------------
 
 
 class Observation(NamedTuple):
@@ -68,11 +69,11 @@ class Observation(NamedTuple):
     "other" (another command's training runs), "silent" (a worker does not answer) or "gone" (a machine is lost).
     """
     codes: tuple[int, ...] = ()
-    """Exit codes of the trainings that ended."""
+    """Exit codes of the training on those workers where it has ended."""
     reason: str = ""
     """Details for the user: which worker, the last line of its log, or gcloud's message."""
     seconds: float = 0.0
-    """How long this state has lasted."""
+    """Time for which this state has lasted."""
     requested: bool = False
     """Whether this command has requested the resource or has seen it alive; otherwise an earlier command may have left it so."""
     ran: bool = False
@@ -82,7 +83,7 @@ class Observation(NamedTuple):
 
 
 class ActionKind(enum.Enum):
-    """The kinds of actions, in words."""
+    """The kinds of actions, with their descriptions."""
 
     CREATE = "request the resource"
     WAIT = "wait for the next observation"
@@ -138,13 +139,13 @@ def decide(seen: Observation, timing: Timing) -> Action:
             outcome, code = classify_exit(seen.codes)
             if outcome is Outcome.DONE:
                 return Action(ActionKind.END, outcome, "done")
-            if not seen.ran:  # It was counted already, and the workers have not yet received the order to forget it.
+            if not seen.ran:  # The failure was already counted, but the workers have not yet received the command to stop.
                 return Action(ActionKind.RESTART, None, f"an earlier attempt ended ({describe_exit(code)})")
             if outcome is Outcome.MISTAKE:
                 return Action(ActionKind.END, outcome, f"{seen.reason}; a restart would repeat this mistake")
             if seen.seconds >= timing.settle:
                 return Action(ActionKind.RESTART, outcome, describe_exit(code))
-    # The training runs; the resource is being made or deleted; gcloud does not answer; or a state has not lasted long enough.
+    # The training runs; the resource is being created or deleted; gcloud does not answer; or a state has not lasted long enough.
     return Action(ActionKind.WAIT)
 
 
@@ -169,16 +170,17 @@ def combine_statuses(statuses: Statuses, expected: Sequence[str], digest: str) -
         cause = next((worker for worker, status in ended.items() if status["code"] == code != 0), "")
         last_line = f"; last line: {ended[cause]['said']}" if cause and ended[cause]["said"] else ""
         return "ended", codes, f"{cause} ended ({describe_exit(code)}){last_line}" if cause else ""
-    # A worker whose training is done waits for the others. A worker that has none still needs one, even if others have theirs.
+    # A worker whose training is done waits for the others. A worker where nothing runs must still start, even if others have
+    # ended.
     started = all(status["state"] == "running" for worker, status in statuses.items() if worker not in ended)
     return "running" if started else "idle", (), ""
 
 
-# -- the watch --------------------------------------------------------------------------------------------------------------
+# -- the watcher ------------------------------------------------------------------------------------------------------------
 
 
 def say(line: str) -> None:
-    """Shows a line of the watch."""
+    """Shows a line with the prefix of the watcher."""
     show(f"tpu-vm: {line}\n")
 
 
@@ -201,7 +203,7 @@ class TpuWatcher:
         self.budget = RestartBudget(self.job.preemptions, self.job.crashes)
         self.workers = [f"{node} worker {number}" for node in self.gcloud.nodes for number in range(self.job.accelerator.hosts)]
         self._all_workers = f"{len(self.workers)} worker{'s' if len(self.workers) > 1 else ''}"
-        # Whether the resource may exist, and the fields of `Observation`.
+        # Whether the resource may exist, and fields of `Observation`.
         self._exists = self._requested = self._ran = self._ours = False
         self._offset = -1  # where to continue in worker 0's log
         self._step: int | None = None
@@ -211,7 +213,7 @@ class TpuWatcher:
         self._state = self._workers = self._reason = ""  # what was reported last
 
     def run(self) -> int:
-        """Watches until the end; returns 0 if the training is done, 1 after giving up, 42 after Ctrl-C.
+        """Watches until the end; returns 0 if the training is done, 1 after giving up, and 42 after Ctrl-C.
 
         Raises:
           UserError: gcloud or the training refuses what was asked for.
@@ -225,7 +227,7 @@ class TpuWatcher:
             return error.exit_code
         except KeyboardInterrupt:
             deletes = self.job.delete_on_exit and self._ours
-            say("interrupted" if deletes else "interrupted; a training that is running continues")
+            say("interrupted" if deletes else "interrupted; if the training is running, it continues")
             if deletes and self._state == "ACTIVE":
                 say(f"stopping the training, which has {self.job.grace_seconds} s to save")
                 self._stop()
@@ -320,12 +322,12 @@ class TpuWatcher:
         if state not in ("UNKNOWN", "REFUSED"):
             self._exists = state not in ("", "OTHER")
             self._requested |= state in RESOURCE_ALIVE
-            # Whether an ACTIVE resource runs another command's training, only its workers can tell.
+            # Only the workers of an ACTIVE resource know whether another command's training runs there.
             self._ours = self._exists and (self._ours or state != "ACTIVE")
         return state, message
 
     def _lost_node(self) -> str:
-        """Returns a line about a node that no longer exists though the resource is ACTIVE, or an empty string."""
+        """Returns a line about a node that no longer exists although the resource is ACTIVE, or an empty string."""
         for node, result in self._run_on_nodes(self.gcloud.describe_nodes, self.timing.answer):
             if "NOT_FOUND" in result.errors:
                 return f"node {node} is gone"
@@ -334,7 +336,7 @@ class TpuWatcher:
         return ""
 
     def _show_log(self, status: dict[str, Any]) -> None:
-        """Shows what process 0 has printed since the last observation."""
+        """Shows the output of process 0 since the last observation."""
         if "log" in status:
             show(status["log"])
             self._offset, self._step = status["offset"], status["step"]
@@ -346,14 +348,14 @@ class TpuWatcher:
         return zip(self.gcloud.nodes, run_all(commands, limit), strict=True)
 
     def _ask(self, words: str, limit: float) -> Statuses:
-        """Runs `tpu_worker.py WORDS` on every worker; returns the answers of those that gave one."""
+        """Runs `tpu_worker.py WORDS` on every worker; returns the answers of the workers that answered."""
         statuses: Statuses = {}
         for node, result in self._run_on_nodes(self.gcloud.ask(words), limit):
             statuses |= parse_statuses(node, result.output)
         return statuses
 
     def _create(self) -> None:
-        """Requests the resource, and tries again unless gcloud refuses. A request without an answer may have succeeded.
+        """Requests the resource, and tries again unless the error would repeat. A request without an answer may have succeeded.
 
         Raises:
           UserError: gcloud refuses, for example for lack of quota.
@@ -363,7 +365,7 @@ class TpuWatcher:
         self._offset, deadline = 0, self.clock() + self.timing.patience
         self._exists = self._ours = True  # possibly, once the command has begun
         while (result := run_all([self.gcloud.create], self.timing.change)[0]).code != 0:
-            # It exists if an answer was lost, or if someone else has made it; the next observation shows which.
+            # It exists if an answer was lost, or if someone else has created it; the next observation shows which.
             if "ALREADY_EXISTS" in result.errors:
                 self._ours = False
                 return
@@ -378,7 +380,7 @@ class TpuWatcher:
         self._requested = True
 
     def _delete(self) -> bool:
-        """Deletes the resource, and tries again unless gcloud refuses; returns whether it is gone."""
+        """Deletes the resource, and tries again unless the error would repeat; returns whether the resource is gone."""
         say(f"deleting {self.name}")
         deadline = self.clock() + 2 * self.timing.change
         while True:
@@ -395,7 +397,7 @@ class TpuWatcher:
             self.sleep(self.timing.poll)
 
     def _start(self) -> str:
-        """Installs the commit on every worker and starts the training; returns why that failed, or an empty string."""
+        """Installs the commit on every worker and starts the training; returns the reason for a failure, or an empty string."""
         for _, result in self._run_on_nodes(self.gcloud.copy(self.files), self.timing.install):
             if result.code != 0:
                 return f"the files could not be copied: {result.problem}"
@@ -409,7 +411,7 @@ class TpuWatcher:
         return ""
 
     def _stop(self) -> None:
-        """Stops the training on every worker. Until all have answered, none may be started, or two attempts would mix."""
+        """Stops the training on every worker. Until all have answered, none may be started, because two attempts would mix."""
         statuses = self._ask(f"stop {self.job.grace_seconds}", self.job.grace_seconds + self.timing.answer)
         self._must_stop = any(worker not in statuses for worker in self.workers)
 
@@ -417,7 +419,7 @@ class TpuWatcher:
         """Reports a preemption or crash, and counts it if it has an outcome; waits before the restart.
 
         Raises:
-          TrainingError: there is no restart.
+          TrainingError: the training is not restarted.
         """
         if action.outcome is None:
             say(f"{self.name}: {action.reason}")
@@ -430,12 +432,12 @@ class TpuWatcher:
         self.sleep(decision.delay)
 
     def _leave(self) -> None:
-        """Deletes the resource if asked to, or reports that it stays. A FAILED one runs nothing but still uses quota."""
+        """Deletes the resource if requested or if it is FAILED, which still uses quota; otherwise reports that it stays."""
         if not self._exists:
             return
         with contextlib.suppress(KeyboardInterrupt):
             if self._ours and (self.job.delete_on_exit or self._state == "FAILED"):
                 self._delete()
                 return
-        say(f"{self.name} stays, and costs money, until it is deleted: {shlex.join(self.gcloud.delete)}")
+        say(f"{self.name} still exists and costs money until it is deleted: {shlex.join(self.gcloud.delete)}")
         say("run the same command again to attach to it")

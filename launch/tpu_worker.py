@@ -2,12 +2,12 @@
 
     python3 tpu_worker.py status [OFFSET] | install | start | stop [SECONDS]
 
-Each command prints one line, `gpt-jax-worker HOST` and a JSON object, among whatever else ssh prints. The files beside this one
-hold all state: `pid`, `exit` (the training's exit code), `log` and `lock`. The training holds the lock while it runs, so a second
-start does not begin a second training, and a training that went down with its machine does not appear to be running.
+Each command prints one line with `gpt-jax-worker HOST` and a JSON object, which may be mixed with other output of ssh. All state
+is in files in the same folder: `pid`, `exit` (the training's exit code), `log` and `lock`. The training holds the lock while it
+runs, so a second `start` has no effect, and a training process that was lost with its machine does not appear to be running.
 
-This file runs before anything is installed, so it uses only the standard library, of Python 3.8 or newer. Its input is job.json
-(the arguments), source.bundle (the commit) and uncommitted.diff.
+This file runs before anything is installed, so it uses only the standard library of Python 3.8 or newer. It reads job.json (the
+arguments), source.bundle (the commit) and uncommitted.diff.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def read_job() -> dict[str, Any]:
 
 
 def try_lock(file: IO[bytes], mode: int) -> bool:
-    """Locks an open file (`fcntl.LOCK_SH` or `fcntl.LOCK_EX`) unless another process holds the lock; returns whether it did."""
+    """Tries to lock an open file (`fcntl.LOCK_SH` or `fcntl.LOCK_EX`); returns False if another process holds the lock."""
     try:
         fcntl.flock(file, mode | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -53,7 +53,7 @@ def try_lock(file: IO[bytes], mode: int) -> bool:
 
 
 def is_running() -> bool:
-    """Returns whether a training holds the lock."""
+    """Returns whether the training holds the lock."""
     with open(LOCK, "ab") as file:
         return not try_lock(file, fcntl.LOCK_SH)
 
@@ -62,12 +62,13 @@ def status(offset: int = -1) -> dict[str, Any]:
     """Returns the state of this worker.
 
     Args:
-      offset: byte of the log from which worker 0 adds its text; -1 stands for the last 2,000 bytes.
+      offset: the byte from which worker 0 returns its log; -1 means the last 2,000 bytes.
 
     Returns:
-      `state` ("idle", "running" or "ended"), `step` (updates made) and `job` (digest of the training's arguments). If the
-      training has ended, `code` and `said` are its exit code and the last line of its log; one that left no exit code went down
-      with its machine, which counts as a preemption. Worker 0 adds `log` and `offset`, the text and where to continue.
+      `state` ("idle", "running" or "ended"), `step` (number of updates made) and `job` (digest of the training's arguments). If
+      the training has ended, `code` and `said` are its exit code and the last line of its log. If it left no exit code, it was
+      lost with its machine, which counts as a preemption. Worker 0 adds the text of its log, `log`, and the byte to continue
+      from, `offset`.
     """
     running, pid, workdir = is_running(), _read(PID).split(), Path(read_job()["workdir"])
     state = "running" if running else "ended" if pid else "idle"
@@ -78,13 +79,14 @@ def status(offset: int = -1) -> dict[str, Any]:
     if state == "ended":
         answer.update(code=int(_read(EXIT) or PREEMPTED), said=_read_log(-1)[0].strip().rpartition("\n")[2][-300:])
     if re.search("-w-[1-9][0-9]*$", _host()) is None:
-        # Other workers' answers may be printed into a long one. Once the training has ended, there is no later answer.
+        # The log is cut, because answers of other workers may be printed into a long answer. A training that has ended gives no
+        # later answer, so its log is sent completely.
         answer["log"], answer["offset"] = _read_log(offset, LOG_CHUNK if running else 1 << 20)
     return answer
 
 
 def _read_log(offset: int, max_bytes: int = LOG_CHUNK) -> tuple[str, int]:
-    """Returns the log from a byte on and the byte to continue from. A log that is shorter than that is read from its start."""
+    """Returns the log from a byte on, and the byte to continue from. If the log is shorter, it is read from its start."""
     with open(LOG, "ab+") as log:
         size = log.seek(0, os.SEEK_END)
         begin = max(size - 2000, 0) if offset < 0 else offset if offset <= size else 0
@@ -105,14 +107,14 @@ def start() -> dict[str, Any]:
     """Starts the training in the background unless one is running."""
     deadline = time.monotonic() + 1
     with open(LOCK, "ab") as lock, open(LOG, "ab") as log:
-        while not try_lock(lock, fcntl.LOCK_EX):  # `status` holds the lock for a moment, a training for longer
+        while not try_lock(lock, fcntl.LOCK_EX):  # `status` holds the lock for a moment, but the training holds it for longer
             if time.monotonic() > deadline:
                 return status()
             time.sleep(0.1)
         _forget_training()
         fd = lock.fileno()
         command = [sys.executable, __file__, "run", str(fd)]
-        # In a session of its own, the process outlives this ssh.
+        # In its own session, the process continues after this ssh connection ends.
         runner = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[fd], start_new_session=True
         )
@@ -124,7 +126,7 @@ def start() -> dict[str, Any]:
 
 
 def run(lock: int) -> None:
-    """Runs the training and records how it ended. This is the background process of `start`, whose lock both inherit."""
+    """Runs the training and records its exit code. This is the background process of `start`; both processes inherit its lock."""
     job = read_job()
     words, begin = [str(PYTHON), "-m", "gpt_jax", *job["command"][1:]], LOG.stat().st_size
     environment = {"JAX_PLATFORMS": "tpu,cpu", **os.environ}  # With a broken TPU, JAX would otherwise train on the CPU.
@@ -142,7 +144,7 @@ def _forget_training() -> None:
 
 
 def _keep_log(folder: Path, begin: int) -> None:
-    """Appends the log from a byte on to this worker's file in the run's folder, because the disk goes with the machine."""
+    """Appends the log from a byte on to this worker's file in the run's folder, because the disk is lost with the machine."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(LOG, "rb") as log, open(folder / f"{_host()}.log", "ab") as kept:
         log.seek(begin)
@@ -150,7 +152,7 @@ def _keep_log(folder: Path, begin: int) -> None:
 
 
 def stop(seconds: float = 0) -> dict[str, Any]:
-    """Asks the training to save and end, kills what is left of it after `seconds`, and forgets it."""
+    """Asks the training to save and end, kills its processes after `seconds`, and deletes the files that describe it."""
     if is_running() and not EXIT.exists():
         _signal_training(os.kill, 0, signal.SIGTERM)
     deadline = time.monotonic() + seconds
@@ -163,7 +165,7 @@ def stop(seconds: float = 0) -> dict[str, Any]:
 
 
 def _signal_training(send: Callable[[int, int], None], field: int, number: int) -> None:
-    """Sends a signal to a process in `pid`: 0 is the training, 1 its parent, which leads their process group."""
+    """Sends a signal to a process in the file `pid`: field 0 is the training, and field 1 is its parent, the group leader."""
     with contextlib.suppress(ProcessLookupError, IndexError):
         send(int(_read(PID).split()[field]), number)
 
@@ -172,7 +174,7 @@ def _signal_training(send: Callable[[int, int], None], field: int, number: int) 
 
 
 def install() -> dict[str, Any]:
-    """Mounts the job's buckets and installs its commit with its packages, as far as they are not there already."""
+    """Mounts the job's buckets and installs its commit and its packages, unless that was already done."""
     job = read_job()
     try:
         for bucket in job["buckets"]:
@@ -198,7 +200,7 @@ def _mount(bucket: str) -> None:
         _call("sudo", "apt-get", "install", "--quiet", "--yes", "gcsfuse")
     _call("sudo", "mkdir", "--parents", str(folder))
     _call("sudo", "chown", str(os.getuid()), str(folder))
-    # A checkpoint is completed by renaming its folder, which gcsfuse refuses for folders with more files than this.
+    # A checkpoint is completed by renaming its folder, which gcsfuse does not allow for folders with more files than this.
     _call("gcsfuse", "--implicit-dirs", "--rename-dir-limit", "100000", bucket, str(folder))
 
 
@@ -217,7 +219,7 @@ def _check_out(commit: str) -> None:
 def _install_packages(extras: str) -> None:
     """Installs the package and its dependencies in the versions of the constraints file.
 
-    uv brings a Python of its own, because the machine's may be too old for the package.
+    uv installs its own Python, because the machine's Python may be too old for the package.
     """
     lock = SOURCE / "constraints" / "py312.txt"
     inputs = [extras.encode(), *(file.read_bytes() for file in (SOURCE / "setup.cfg", SOURCE / "pyproject.toml", lock))]

@@ -192,7 +192,7 @@ def cloud(tmp_path, repository, monkeypatch, capfd):
 
 
 DELETE = "gcloud compute tpus queued-resources delete tiny --force --quiet --zone us-west4-a"
-STAYS = [f"tiny stays, and costs money, until it is deleted: {DELETE}", "run the same command again to attach to it"]
+STAYS = [f"tiny still exists and costs money until it is deleted: {DELETE}", "run the same command again to attach to it"]
 REQUESTED = (
     "requesting tiny: gcloud compute tpus queued-resources create tiny --node-id tiny --accelerator-type v5litepod-8 "
     "--runtime-version v2-alpha-tpuv5-lite --labels gpt-jax=OWNER --quiet --zone us-west4-a"
@@ -445,7 +445,7 @@ def test_an_interrupted_watch_leaves_the_training_and_attaches_to_it_again(cloud
     cloud.script(plan=["3:wait"])
     cloud.interrupt_at(3, number)
     assert cloud.submit() == 42
-    assert cloud.lines[-3:] == ["interrupted; a training that is running continues", *STAYS]
+    assert cloud.lines[-3:] == ["interrupted; if the training is running, it continues", *STAYS]
     # The training, which has run all the time, ends with 42 after SIGTERM, and the budget allows no restart.
     cloud.change(preemptions=0)
     pid = int((cloud.folder / "cloud" / "workers" / "tiny" / "0" / "gpt-jax" / "tiny" / "pid").read_text().split()[0])
@@ -512,7 +512,7 @@ def test_nothing_is_deleted_before_the_workers_show_whose_training_they_run(clou
 
     monkeypatch.setattr(TpuWatcher, "_ask", interrupted)
     assert cloud.submit(delete_on_exit=True) == 42
-    assert cloud.lines == ["tiny is ACTIVE", "interrupted; a training that is running continues", *STAYS]
+    assert cloud.lines == ["tiny is ACTIVE", "interrupted; if the training is running, it continues", *STAYS]
     assert cloud.resource() is not None
 
 
