@@ -33,9 +33,10 @@ from gpt_jax.interop.import_ import RUN_FILES
 from gpt_jax.interop.onnx import load_onnx, write_onnx
 from gpt_jax.interop.parity import Computation, ExportedFunction
 from gpt_jax.interop.stablehlo import load_savedmodel, load_stablehlo, write_savedmodel, write_stablehlo
+from gpt_jax.interop.staging import staged_folder
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime.console import Log
-from gpt_jax.runtime.rundir import sha256, staged_folder
+from gpt_jax.runtime.rundir import sha256
 from gpt_jax.tasks.evaluate import best_checkpoint
 from gpt_jax.tasks.finetune import make_head
 from gpt_jax.tasks.head import Head

@@ -15,10 +15,11 @@ from gpt_jax.config.load import config_from_dict
 from gpt_jax.data.tokenizers import GPT1, MANIFEST, Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.interop import huggingface, param_map, tensor_files
+from gpt_jax.interop.staging import staged_folder
 from gpt_jax.interop.tensor_files import Tensors
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime.console import Log
-from gpt_jax.runtime.rundir import RunDir, read_json, sha256, staged_folder
+from gpt_jax.runtime.rundir import RunDir, read_json, sha256
 from gpt_jax.tasks.finetune import make_head
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.registry import task_from_config

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: lines, a live progress line, durations and tables."""
+"""Output for a person at the terminal: lines, a live progress line, durations and tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ Log = Callable[[str], None]
 """Takes one line for a person to read."""
 
 
+ERASE_LINE = "\r\x1b[K"
+
+
 def say(line: str) -> None:
-    """Prints a line to standard error, below a live progress line if there is one."""
-    sys.stderr.write(("\r\x1b[K" if sys.stderr.isatty() else "") + line + "\n")
-    sys.stderr.flush()
+    """Prints a line to standard error; on a terminal it replaces a live progress line."""
+    # The line end is part of the text, so that the lines of several processes do not run into each other.
+    print((ERASE_LINE if sys.stderr.isatty() else "") + line + "\n", end="", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -37,16 +40,14 @@ class ProgressLine:
             return
         self._shown = now
         if self._live:
-            sys.stderr.write("\r\x1b[K" + line())
-            sys.stderr.flush()
+            print(ERASE_LINE + line(), end="", file=sys.stderr, flush=True)
         else:
             self._log(line())
 
     def clear(self) -> None:
         """Removes the line from a terminal."""
         if self._live:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 
 
 def format_duration(seconds: float) -> str:

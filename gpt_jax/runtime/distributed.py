@@ -36,10 +36,8 @@ def start(config: DistributedConfig, log: Log) -> None:
       UserError: the environment's variables do not make sense.
       TrainingError: the other processes did not come within `timeout_seconds`.
     """
-    if jax.distributed.is_initialized():  # by an earlier run of this process
-        return
     arguments = _cluster_arguments(config)
-    if arguments is None:
+    if arguments is None or jax.distributed.is_initialized():  # by an earlier run of this process
         return
     who = f"process {arguments['process_id']} of {arguments['num_processes']}" if arguments else "this process"
     where = arguments.get("coordinator_address", "the coordinator that the cluster names")
@@ -76,25 +74,24 @@ def exit_if_peer_lost() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         reason = " ".join(str(error).split())[:200]
-        _exit_now(
-            f"process {jax.process_index()} of {jax.process_count()} lost another process ({reason}); start all of them again to "
-            "continue from the newest checkpoint"
-        )
+        problem = f"process {jax.process_index()} of {jax.process_count()} lost another process ({reason})"
+        _exit_now(f"{problem}; start all of them again to continue from the newest checkpoint")
 
 
 def _cluster_arguments(config: DistributedConfig) -> dict[str, Any] | None:
     """Returns the arguments of jax.distributed.initialize, {} where JAX detects them, or None for a single process."""
-    if config.coordinator:
-        return {"coordinator_address": config.coordinator, "num_processes": config.num_processes, "process_id": config.process_id}
     env = os.environ
-    if "JAX_COORDINATOR_ADDRESS" in env:
+    address, count, number = config.coordinator, config.num_processes, config.process_id
+    if not address and "JAX_COORDINATOR_ADDRESS" in env:
+        address = env["JAX_COORDINATOR_ADDRESS"]
         try:
             count = int(env["JAX_NUM_PROCESSES"])
             number = int(env.get("JAX_PROCESS_ID") or env["JOB_COMPLETION_INDEX"])
         except (KeyError, ValueError):
             message = "JAX_COORDINATOR_ADDRESS is set, so set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole numbers as well"
             raise UserError(message) from None
-        return {"coordinator_address": env["JAX_COORDINATOR_ADDRESS"], "num_processes": count, "process_id": number}
+    if address:
+        return {"coordinator_address": address, "num_processes": count, "process_id": number}
     slurm = int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     tpu_device = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))

@@ -52,6 +52,3 @@ def find_checkout() -> Checkout:
         diff=git("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"),
         untracked=tuple(git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()),
     )
-
-
-find = find_checkout

@@ -43,11 +43,8 @@ def resolve_mesh(config: MeshConfig, num_devices: int, where: str = "") -> dict[
             require(num_devices % fixed == 0, "mesh", f"the other axes multiply to {fixed}, and {devices}")
             sizes[axis] = num_devices // fixed
     shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-    require(
-        math.prod(sizes.values()) == num_devices,
-        "mesh",
-        f"{shape} asks for {fixed} devices, and {devices}; set one axis to -1 to take all that are left",
-    )
+    hint = "set one axis to -1 to take all that are left"
+    require(math.prod(sizes.values()) == num_devices, "mesh", f"{shape} asks for {fixed} devices, and {devices}; {hint}")
     return sizes
 
 
@@ -62,15 +59,13 @@ def check_batch(sizes: Mapping[str, int], batch_size: int, grad_accum_steps: int
     Raises:
       UserError: it does not; the message names batch sizes that would.
     """
-    unit = num_shards(sizes, "batch") * grad_accum_steps
+    shards = num_shards(sizes, "batch")
+    unit = shards * grad_accum_steps
     lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit
-    require(
-        batch_size % unit == 0,
-        "train.batch_size",
-        f"{batch_size} does not divide over slice x data x fsdp = {num_shards(sizes, 'batch')}"
-        + (f" in {grad_accum_steps} micro-batches" if grad_accum_steps > 1 else "")
-        + f"; {f'{lower} or ' if lower else ''}{upper} would",
-    )
+    parts = f" in {grad_accum_steps} micro-batches" if grad_accum_steps > 1 else ""
+    hint = f"{lower} or {upper} would" if lower else f"{upper} would"
+    problem = f"{batch_size} does not divide over slice x data x fsdp = {shards}{parts}"
+    require(batch_size % unit == 0, "train.batch_size", f"{problem}; {hint}")
 
 
 def check_model(sizes: Mapping[str, int], model: ModelConfig) -> None:
@@ -86,9 +81,6 @@ def check_model(sizes: Mapping[str, int], model: ModelConfig) -> None:
         dimensions |= {"num_heads": (model.num_heads, "heads"), "mlp_dim": (model.mlp_dim, "mlp")}
     for name, (dimension, axis) in dimensions.items():
         size = num_shards(sizes, axis)
-        fitting = [k for k in range(1, size) if dimension % k == 0]
-        require(
-            dimension % size == 0,
-            f"mesh.{RULES[axis][0]}",
-            f"{size} does not divide model.{name.replace('_', '-')} {dimension}; {', '.join(map(str, fitting[-3:]))} would",
-        )
+        divisors = [str(k) for k in range(1, size) if dimension % k == 0]
+        problem = f"{size} does not divide model.{name.replace('_', '-')} {dimension}"
+        require(dimension % size == 0, f"mesh.{RULES[axis][0]}", f"{problem}; {', '.join(divisors[-3:])} would")

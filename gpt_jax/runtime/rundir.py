@@ -18,7 +18,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -50,34 +49,6 @@ def write_atomic(path: Path, content: bytes | str) -> None:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def staged_folder(out: Path, field: str) -> Iterator[Path]:
-    """Yields a hidden folder that is renamed to `out` after the body, or removed if the body fails.
-
-    Raises:
-      UserError: `out` is not empty, or cannot be made (`field` is the option that named it); no space is left.
-    """
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--{field}: {out} is not empty; name a folder that is empty or does not exist")
-    if out == Path.cwd():
-        raise UserError(f"--{field}: {out} is the current folder; name one below it")
-    staging = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        try:
-            staging.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--{field}: {out} cannot be made ({error.strerror})") from None
-        with explain_full_disk(out):
-            yield staging
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -123,6 +94,7 @@ class RunDir:
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"
         self.result = path / "result.json"
+        self._config = path / "config.json"
         self._record = path / "metrics.jsonl"
         self.attempt = 1
         self._primary = primary
@@ -136,20 +108,17 @@ class RunDir:
         """
         if not self._trained():
             return
-        file = self.path / "config.json"
-        if not file.exists():
+        if not self._config.exists():
             raise UserError(f"{self.path} holds a run but no config.json; name another --workdir")
-        old = flatten_config(config_from_dict(read_json(file)["config"], file))
+        old = flatten_config(config_from_dict(read_json(self._config)["config"], self._config))
         changed = [
             f"--{name} {value!r} (was {old[name][0]!r})"
             for name, (value, affects) in flatten_config(config).items()
             if affects == "result" and name in old and value != old[name][0]
         ]
         if changed and not allow_changes:
-            raise UserError(
-                f"{self.path} holds a run of another config; it differs in {', '.join(changed)}. "
-                "Name another --workdir, or add --allow-changes if this is intended"
-            )
+            hint = "Name another --workdir, or add --allow-changes if this is intended"
+            raise UserError(f"{self.path} holds a run of another config; it differs in {', '.join(changed)}. {hint}")
 
     def require_not_imported(self) -> None:
         """Checks that the folder's model was not imported: such a checkpoint has no optimizer state to continue with.
@@ -157,11 +126,9 @@ class RunDir:
         Raises:
           UserError: it was imported.
         """
-        file = self.path / "config.json"
-        if file.exists() and (source := read_json(file).get("imported_from")):
-            raise UserError(
-                f"{self.path} holds a model imported from {source}; name another --workdir and --init.from {self.path}"
-            )
+        if self._config.exists() and (source := read_json(self._config).get("imported_from")):
+            hint = f"name another --workdir and --init.from {self.path}"
+            raise UserError(f"{self.path} holds a model imported from {source}; {hint}")
 
     def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
         """Checks that the data are those that the run has been trained on.
@@ -169,34 +136,25 @@ class RunDir:
         Raises:
           UserError: they differ and `allow_changes` is off.
         """
-        if not self._trained():
-            return
-        stored = read_json(self.path / "config.json")["data_digest"]
+        stored = read_json(self._config)["data_digest"] if self._trained() else data_digest
         if stored != data_digest and not allow_changes:
-            raise UserError(
-                f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]}); give it its "
-                "own data, or name another --workdir"
-            )
+            problem = f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]})"
+            raise UserError(f"{problem}; give it its own data, or name another --workdir")
 
     def open(self, config: Any, data_digest: str, **facts: Any) -> None:
-        """Starts an attempt: writes config.json, with `facts` beside the config, and uncommitted.diff; opens the record."""
+        """Starts an attempt: writes config.json, with `facts` beside the config, and uncommitted.diff."""
         if not self._primary:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        facts |= {
-            "config_version": CONFIG_VERSION,
-            "digest": config_digest(config),
-            "data_digest": data_digest,
-            **environment(),
-            "config": config_to_dict(config),
-        }
-        write_atomic(self.path / "config.json", json.dumps(facts, indent=1) + "\n")
+        facts |= {"config_version": CONFIG_VERSION, "digest": config_digest(config), "data_digest": data_digest}
+        facts |= environment() | {"config": config_to_dict(config)}
+        write_atomic(self._config, json.dumps(facts, indent=1) + "\n")
         if diff := find_checkout().diff:
             write_atomic(self.path / "uncommitted.diff", diff)
         else:
             (self.path / "uncommitted.diff").unlink(missing_ok=True)
         self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
-        self._append()
+        self._record.touch()
 
     def _trained(self) -> bool:
         return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
@@ -216,20 +174,21 @@ class RunDir:
                 superseded.writelines(moved)
                 superseded.flush()
                 os.fsync(superseded.fileno())
-        if "".join(kept) != before:  # It differs by a missing line end, too.
-            self._metrics.close()
+        if "".join(kept) != before:  # A missing line end is a difference, too.
+            self.sync()
             write_atomic(self._record, "".join(kept))
-            self._append()
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
-        if self._metrics is not None:
+        if self._primary:
             head = {"kind": kind, "step": step, "time": round(time.time(), 3), "attempt": self.attempt}
+            if self._metrics is None:
+                self._metrics = open(self._record, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             with explain_full_disk(self._record):
                 self._metrics.write(json.dumps(head | values) + "\n")
 
     def sync(self) -> None:
-        """Makes the record so far durable, by closing it and opening it again.
+        """Makes the record so far durable, by closing its file; the next record opens it again.
 
         A file on a bucket that is mounted with Cloud Storage FUSE is uploaded when it is closed; until then its lines would be
         lost with the machine.
@@ -238,11 +197,12 @@ class RunDir:
           UserError: no space left.
         """
         if self._metrics is not None:
-            self.close()
-            self._append()
+            metrics, self._metrics = self._metrics, None
+            with explain_full_disk(self._record), metrics:
+                metrics.flush()
+                os.fsync(metrics.fileno())
 
-    def _append(self) -> None:
-        self._metrics = open(self._record, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+    close = sync
 
     def records(self) -> list[dict[str, Any]]:
         """Returns all whole records so far."""
@@ -254,18 +214,6 @@ class RunDir:
         if self._primary:
             self.sync()
             write_atomic(self.result, json.dumps(result, indent=1) + "\n")
-
-    def close(self) -> None:
-        """Closes the record, after waiting until it is on the disk.
-
-        Raises:
-          UserError: no space left.
-        """
-        if self._metrics is not None:
-            metrics, self._metrics = self._metrics, None
-            with explain_full_disk(self._record), metrics:
-                metrics.flush()
-                os.fsync(metrics.fileno())
 
 
 def environment() -> dict[str, Any]:

@@ -22,17 +22,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = resolve_mesh(config, len(devices))
-    inner = (1, *list(sizes.values())[1:])
+    shape = tuple(resolve_mesh(config, len(devices)).values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
-        require(sizes["slice"] == slices, "mesh.slice", f"the devices are on {slices} slices, so it must be {slices}")
-        outer = (sizes["slice"], 1, 1, 1)
-        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+        require(shape[0] == slices, "mesh.slice", f"the devices are on {slices} slices, so it must be {slices}")
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices=devices)
     elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices)
+        grid = mesh_utils.create_device_mesh(shape, devices=devices)
     else:
-        grid = np.asarray(devices).reshape(tuple(sizes.values()))
+        grid = np.asarray(devices).reshape(shape)
     # Explicit axes, jax.make_mesh's default, would make every gather and einsum of the model name its output sharding.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -112,17 +110,15 @@ def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
     """Puts this host's rows (`host_rows` of them) of a global batch onto its devices, split along the first axis."""
-    rows = host_rows(mesh, batch_size)
+    rows, sharding = host_rows(mesh, batch_size), named_sharding(mesh, ("batch",))
 
     def place(local: np.ndarray) -> jax.Array:
-        sharding = named_sharding(mesh, ("batch", *[None] * (local.ndim - 1)))
+        def shard(index: Any) -> np.ndarray:
+            # The rows of a device are consecutive in the global batch, and so they are in `local`.
+            first, end = np.searchsorted(rows, index[0].indices(batch_size)[:2])
+            return local[first:end]
 
-        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None
-            wanted = np.arange(batch_size)[index[0]]
-            first = int(np.searchsorted(rows, wanted[0]))
-            return local[first : first + len(wanted)]  # A device's rows are consecutive, so they are here too.
-
+        # Unlike jax.make_array_from_process_local_data, this allows hosts whose rows overlap in part.
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
     return {name: place(array) for name, array in batch.items()}

@@ -39,8 +39,8 @@ def expected(example):
     """The value in NumPy's float64, and the gradients by differentiating the plain formula."""
     hidden, table, targets, weights = (np.asarray(array, np.float64) for array in example)
     scores = hidden @ table[:VOCAB].T
-    normaliser = np.log(np.exp(scores).sum(-1))
-    value = (weights * (normaliser - np.take_along_axis(scores, targets[..., None].astype(int), -1)[..., 0])).sum()
+    normalizer = np.log(np.exp(scores).sum(-1))
+    value = (weights * (normalizer - np.take_along_axis(scores, targets[..., None].astype(int), -1)[..., 0])).sum()
     return value, jax.jit(jax.grad(plain, argnums=(0, 1)))(*example)
 
 

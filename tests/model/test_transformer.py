@@ -36,8 +36,8 @@ initial = jax.jit(transformer.init, static_argnums=0)
 
 
 def layer_norm(x, norm):
-    centred = x - x.mean(-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-5) * norm["gain"] + norm["bias"]
+    centered = x - x.mean(-1, keepdims=True)
+    return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * norm["gain"] + norm["bias"]
 
 
 def gelu(x):

@@ -1,4 +1,4 @@
-"""A run's folder: one config, one text, a record that survives being cut off, files and folders that are whole."""
+"""A run's folder: one config, one text, a record that survives being cut off, files that are whole."""
 
 import dataclasses
 import importlib.metadata
@@ -270,7 +270,7 @@ def test_only_the_primary_process_writes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# -- files and folders ------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

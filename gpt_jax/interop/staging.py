@@ -1,0 +1,39 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from gpt_jax.errors import UserError
+from gpt_jax.runtime.rundir import explain_full_disk
+
+
+@contextlib.contextmanager
+def staged_folder(out: Path, field: str) -> Iterator[Path]:
+    """Yields a hidden folder that is renamed to `out` after the body, or removed if the body fails.
+
+    Raises:
+      UserError: `out` is not empty, or cannot be made (`field` is the option that named it); no space is left.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--{field}: {out} is not empty; name a folder that is empty or does not exist")
+    if out == Path.cwd():
+        raise UserError(f"--{field}: {out} is the current folder; name one below it")
+    staging = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        try:
+            staging.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"--{field}: {out} cannot be made ({error.strerror})") from None
+        with explain_full_disk(out):
+            yield staging
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,59 @@
+"""Folders that appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from gpt_jax.errors import UserError
+from gpt_jax.interop.staging import staged_folder
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_staged_folder_is_there_after_the_body(tmp_path, exists):
+    out = tmp_path / "a" / "out"
+    if exists:
+        out.mkdir(parents=True)
+    with staged_folder(out, "out") as folder:
+        (folder / "file").write_text("content")
+        assert not (out / "file").exists()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/out", "a/out/file"]
+
+
+def test_a_staged_folder_is_removed_if_the_body_fails(tmp_path):
+    def fail():
+        with staged_folder(tmp_path / "out", "out") as folder:
+            (folder / "file").write_text("content")
+            raise ValueError("half-way")
+
+    with pytest.raises(ValueError, match="half-way"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_staged_folder_of_an_earlier_attempt_is_replaced(tmp_path):
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "old").touch()
+    with staged_folder(tmp_path / "out", "out") as folder:
+        (folder / "new").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
+    def error_of(out):
+        with pytest.raises(UserError) as caught, staged_folder(out, "workdir"):
+            pytest.fail("the body ran")
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    file = tmp_path / "file"
+    file.write_text("content")
+    hint = "is not empty; name a folder that is empty or does not exist"
+    assert error_of(file) == f"--workdir: {file} {hint}"
+    assert error_of(tmp_path) == f"--workdir: {tmp_path} {hint}"
+    assert error_of(file / "below") == f"--workdir: {file / 'below'} cannot be made (Not a directory)"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert error_of(Path()) == f"--workdir: {tmp_path / 'empty'} is the current folder; name one below it"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+    assert file.read_text() == "content"
