@@ -79,7 +79,7 @@ def _check_options(job: Job) -> None:
         if re.search(r"[\x00-\x1f\x7f-\x9f]", word):
             raise UserError(f"{prefix}{word!r} contains a line break or another control character; remove it")
     valid = re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", job.name) is not None
-    rule = "must be at most 40 of a-z, 0-9 and '-', start with a letter and not end with '-'"
+    rule = "must have at most 40 characters a-z, 0-9 and '-', start with a letter, and not end with '-'"
     require(valid, "name", f"'{job.name}' {rule}")
     require(re.fullmatch("[a-z0-9-]*", job.zone) is not None, "zone", f"'{job.zone}' must consist of a-z, 0-9 and '-'")
     for name in ("project", "queue"):
@@ -87,7 +87,7 @@ def _check_options(job: Job) -> None:
     for name, minimum in MINIMUMS.items():
         require(options[name] >= minimum, name, f"must be at least {minimum}, not {options[name]}")
     require(job.verb == "finetune" or job.seeds == 1, "seeds", "applies to fine-tuning; for pre-training, set --train.seed")
-    require(bool(job.workdir), "workdir", "name the folder that the run is kept in")
+    require(bool(job.workdir), "workdir", "name the folder for the run")
 
 
 def _check_input(job: Job, config: RunConfig) -> None:

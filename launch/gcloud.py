@@ -98,7 +98,7 @@ class Gcloud:
         return ["gcloud", "compute", "tpus", "tpu-vm", verb, *words, *self._place]
 
     def parse_resource(self, result: Result) -> tuple[str, str]:
-        """Returns the state of the queued resource (as in `tpu_watch.Observation`) and a message, from the output of `describe`."""
+        """Returns the queued resource's state (as in `tpu_watch.Observation`) and a message, from the output of `describe`."""
         if result.code != 0:
             missing = "NOT_FOUND" in result.errors
             return ("", "") if missing else ("REFUSED" if result.refused else "UNKNOWN", result.problem)

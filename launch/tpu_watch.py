@@ -1,7 +1,7 @@
 """Watches a run on Cloud TPU VMs: observes its state, decides what to do, and acts, until the run is done.
 
-`decide` holds all rules, from one observation to the next action. `TpuWatcher` makes the observations and carries out the actions
-with the commands of `gcloud`.
+`decide` contains all rules, from an observation to the next action. `TpuWatcher` makes the observations and carries out the
+actions with the commands of `gcloud`.
 
 Source: "Manage queued resources" (Google Cloud documentation, 2026).
 """
@@ -216,7 +216,7 @@ class TpuWatcher:
         """Watches until the end; returns 0 if the training is done, 1 after giving up, and 42 after Ctrl-C.
 
         Raises:
-          UserError: gcloud or the training refuses what was asked for.
+          UserError: gcloud or the training reports a mistake.
         """
         try:
             self._watch()
@@ -239,7 +239,7 @@ class TpuWatcher:
         """Observes and acts until the training is done.
 
         Raises:
-          UserError: gcloud or the training refuses what was asked for.
+          UserError: gcloud or the training reports a mistake.
           TrainingError: another restart would not help, or gcloud keeps failing.
         """
         while True:
@@ -358,7 +358,7 @@ class TpuWatcher:
         """Requests the resource, and tries again unless the error would repeat. A request without an answer may have succeeded.
 
         Raises:
-          UserError: gcloud refuses, for example for lack of quota.
+          UserError: gcloud reports a mistake or, for example, a lack of quota.
           TrainingError: gcloud keeps failing.
         """
         say(f"requesting {self.name}: {shlex.join(self.gcloud.create)}")

@@ -263,7 +263,7 @@ def main(words: list[str]) -> None:
     commands: dict[str, Any] = {"status": status, "install": install, "start": start, "stop": stop, "run": run}
     answer = commands[words[0]](*map(int, words[1:]))
     if answer is not None:
-        print(f"\n{MARK}", _host(), json.dumps(answer), flush=True)  # on its own line, whatever another worker prints
+        print(f"\n{MARK}", _host(), json.dumps(answer), flush=True)  # on a separate line, because other workers print too
 
 
 if __name__ == "__main__":

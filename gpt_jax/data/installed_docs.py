@@ -70,7 +70,7 @@ class InstalledDocs:
 
 
 def _installed_files() -> Iterator[tuple[str, Path, str]]:
-    """Yields the relative name (the same on every machine), the path and the package of files that may hold documentation."""
+    """Yields the relative name (the same on every machine), the path and the package of files that may contain documentation."""
     library = Path(sysconfig.get_path("stdlib"))
     files = [(path.relative_to(library), path, "python") for path in library.rglob("*.py")]
     for package in PACKAGES:

@@ -73,7 +73,7 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log) -> Store:
             if not (store_folder / INDEX).exists():
                 source = open_source(config.data)
                 if store_folder.resolve().is_relative_to(Path(config.data.source).resolve()):
-                    raise UserError(f"--data.store: '{store_folder}' lies inside --data.source; give a folder outside")
+                    raise UserError(f"--data.store: '{store_folder}' is inside --data.source; give a folder outside")
                 with _lock(store_folder):
                     if not (store_folder / INDEX).exists():  # Another process may have finished it in the meantime.
                         return _build(config, store_folder, source, log)

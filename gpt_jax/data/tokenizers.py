@@ -95,7 +95,7 @@ def create_tokenizer(
     elif config.path:
         tokenizer = load_tokenizer(Path(config.path))
         if tokenizer.kind != config.kind:
-            raise UserError(f"--{field}: {config.path} holds a {tokenizer.kind} tokenizer, not {config.kind}")
+            raise UserError(f"--{field}: {config.path} contains a {tokenizer.kind} tokenizer, not {config.kind}")
     else:
         tokenizer = SentencePiece.train(sample(), vocab_size, config.normalization)
     if tokenizer.vocab_size != vocab_size:
@@ -264,7 +264,7 @@ class GPT1(Tokenizer):
 SPECIAL_IDS: dict[str, Any] = {"unk_id": 0, "eos_id": 1, "bos_id": -1, "pad_id": -1}
 """The ids of the special pieces; -1 means that the model does not have the piece."""
 SPACE = "\u2581"
-"""The character that stands for a space in SentencePiece's pieces."""
+"""The character that represents a space in SentencePiece's pieces."""
 
 
 class SentencePiece(Tokenizer):
@@ -314,7 +314,7 @@ class SentencePiece(Tokenizer):
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
                 add_dummy_prefix=False,
-                # A newline is a piece of its own. Normalization would turn it into a space, but the end of a paragraph matters.
+                # A newline is a separate piece. Normalization would turn it into a space, but the end of a paragraph matters.
                 user_defined_symbols=["\n"],
                 **SPECIAL_IDS,
                 max_sentence_length=2**30,

@@ -161,7 +161,7 @@ class Windows(_WindowReader):
 
     Args:
       tokens: the split.
-      context_length: T, the number of tokens that the model sees at once.
+      context_length: T, the number of tokens that the model processes at once.
       batch_size: windows in one global batch.
       seed: the seed of the order and of the offsets, in [0, 2^64).
 
@@ -207,7 +207,7 @@ class EvaluationWindows(_WindowReader):
 
     Args:
       tokens: the split.
-      context_length: T, the number of tokens that the model sees at once.
+      context_length: T, the number of tokens that the model processes at once.
       batch_size: windows in one global batch.
       limit: largest number of windows to use; 0: all of them.
 

@@ -53,7 +53,7 @@ def print_zero_shot_scores(scores: Sequence[dict[str, Any]], out: Path | None) -
     curves = _zero_shot_curves(scores)
     if any(len(curve.x) > 1 for curve in curves):
         label = "score (0: random guess, 1: best supervised)"
-        plot_curves(figure, curves, "Zero-shot scores along pre-training", "pre-training steps", label)
+        plot_curves(figure, curves, "Zero-shot scores during pre-training", "pre-training steps", label)
         print(f"{data}, {figure}")
     else:
         figure.unlink(missing_ok=True)  # A figure from an earlier call would not match the new scores.

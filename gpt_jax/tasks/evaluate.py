@@ -117,14 +117,14 @@ def best_checkpoint(path: Path) -> Path:
     """Returns the best checkpoint of a fine-tuning run's folder according to result.json; returns any other path unchanged.
 
     Raises:
-      UserError: that checkpoint no longer exists, or the folder holds runs of several seeds.
+      UserError: that checkpoint no longer exists, or the folder contains runs of several seeds.
     """
     file = path / "result.json"
     if not file.is_file():
         return path
     result = read_json(file)
     if "seeds" in result:
-        raise UserError(f"{path} holds runs of several seeds; name one of them, {path}/seed-{result['seeds'][0]}")
+        raise UserError(f"{path} contains runs of several seeds; name one of them, {path}/seed-{result['seeds'][0]}")
     if "best_step" not in result:
         return path
     best = path / "checkpoints" / str(result["best_step"])

@@ -124,7 +124,7 @@ def run_probe(
       beginning, in all splits), and for CoLA `threshold`.
 
     Raises:
-      UserError: there is no such probe; a split is missing, empty or unlabeled; or it has one class only, where Matthews'
+      UserError: there is no such probe; a split is missing, empty or unlabeled; or a split has only one class, but Matthews'
         correlation needs two.
     """
     if name not in PROBES:

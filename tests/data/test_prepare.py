@@ -418,7 +418,7 @@ def test_too_few_documents_are_refused(tmp_path, texts, fields, message):
 
 
 def test_a_store_inside_its_own_source_is_refused(source, tmp_path):
-    with pytest.raises(UserError, match=r"--data.store: .* lies inside --data.source"):
+    with pytest.raises(UserError, match=r"--data.store: .* is inside --data.source"):
         prepare(make_config(tmp_path), tmp_path / "store", ignore)
     assert not (tmp_path / "store").exists()
 

@@ -373,7 +373,7 @@ def test_create_trains_or_loads_what_the_config_says(tmp_path, pieces):
     ):
         create_tokenizer(ready, 400, no_sample)
     Bytes().save(tmp_path)
-    with pytest.raises(UserError, match=r"data\.tokenizer\.path: .* holds a bytes tokenizer, not sentencepiece"):
+    with pytest.raises(UserError, match=r"data\.tokenizer\.path: .* contains a bytes tokenizer, not sentencepiece"):
         create_tokenizer(ready, 257, no_sample)
     with pytest.raises(UserError, match="there is no tokenizer here"):
         create_tokenizer(TokenizerConfig(kind="sentencepiece", path=str(tmp_path / "nowhere")), 310, no_sample)

@@ -101,7 +101,7 @@ def test_a_dry_run_prints_and_runs_nothing(submitted, tmp_path, capsys):
         ("local smoke --workdir R --processes 0 --dry-run", "--processes: 0 cannot share the 1 devices of cpu-1"),
         ("local smoke --workdir R --seeds 2", "--seeds: applies to fine-tuning"),
         ("local smoke --delete-on-exit", "--delete-on-exit: only tpu-vm takes it; leave it out for local"),
-        ("local smoke", "--workdir: name the folder that the run is kept in"),
+        ("local smoke", "--workdir: name the folder for the run"),
         ("local smoke --workdir R --optim.peak-rl 1", "--optim.peak-rl: no such field; did you mean optim.peak-lr"),
     ],
 )

@@ -320,9 +320,9 @@ def test_seeds_are_runs_of_their_own_with_one_summary(own_task, pretrained, tmp_
 
 def test_one_seed_and_several_do_not_share_a_folder(finished, config, tmp_path):
     run, _ = finished
-    assert "holds a run of one seed" in error_of(finetune_seeds, config, run, 2)
+    assert "contains a run of one seed" in error_of(finetune_seeds, config, run, 2)
     (tmp_path / "many" / "seed-0").mkdir(parents=True)
-    assert "holds runs of several seeds" in error_of(finetune, config, tmp_path / "many")
+    assert "contains runs of several seeds" in error_of(finetune, config, tmp_path / "many")
 
 
 def test_several_seeds_are_shown_with_their_spread(capsys):
