@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("config", metavar="CONFIG", nargs="?", help=text)
         return sub
 
-    sub = verb("demo", _demo, "run every stage on the documentation installed on this machine; takes minutes on a CPU")
+    sub = verb("demo", _demo, "run every stage on the documentation installed on this machine; takes a few minutes on a CPU")
     sub.add_argument("--workdir", type=_path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
 
     sub = verb("prepare", _prepare, "build the tokenizer and the token store from text", config=True)
@@ -110,8 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "list them, verify every file, or delete all but the newest and best"
     sub.add_argument("action", choices=("list", "verify", "prune"), help=text)
     sub.add_argument("run_folder", type=_path, metavar="RUN")
-    sub.add_argument("--keep-latest", type=int, default=1, help="prune: newest checkpoints to keep (default: 1)")
-    sub.add_argument("--keep-best", type=int, default=1, help="prune: best checkpoints to keep in addition (default: 1)")
+    sub.add_argument("--keep-latest", type=int, default=1, help="prune: number of newest checkpoints to keep (default: 1)")
+    sub.add_argument("--keep-best", type=int, default=1, help="prune: number of best checkpoints to keep (default: 1)")
 
     sub = verb("bench", _bench, "run a benchmark and print a table")
     text = "input: the input pipeline; matmul: matrix products; padding: fine-tuning with batches padded in three ways"

@@ -28,7 +28,7 @@ PATHS = (
 MINIMUMS = {"slices": 1, "preemptions": 0, "crashes": 0, "grace_seconds": 1, "seeds": 1}
 BUCKET_NAME = "[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
 KUBERNETES_NAME = r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
-"""A DNS subdomain, which most objects of Kubernetes have as their name."""
+"""Pattern of a DNS subdomain, which is the form of most names in Kubernetes."""
 
 
 def check(job: Job, target: Any) -> None:
@@ -193,5 +193,5 @@ def _check_mount(field: str, path: str, roots: tuple[str, ...]) -> None:
     }[root]
     valid = re.fullmatch(pattern, name) is not None
     require(valid, field, f"'{path}': '{name}' cannot be the name of a {kind}, which consists of {characters}")
-    require(bool(inside.strip("/")), field, f"'{path}' names nothing inside '{name}'; give {form}")
-    require(".." not in inside.split("/"), field, f"'{path}' leads out of what is mounted; remove the '..'")
+    require(bool(inside.strip("/")), field, f"'{path}' has no path inside '{name}'; give {form}")
+    require(".." not in inside.split("/"), field, f"'{path}' leads out of the mounted storage; remove the '..'")

@@ -51,7 +51,7 @@ def check(job: Job) -> None:
         fault = f"GKE connects only slices with several hosts; use {smallest_multi_host_slice(accelerator.family).name} or larger"
         require(accelerator.hosts > 1, "slices", fault)
     valid = not job.queue or (re.fullmatch(KUBERNETES_NAME, job.queue) is not None and len(job.queue) <= 63)
-    require(valid, "queue", f"'{job.queue}' cannot be a LocalQueue's name, which consists of at most 63 of a-z, 0-9, '-' and '.'")
+    require(valid, "queue", f"'{job.queue}' cannot be a LocalQueue's name, which has at most 63 characters a-z, 0-9, '-' and '.'")
     require(bool(job.image), "image", "name a container image; docs/launch.md describes how to build and push one")
 
 
@@ -64,7 +64,7 @@ def render(job: Job) -> str:
         f"delete:    kubectl delete jobset {job.name}   (required before it can be created again)",
     ]
     if job.accelerator.kind == "tpu":
-        comments += ["on a cluster made by xpk, CLUSTER, these commands take the place of this file:", *_xpk_commands(job)]
+        comments += ["on a cluster CLUSTER created by xpk, use these commands instead of this file:", *_xpk_commands(job)]
     return write_manifest(comments, _jobset(job))
 
 

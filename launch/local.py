@@ -81,7 +81,7 @@ def submit(job: Job) -> int:
 
 
 def _environments(job: Job, port: str) -> list[dict[str, str]]:
-    """Returns the environment variables of each process: its devices and, if there are several, how to join the others."""
+    """Returns the variables of each process: its devices and, if there are several processes, how to join the others."""
     share = job.accelerator.devices // job.processes
     environments = []
     for number in range(job.processes):

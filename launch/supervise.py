@@ -37,7 +37,7 @@ BACKOFF_LIMIT_SECONDS = 300.0
 
 
 class Outcome(enum.Enum):
-    """How an attempt ended; the values are exit codes."""
+    """The outcome of an attempt. The values are exit codes."""
 
     DONE = 0
     MISTAKE = UserError.exit_code
@@ -203,7 +203,7 @@ class Supervisor:
                     for process in running:
                         process.terminate()
                 if deadline is not None and (self.clock() >= deadline or stop.count > 1):
-                    self.say(f"killing {len(running)} that did not end in time")
+                    self.say(f"killing processes that did not end in time ({len(running)})")
                     kill(running)
                 self.tick()
                 self.sleep(POLL_SECONDS)

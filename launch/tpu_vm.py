@@ -78,7 +78,7 @@ def render(job: Job) -> str:
         *gcloud.describe_nodes,
         f"# before a restart: {job.preemptions} after preemptions, {job.crashes} after crashes",
         *gcloud.ask(f"stop {job.grace_seconds}"),
-        "# before the resource is created again" + (", and at the end" if job.delete_on_exit else "; at the end it stays"),
+        "# before the resource is created again" + (", and at the end" if job.delete_on_exit else "; at the end it is kept"),
         gcloud.delete,
     ]
     return "".join(f"{step if isinstance(step, str) else shlex.join(step)}\n" for step in steps)

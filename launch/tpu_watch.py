@@ -62,7 +62,7 @@ class Observation(NamedTuple):
 
     resource: str
     """State of the queued resource: Cloud TPU's own, or "" (there is none), "UNKNOWN" (gcloud does not answer), "REFUSED" (gcloud
-    refuses to answer) or "OTHER" (the resource of this name was made for another run).
+    refuses to answer) or "OTHER" (the resource of this name was created for another run).
     """
     workers: str = ""
     """State of an ACTIVE resource's workers: "idle", "running", "ended", "failed" (installing or starting the training failed),
@@ -79,7 +79,7 @@ class Observation(NamedTuple):
     ran: bool = False
     """Whether this command has started the training that ended, or has seen it run."""
     ours: bool = True
-    """Whether this command has made the resource, or its workers have answered that no other command's training runs there."""
+    """Whether this command has created the resource, or its workers have answered that no other command's training runs there."""
 
 
 class ActionKind(enum.Enum):
@@ -253,7 +253,7 @@ class TpuWatcher:
                     self.sleep(self.timing.poll)
                     self._stop()
                 case ActionKind.START:
-                    say(f"installing on {self._all_workers}; the first time this takes minutes")
+                    say(f"installing on {self._all_workers}; the first installation takes minutes")
                     self._failure = self._start()
                 case ActionKind.RESTART | ActionKind.REPLACE:
                     self._count(action)
@@ -299,9 +299,9 @@ class TpuWatcher:
         return Observation(resource, workers, codes, reason, seconds, self._requested, self._ran, self._ours)
 
     def _state_age(self, workers: str, statuses: Statuses) -> float:
-        """Returns how long the workers have been silent, or the training has ended, in seconds.
+        """Returns the seconds for which workers have been silent, or for which the training has ended.
 
-        Each worker's silence is timed separately. The time since the end goes on while a worker is silent.
+        Each worker's silence is timed separately. The time since the end continues to count while a worker is silent.
         """
         causes = {"silent": [worker for worker in self.workers if worker not in statuses], "ended": ["end"], "failed": ["end"]}
         over = {"gcloud", *statuses, *([] if workers in causes else ["end"])}

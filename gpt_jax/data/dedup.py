@@ -23,10 +23,10 @@ from gpt_jax.runtime.console import Log, ProgressLine
 from gpt_jax.runtime.rundir import write_atomic
 
 PROGRESS_SECONDS = 5.0
-"""Time between lines of progress where standard error is not a terminal."""
+"""Seconds between progress lines if standard error is not a terminal."""
 
 TEXT = "text"
-"""The documents in UTF-8, one after the other, duplicates included."""
+"""The documents in UTF-8, one after the other, including duplicates."""
 TABLE = "documents.npz"
 """The table of the distinct documents. It is written after `TEXT`, so if it exists, both are complete."""
 
@@ -91,7 +91,7 @@ def is_held_out(text: str, validation_share: float) -> bool:
 
 
 def _validation_bound(validation_share: float) -> int:
-    """Returns the upper bound of the last eight bytes of a validation document's hash."""
+    """Returns the exclusive upper bound of the last eight bytes of a validation document's hash."""
     return int(validation_share * 2**64)
 
 

@@ -94,9 +94,9 @@ def iterate_batches(
 
     Args:
       source, start_step, end_step, rows: as for `make_dataset`.
-      kind: `tf`: tf.data; `threads`: without tensorflow; `auto`: `tf` where tensorflow is installed. The batches are equal.
+      kind: `tf`: tf.data; `threads`: without tensorflow; `auto`: `tf` if tensorflow is installed. The batches are equal.
       prefetch: batches kept ready. > 0.
-      dataset_fn: makes the dataset in place of `make_dataset`; needs tensorflow.
+      dataset_fn: makes the dataset instead of `make_dataset`; it needs tensorflow.
 
     Raises:
       UserError: tensorflow is needed but not installed, or the dataset's elements are not batches.

@@ -160,7 +160,7 @@ def _num_cores() -> int:
 
 
 def check_recipe(store: Store, config: PretrainConfig) -> None:
-    """Checks, without reading any text, that `config` describes a store.
+    """Checks, without reading any text, that a store matches `config`.
 
     If `config.data.source` is empty, only the tokenizer's kind and size are compared.
 
@@ -305,7 +305,7 @@ def _exit_after(parent: Any) -> None:
 
 @functools.lru_cache(maxsize=1)
 def _load_once(folder: Path, fingerprint: str) -> Tokenizer:
-    """Loads a tokenizer once in each process, and again if the tokenizer in the folder has another fingerprint."""
+    """Loads a tokenizer once in each process, and again if its fingerprint has changed."""
     return load_tokenizer(folder)
 
 

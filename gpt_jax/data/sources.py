@@ -34,7 +34,7 @@ class TextSource(Protocol):
     """A source of text that can be read more than once."""
 
     def identity(self) -> dict[str, Any]:
-        """Returns JSON values (names, versions, sizes, checksums) that are different for any other text."""
+        """Returns JSON values (names, versions, sizes, checksums) that change whenever the text changes."""
 
     def documents(self) -> Iterator[str]:
         """Yields the documents, in the same order every time."""
@@ -44,7 +44,7 @@ def open_source(config: DataConfig) -> TextSource:
     """Returns the source that `config.source` names.
 
     Raises:
-      UserError: the name is empty or unknown, or there is no such file, or no file in the folder.
+      UserError: the name is empty or unknown, or there is no file to read.
     """
     if not config.source:
         raise UserError("--data.source: name a file, a folder, a glob, tfds:NAME, or builtin:docs (installed documentation)")
@@ -65,7 +65,7 @@ class FileSource:
     """A file, all files below a folder except hidden ones, or the files that match a glob.
 
     Raises:
-      UserError: there is no such file. The message names what exists instead.
+      UserError: there is no such file. The message lists similar names that exist.
     """
 
     def __init__(self, source: str, text_field: str):
@@ -89,7 +89,7 @@ class FileSource:
             raise UserError(f"--data.source: '{source}' contains no files to read")
 
     def identity(self) -> dict[str, Any]:
-        """Returns the number of files, their bytes as stored, and a checksum of their names, sizes and checksums."""
+        """Returns the number of files, their total size as stored, and a checksum of their names, sizes and checksums."""
         sizes = [path.stat().st_size for path in self._paths]
         listing = hashlib.sha256()
         for path, size in zip(self._paths, sizes, strict=True):

@@ -41,7 +41,7 @@ def demo(workdir: Path) -> int:
     """
     started = time.monotonic()
     config = load_config("demo")
-    say(f"demo: a small GPT learns from the documentation installed on this machine; everything goes to {workdir}")
+    say(f"demo: a small GPT learns from the documentation installed on this machine; all files are written to {workdir}")
     result = pretrain(config, workdir)
     store = Store.open(workdir / "store", verify=False)
     unigram, bigram = ngram_losses(config, store)

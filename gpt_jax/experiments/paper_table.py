@@ -74,7 +74,7 @@ def print_paper_table(paths: Sequence[Path]) -> None:
                 paper = ("-", "") if figure is None else (f"{figure:.1f}", run.task.published_on)
                 table.append((f"[{number}]", run.task.title, run.row, metric, _in_percent(values), SPLITS[split], *paper))
     print(format_table(table, "<" * len(table[0])))
-    print("\nAll scores are percentages; for several seeds, the median (lowest to highest). Settings other than the paper's:")
+    print("\nAll scores are percentages; for several seeds, the median (lowest to highest). Settings that differ from the paper:")
     for number, run in enumerate(runs, 1):
         seeds = f" ({run.num_seeds} seeds)" if run.num_seeds > 1 else ""
         text = f"[{number}] {run.path}{seeds}: {', '.join(_differences(run)) or 'none'}"

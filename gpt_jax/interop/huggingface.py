@@ -147,8 +147,8 @@ def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: 
 # -- the model card ---------------------------------------------------------------------------------------------------------
 
 INPUTS = {
-    "similarity": "A pair is scored in both orders: tokenize (a, b) and (b, a), and add the scores of both before the softmax; "
-    "each has half of the classifier's bias. tokenizer.json adds the special tokens.",
+    "similarity": "Score a pair in both orders: tokenize (a, b) and (b, a), and add the two scores before the softmax. Each "
+    "score includes half of the classifier's bias. tokenizer.json adds the special tokens.",
     "multiple_choice": "Tokenize (context, answer) for each answer, and set `mc_token_ids` to the position of each <extract>; "
     "`mc_logits` are the scores of the choices. tokenizer.json adds the special tokens.",
 }

@@ -125,7 +125,7 @@ def _require_place(format_: str, model: ModelConfig, head: Head | None) -> None:
     elif format_ == "huggingface" and model.mlp_dim != 4 * model.embed_dim:
         problem = f"{format_} has a feed-forward width of 4 x {model.embed_dim}, but this model's is {model.mlp_dim}"
     elif format_ == "openai" and head is not None:
-        problem = f"{format_} has no place for a fine-tuned head"
+        problem = f"{format_} cannot store a fine-tuned head"
     if problem:
         raise UserError(f"--format: {problem}; use npz, stablehlo, onnx or savedmodel")
 

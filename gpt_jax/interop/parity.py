@@ -92,8 +92,7 @@ class ExportedFunction:
         return [f"time <= {self.model.context_length}"] if self.model.kind == "transformer" else []
 
     def named_parameters(self, params: Params) -> dict[str, np.ndarray]:
-        """Returns float32 parameters on the host by their paths, such as "params/blocks/mlp/up/kernel", in the order of the
-        paths.
+        """Returns float32 parameters on the host, sorted by path. An example of a path is "params/blocks/mlp/up/kernel".
 
         The rows that pad the vocabulary are left out.
         """

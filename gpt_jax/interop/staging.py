@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def staged_folder(out: Path, field: str) -> Iterator[Path]:
     """Yields a hidden folder that is renamed to `out` after the body, or removed if the body fails.
 
     Raises:
-      UserError: `out` is not empty, or cannot be made (`field` is the option that named it); no space is left.
+      UserError: `out` is not empty, or cannot be created (`field` is the option that named it); no space is left.
     """
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -29,7 +29,7 @@ def staged_folder(out: Path, field: str) -> Iterator[Path]:
         try:
             staging.mkdir(parents=True)
         except OSError as error:
-            raise UserError(f"--{field}: {out} cannot be made ({error.strerror})") from None
+            raise UserError(f"--{field}: {out} cannot be created ({error.strerror})") from None
         with explain_full_disk(out):
             yield staging
         if out.exists():

@@ -140,7 +140,7 @@ def _describe_outputs(task: Task) -> str:
 
 
 def sound_checkpoints(run: Path) -> list[CheckpointInfo]:
-    """Returns the sound checkpoints of a run beyond step 0, by ascending step.
+    """Returns the sound checkpoints of a run after step 0, in the order of their steps.
 
     Raises:
       UserError: there are none.

@@ -39,7 +39,7 @@ class FileLayout:
     groups: tuple[str, ...] = ()
     """Parts of a split that are also scored separately."""
     headers: Mapping[SplitName, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """The columns of the splits whose files do not name them in a first row."""
+    """The columns of those splits whose files have no header row."""
     folders: tuple[str, ...] = ()
     """Names of the task's folder. The user may give this folder or the folder that contains it."""
     articles: bool = False

@@ -50,7 +50,7 @@ def compute_metric(name: str, labels: Predictions, predictions: Predictions) -> 
       name: "accuracy", "f1", "matthews", "pearson" or "spearman". F1 is 0 if label 1 is never predicted, and the correlations are
         0 if all predictions are the same.
       labels: the correct labels or scores.
-      predictions: the predicted ones.
+      predictions: the predicted labels or scores.
     """
     from scipy import stats
     from sklearn import metrics
@@ -87,8 +87,8 @@ def require_scorable(task: Task, examples: Sequence[Example]) -> None:
     if needs_two and only is not None and all(example.label == only for example in examples):
         kind, value = ("score", f"{only:g}") if task.regression else ("class", f"'{_label_name(task, only)}'")
         raise UserError(
-            f"{examples[0].where} to {examples[-1].where}: the split has one {kind} only, {value}, but {task.title}'s "
-            f"{needs_two} need at least two; use a split with others"
+            f"{examples[0].where} to {examples[-1].where}: the split has only one {kind}, {value}, from which "
+            f"{task.title}'s {needs_two} cannot be computed; use another split"
         )
 
 
@@ -124,7 +124,7 @@ _GLUE = {name: TASKS[name].metrics for name in GLUE_FILES} | {"cola": ("matthews
 _TABLE_5 = {name: TASKS[name].metrics[:1] for name in GLUE_FILES} | _MNLI
 
 TABLE_5_MEAN = "mean of eight tasks as in Table 5"
-GLUE_MEAN = "official GLUE mean but for WNLI"
+GLUE_MEAN = "official GLUE mean except WNLI"
 
 
 def glue_averages(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -103,7 +103,7 @@ def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def _parse_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Yields the rows with the number of the line in which each begins. A quoted cell may contain line ends."""
-    consumed: list[int] = []  # the lines of the current row: the reader takes more than one only inside quotes
+    consumed: list[int] = []  # the lines of the current row, which has several only inside quotes
 
     def lines() -> Iterator[str]:
         for number, text in _lines(path):

@@ -184,7 +184,7 @@ def _labels(name: str, split: str, content: TaskSplit | None) -> Int64[np.ndarra
             raise UserError(f"{example.where}: the row has no label, but the zero-shot probe '{name}' needs one")
     labels = np.array([example.label for example in content.examples], np.int64)
     if metric == "matthews" and np.unique(labels).size < 2:
-        raise UserError(f"{content.examples[0].where}: the {split} split has one class only, but Matthews' correlation needs two")
+        raise UserError(f"{content.examples[0].where}: the {split} split has only one class, but Matthews' correlation needs two")
     return labels
 
 

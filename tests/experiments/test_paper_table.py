@@ -152,7 +152,7 @@ def test_averages_are_printed_where_every_part_was_measured(tmp_path, capsys):
     glue = (40 + 90 + 70 + 75 + 80 + 80 + 80 + 60) / 8
     assert [line for line in lines if " mean " in f" {line}"] == [
         f"mean of eight tasks as in Table 5, {full}: {table_5:.1f} (paper 74.7, test server)",
-        f"official GLUE mean but for WNLI, {full}: {glue:.1f} (paper 72.8 with WNLI, test server)",
+        f"official GLUE mean except WNLI, {full}: {glue:.1f} (paper 72.8 with WNLI, test server)",
     ]
     assert cells(lines, 6)[0][3:] == ["accuracy", "50.0", "dev split", "81.8", "test server"]
     assert not [line for line in shown(capsys, *runs[1:]) if " mean " in f" {line}"]

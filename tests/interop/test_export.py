@@ -186,7 +186,7 @@ def test_an_output_folder_in_use_is_refused(pretrained, tmp_path, capsys):
 
 def test_the_released_files_have_no_head(fine_tuned, tmp_path, capsys):
     message = refused(capsys, "export", fine_tuned("classification"), "--format", "openai", "--out", tmp_path / "out")
-    assert "no place for a fine-tuned head" in message
+    assert "cannot store a fine-tuned head" in message
 
 
 def test_the_message_for_an_unknown_folder_lists_the_formats(tmp_path, capsys):

@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):
     hint = "is not empty; name a folder that is empty or does not exist"
     assert error_of(file) == f"--workdir: {file} {hint}"
     assert error_of(tmp_path) == f"--workdir: {tmp_path} {hint}"
-    assert error_of(file / "below") == f"--workdir: {file / 'below'} cannot be made (Not a directory)"
+    assert error_of(file / "below") == f"--workdir: {file / 'below'} cannot be created (Not a directory)"
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     assert error_of(Path()) == f"--workdir: {tmp_path / 'empty'} is the current folder; name one below it"

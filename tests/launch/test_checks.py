@@ -220,15 +220,15 @@ def test_names_that_are_not_paths_are_valid_everywhere():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("gs://runs/a/../b", "leads out of what is mounted"),
+        ("gs://runs/a/../b", "leads out of the mounted storage"),
         ("/gcs/runs/..", "leads out"),
         ("gs://../b", "'..' cannot be the name of a bucket"),
         ("gs://Runs/a", "'Runs' cannot be the name of a bucket"),
         ("gs:///a", "'' cannot be the name of a bucket"),
         ("/gcs/my runs/a", "'my runs' cannot be the name of a bucket"),
         ("gs://runs,ro/a", "'runs,ro' cannot be the name of a bucket"),
-        ("gs://runs", "names nothing inside 'runs'"),
-        ("gs://runs/", "names nothing inside 'runs'"),
+        ("gs://runs", "has no path inside 'runs'"),
+        ("gs://runs/", "has no path inside 'runs'"),
         ("/mnt/disk/a", "cannot be reached from the workers, which are other machines; give gs://BUCKET/PATH"),
     ],
 )

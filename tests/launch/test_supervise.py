@@ -189,7 +189,7 @@ def test_a_signal_is_passed_on_and_processes_have_time_to_save(tmp_path, number)
 def test_processes_that_do_not_end_in_time_are_killed(tmp_path):
     stage = Stage(tmp_path, "save", "deaf", grace=0.3).when_ready(lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert stage.supervisor.run() == 42
-    assert stage.lines[1] == "killing 1 that did not end in time"
+    assert stage.lines[1] == "killing processes that did not end in time (1)"
     assert [process.returncode for process in stage.processes] == [42, -signal.SIGKILL]
 
 

@@ -197,7 +197,7 @@ REQUESTED = (
     "requesting tiny: gcloud compute tpus queued-resources create tiny --node-id tiny --accelerator-type v5litepod-8 "
     "--runtime-version v2-alpha-tpuv5-lite --labels gpt-jax=OWNER --quiet --zone us-west4-a"
 )
-INSTALLING = "installing on 1 worker; the first time this takes minutes"
+INSTALLING = "installing on 1 worker; the first installation takes minutes"
 
 
 # -- the decisions ----------------------------------------------------------------------------------------------------------
@@ -297,7 +297,7 @@ def test_the_watch_waits_for_the_resource_and_follows_the_training(cloud):
         "tiny is WAITING_FOR_RESOURCES",
         "tiny is PROVISIONING",
         "tiny is ACTIVE",
-        "installing on 2 workers; the first time this takes minutes",
+        "installing on 2 workers; the first installation takes minutes",
         *[line for line in cloud.lines if line == "the training is running on 2 workers"],  # unless it was too fast
         "done (preemptions: 0, crashes: 0)",
         *STAYS,
@@ -765,7 +765,7 @@ def test_several_slices_are_several_nodes(cloud):
     cloud.change(slices=2, spot=True, project="p")
     cloud.script(hosts=2)
     assert cloud.submit() == 0
-    assert "installing on 4 workers; the first time this takes minutes" in cloud.lines
+    assert "installing on 4 workers; the first installation takes minutes" in cloud.lines
     (create,) = [command for command in cloud.commands() if command[4] == "create"]
     assert shlex.join(create[6:]) == (
         "--node-count 2 --node-prefix tiny --accelerator-type v5litepod-8 --runtime-version v2-alpha-tpuv5-lite --spot "

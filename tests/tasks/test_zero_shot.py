@@ -301,7 +301,7 @@ def test_the_previous_best_is_the_papers_figure_minus_the_gain_in_section_4_2(na
             {"validation": split_of([(("a",), 1), (("b",), None)])},
             "^made:2: the row has no label, but the zero-shot probe 'sst2' needs one$",
         ),
-        ("cola", {"train": split_of([(("a",), 1), (("b",), 1)])}, "^made:1: the train split has one class only, but"),
+        ("cola", {"train": split_of([(("a",), 1), (("b",), 1)])}, "^made:1: the train split has only one class, but"),
     ],
 )
 def test_missing_or_unusable_splits_are_refused(params, name, splits, message):
