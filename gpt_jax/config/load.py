@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.util
-import io
+import importlib.resources
 import json
 import re
+import runpy
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import tyro
 
@@ -26,7 +26,7 @@ CONFIG_VERSION = 2
 
 
 class Renamed(NamedTuple):
-    """What a field of an earlier version is called now, and what its old values have become."""
+    """The present name of a field of an earlier version, and the present values of its old ones."""
 
     name: str
     values: Mapping[Any, Any] = {}
@@ -89,12 +89,12 @@ def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json
     Raises:
       UserError: a field is unknown in every version, or its value is not allowed.
     """
-    kind = FinetuneRunConfig if "task" in values else PretrainConfig
-    known = flatten_config(kind())
+    default = FinetuneRunConfig() if "task" in values else PretrainConfig()
+    known = flatten_config(default)
     fields = dict(upgrade_field(name, value) for name, value in _flatten_dict(values).items())
     for name in fields.keys() - known.keys():
         raise UserError(f"{where}: no field of a config is named '{name}'; {nearest(name, known)}")
-    return _build(kind, fields)
+    return _replace_fields(default, fields)
 
 
 def _flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -106,16 +106,16 @@ def _flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     return leaves
 
 
-def _build(kind: type, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Makes a config of the given dataclass from values by their dotted names."""
-    arguments: dict[str, Any] = {}
-    for field in dataclasses.fields(kind):
-        name = prefix + _option_name(field.name)
-        if dataclasses.is_dataclass(field.default):
-            arguments[field.name] = _build(type(field.default), values, name + ".")
+def _replace_fields(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """Returns a copy of a config in which the fields of these dotted names have these values."""
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + _option_name(field.name), getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            changes[field.name] = _replace_fields(value, values, name + ".")
         elif name in values:
-            arguments[field.name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
-    return kind(**arguments)
+            changes[field.name] = tuple(values[name]) if isinstance(values[name], list) else values[name]
+    return dataclasses.replace(config, **changes)
 
 
 def _option_name(field: str) -> str:
@@ -127,9 +127,7 @@ def _option_name(field: str) -> str:
 
 def config_folder() -> Path:
     """The folder of the configs that come with the package (configs/ in the repository)."""
-    spec = importlib.util.find_spec("gpt_jax.configs")
-    assert spec is not None
-    return Path(next(iter(spec.submodule_search_locations or ())))
+    return Path(str(importlib.resources.files("gpt_jax.configs")))
 
 
 def config_names() -> list[str]:
@@ -151,15 +149,11 @@ def load_config(name: str) -> Any:
             raise UserError(f"no config is named '{name}'; {nearest(name, config_names())} Or give the path of a .py file")
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
-    spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        if not callable(getattr(module, "config", None)):
+        function = runpy.run_path(str(path)).get("config")
+        if not callable(function):
             raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig or FinetuneConfig")
-        value = module.config()
+        value = function()
     except UserError:
         raise
     except Exception as error:  # Whatever a user's file does wrong becomes one line.
@@ -177,60 +171,54 @@ def _renamed_argument(error: Exception) -> str:
 
 
 def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
-    """Applies command-line overrides such as `--optim.peak-lr 1e-4` to a config.
+    """Applies command-line overrides such as `--optim.peak-lr 1e-4` to a config; `--help` prints every field.
 
-    Names are checked first and values one at a time, so that each mistake is one line; `--help` prints every field.
+    All names are checked first, then the values one at a time, and then the rules across fields.
 
     Raises:
-      UserError: a name that does not exist (the nearest are offered), a value of the wrong type, or a rule across fields.
+      UserError: a name that does not exist (the nearest are offered), a value of the wrong type, or a rule that is broken.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         tyro.cli(type(config), default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
-    flags: list[list[str]] = []
+    options: list[tuple[str, list[str]]] = []
     known = flatten_config(config)
     for argument in arguments:
         if argument.startswith("--"):
-            name, *value = argument[2:].split("=", 1)
+            name, *words = argument[2:].split("=", 1)
             name = name.replace("_", "-")
             if name in RENAMED_FIELDS:
                 raise UserError(f"--{name}: was renamed; use {RENAMED_FIELDS[name]}")
             if name not in known:
                 sections = sorted({key.split(".")[0] for key in known})
-                options = [key for key in known if key.startswith(name.split(".")[0] + ".")] or [*known, *sections]
-                hint = nearest(name, options) if name not in sections else "it is a section: give one of its fields"
+                similar = [key for key in known if key.startswith(name.split(".")[0] + ".")] or [*known, *sections]
+                hint = nearest(name, similar) if name not in sections else "it is a section: give one of its fields"
                 raise UserError(f"--{name}: no such field; {hint}")
-            flags.append(["--" + name, *value])
-        elif flags:
-            flags[-1].append(argument)
+            options.append((name, words))
+        elif options:
+            options[-1][1].append(argument)
         else:
             raise UserError(f"'{argument}' stands before any --field; overrides are written --section.field value")
-    for flag in flags:
-        try:
-            _parse(config, flag)
-        except SystemExit:
-            raise UserError(f"{flag[0]}: {_expectation(config, flag)}") from None
-        except UserError:
-            pass  # A rule across fields may hold only once all overrides are in.
-    return _parse(config, [word for flag in flags for word in flag])
+    return _replace_fields(config, {name: _parse_value(config, name, words) for name, words in options})
 
 
-def _parse(config: Any, arguments: list[str]) -> Any:
-    """Lets tyro apply overrides; its own messages are boxes of several lines, so they are swallowed."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        return tyro.cli(
-            type(config), default=config, args=arguments, config=(tyro.conf.FlagConversionOff,), console_outputs=False
-        )
-
-
-def _expectation(config: Any, flag: list[str]) -> str:
-    """Says what a field would have accepted, for a value that it did not."""
+def _parse_value(config: Any, name: str, words: list[str]) -> Any:
+    """Converts the words after the option of a field to the type of the field."""
     kind: Any = type(config)
-    for part in flag[0][2:].split("."):
-        kind = {_option_name(name): hint for name, hint in typing.get_type_hints(kind).items()}[part]
-    given = " ".join(flag[1:])
-    if not given:
-        return "needs a value"
-    if typing.get_origin(kind) is Literal:
-        return f"'{given}' is not one of {', '.join(map(str, typing.get_args(kind)))}"
+    for part in name.split("."):
+        kind = {_option_name(field): hint for field, hint in typing.get_type_hints(kind).items()}[part]
+    text = " ".join(words)
+    if typing.get_origin(kind) is tuple:
+        return tuple(words)
+    if kind is str and len(words) == 1:
+        return text
+    if not text:
+        raise UserError(f"--{name}: needs a value")
+    choices = {"True": True, "False": False} if kind is bool else {choice: choice for choice in typing.get_args(kind)}
+    one_of_choices = f"one of {', '.join(choices)}"
+    if text in choices:
+        return choices[text]
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
     expected = {int: "a whole number", float: "a number", bool: "True or False", str: "one text (quote it)"}
-    return f"'{given}' is not {expected.get(kind, 'a list of texts')}"
+    raise UserError(f"--{name}: '{text}' is not {expected.get(kind, one_of_choices)}")

@@ -34,7 +34,7 @@ SEED = Range("be in [0, 2^32)", lambda x: 0 <= x < 2**32)
 
 
 def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
-    """Returns a config field with its default value, its effect, and the range of its values."""
+    """Returns a config field with its default value, its effect, and the range of its values or of its durations' numbers."""
     return dataclasses.field(default=default, metadata={"affects": affects, "within": within})
 
 
@@ -49,11 +49,15 @@ class Section:
     section: ClassVar[str]
     """The section's dotted name."""
 
+    def __init_subclass__(cls, section: str = "") -> None:
+        cls.section = section or cls.section
+
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
-            within, value = spec.metadata.get("within"), getattr(self, spec.name)
+            within, value, name = spec.metadata.get("within"), getattr(self, spec.name), f"{self.section}.{spec.name}"
             if within is not None:
-                require(within.contains(value), f"{self.section}.{spec.name}", f"must {within.words}, not {value}")
+                number = parse_duration(value, name)[0] if isinstance(spec.default, str) else value
+                require(within.contains(number), name, f"must {within.words}, not {value!r}")
 
 
 # -- durations --------------------------------------------------------------------------------------------------------------
@@ -109,10 +113,8 @@ def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig(Section):
+class TokenizerConfig(Section, section="data.tokenizer"):
     """The tokenizer, which converts text to token ids. Its number of entries is `model.vocab_size`."""
-
-    section = "data.tokenizer"
 
     kind: Literal["sentencepiece", "gpt1", "bytes"] = field("gpt1", affects="result")
     """`gpt1`: the released vocabulary of 40,478 entries (section 4.1: 40,000 merges); `sentencepiece`: a BPE trained on the run's
@@ -128,10 +130,8 @@ class TokenizerConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineConfig(Section):
+class PipelineConfig(Section, section="data"):
     """The input pipeline, which makes batches ahead of the training step that needs them."""
-
-    section = "data"
 
     pipeline: Literal["auto", "tf", "threads"] = field("auto", affects="speed")
     """Implementation of the input pipeline: `tf` (tf.data), `threads` (without tensorflow), or `auto`, which selects `tf` if
@@ -168,10 +168,8 @@ class DataConfig(PipelineConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOptions(Section):
+class ModelOptions(Section, section="model"):
     """Settings for the regularization and computation of any model (section 4.1). The defaults are the paper's."""
-
-    section = "model"
 
     embed_dropout: float = field(0.1, affects="result", within=FRACTION)
     """Dropout rate on the sum of token and position embeddings, in [0, 1) (section 4.1: 0.1)."""
@@ -252,10 +250,8 @@ class ModelConfig(ModelOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig(Section):
+class OptimConfig(Section, section="optim"):
     """The optimizer and its schedule (section 4.1). The defaults are those of pre-training."""
-
-    section = "optim"
 
     kind: Literal["adam_gpt1", "adamw"] = field("adam_gpt1", affects="result")
     """Optimizer. `adam_gpt1`: Adam as in the released code, with epsilon outside the bias correction and with weight decay scaled
@@ -265,7 +261,7 @@ class OptimConfig(Section):
     schedule: Literal["cosine", "linear"] = field("cosine", affects="result")
     """Decay to 0 after the warm-up: `cosine`, a function of the complete run (section 4.1), or `linear` (section 4.1,
     fine-tuning)."""
-    warmup: str = field("2000 steps", affects="result")
+    warmup: str = field("2000 steps", affects="result", within=NOT_NEGATIVE)
     """Duration of the linear warm-up from 0 (section 4.1: 2,000 updates); "%" means a share of the run."""
     b1: float = field(0.9, affects="result", within=FRACTION)
     """Decay rate of Adam's first moment, in [0, 1) (released code: 0.9)."""
@@ -278,30 +274,24 @@ class OptimConfig(Section):
     clip_norm: float = field(0.0, affects="result", within=NOT_NEGATIVE)
     """Maximum global gradient norm; larger gradients are scaled down to it. 0: no clipping (as in the paper's pre-training)."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_duration(self.warmup, "optim.warmup")
-
 
 @dataclasses.dataclass(frozen=True)
-class LoopConfig(Section):
+class LoopConfig(Section, section="train"):
     """The training loop: its batches, its length, its evaluations, and its checkpoints."""
-
-    section = "train"
 
     batch_size: int = field(64, affects="result", within=POSITIVE)
     """Number of examples in one update, over all devices and hosts (section 4.1: 64). In pre-training, an example is one
     window."""
-    duration: str = field("100 epochs", affects="result")
+    duration: str = field("100 epochs", affects="result", within=POSITIVE)
     """Length of the run (section 4.1: 100 epochs), in steps, tokens or epochs."""
     seed: int = field(0, affects="result", within=SEED)
     """Seed of the initial parameters, the order of examples, and dropout, in [0, 2^32)."""
     grad_accum_steps: int = field(1, affects="speed", within=POSITIVE)
     """Number of micro-batches that a batch is split into to save memory; must divide `batch_size`. There is one update per
     batch."""
-    eval_every: str = field("1000 steps", affects="speed")
+    eval_every: str = field("1000 steps", affects="speed", within=POSITIVE)
     """Interval between evaluations on the validation split; there is also one at the end."""
-    save_every: str = field("1000 steps", affects="speed")
+    save_every: str = field("1000 steps", affects="speed", within=POSITIVE)
     """Interval between checkpoints; there is also one at the end."""
     keep_latest: int = field(3, affects="speed", within=POSITIVE)
     """Number of newest checkpoints to keep. > 0."""
@@ -316,11 +306,8 @@ class LoopConfig(Section):
         super().__post_init__()
         steps, size = self.grad_accum_steps, self.batch_size
         require(size % steps == 0, "train.grad_accum_steps", f"{steps} does not divide train.batch-size {size}")
-        for name in ("duration", "eval_every", "save_every"):
-            number, unit = parse_duration(getattr(self, name), f"train.{name}")
-            require(number > 0, f"train.{name}", f"must be positive, not '{getattr(self, name)}'")
-            absolute = name != "duration" or unit != "%"
-            require(absolute, "train.duration", "cannot be a share of itself; give steps, tokens or epochs")
+        _, unit = parse_duration(self.duration, "train.duration")
+        require(unit != "%", "train.duration", "cannot be a share of itself; give steps, tokens or epochs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,12 +329,12 @@ class FinetuneLoopConfig(LoopConfig):
     batch_size: int = field(32, affects="result", within=POSITIVE)
     """Number of examples in one update, over all devices and hosts (section 4.1: 32). A question with its choices is one
     example."""
-    duration: str = field("3 epochs", affects="result")
+    duration: str = field("3 epochs", affects="result", within=POSITIVE)
     """Length of the run (section 4.1: 3 epochs), in steps or epochs; the last partial batch of an epoch is dropped."""
-    eval_every: str = field("1 epochs", affects="result")
+    eval_every: str = field("1 epochs", affects="result", within=POSITIVE)
     """Interval at which the validation split is scored and a checkpoint is written; both also happen at the end. The best of
     these checkpoints is selected."""
-    save_every: str = field("1 epochs", affects="speed")
+    save_every: str = field("1 epochs", affects="speed", within=POSITIVE)
     """Interval between additional checkpoints, so that less work is lost if the run is killed."""
     keep_latest: int = field(1, affects="speed", within=POSITIVE)
     """Number of newest checkpoints to keep. > 0."""
@@ -378,10 +365,8 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DistributedConfig(Section):
+class DistributedConfig(Section, section="distributed"):
     """The processes of a run with several processes. On TPU pods, SLURM and Kubernetes, these settings are detected."""
-
-    section = "distributed"
 
     coordinator: str = field("", affects="speed")
     """HOST:PORT of process 0; empty: detected, or there is only one process."""
@@ -394,12 +379,11 @@ class DistributedConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.coordinator:
-            return
-        count, number = self.num_processes, self.process_id
-        require(":" in self.coordinator, "distributed.coordinator", f"'{self.coordinator}' is not HOST:PORT")
-        require(count > 0, "distributed.num_processes", "must be given with distributed.coordinator")
-        require(0 <= number < count, "distributed.process_id", f"must be in [0, {count}), not {number}")
+        if self.coordinator:
+            count, number = self.num_processes, self.process_id
+            require(":" in self.coordinator, "distributed.coordinator", f"'{self.coordinator}' is not HOST:PORT")
+            require(count > 0, "distributed.num_processes", "must be given with distributed.coordinator")
+            require(0 <= number < count, "distributed.process_id", f"must be in [0, {count}), not {number}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -435,10 +419,8 @@ class TransferConfig(InitConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskConfig(Section):
+class TaskConfig(Section, section="task"):
     """A labeled task, and the transformation of its examples into the model's input (section 3.3, Figure 1)."""
-
-    section = "task"
 
     name: str = field("", affects="result")
     """Name of a task of the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a
@@ -481,9 +463,8 @@ class TaskConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         own = bool(self.train or self.validation or self.test)
-        if self.name and own:
-            hint = "leave out either it or --task.train, --task.validation and --task.test"
-            raise field_error("task.name", f"'{self.name}' is a task of the paper; {hint}")
+        hint = "leave out either it or --task.train, --task.validation and --task.test"
+        require(not (self.name and own), "task.name", f"'{self.name}' is a task of the paper; {hint}")
         for name in ("kind", "texts", "label", "labels"):
             given = getattr(self, name) != type(self).__dataclass_fields__[name].default
             require(not (self.name and given), f"task.{name}", f"is for your own tasks; leave it out for '{self.name}'")
