@@ -52,14 +52,12 @@ def generate(
     if not prompts or min(map(len, prompts)) == 0:
         raise UserError("a prompt is empty; the model needs at least one token to continue")
     if longest + num_tokens > config.context_length:
-        raise UserError(
-            f"a prompt of {longest} tokens and {num_tokens} new ones exceed the model's context of {config.context_length}; "
-            f"ask for at most {max(config.context_length - longest, 0)} new tokens or shorten the prompt"
-        )
+        problem = f"a prompt of {longest} tokens and {num_tokens} new ones exceed the model's context of {config.context_length}"
+        room = max(config.context_length - longest, 0)
+        raise UserError(f"{problem}; ask for at most {room} new tokens or shorten the prompt")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or num_tokens < 1 or not 0 <= seed < 2**32:
-        raise UserError(
-            "generation needs temperature >= 0, top-k >= 0, 0 < top-p <= 1, 0 <= seed < 2^32 and at least one new token"
-        )
+        rules = "temperature >= 0, top-k >= 0, 0 < top-p <= 1, 0 <= seed < 2^32 and at least one new token"
+        raise UserError(f"generation needs {rules}")
     # Prompts are padded at the end to a multiple of 32, as far as the context allows, so that similar lengths share one program.
     width = min(-(-longest // 32) * 32, config.context_length - num_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)

@@ -170,10 +170,9 @@ class RunDir:
             record = _parse(line)
             (kept if record is not None and record["step"] <= step else moved).append(line + "\n")
         if moved:
-            with open(self.path / "metrics.superseded.jsonl", "a", encoding="utf-8") as superseded:
-                superseded.writelines(moved)
-                superseded.flush()
-                os.fsync(superseded.fileno())
+            superseded = self.path / "metrics.superseded.jsonl"
+            earlier = superseded.read_text(encoding="utf-8") if superseded.exists() else ""
+            write_atomic(superseded, earlier + "".join(moved))
         if "".join(kept) != before:  # A missing line end is a difference, too.
             self.sync()
             write_atomic(self._record, "".join(kept))
@@ -232,8 +231,7 @@ def environment() -> dict[str, Any]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    try:
+    with contextlib.suppress(ValueError):  # A process that was killed while it wrote the line leaves a part of it.
         record = json.loads(line)
-    except ValueError:  # The process was killed while it wrote this line.
-        return None
-    return record if isinstance(record, dict) and "step" in record else None
+        return record if isinstance(record, dict) and "step" in record else None
+    return None
