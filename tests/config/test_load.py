@@ -89,7 +89,7 @@ def test_help_lists_fields_with_their_meaning(capsys):
     assert not stop.value.code
     shown = capsys.readouterr().out
     assert "--optim.peak-lr" in shown
-    assert "Learning rate at the top of the schedule" in " ".join(shown.replace("│", " ").split())
+    assert "Maximum learning rate of the schedule" in " ".join(shown.replace("│", " ").split())
 
 
 # -- digests and round trips ------------------------------------------------------------------------------------------------
