@@ -186,7 +186,7 @@ class TokenArray:
         """
         if starts.size and (starts.min() < 0 or starts.max() + length > self.num_tokens):
             span = f"[{starts.min()}, {starts.max() + length})"
-            raise IndexError(f"rows of {length} tokens span {span}, which exceeds the split's {self.num_tokens} tokens")
+            raise IndexError(f"rows of {length} tokens span {span}, which is outside the split's {self.num_tokens} tokens")
         tokens = np.empty((starts.size, length), np.int32)
         for row, start in zip(tokens, starts.tolist(), strict=True):
             shard = bisect.bisect_right(self._edges, start) - 1

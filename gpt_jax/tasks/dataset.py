@@ -27,7 +27,7 @@ class TaskDataset(NamedTuple):
     splits: dict[str, TaskSplit]
     """The examples that are used, by split. "test" may be missing or may not have labels."""
     encoded: dict[str, EncodedSplit]
-    """The same examples as token ids."""
+    """The examples as token ids, by split."""
     lengths: tuple[int, ...]
     """The lengths in tokens that batches are padded to, ascending."""
 
