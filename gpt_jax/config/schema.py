@@ -34,7 +34,7 @@ SEED = Range("be in [0, 2^32)", lambda x: 0 <= x < 2**32)
 
 
 def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
-    """Returns a config field with its default value, its effect, and the range of its values or of its durations' numbers."""
+    """Returns a config field with its default value, its effect, and the range of its value or of the number in a duration."""
     return dataclasses.field(default=default, metadata={"affects": affects, "within": within})
 
 
@@ -361,12 +361,12 @@ class MeshConfig:
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             require(size == -1 or size > 0, f"mesh.{name}", f"must be positive, or -1 for all that are left, not {size}")
-        require(list(sizes.values()).count(-1) <= 1, "mesh", "only one axis can be -1, all that are left")
+        require(list(sizes.values()).count(-1) <= 1, "mesh", "only one axis can be -1 (all that are left)")
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedConfig(Section, section="distributed"):
-    """The processes of a run with several processes. On TPU pods, SLURM and Kubernetes, these settings are detected."""
+    """Settings for runs with several processes. On TPU pods, SLURM and Kubernetes, they are detected."""
 
     coordinator: str = field("", affects="speed")
     """HOST:PORT of process 0; empty: detected, or there is only one process."""
