@@ -1,4 +1,4 @@
-# Everything a fresh clone needs, with nothing but Python >= 3.11, make and a package index: `make help`.
+# Everything a fresh clone needs; the only requirements are Python >= 3.11, make and a package index. See `make help`.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,25 +17,25 @@ help: ## Show this list.
 	@echo
 	@echo "  PYTHON=python3.12: the interpreter behind the environment; VENV=.venv312: another environment; ARGS: for the command"
 
-demo: $(VENV)/.installed-core ## Run the whole story on the CPU: text, tokenizer, training, evaluation, samples.
+demo: $(VENV)/.installed-core ## Train, evaluate, fine-tune and export a small GPT on the CPU, in a few minutes.
 	@$(bin)/gpt-jax demo $(ARGS)
 
 test: $(VENV)/.installed-test ## Run the quick tests; ARGS="tests/test_config.py -k digest" picks some.
 	@$(bin)/python -m pytest -n $(workers) --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.installed-test ## Run the slow tests, compiled with all optimisations.
+test-slow: $(VENV)/.installed-test ## Run the slow tests, compiled with all optimizations.
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n $(workers) --dist worksteal -m slow $(ARGS)
 
-interop: ## Run all tests of exports and imports beside torch, transformers and ONNX Runtime, in .venv-interop.
+interop: ## Run all tests of exports and imports with torch, transformers and ONNX Runtime, in .venv-interop.
 	@$(MAKE) --no-print-directory VENV=.venv-interop test-interop
 
 test-interop: $(VENV)/.installed-interop
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n 2 --dist worksteal tests/interop $(ARGS)
 
-slurm: $(VENV)/.installed-test ## Run launch's batch file on a small SLURM of this machine (Debian's slurm-wlm and munge, as root).
+slurm: $(VENV)/.installed-test ## Run the batch file of `gpt-jax launch slurm` on a SLURM of this machine (Debian's slurm-wlm and munge, as root).
 	@GPT_JAX_SLURM=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -m slow tests/launch/test_slurm_real.py $(ARGS)
 
-sky: $(VENV)/.installed-test .venv-sky/.installed ## Check launch's tasks with SkyPilot's own loader, in .venv-sky.
+sky: $(VENV)/.installed-test .venv-sky/.installed ## Check the tasks of `gpt-jax launch sky` with SkyPilot's own loader, in .venv-sky.
 	@GPT_JAX_SKY=.venv-sky/bin/python $(bin)/python -m pytest -m slow tests/launch/test_sky.py $(ARGS)
 
 .venv-sky/.installed:
@@ -47,14 +47,14 @@ lint: $(VENV)/.installed-lint ## Check style, format and types.
 	@$(bin)/ruff format --check .
 	@$(bin)/mypy
 
-format: $(VENV)/.installed-lint ## Put the code into the form that `make lint` asks for.
+format: $(VENV)/.installed-lint ## Format the code as `make lint` requires.
 	@$(bin)/ruff check --fix .
 	@$(bin)/ruff format .
 
-# tensorflow is resolved besides tensorflow-cpu, so that one lock holds on machines that need either of the two, and what drives
-# TPUs and GPUs with them; libtpu wants glibc 2.31. What only `make interop` needs has locks of its own, which agree with the
-# others; torch is the same on both Pythons, and renewed by hand.
-lock: $(VENV)/.created ## Renew the constraints files with the newest versions that go together.
+# The locks contain tensorflow as well as tensorflow-cpu, so that one lock serves machines that need either, and the packages that
+# drive TPUs and GPUs (libtpu requires glibc 2.31). The packages that only `make interop` needs have separate locks, which agree
+# with the others; torch is the same for both versions of Python and is updated by hand.
+lock: $(VENV)/.created ## Update the constraints files to the newest versions that work together.
 	@$(bin)/python -m pip install --quiet uv
 	@for version in 3.11 3.12; do \
 	  file=py$$(echo $$version | tr -d .).txt; echo "resolving constraints/$$file"; \
@@ -65,7 +65,7 @@ lock: $(VENV)/.created ## Renew the constraints files with the newest versions t
 	      --output-file constraints/interop-$$file || exit; \
 	done
 
-clean: ## Remove what these commands made: the environment, builds and caches. Runs stay.
+clean: ## Remove environments, builds and caches. Runs are kept.
 	rm -rf $(VENV) .venv-interop .venv-sky build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -79,7 +79,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# One stamp per set of extras, so that the demo does not wait for the tests' packages.
+# One stamp file for each set of extras, so that the demo does not wait for the packages of the tests.
 size := 2.7 GB
 $(VENV)/.installed-interop: lock_prefix := interop-
 $(VENV)/.installed-interop: size := 4 GB, more where torch brings CUDA
