@@ -121,7 +121,7 @@ def update_once(state, grad_accum_steps, devices):
     model = CHOICES.trainable_model()
     batch = sharding.place_batch(devices, jax.device_get(random_batch(CHOICES, 4)), EXAMPLES)
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}
-    step = lower_step(config, devices, total_steps=10, warmup_steps=0.0, model=model, batch=abstract).compile()
+    step = lower_step(config, devices, total_steps=10, model=model, batch=abstract).compile()
     state, metrics = step(jax.device_put(state, state_shardings(config, devices, model)), batch)
     assert metrics["learning_rate"] == pytest.approx(OPTIM.peak_lr)
     return Update(float(metrics["loss"]), float(metrics["grad_norm"]), jax.device_get(state["params"]))
