@@ -1,6 +1,6 @@
 """Dropout masks as a pure function of the place where they are used (version 1; docs/masks.md has the definition and the study).
 
-No generator with a state is involved: (seed, step, layer, site, example, head, query, key) alone decides whether an element is
+There is no generator with a state: (seed, step, layer, site, example, head, query, key) alone decides whether an element is
 dropped. A resumed run, another mesh, another micro-batch size and another attention kernel therefore see the same masks.
 
     mask_stream(seed, step, layer, site, example, head)   uint32[..., 2]        once per (example, head): Threefry-2x32, 20 rounds
@@ -117,7 +117,7 @@ def finalize(x: Any) -> Any:
 
 
 def threshold(rate: float) -> int:
-    """Returns how many of an element's 65536 possible values mean "dropped".
+    """Returns the number of an element's 65536 possible values that mean "dropped".
 
     Raises:
       ValueError: the rate is not in [0, 1), or rounds to 1.

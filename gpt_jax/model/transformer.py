@@ -39,12 +39,12 @@ block. The LSTM keeps its states instead (lstm.py)."""
 
 
 class ParamSpec(NamedTuple):
-    """How one parameter is laid out and treated."""
+    """The layout of one parameter, and whether weight decay applies to it."""
 
     axes: tuple[str | None, ...]
     """Logical names, which `mesh.RULES` turns into mesh axes."""
     decay: bool
-    """Whether weight decay applies: to matrices and embeddings, not to biases and gains."""
+    """True for matrices and embeddings, False for biases and gains."""
 
 
 # -- modules ----------------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype
 
 
 def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps the body of a scan so that its backward pass recomputes what `config.remat` asks for."""
+    """Wraps the body of a scan so that its backward pass recomputes values as `config.remat` prescribes."""
     if config.remat == "off":
         return body
     keep = jax.checkpoint_policies

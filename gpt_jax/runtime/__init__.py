@@ -1,1 +1,1 @@
-"""The machine that a run happens on: devices and mesh, other processes, the run's folder, git, the terminal."""
+"""The environment of a run: devices and mesh, other processes, the run's folder, git, and the terminal."""

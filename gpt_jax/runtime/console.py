@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 Log = Callable[[str], None]
-"""Takes one line for a person to read."""
+"""A function that shows one line of text to the user."""
 
 
 ERASE_LINE = "\r\x1b[K"
@@ -20,7 +20,7 @@ def say(line: str) -> None:
 
 
 class ProgressLine:
-    """One line that is redrawn in place on a terminal; elsewhere a new line every `seconds`.
+    """A line that is redrawn in place on a terminal; elsewhere, a new line every `seconds`.
 
     Args:
       seconds: time between lines where standard error is not a terminal.
@@ -34,7 +34,7 @@ class ProgressLine:
         self._shown = time.monotonic()
 
     def show(self, line: Callable[[], str], last: bool = False) -> None:
-        """Shows `line()` if it is time to, and always if it is the last one."""
+        """Shows `line()` if the interval has passed, and in any case if it is the last one."""
         now = time.monotonic()
         if not last and now - self._shown < self._interval:
             return

@@ -1,4 +1,4 @@
-"""Several processes of one run: how they start, compare what they run, wait for each other and stop together."""
+"""Runs of several processes: joining, comparing what is run, waiting for each other, and stopping together."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def start(config: DistributedConfig, log: Log) -> None:
     who = f"process {arguments['process_id']} of {arguments['num_processes']}" if arguments else "this process"
     where = arguments.get("coordinator_address", "the coordinator that the cluster names")
     failure = f"{who} could not join the others at {where} in {config.timeout_seconds} s"
-    # When JAX's own limit is up, it aborts the process with a stack trace that nothing can catch, so this one is shorter.
+    # At its own limit JAX aborts the process with a stack trace that cannot be caught, so the limit of this timer is shorter.
     timer = threading.Timer(config.timeout_seconds, _exit_now, (failure,))
     timer.daemon = True
     timer.start()
@@ -56,17 +56,17 @@ def start(config: DistributedConfig, log: Log) -> None:
 
 
 def _exit_now(reason: str) -> None:
-    """Ends this process at once, whatever its main thread is doing."""
+    """Prints the reason and ends this process at once, from any thread."""
     print(f"gpt-jax: {reason}", file=sys.stderr, flush=True)
     os._exit(TrainingError.exit_code)
 
 
 @contextlib.contextmanager
 def exit_if_peer_lost() -> Iterator[None]:
-    """Ends a process of several with exit code 1 when a computation fails, as it does when another process is gone.
+    """Ends this process with exit code 1 if a computation of the body fails because another process is gone.
 
-    It ends at once, because everything that comes later (a pending save, JAX's shutdown) would wait for the other process for a
-    minute or more, until JAX aborts.
+    In a run of several processes, any failed computation counts as such. The process ends at once, because a pending save and
+    JAX's shutdown would wait for the other process for a minute or more, until JAX aborts.
     """
     try:
         yield
@@ -107,7 +107,7 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def waiting(what: str, log: Log, every: float = 15.0) -> Iterator[None]:
-    """Logs every `every` seconds what the body is waiting for: a silent hang is worse than an error."""
+    """Logs what the body is waiting for, once every `every` seconds, because a silent hang is worse than an error."""
     done = threading.Event()
 
     def remind() -> None:
@@ -126,7 +126,7 @@ def waiting(what: str, log: Log, every: float = 15.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def primary_first(what: str, log: Log) -> Iterator[None]:
-    """Runs the body on process 0 before it runs on the others, which can then use what process 0 has made; `what` names it.
+    """Runs the body on process 0 and then on the other processes, which can use what process 0 has made (`what`, for messages).
 
     Raises:
       UserError: the body raised it on process 0; all processes raise it.
@@ -148,18 +148,18 @@ def primary_first(what: str, log: Log) -> Iterator[None]:
 
 
 def broadcast(value: int) -> int:
-    """Returns process 0's value, on every process."""
+    """Returns the value of process 0 on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
 
 
 def require_agreement(facts: Mapping[str, str], log: Log) -> None:
-    """Compares the facts of every process with those of most of them; all processes must call it.
+    """Checks that all processes have the same facts; all of them must call it.
 
     Args:
       facts: values by name, such as "commit"; a few kilobytes. A missing or empty value counts as "none".
 
     Raises:
-      UserError: some differ. The message, the same on all processes, says which process of which host differs in what.
+      UserError: some facts differ. The message is the same on all processes and names the processes that differ from most.
     """
     if jax.process_count() == 1:
         return
@@ -172,9 +172,9 @@ def require_agreement(facts: Mapping[str, str], log: Log) -> None:
 
 
 def _difference(name: str, everyone: list[dict[str, str]]) -> str:
-    """Says which processes differ from most of them, or in a tie from the first of them; empty if none does."""
+    """Returns a phrase that names the processes whose fact differs from the most common value; empty if there are none."""
     values = [facts.get(name) or "none" for facts in everyone]
-    usual = Counter(values).most_common(1)[0][0]  # Of equally common values, this is the one met first.
+    usual = Counter(values).most_common(1)[0][0]  # Of equally common values, the first.
     hosts = [f"process {number} ({facts['host']})" for number, facts in enumerate(everyone)]
     odd = [(host, value) for host, value in zip(hosts, values, strict=True) if value != usual]
     if not odd:
@@ -185,7 +185,7 @@ def _difference(name: str, everyone: list[dict[str, str]]) -> str:
 
 
 def _exchange(text: str, what: str, log: Log) -> list[str]:
-    """Returns the texts of all processes, in their order; all of them must call it. `what` says what is waited for."""
+    """Returns the texts of all processes in order; all of them must call it. `what` describes the wait for messages."""
     data = np.frombuffer(text.encode(), np.uint8)
     with waiting(what, log):
         sizes = multihost_utils.process_allgather(np.int32(data.size))
@@ -194,7 +194,7 @@ def _exchange(text: str, what: str, log: Log) -> list[str]:
 
 
 class StopRequest(StopSignals):
-    """Notices SIGTERM (a preemption) and the first Ctrl-C, so that the loop can save and leave between two updates.
+    """Records SIGTERM (a preemption) and the first Ctrl-C, so that the loop can save and leave between two updates.
 
     With several processes the signal may reach only one; JAX's preemption service then makes all of them stop at one step.
     """
@@ -210,7 +210,7 @@ class StopRequest(StopSignals):
 
     @property
     def requested(self) -> bool:
-        """Whether this process has been told to stop."""
+        """Whether this process has received a signal to stop."""
         return self.count > 0
 
     def after_update(self) -> bool:

@@ -28,7 +28,7 @@ class Checkout(NamedTuple):
 
 
 def find_checkout() -> Checkout:
-    """Asks git, which takes a few hundredths of a second.
+    """Returns the checkout that this package runs from. Running git takes a few hundredths of a second.
 
     Where the package is installed without its checkout, the environment variable GPT_JAX_COMMIT may name the commit that it was
     made from, and GPT_JAX_DIFF a file with the changes.

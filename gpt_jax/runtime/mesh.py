@@ -1,4 +1,4 @@
-"""The shape of the device mesh and the table that maps logical axes to it, without JAX: what is checked before a run is started.
+"""The shape of the device mesh and the table that maps logical axes to it. It needs no JAX, so that launchers can check a run.
 
 Model code names what an axis of an array means ("batch", "embed", "heads", ...); `RULES` alone says which mesh axes split it.
 The mesh always has the same four axes, of size 1 where unused, so that one program serves a laptop and a pod.

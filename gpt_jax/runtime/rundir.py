@@ -37,7 +37,7 @@ PACKAGES = (
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a whole file or nothing: to a temporary name beside it, synced, then renamed."""
+    """Writes a whole file or nothing. The file is synced under a temporary name beside `path` and then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -53,7 +53,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path) -> Iterator[None]:
-    """Turns "no space left" into the one line that a user needs."""
+    """Raises a `UserError` that names `path` if the body runs out of disk space."""
     try:
         yield
     except OSError as error:
@@ -86,7 +86,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class RunDir:
-    """The folder of one run. Only the primary process writes; the others have the same object, which then writes nothing."""
+    """The folder of one run. Methods that write do nothing on processes other than the primary one."""
 
     def __init__(self, path: Path, primary: bool = True):
         self.path = path
@@ -131,7 +131,7 @@ class RunDir:
             raise UserError(f"{self.path} holds a model imported from {source}; {hint}")
 
     def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
-        """Checks that the data are those that the run has been trained on.
+        """Checks that the run was trained on these data.
 
         Raises:
           UserError: they differ and `allow_changes` is off.
@@ -160,7 +160,7 @@ class RunDir:
         return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
 
     def supersede(self, step: int) -> None:
-        """Moves records past `step`, from which training continues, to metrics.superseded.jsonl; also a line that was cut off."""
+        """Moves the records after `step`, where training continues, and lines that were cut off to metrics.superseded.jsonl."""
         if not self._primary:
             return
         kept: list[str] = []
@@ -209,14 +209,14 @@ class RunDir:
         return [record for record in map(_parse, lines) if record is not None]
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Writes result.json, the run's final scores, once the record is durable; nothing is added to a run that has it."""
+        """Writes result.json, the run's final scores, after the record is durable. A run that has this file is finished."""
         if self._primary:
             self.sync()
             write_atomic(self.result, json.dumps(result, indent=1) + "\n")
 
 
 def environment() -> dict[str, Any]:
-    """Returns what produced a run: commit, versions of installed packages, compiler flags, command."""
+    """Returns the commit, the versions of installed packages, the compiler flags and the command that a run results from."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""The mesh of devices, shardings by logical axis names (`mesh.RULES`), and what the model may ask of the mesh."""
+"""The mesh of devices, shardings by logical axis names (`mesh.RULES`), and computations on the parts of arrays."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gpt_jax.runtime.mesh import AXES, RULES, check_batch, check_model, num_shar
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Builds the four-axis mesh over `devices` (all of this run's, by default).
+    """Returns the four-axis mesh over `devices` (by default all devices of the run).
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -31,7 +31,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         grid = mesh_utils.create_device_mesh(shape, devices=devices)
     else:
         grid = np.asarray(devices).reshape(shape)
-    # Explicit axes, jax.make_mesh's default, would make every gather and einsum of the model name its output sharding.
+    # With explicit axes, the default of jax.make_mesh, every gather and einsum of the model would have to name its sharding.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -46,27 +46,27 @@ def check_divisibility(mesh: Mesh, model: ModelConfig, batch_size: int, grad_acc
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """The partition of an array whose axes have these logical names (None: whole on every device)."""
+    """Returns the partition of an array whose axes have these logical names (None: not split)."""
     return PartitionSpec(*(RULES.get(name) if name else None for name in names))
 
 
 def named_sharding(mesh: Mesh, names: Sequence[str | None]) -> NamedSharding:
-    """Returns the sharding over a mesh of an array whose axes have these logical names (None: whole on every device)."""
+    """Returns the sharding over a mesh of an array whose axes have these logical names (None: not split)."""
     return NamedSharding(mesh, spec(names))
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Pins the sharding of an intermediate array by its logical axes; nothing happens where no mesh is set."""
+    """Constrains the sharding of an intermediate array by its logical axes; returns it unchanged if no mesh is set."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(names))
 
 
 def per_shard(function: Callable[..., Any], in_names: Sequence[Any], out_names: Any) -> Callable[..., Any]:
-    """Runs `function` on each device's own piece of its arguments (shard_map); on whole arrays where no mesh is set.
+    """Maps a function over the devices' parts of its arguments (shard_map); if no mesh is set, arrays have one part.
 
     Args:
-      function: sees local arrays; it combines them over devices with `all_sum`, `all_max` and `shard_index`.
+      function: takes the parts of one device and combines them over devices with `all_sum`, `all_max` and `shard_index`.
       in_names: logical axis names of each argument.
       out_names: logical axis names of the result, or a tuple of them for a tuple of results.
     """
@@ -74,27 +74,27 @@ def per_shard(function: Callable[..., Any], in_names: Sequence[Any], out_names: 
         return function
     is_names = lambda x: isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)  # noqa: E731
     specs = jax.tree.map(spec, (tuple(in_names), out_names), is_leaf=is_names)
-    # Replication of the results is promised by the all_sum calls, and differentiation never goes through this function.
+    # Results are equal on all devices where `all_sum` makes them so, and no derivative is taken through this function.
     return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
 def all_sum(x: jax.Array, axis: str) -> jax.Array:
-    """Inside `per_shard`: the sum over the devices that split a logical axis."""
+    """Returns, inside `per_shard`, the sum over the devices that split a logical axis."""
     return x if _unsplit(axis) else jax.lax.psum(x, RULES[axis])
 
 
 def all_max(x: jax.Array, axis: str) -> jax.Array:
-    """Inside `per_shard`: the maximum over the devices that split a logical axis."""
+    """Returns, inside `per_shard`, the maximum over the devices that split a logical axis."""
     return x if _unsplit(axis) else jax.lax.pmax(x, RULES[axis])
 
 
 def shard_index(axis: str) -> jax.Array | int:
-    """Inside `per_shard`: which part of a logical axis this device holds."""
+    """Returns, inside `per_shard`, the number of the part of a logical axis that this device holds."""
     return 0 if _unsplit(axis) else jax.lax.axis_index(RULES[axis])
 
 
 def _unsplit(axis: str) -> bool:
-    """Whether one device holds all of a logical axis. Not every compiler removes a collective of a device with itself."""
+    """Returns whether one device holds all of a logical axis. Not every compiler removes a collective over a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or num_shards(mesh.shape, axis) == 1
 
@@ -103,13 +103,13 @@ def _unsplit(axis: str) -> bool:
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """int64 [n]: the rows of the global batch that this process's devices need, ascending."""
+    """Returns the rows of the global batch that this process's devices need, ascending, int64 [n]."""
     slices = named_sharding(mesh, ("batch",)).addressable_devices_indices_map((batch_size,)).values()
     return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices]))
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> dict[str, jax.Array]:
-    """Puts this host's rows (`host_rows` of them) of a global batch onto its devices, split along the first axis."""
+    """Places this host's rows of a global batch (those of `host_rows`) on its devices, split along the first axis."""
     rows, sharding = host_rows(mesh, batch_size), named_sharding(mesh, ("batch",))
 
     def place(local: np.ndarray) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Signals that ask a process to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 class StopSignals:
-    """Counts SIGTERM and SIGINT while it is entered, instead of being ended by them.
+    """Counts SIGTERM and SIGINT inside a `with` block, where they do not end the process.
 
-    Outside the main thread, where Python allows no signal handlers, it counts nothing.
+    Outside of the main thread, where Python allows no signal handlers, nothing is counted.
 
     Args:
-      second_interrupt_kills: give Ctrl-C back its usual effect after the first signal, so that a second one stops at once.
+      second_interrupt_kills: restore the usual effect of Ctrl-C after the first signal, so that a second one stops at once.
     """
 
     def __init__(self, second_interrupt_kills: bool = False) -> None:
