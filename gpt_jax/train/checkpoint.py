@@ -48,6 +48,7 @@ from gpt_jax.runtime.rundir import read_json, sha256, write_atomic
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+VERSIONS = {"format_version": FORMAT_VERSION, "mask_version": MASK_VERSION, "permutation_version": PERMUTATION_VERSION}
 
 Leaves = dict[tuple[str, ...], Any]
 """Arrays, or their descriptions, by the keys that lead to them in a nested dictionary."""
@@ -148,19 +149,11 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
                 shutil.copytree(self._tokenizer, path / "tokenizer")
             if selection_metric is not None and not math.isfinite(selection_metric):
                 selection_metric = None
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "config_digest": config_digest(self._config),
-                "data_digest": self._data_digest,
-                "mask_version": MASK_VERSION,
-                "permutation_version": PERMUTATION_VERSION,
-                "metrics": {name: float(value) for name, value in metrics.items() if math.isfinite(value)},
-                "selection_metric": selection_metric,
-                "process_count": jax.process_count(),
-                "device_count": jax.device_count(),
-                "device_kind": jax.devices()[0].device_kind,
-            }
+            finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+            manifest = {"step": step, "config_digest": config_digest(self._config), "data_digest": self._data_digest} | VERSIONS
+            manifest |= {"metrics": finite, "selection_metric": selection_metric}
+            manifest |= {"process_count": jax.process_count(), "device_count": jax.device_count()}
+            manifest |= {"device_kind": jax.devices()[0].device_kind}
             _seal(path, manifest)
             # Steps beyond this one belong to a future that the run went back from: they must not cost their predecessors.
             past = [info for info in list_checkpoints(self._folder, checksums=False) if info.step <= step]

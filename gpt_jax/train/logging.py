@@ -47,7 +47,7 @@ class ProgressLogger:
 
     Args:
       total_steps: updates in the whole run.
-      unit: the unit of the rate. Only tokens are known in number of operations, and with them the utilization (MFU).
+      unit: the unit of the rate. The utilization (MFU) is shown for tokens alone, since examples differ in length.
       tensorboard: folder of TensorBoard's event files.
       log: takes the lines; None on all processes but the first, which show and write nothing.
     """
@@ -96,12 +96,11 @@ class ProgressLogger:
         """Adds points to TensorBoard's curves."""
         if self._writer is None or self._log is None:
             return
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto import event_pb2, summary_pb2
 
-        points = [Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in values.items()]
+        points = [summary_pb2.Summary.Value(tag=f"{group}/{name}", simple_value=value) for name, value in values.items()]
         try:
-            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+            self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=points)))
         except OSError as error:
             self._writer = None
             self._log(f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has all of them")

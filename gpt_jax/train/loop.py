@@ -16,17 +16,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from gpt_jax.config import RunConfig
-from gpt_jax.config.load import flatten_config
-from gpt_jax.config.schema import duration_to_steps
+from gpt_jax.config import RunConfig, load, schema
 from gpt_jax.data.pipeline import BatchSource, DatasetFn, iterate_batches
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.errors import Preempted, TrainingError, UserError, require
-from gpt_jax.model.attention import resolve_attention
-from gpt_jax.model.transformer import Params, compute_dtype
-from gpt_jax.runtime import distributed, sharding
-from gpt_jax.runtime.console import Log, say
-from gpt_jax.runtime.rundir import RunDir, environment, read_json
+from gpt_jax.model import attention, transformer
+from gpt_jax.runtime import console, distributed, rundir, sharding
 from gpt_jax.train import checkpoint
 from gpt_jax.train.checkpoint import CheckpointInfo, CheckpointWriter
 from gpt_jax.train.logging import ProgressLogger, Unit
@@ -36,9 +31,9 @@ from gpt_jax.train.step import AbstractBatch, CompiledByShape, State, TrainableM
 class RunContext(NamedTuple):
     """The folder, the stop request and the log of a run, which exist before anything is known of its data."""
 
-    run: RunDir
+    run: rundir.RunDir
     stop: distributed.StopRequest
-    log: Log
+    log: console.Log
     """Prints a line, on process 0 alone."""
 
 
@@ -60,7 +55,7 @@ class Scores(NamedTuple):
     """The number by which the best checkpoint is selected, the lowest."""
 
 
-Evaluate = Callable[[int, Params], Scores]
+Evaluate = Callable[[int, transformer.Params], Scores]
 """A function (step, params) -> scores of the validation split."""
 
 
@@ -73,23 +68,23 @@ def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
       TrainingError: the other processes did not come.
       Preempted: the run was told to stop when it was finished.
     """
-    distributed.start(config.distributed, say)
-    distributed.require_agreement(_facts(config, workdir), say)
+    distributed.start(config.distributed, console.say)
+    distributed.require_agreement(_facts(config, workdir), console.say)
     primary = distributed.is_primary()
-    with distributed.StopRequest() as stop, contextlib.closing(RunDir(workdir, primary)) as run:
-        yield RunContext(run, stop, say if primary else lambda line: None)
+    with distributed.StopRequest() as stop, contextlib.closing(rundir.RunDir(workdir, primary)) as run:
+        yield RunContext(run, stop, console.say if primary else lambda line: None)
         if stop.requested:
             raise Preempted(f"told to stop when {workdir} was finished")
 
 
 def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
     """Returns the facts that all processes of a run must have in common, by names for a person."""
-    env = environment()
+    env = rundir.environment()
     facts = {"commit": env["commit"] or "unknown", **env["versions"]}
     facts |= {"XLA_FLAGS": env["xla_flags"], "LIBTPU_INIT_ARGS": env["libtpu_init_args"]}
     facts["devices"] = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
     facts |= {"devices in total": str(jax.device_count()), "--workdir": str(workdir.absolute())}
-    for name, (value, affects) in flatten_config(config).items():
+    for name, (value, affects) in load.flatten_config(config).items():
         # Processes differ in distributed.*, and what is displayed changes nothing.
         if affects != "display" and not name.startswith("distributed."):
             facts[f"--{name}"] = str(value)
@@ -107,7 +102,7 @@ def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) 
       UserError: the run is shorter than an update, or not longer than its warm-up.
     """
     train = config.train
-    steps = functools.partial(duration_to_steps, batch_size=train.batch_size, context_length=context_length, epoch=epoch)
+    steps = functools.partial(schema.duration_to_steps, batch_size=train.batch_size, context_length=context_length, epoch=epoch)
     total = int(steps(train.duration, "train.duration"))
     require(total > 0, "train.duration", f"'{train.duration}' is less than one update of {train.batch_size} examples")
     warmup = steps(config.optim.warmup, "optim.warmup", total=total)
@@ -164,7 +159,7 @@ def run_training(
     step = newest.step if newest else 0
     if step > total:
         raise UserError(f"{run.path}: its checkpoint {step} lies beyond --train.duration ({total} steps)")
-    if step == total and run.result.exists() and (result := read_json(run.result)).get("step") == step:
+    if step == total and run.result.exists() and (result := rundir.read_json(run.result)).get("step") == step:
         log(f"{run.path}: finished at step {step} already; nothing to do")
         return result
     device = mesh.devices.flat[0]
@@ -197,7 +192,7 @@ def run_training(
     return result
 
 
-def _newest_checkpoint(run: RunDir, log: Log) -> CheckpointInfo | None:
+def _newest_checkpoint(run: rundir.RunDir, log: console.Log) -> CheckpointInfo | None:
     """Returns the run's newest sound checkpoint; all processes take the one that process 0 finds."""
     newest = checkpoint.newest_checkpoint(run.checkpoints, log) if distributed.is_primary() else None
     step = distributed.broadcast(newest.step if newest else -1)
@@ -210,11 +205,10 @@ def _header(config: RunConfig, mesh: Mesh, title: str, total_steps: int) -> str:
     """Returns the line that describes a run before it starts."""
     model = config.model
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "single device"
-    return (
-        f"{model.num_parameters:,} parameters | {title} in {total_steps:,} steps | "
-        f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes} | attention {resolve_attention(model.attention)} | "
-        f"{compute_dtype(model)} over {model.param_dtype}"
-    )
+    size = f"{model.num_parameters:,} parameters | {title} in {total_steps:,} steps"
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes}"
+    numerics = f"{transformer.compute_dtype(model)} over {model.param_dtype}"
+    return f"{size} | {devices} | attention {attention.resolve_attention(model.attention)} | {numerics}"
 
 
 def train_loop(
@@ -290,7 +284,7 @@ def train_loop(
 
 
 def _save_last_good(
-    run: RunDir, writer: CheckpointWriter, state: State, step: int, metrics: dict[str, float], provenance: dict[str, Any]
+    run: rundir.RunDir, writer: CheckpointWriter, state: State, step: int, metrics: dict[str, float], provenance: dict[str, Any]
 ) -> TrainingError:
     """Saves the state before update `step`, which went wrong, and records its batch; returns the error that ends the training."""
     writer.wait()
@@ -305,10 +299,9 @@ def _save_last_good(
     # JSON has no NaN.
     values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     run.record("event", step, event="non-finite", **values, **provenance)
-    return TrainingError(
-        f"update {step} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']}); the state before it is saved "
-        f"as checkpoint {good}, its batch is recorded in {run.path / 'metrics.jsonl'}"
-    )
+    problem = f"update {step} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']})"
+    evidence = f"the state before it is saved as checkpoint {good}, its batch is recorded in {run.path / 'metrics.jsonl'}"
+    return TrainingError(f"{problem}; {evidence}")
 
 
 def require_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer, field: str) -> None:
@@ -319,7 +312,6 @@ def require_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer, field: str) ->
     """
     other = load_tokenizer(info.path / "tokenizer")
     if other.fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"{field}: {info.path} was trained with another tokenizer ({other.kind}, {other.vocab_size} entries, "
-            f"fingerprint {other.fingerprint[:12]}) than the data ({tokenizer.kind}, {tokenizer.fingerprint[:12]})"
-        )
+        theirs = f"{other.kind}, {other.vocab_size} entries, fingerprint {other.fingerprint[:12]}"
+        ours = f"{tokenizer.kind}, {tokenizer.fingerprint[:12]}"
+        raise UserError(f"{field}: {info.path} was trained with another tokenizer ({theirs}) than the data ({ours})")

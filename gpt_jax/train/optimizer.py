@@ -39,11 +39,8 @@ def learning_rate(config: OptimConfig, total_steps: int, warmup_steps: float, st
 
 def init_moments(params: Any) -> Moments:
     """Returns zero moments, in float32 whatever the type of the parameters: in bfloat16 a b2 of 0.999 would be 1."""
-
-    def zeros() -> Any:  # Two separate trees: the step donates its state, and a buffer can be donated only once.
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-
-    return {"mu": zeros(), "nu": zeros()}
+    # Two separate trees: the step donates its state, and a buffer can be donated only once.
+    return {name: optax.tree.zeros_like(params, dtype=jnp.float32) for name in ("mu", "nu")}
 
 
 def make_optimizer(config: OptimConfig, decay_mask: Any) -> optax.GradientTransformationExtraArgs:
@@ -58,9 +55,7 @@ def make_optimizer(config: OptimConfig, decay_mask: Any) -> optax.GradientTransf
     """
     precondition = {"adam_gpt1": _adam_gpt1, "adamw": _adamw}[config.kind]
 
-    def update(
-        gradients: Any, moments: Moments, params: Any, *, step: Int[Array, ""], learning_rate: Float[Array, ""]
-    ) -> tuple[Any, Moments]:
+    def update(gradients: Any, moments: Moments, params: Any, *, step: Array, learning_rate: Array) -> tuple[Any, Moments]:
         gradients, params = optax.tree.cast((gradients, params), jnp.float32)
         if config.clip_norm:
             gradients, _ = optax.clip_by_global_norm(config.clip_norm).update(gradients, optax.EmptyState())
@@ -92,7 +87,7 @@ def _adam_gpt1(config: OptimConfig, gradients: Any, moments: Moments, step: Any,
 
 
 def _adamw(config: OptimConfig, gradients: Any, moments: Moments, step: Any, learning_rate: Any) -> tuple[Any, Moments, Any]:
-    """Returns the same of Optax's AdamW, whose own step counter and schedule are replaced by the run's."""
+    """Returns the gradients as scaled by Optax's Adam with the run's step counter, the new moments and the given rate."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     scaled, state = adam.update(gradients, optax.ScaleByAdamState(step, moments["mu"], moments["nu"]))
     return scaled, {"mu": state.mu, "nu": state.nu}, learning_rate

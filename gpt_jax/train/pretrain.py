@@ -21,8 +21,7 @@ from gpt_jax.data.windows import EvaluationWindows, Windows
 from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import Batch, language_model_loss
 from gpt_jax.model.transformer import Params
-from gpt_jax.runtime import distributed, sharding
-from gpt_jax.runtime.console import Log
+from gpt_jax.runtime import console, distributed, sharding
 from gpt_jax.train import checkpoint
 from gpt_jax.train.loop import Evaluate, Scores, require_tokenizer, resolve_schedule, run_training, start_run
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
@@ -88,7 +87,7 @@ def pretrain(
         return result
 
 
-def open_store(config: PretrainConfig, workdir: Path, log: Log) -> Store:
+def open_store(config: PretrainConfig, workdir: Path, log: console.Log) -> Store:
     """Opens the config's token store, which process 0 makes if it does not exist yet.
 
     Raises:
@@ -103,7 +102,7 @@ def open_store(config: PretrainConfig, workdir: Path, log: Log) -> Store:
     return store
 
 
-def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log: Log) -> tuple[State, str]:
+def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log: console.Log) -> tuple[State, str]:
     """Returns a state with random parameters or those of another run (`--init.from`), and a line that says which."""
     state = init_state(config, mesh)
     if not config.init.from_:
@@ -123,7 +122,7 @@ def window_provenance(windows: Windows, step: int, batch_size: int) -> dict[str,
 # -- evaluation -------------------------------------------------------------------------------------------------------------
 
 
-def make_evaluation(config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: Log) -> Evaluate:
+def make_evaluation(config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: console.Log) -> Evaluate:
     """Returns a function (step, params) -> scores of the validation split, which also shows continuations of the prompts."""
     split, model, train = store.split("validation"), config.model, config.train
     held_out = EvaluationWindows(split, model.context_length, train.batch_size, train.eval_windows) if split.num_tokens else None
@@ -159,20 +158,18 @@ def sample_texts(config: PretrainConfig, params: Params, tokenizer: Tokenizer, s
     return [tokenizer.decode(tokens) for tokens in drawn]
 
 
-def make_window_scorer(
-    config: RunConfig, mesh: Mesh, batch_size: int
-) -> Callable[[Params, EvaluationWindows], tuple[float, float]]:
-    """Returns a function (params, windows) -> sum of the losses of all next tokens (nats), and their number."""
+def make_window_scorer(config: RunConfig, mesh: Mesh, batch_size: int) -> Callable[[Params, EvaluationWindows], list[float]]:
+    """Returns a function (params, windows) -> the sum of the losses of all next tokens (nats), and their number."""
     score = jit_evaluation(config, mesh, total_loss)
     rows = sharding.host_rows(mesh, batch_size)
 
-    def score_windows(params: Params, windows: EvaluationWindows) -> tuple[float, float]:
+    def score_windows(params: Params, windows: EvaluationWindows) -> list[float]:
         totals = np.zeros(2)
         with jax.set_mesh(mesh):
             for index in range(windows.num_batches):
                 batch = sharding.place_batch(mesh, windows.batch_at(index, rows), batch_size)
                 totals += jax.device_get(score(params, batch))
-        return totals[0], totals[1]
+        return totals.tolist()
 
     return score_windows
 

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from gpt_jax.config import MeshConfig, ModelConfig, RunConfig
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.model.transformer import Params
-from gpt_jax.runtime.console import say
-from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.runtime import console, sharding
 from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, read_config, restore_params
 from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel, abstract_state
 
@@ -40,7 +39,7 @@ def load_model(path: Path, model: TrainableModel = LANGUAGE_MODEL) -> RestoredMo
     Raises:
       UserError: there is no sound checkpoint.
     """
-    info = find_checkpoint(path, say)
+    info = find_checkpoint(path, console.say)
     config = read_config(info)
     mesh = local_mesh(config.model)
     config = dataclasses.replace(config, mesh=MeshConfig())
@@ -51,4 +50,4 @@ def load_model(path: Path, model: TrainableModel = LANGUAGE_MODEL) -> RestoredMo
 def local_mesh(model: ModelConfig) -> Mesh:
     """Returns a mesh that spreads the parameters over as many of this machine's devices as divide the model's width."""
     spread = math.gcd(model.embed_dim, jax.device_count())
-    return make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
+    return sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])

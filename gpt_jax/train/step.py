@@ -76,10 +76,9 @@ def abstract_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUA
 def abstract_batch(config: RunConfig, mesh: Mesh) -> AbstractBatch:
     """Returns the shapes, dtypes and shardings of a pre-training batch."""
     shape = (config.train.batch_size, config.model.context_length)
-    by_token, by_example = named_sharding(mesh, ("batch", None)), named_sharding(mesh, ("batch",))
-    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "loss_weights": jnp.float32}
-    arrays = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=by_token) for name, dtype in dtypes.items()}
-    return arrays | {"example_id": jax.ShapeDtypeStruct(shape[:1], jnp.int32, sharding=by_example)}
+    array = functools.partial(jax.ShapeDtypeStruct, sharding=named_sharding(mesh, ("batch",)))
+    tokens, weights, rows = array(shape, jnp.int32), array(shape, jnp.float32), array(shape[:1], jnp.int32)
+    return {"tokens": tokens, "targets": tokens, "loss_weights": weights, "example_id": rows}
 
 
 def lower_step(
@@ -165,13 +164,13 @@ def _accumulate(value_and_grad: Callable[..., Any], params: Params, batch: Batch
     """
     if parts == 1:
         return value_and_grad(params, batch)
-    strided = {name: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
-    strided = {name: constrain(x, None, "batch", *[None] * (x.ndim - 2)) for name, x in strided.items()}
+    strided = {name: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1) for name, x in batch.items()}
+    strided = {name: constrain(x, None, "batch") for name, x in strided.items()}
 
     def add(total: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
-    zero = (jnp.zeros(()), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+    zero = (jnp.zeros(()), optax.tree.zeros_like(params, dtype=jnp.float32))
     return jax.lax.scan(add, zero, strided)[0]
 
 
