@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -570,7 +571,7 @@ def test_killed_at_any_time_nothing_sealed_is_lost_and_nothing_sound_is_wrong(tm
             lines = [process.stdout.readline() for _ in range(chance.randint(3, 5))]
             time.sleep(chance.uniform(0, 0.3))
             os.kill(child, signal.SIGKILL)
-            lines += iter(process.stdout.readline, "killed\n")
+            lines += itertools.takewhile("killed\n".__ne__, process.stdout)
             started = [int(line.split()[1]) for line in lines]
             newest = checkpoint.find_checkpoint(tmp_path, ignore).step
             assert newest >= max(reached, started[-1] - 1)  # A save starts when the previous one is sealed.
