@@ -46,8 +46,8 @@ RENAMED_FIELDS: dict[str, Renamed] = {
 
 def upgrade_field(name: str, value: Any) -> tuple[str, Any]:
     """Returns the current name and value of a field recorded under any version's dotted name."""
-    renamed = RENAMED_FIELDS.get(name)
-    return (name, value) if renamed is None else (renamed.name, renamed.values.get(value, value))
+    renamed = RENAMED_FIELDS.get(name, Renamed(name))
+    return renamed.name, next((new for old, new in renamed.values.items() if old == value), value)
 
 
 # -- configs as data --------------------------------------------------------------------------------------------------------
@@ -87,14 +87,19 @@ def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json
       where: the file that they come from, for error messages.
 
     Raises:
-      UserError: a field is unknown in every version, or its value is not allowed.
+      UserError: a field is unknown in every version, its value is not allowed, or there is no model.
     """
+    if not isinstance(values.get("model"), dict):
+        raise UserError(f"{where}: is not the config of a run: it has no model")
     default = FinetuneRunConfig() if "task" in values else PretrainConfig()
     known = flatten_config(default)
     fields = dict(upgrade_field(name, value) for name, value in _flatten_dict(values).items())
-    for name in fields.keys() - known.keys():
+    for name in sorted(fields.keys() - known.keys()):
         raise UserError(f"{where}: no field of a config is named '{name}'; {nearest(name, known)}")
-    return _replace_fields(default, fields)
+    try:
+        return _replace_fields(default, fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -151,13 +156,13 @@ def load_config(name: str) -> Any:
         raise UserError(f"{path}: no such config file")
     try:
         function = runpy.run_path(str(path)).get("config")
-        if not callable(function):
-            raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig or FinetuneConfig")
-        value = function()
-    except UserError:
-        raise
+        value = function() if callable(function) else None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # Whatever a user's file does wrong becomes one line.
         raise UserError(f"{path}: {type(error).__name__}: {error}{_renamed_argument(error)}") from error
+    if not callable(function):
+        raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig or FinetuneConfig")
     if not isinstance(value, PretrainConfig | FinetuneConfig):
         raise UserError(f"{path}: config() returned a {type(value).__name__}, not a PretrainConfig or FinetuneConfig")
     return value
@@ -167,13 +172,13 @@ def _renamed_argument(error: Exception) -> str:
     """Names what an unknown argument of a config's dataclass is called now; empty for any other error."""
     match = re.search("unexpected keyword argument '(\\w+)'", str(error))
     old = next((old for old in RENAMED_FIELDS if match and old.split(".")[1] == _option_name(match[1])), None)
-    return f"; {old} was renamed: use {RENAMED_FIELDS[old]}" if old else ""
+    return f"; it was renamed: use {str(RENAMED_FIELDS[old]).partition('.')[2].replace('-', '_')}" if old else ""
 
 
 def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
     """Applies command-line overrides such as `--optim.peak-lr 1e-4` to a config; `--help` prints every field.
 
-    All names are checked first, then the values one at a time, and then the rules across fields.
+    All names are checked before any value, and the rules across fields are checked last.
 
     Raises:
       UserError: a name that does not exist (the nearest are offered), a value of the wrong type, or a rule that is broken.
@@ -202,23 +207,15 @@ def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
 
 
 def _parse_value(config: Any, name: str, words: list[str]) -> Any:
-    """Converts the words after the option of a field to the type of the field."""
+    """Converts the words after the option of a field to the type of the field, if they have its form."""
     kind: Any = type(config)
     for part in name.split("."):
         kind = {_option_name(field): hint for field, hint in typing.get_type_hints(kind).items()}[part]
-    text = " ".join(words)
     if typing.get_origin(kind) is tuple:
         return tuple(words)
-    if kind is str and len(words) == 1:
-        return text
-    if not text:
-        raise UserError(f"--{name}: needs a value")
-    choices = {"True": True, "False": False} if kind is bool else {choice: choice for choice in typing.get_args(kind)}
-    one_of_choices = f"one of {', '.join(choices)}"
-    if text in choices:
-        return choices[text]
+    if len(words) != 1:
+        raise UserError(f"--{name}: '{' '.join(words)}' is not one value (quote it)" if words else f"--{name}: needs a value")
     if kind in (int, float):
         with contextlib.suppress(ValueError):
-            return kind(text)
-    expected = {int: "a whole number", float: "a number", bool: "True or False", str: "one text (quote it)"}
-    raise UserError(f"--{name}: '{text}' is not {expected.get(kind, one_of_choices)}")
+            return kind(words[0])
+    return {"True": True, "False": False}.get(words[0], words[0]) if kind is bool else words[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -38,12 +39,28 @@ def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"affects": affects, "within": within})
 
 
+def has_type(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type. A whole number is also a float, but a bool is not a number."""
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+
+
+def type_phrase(kind: Any) -> str:
+    """Returns a phrase for a field's type, for messages."""
+    choices = f"one of {', '.join(typing.get_args(kind))}" if typing.get_origin(kind) is Literal else "a tuple of strings"
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+    return words.get(kind, f"a {kind.__name__}" if isinstance(kind, type) else choices)
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Base class of the sections of a config. It checks the ranges of their fields.
+    """Base class of the sections of a config. It checks the types and the ranges of their fields.
 
     Raises:
-      UserError: a value is out of range; the message names the field as on the command line.
+      UserError: a value is of the wrong type or out of range; the message names the field as on the command line.
     """
 
     section: ClassVar[str]
@@ -53,8 +70,11 @@ class Section:
         cls.section = section or cls.section
 
     def __post_init__(self) -> None:
+        types = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
-            within, value, name = spec.metadata.get("within"), getattr(self, spec.name), f"{self.section}.{spec.name}"
+            value, kind, within = getattr(self, spec.name), types[spec.name], spec.metadata.get("within")
+            name = f"{self.section}.{spec.name.rstrip('_')}"
+            require(has_type(value, kind), name, f"{value!r} is not {type_phrase(kind)}")
             if within is not None:
                 number = parse_duration(value, name)[0] if isinstance(spec.default, str) else value
                 require(within.contains(number), name, f"must {within.words}, not {value!r}")
@@ -345,7 +365,7 @@ class FinetuneLoopConfig(LoopConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Section, section="mesh"):
     """Number of devices along each mesh axis. At most one axis can be -1, which means all devices that are left."""
 
     slice: int = field(1, affects="speed")
@@ -358,6 +378,7 @@ class MeshConfig:
     """Number of devices among which heads, feed-forward width and vocabulary are divided."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
             require(size == -1 or size > 0, f"mesh.{name}", f"must be positive, or -1 for all that are left, not {size}")
@@ -387,7 +408,7 @@ class DistributedConfig(Section, section="distributed"):
 
 
 @dataclasses.dataclass(frozen=True)
-class InitConfig:
+class InitConfig(Section, section="init"):
     """The source of the initial parameters."""
 
     from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="result")
@@ -412,6 +433,7 @@ class TransferConfig(InitConfig):
     "Impact of number of layers transferred"). The other blocks start with random parameters."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         random, blocks = self.from_ == "none", self.blocks
         require(blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {blocks}")
         require(not random or blocks == -1, "init.blocks", "with --init.from none there are no blocks to transfer")

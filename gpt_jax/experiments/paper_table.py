@@ -87,7 +87,7 @@ def _load_run(path: Path) -> FinishedRun:
     if not (path / "result.json").is_file():
         raise UserError(f"{path}: has no result.json; --paper takes the folders of finished fine-tuning runs")
     stored, result = read_json(path / "config.json"), read_json(path / "result.json")
-    config = config_from_dict(stored["config"], path / "config.json")
+    config = config_from_dict(stored.get("config", {}), path / "config.json")
     if not isinstance(config, FinetuneRunConfig):
         raise UserError(f"{path}: is a pre-training run; --paper takes the folders of finished fine-tuning runs")
     if config.task.name not in TASKS:

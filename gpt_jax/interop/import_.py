@@ -100,13 +100,7 @@ def inspect_folder(folder: Path, config: PretrainConfig | None = None, tokenizer
     if config is not None:
         run_config = config
     elif run_config_file.is_file():
-        values = read_json(run_config_file)
-        try:
-            if "model" not in values:
-                raise TypeError("it has no model")
-            run_config = config_from_dict(values, run_config_file)
-        except TypeError as error:
-            raise UserError(f"{run_config_file}: is not the config of a run ({error})") from None
+        run_config = config_from_dict(read_json(run_config_file), run_config_file)
     else:
         model = ModelConfig()
         if format_ == "huggingface":

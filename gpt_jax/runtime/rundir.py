@@ -72,12 +72,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: the file does not exist, or is not a JSON object.
+      UserError: the file cannot be read, or is not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -110,7 +110,7 @@ class RunDir:
             return
         if not self._config.exists():
             raise UserError(f"{self.path} holds a run but no config.json; name another --workdir")
-        old = flatten_config(config_from_dict(read_json(self._config)["config"], self._config))
+        old = flatten_config(config_from_dict(read_json(self._config).get("config", {}), self._config))
         changed = [
             f"--{name} {value!r} (was {old[name][0]!r})"
             for name, (value, affects) in flatten_config(config).items()
