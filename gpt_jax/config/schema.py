@@ -55,25 +55,27 @@ def type_phrase(kind: Any) -> str:
     return words.get(kind, f"a {kind.__name__}" if isinstance(kind, type) else choices)
 
 
+@typing.dataclass_transform(frozen_default=True)
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """Base class of the sections of a config. It checks the types and the ranges of their fields.
+    """Base class of configs and of their sections. It turns each subclass into a frozen dataclass that checks its fields.
 
     Raises:
       UserError: a value is of the wrong type or out of range; the message names the field as on the command line.
     """
 
-    section: ClassVar[str]
-    """The section's dotted name."""
+    section: ClassVar[str] = ""
+    """The section's dotted name; empty for the whole config of a run."""
 
     def __init_subclass__(cls, section: str = "") -> None:
         cls.section = section or cls.section
+        dataclasses.dataclass(frozen=True)(cls)
 
     def __post_init__(self) -> None:
         types = typing.get_type_hints(type(self))
         for spec in dataclasses.fields(self):
             value, kind, within = getattr(self, spec.name), types[spec.name], spec.metadata.get("within")
-            name = f"{self.section}.{spec.name.rstrip('_')}"
+            name = f"{self.section}.{spec.name.rstrip('_')}".lstrip(".")
             require(has_type(value, kind), name, f"{value!r} is not {type_phrase(kind)}")
             if within is not None:
                 number = parse_duration(value, name)[0] if isinstance(spec.default, str) else value
@@ -132,7 +134,6 @@ def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "
 # -- the sections of a config -----------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class TokenizerConfig(Section, section="data.tokenizer"):
     """The tokenizer, which converts text to token ids. Its number of entries is `model.vocab_size`."""
 
@@ -149,7 +150,6 @@ class TokenizerConfig(Section, section="data.tokenizer"):
     """Number of bytes of text that a SentencePiece model is trained on, sampled evenly from the documents. > 0."""
 
 
-@dataclasses.dataclass(frozen=True)
 class PipelineConfig(Section, section="data"):
     """The input pipeline, which makes batches ahead of the training step that needs them."""
 
@@ -160,7 +160,6 @@ class PipelineConfig(Section, section="data"):
     """Number of batches that are kept ready ahead of the training step. > 0."""
 
 
-@dataclasses.dataclass(frozen=True)
 class DataConfig(PipelineConfig):
     """The text to train on, and the token store that is built from it."""
 
@@ -187,7 +186,6 @@ class DataConfig(PipelineConfig):
     tokenizer: TokenizerConfig = TokenizerConfig()
 
 
-@dataclasses.dataclass(frozen=True)
 class ModelOptions(Section, section="model"):
     """Settings for the regularization and computation of any model (section 4.1). The defaults are the paper's."""
 
@@ -215,7 +213,6 @@ class ModelOptions(Section, section="model"):
     many as fit into the cache on a CPU)."""
 
 
-@dataclasses.dataclass(frozen=True)
 class ModelConfig(ModelOptions):
     """The model of section 4.1, "Model specifications", or the LSTM of section 5. The defaults are the paper's."""
 
@@ -269,7 +266,6 @@ class ModelConfig(ModelOptions):
         return embeddings + self.context_length * width + self.num_layers * (attention + mlp + layer_norms)
 
 
-@dataclasses.dataclass(frozen=True)
 class OptimConfig(Section, section="optim"):
     """The optimizer and its schedule (section 4.1). The defaults are those of pre-training."""
 
@@ -295,7 +291,6 @@ class OptimConfig(Section, section="optim"):
     """Maximum global gradient norm; larger gradients are scaled down to it. 0: no clipping (as in the paper's pre-training)."""
 
 
-@dataclasses.dataclass(frozen=True)
 class LoopConfig(Section, section="train"):
     """The training loop: its batches, its length, its evaluations, and its checkpoints."""
 
@@ -330,7 +325,6 @@ class LoopConfig(Section, section="train"):
         require(unit != "%", "train.duration", "cannot be a share of itself; give steps, tokens or epochs")
 
 
-@dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
     """The training loop of pre-training, with the settings of its evaluations and sample texts."""
 
@@ -342,7 +336,6 @@ class TrainConfig(LoopConfig):
     """Number of tokens in each sample text; 0: no sample texts."""
 
 
-@dataclasses.dataclass(frozen=True)
 class FinetuneLoopConfig(LoopConfig):
     """The training loop of fine-tuning, with the settings of section 4.1, "Fine-tuning details"."""
 
@@ -364,7 +357,6 @@ class FinetuneLoopConfig(LoopConfig):
         require(self.keep_best > 0, "train.keep_best", "must be positive: the best checkpoint is scored at the end")
 
 
-@dataclasses.dataclass(frozen=True)
 class MeshConfig(Section, section="mesh"):
     """Number of devices along each mesh axis. At most one axis can be -1, which means all devices that are left."""
 
@@ -385,7 +377,6 @@ class MeshConfig(Section, section="mesh"):
         require(list(sizes.values()).count(-1) <= 1, "mesh", "only one axis can be -1 (all that are left)")
 
 
-@dataclasses.dataclass(frozen=True)
 class DistributedConfig(Section, section="distributed"):
     """Settings for runs with several processes. On TPU pods, SLURM and Kubernetes, they are detected."""
 
@@ -407,7 +398,6 @@ class DistributedConfig(Section, section="distributed"):
             require(0 <= number < count, "distributed.process_id", f"must be in [0, {count}), not {number}")
 
 
-@dataclasses.dataclass(frozen=True)
 class InitConfig(Section, section="init"):
     """The source of the initial parameters."""
 
@@ -416,7 +406,6 @@ class InitConfig(Section, section="init"):
     random parameters."""
 
 
-@dataclasses.dataclass(frozen=True)
 class TransferConfig(InitConfig):
     """The source of the initial parameters, the architecture and the tokenizer of a fine-tuning run."""
 
@@ -440,7 +429,6 @@ class TransferConfig(InitConfig):
         require(random or not self.like, "init.like", "requires --init.from none; a checkpoint has its own architecture")
 
 
-@dataclasses.dataclass(frozen=True)
 class TaskConfig(Section, section="task"):
     """A labeled task, and the transformation of its examples into the model's input (section 3.3, Figure 1)."""
 
@@ -498,8 +486,7 @@ class TaskConfig(Section, section="task"):
             require(given >= 3, "task.texts", "multiple_choice takes columns of the context and of at least two answers")
 
 
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Section):
     """The settings of every training run: model, data, optimizer, training loop, devices and initial parameters."""
 
     model: ModelConfig = ModelConfig()
@@ -511,7 +498,6 @@ class RunConfig:
     init: InitConfig = InitConfig()
 
 
-@dataclasses.dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """Pre-training on unlabeled text (section 3.1). The defaults are the paper's settings."""
 
@@ -519,12 +505,12 @@ class PretrainConfig(RunConfig):
     train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         model, kind = self.model, self.data.tokenizer.kind
         size = {"gpt1": 40_478, "bytes": 257}.get(kind, model.vocab_size)
         require(model.vocab_size == size, "model.vocab_size", f"the {kind} tokenizer has {size} entries, not {model.vocab_size}")
 
 
-@dataclasses.dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """Fine-tuning on a labeled task (section 3.2). The defaults are the settings of section 4.1, "Fine-tuning details"."""
 
@@ -536,7 +522,6 @@ class FinetuneConfig(RunConfig):
     task: TaskConfig = TaskConfig()
 
 
-@dataclasses.dataclass(frozen=True)
 class FinetuneRunConfig(FinetuneConfig):
     """The config of a fine-tuning run with its architecture, as recorded in the run's folder."""
 

@@ -279,7 +279,8 @@ def train_loop(
             raise Preempted(f"told to stop: saved at step {step} of {total}; the same command continues from there")
         if evaluating or saving:
             progress.resume_clock(step)
-    require(step == total, "dataset_fn", f"the dataset ended after step {step} of {total}")
+    if step < total:
+        raise UserError(f"dataset_fn: the dataset ended after step {step} of {total}")
     return state, scores
 
 
