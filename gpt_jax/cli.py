@@ -3,8 +3,6 @@
 The modules that a verb needs are imported when the verb runs, so that `gpt-jax --help` needs neither JAX nor TensorFlow.
 """
 
-from __future__ import annotations
-
 import argparse
 import errno
 import os

@@ -1,7 +1,5 @@
 """The errors that are shown to users, with their exit codes (README, "A run's folder")."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 from typing import Any

@@ -7,8 +7,6 @@ Sources: "TPU architecture" and the page of each generation (memory, chips in a 
 topologies), "GPU machine types" (Google Cloud documentation, 2026); names of TPU7x from xpk's system characteristics.
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import math

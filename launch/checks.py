@@ -3,8 +3,6 @@
 None of them needs JAX or the accelerator.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping

@@ -3,8 +3,6 @@
 Importing this module needs only the standard library. The target's module and the checks are imported when a job is launched.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib

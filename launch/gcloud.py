@@ -3,8 +3,6 @@
 Sources: gcloud's reference for `compute tpus queued-resources` and `compute tpus tpu-vm` (Google Cloud documentation, 2026).
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -9,8 +9,6 @@ Sources: "JobSet API v1alpha2" and its failure policy; "Job" and "Pod failure po
 workloads in GKE", "Deploy TPU Multislices in GKE" and "Cloud Storage FUSE CSI driver" (Google Cloud documentation).
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """The description of a training job, in terms that have the same meaning on every target."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Several processes on this machine under one supervisor: one process for each GPU, or several simulated hosts on the CPU."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import socket

@@ -1,7 +1,5 @@
 """YAML documents that are easy to read, because people check them before they submit them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -6,8 +6,6 @@ up to `crashes` times. It has no limit for preemptions.
 Source: "Task YAML" and "Managed jobs" (SkyPilot documentation, 0.14).
 """
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import tempfile

@@ -7,8 +7,6 @@ count includes restarts of every kind, so the number of crashes is kept in a fil
 Sources: the manual pages sbatch, srun, scontrol and slurm.conf (SLURM 22.05 and later).
 """
 
-from __future__ import annotations
-
 import shlex
 import subprocess
 import sys

@@ -11,8 +11,6 @@ The exit code of an attempt (README, "A run's folder") decides:
 With several processes, the first process that fails ends the attempt, because the others can only wait for it.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

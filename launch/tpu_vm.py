@@ -5,8 +5,6 @@ there. No state is kept on this machine. If the same command is run again, it at
 that it was created for this run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

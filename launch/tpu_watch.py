@@ -6,8 +6,6 @@ actions with the commands of `gcloud`.
 Source: "Manage queued resources" (Google Cloud documentation, 2026).
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import enum

@@ -1,7 +1,5 @@
 """Configs as data: their fields, their digest and their JSON; reading them from files and overriding them on the command line."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

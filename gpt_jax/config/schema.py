@@ -5,8 +5,6 @@ affects: `result` (the numbers of the run), `speed` (how fast and where it runs,
 cannot be resumed if a `result` field differs. All rules that depend only on the config are checked on construction.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -5,8 +5,6 @@ About 200 bytes per document are kept in memory, but none of the text. If the te
 on an SSD, because the documents are then read from all over the disk.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os

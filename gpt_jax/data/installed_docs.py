@@ -1,7 +1,5 @@
 """The documentation that is installed on this machine, as a source of English text that needs no download."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import functools

@@ -4,8 +4,6 @@ A batch is a pure function of its step, so no state has to be saved: a resumed r
 that training needs, only this one imports tensorflow, and only when a dataset is made.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import importlib.util

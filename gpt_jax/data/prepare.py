@@ -4,8 +4,6 @@ The bytes of the store do not depend on the number of processes or on interrupti
 `partial/` contains the recipe, the text, and the index entry of every finished shard.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import functools

@@ -5,8 +5,6 @@ plain text file. Joining the pieces of a plain text file gives the file again. T
 A token store records the `identity` of its source, so that a later change of the text is detected.
 """
 
-from __future__ import annotations
-
 import glob
 import gzip
 import hashlib

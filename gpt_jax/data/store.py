@@ -19,8 +19,6 @@ folder with these files:
 Documents are in the order of the SHA-256 of their text, so any sequence of consecutive documents is an even sample.
 """
 
-from __future__ import annotations
-
 import bisect
 import concurrent.futures
 import dataclasses
@@ -30,7 +28,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -73,7 +71,7 @@ class Store:
     digest: str
 
     @classmethod
-    def open(cls, folder: Path, verify: bool = True) -> Store:
+    def open(cls, folder: Path, verify: bool = True) -> Self:
         """Opens a store after checking the size of every file and, with `verify`, every checksum (about 1.5 GB/s per core).
 
         Raises:
@@ -107,7 +105,7 @@ class Store:
             raise UserError(f"{self.folder / TOKENIZER}: not the tokenizer that made this store ({prefixes}); {REMEDY}")
         return tokenizer
 
-    def split(self, name: Literal["train", "validation"]) -> TokenArray:
+    def split(self, name: Literal["train", "validation"]) -> "TokenArray":
         """Returns the tokens of one split."""
         split = self.index["splits"][name]
         files = [self.folder / shard["file"] for shard in split["shards"]]

@@ -5,8 +5,6 @@ reads it back in any process after checking that its files are the ones that wer
 Any text is accepted; a lone surrogate, which is not a character, is replaced.
 """
 
-from __future__ import annotations
-
 import abc
 import contextlib
 import functools
@@ -18,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from gpt_jax.config import TokenizerConfig
 from gpt_jax.errors import UserError, nearest
@@ -202,7 +200,7 @@ class GPT1(Tokenizer):
         self._word_ids = functools.lru_cache(maxsize=1 << 17)(self._merge)
 
     @classmethod
-    def read(cls, folder: Path, field: str = "data.tokenizer.path") -> GPT1:
+    def read(cls, folder: Path, field: str = "data.tokenizer.path") -> Self:
         """Reads the released files from a folder; `field` is the option that named it, for messages.
 
         Raises:
@@ -288,7 +286,7 @@ class SentencePiece(Tokenizer):
         self._space_character = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
 
     @classmethod
-    def train(cls, documents: Iterable[str], vocab_size: int, normalization: str) -> SentencePiece:
+    def train(cls, documents: Iterable[str], vocab_size: int, normalization: str) -> Self:
         """Trains a byte-pair encoding. Equal text gives the same model, byte for byte, on any machine.
 
         Raises:

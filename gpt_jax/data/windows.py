@@ -26,8 +26,6 @@ orders would then never occur. There are twelve rounds because, over two million
 windows show a pattern for N up to about 20 with ten rounds, but only up to about 10 with twelve.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Benchmarks of this machine (`gpt-jax bench`): the input pipeline, a matrix product, and the padding of fine-tuning batches."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import itertools

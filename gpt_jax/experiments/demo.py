@@ -1,7 +1,5 @@
 """The demo (`gpt-jax demo`), which pre-trains a small GPT, samples from it, and evaluates, fine-tunes and exports it."""
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

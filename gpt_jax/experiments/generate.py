@@ -1,7 +1,5 @@
 """Text generation: continues prompts with a trained model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ from the benchmark's test server, whose labels are secret. The table therefore s
 table names the settings in which a run differs from the paper.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import textwrap
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Plots of curves, written as PNG files."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tables of measured scores: fine-tuning with several seeds, and zero-shot scores of pre-trained models."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence

@@ -8,8 +8,6 @@ A study's folder contains a run for each variant and seed, NAME.json with all sc
 the study.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

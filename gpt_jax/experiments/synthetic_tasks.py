@@ -9,8 +9,6 @@ Validation rows are made from documents that were also held out in pre-training,
 classes are equally frequent, except that the positions of the correct answers in `continuation` are random.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import functools

@@ -8,8 +8,6 @@ checkpoint, and the folder is renamed. A failure leaves nothing behind. In addit
                     fine-tuned model, and manifest.json, which has the SHA-256 of every file that an import reads
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import json

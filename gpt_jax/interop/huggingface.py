@@ -7,8 +7,6 @@ pair, which none of these classes does. Because the layer is linear, adding the 
 the model card explains.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Imports (`gpt-jax import`): turns a model in another format into a run with one checkpoint, which can be loaded on any mesh."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 from typing import NamedTuple

@@ -4,8 +4,6 @@ The existing converters are not suitable: jax2onnx traces our models at fixed si
 operator that our SavedModels consist of.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -11,8 +11,6 @@ vocabulary are left out.
     head/kernel                                           multiple_choice_head.*    W_y   (section 3.2)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -12,8 +12,6 @@ where `extract` contains the positions of the extract tokens. The sizes of the a
 time of a Transformer cannot exceed its context length. All arithmetic is in float32, regardless of the config.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Graphs that are traced from the model's own functions: StableHLO files, and TensorFlow SavedModels that wrap StableHLO."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -3,8 +3,6 @@
 Reading a file never unpickles anything.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import itertools

@@ -7,8 +7,6 @@ all English prose. `differences` describes the cases that are not handled, and `
 given text are certain to be the same.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import re

@@ -1,7 +1,5 @@
 """Causal self-attention: one function with interchangeable implementations, which must agree (section 4.1)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

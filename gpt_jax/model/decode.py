@@ -1,7 +1,5 @@
 """Generation with a cache: greedy, temperature, top-k and nucleus sampling, in one compiled program."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

@@ -17,8 +17,6 @@ Everything is 32-bit integer arithmetic with operators: the same lines run on Nu
 kernels. The values are frozen: no change without a new version number.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 from typing import Any, NamedTuple
 

@@ -6,8 +6,6 @@ batch on every device. The gradients are computed in the forward pass, chunk by 
 vocabulary-sized product is therefore computed three times for value and gradients, not four, and nothing of that size is kept.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

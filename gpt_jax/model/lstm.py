@@ -8,8 +8,6 @@ since the recurrence makes them unnecessary. Dropout has the Transformer's rates
 outputs are gathered at every step: this saves memory, not time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

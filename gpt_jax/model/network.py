@@ -1,7 +1,5 @@
 """The choice between the Transformer (section 4.1) and the LSTM of the ablation (section 5)."""
 
-from __future__ import annotations
-
 from types import ModuleType
 
 from gpt_jax.config import ModelConfig

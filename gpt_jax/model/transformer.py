@@ -9,8 +9,6 @@ graph definition stays in this module. `param_specs` gives the logical axes of e
 derived, and whether weight decay applies to it.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """Output for a person at the terminal: lines, a live progress line, durations and tables."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Sequence

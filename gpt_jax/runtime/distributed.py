@@ -1,7 +1,5 @@
 """Runs of several processes: joining, comparing what is run, waiting for each other, and stopping together."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json
@@ -13,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -203,7 +201,7 @@ class StopRequest(StopSignals):
         super().__init__(second_interrupt_kills=True)
         self._updates = 0
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         if jax.process_count() == 1:
             super().__enter__()
         return self

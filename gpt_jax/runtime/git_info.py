@@ -1,7 +1,5 @@
 """The git checkout that this package runs from: its commit, and what differs from it."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

@@ -4,8 +4,6 @@ Model code names what an axis of an array means ("batch", "embed", "heads", ...)
 The mesh always has the same four axes, of size 1 where unused, so that one program serves a laptop and a pod.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -9,8 +9,6 @@ Every record of metrics.jsonl has `step` (updates made), `time` (seconds since t
 `kind`: "train", "eval", "event" or "final". Floats are written so that equal text means equal bits.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """The mesh of devices, shardings by logical axis names (`mesh.RULES`), and computations on the parts of arrays."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,11 +1,9 @@
 """Signals that ask a process to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 
 class StopSignals:
@@ -22,7 +20,7 @@ class StopSignals:
         self._second_interrupt_kills = second_interrupt_kills
         self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._notice)

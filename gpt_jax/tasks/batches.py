@@ -13,8 +13,6 @@ leaves out n mod batch_size examples, which differ between epochs. In epoch e,
 Token 0 pads a sequence at its end. Causal attention hides it from the real tokens, and its loss weight is 0.
 """
 
-from __future__ import annotations
-
 import abc
 import functools
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Labeled tasks after reading and encoding: every split as token ids, ready to be divided into batches."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

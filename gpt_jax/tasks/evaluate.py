@@ -1,7 +1,5 @@
 """Scoring of checkpoints: perplexity on text, a fine-tuned model's metrics on a split of a task, and zero-shot probes."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path

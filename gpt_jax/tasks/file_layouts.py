@@ -1,7 +1,5 @@
 """Layouts of labeled data: the files and columns in which the releases of a task have their rows."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal

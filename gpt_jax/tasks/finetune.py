@@ -1,7 +1,5 @@
 """Fine-tuning (section 3.2): trains a pre-trained network with a head for a task, and scores the best checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

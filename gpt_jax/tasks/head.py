@@ -1,7 +1,5 @@
 """The linear head on the extract token, and the loss of fine-tuning (section 3.2, equations 3 to 5)."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -12,8 +12,6 @@ For two binary variables it equals Pearson's coefficient, so pearson and spearma
 learned something, and its result is still valid JSON. If all labels are the same, the data is wrong and an error is raised.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import warnings

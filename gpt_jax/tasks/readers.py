@@ -4,8 +4,6 @@ White space is removed from both ends of a text; otherwise, texts are unchanged.
 row's location. Only rows with the known defects of a release (`FileLayout.drops`) are dropped and counted instead.
 """
 
-from __future__ import annotations
-
 import collections
 import math
 from collections.abc import Iterable, Iterator, Mapping

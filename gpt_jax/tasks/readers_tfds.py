@@ -1,7 +1,5 @@
 """The rows of a labeled task in tensorflow-datasets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 Tables and sections are those of "Improving Language Understanding by Generative Pre-Training" (2018). Figures are in percent.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

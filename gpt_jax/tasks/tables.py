@@ -1,7 +1,5 @@
 """Files of labeled rows: tab-separated, comma-separated, JSON lines, and single JSON objects."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

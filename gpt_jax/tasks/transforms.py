@@ -9,22 +9,18 @@ The model processes the sequences of an example independently of each other. The
 tokens.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
+from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from gpt_jax.data.tokenizers import Tokenizer
-    from gpt_jax.tasks.readers import Example
-    from gpt_jax.tasks.registry import TaskKind
+from gpt_jax.tasks.readers import Example
+from gpt_jax.tasks.registry import TaskKind
 
 Truncation = Literal["longest", "released"]
 

@@ -1,7 +1,5 @@
 """Winograd schemas: sentences with a pronoun that one of two candidates can replace."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from pathlib import Path

@@ -18,8 +18,6 @@ example counts 1 / k, because in some files of WSC the correct candidate is alwa
 `metrics`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -18,8 +18,6 @@ This module, and not `ocp.training.Checkpointer`, decides which checkpoints are 
 arrays of the new one are committed, which is before its manifest exists.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

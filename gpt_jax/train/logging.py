@@ -1,7 +1,5 @@
 """The progress of a training as a person follows it: a live line or log lines, and TensorBoard's curves."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

@@ -3,8 +3,6 @@
 `train.pretrain` and `tasks.finetune` call `start_run`, prepare what is theirs, and hand it to `run_training`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,5 @@
 """The paper's optimizer and schedules (section 4.1), and Optax's AdamW, with the same state: first and second moments."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

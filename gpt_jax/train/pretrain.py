@@ -1,7 +1,5 @@
 """Pre-training on unlabeled text (section 3.1): from a config to a trained language model."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable

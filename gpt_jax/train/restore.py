@@ -1,7 +1,5 @@
 """A trained model, read back to be used."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from pathlib import Path

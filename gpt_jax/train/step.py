@@ -3,8 +3,6 @@
 The training loop, and anything that only has to know the cost of a step, get it from `lower_step`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable
