@@ -85,10 +85,8 @@ def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json
       where: the file that they come from, for error messages.
 
     Raises:
-      UserError: a field is unknown in every version, its value is not allowed, or there is no model.
+      UserError: a field is unknown in every version, or its value is not allowed.
     """
-    if not isinstance(values.get("model"), dict):
-        raise UserError(f"{where}: is not the config of a run: it has no model")
     default = FinetuneRunConfig() if "task" in values else PretrainConfig()
     known = flatten_config(default)
     fields = dict(upgrade_field(name, value) for name, value in _flatten_dict(values).items())

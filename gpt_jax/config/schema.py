@@ -30,6 +30,8 @@ POSITIVE = Range("be positive", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Range("be at least 0", lambda x: 0 <= x < math.inf)
 FRACTION = Range("be in [0, 1)", lambda x: 0 <= x < 1)
 SEED = Range("be in [0, 2^32)", lambda x: 0 <= x < 2**32)
+AXIS_SIZE = Range("be positive, or -1 for all that are left", lambda x: x == -1 or x > 0)
+BLOCKS = Range("be -1 (all) or a number of blocks", lambda x: x >= -1)
 
 
 def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
@@ -358,21 +360,19 @@ class FinetuneLoopConfig(LoopConfig):
 class MeshConfig(Section, section="mesh"):
     """Number of devices along each mesh axis. At most one axis can be -1, which means all devices that are left."""
 
-    slice: int = field(1, affects="speed")
+    slice: int = field(1, affects="speed", within=AXIS_SIZE)
     """Number of TPU slices connected by the data-center network; each has a complete copy of the model."""
-    data: int = field(-1, affects="speed")
+    data: int = field(-1, affects="speed", within=AXIS_SIZE)
     """Number of copies of the model within a slice; each processes its share of the batch."""
-    fsdp: int = field(1, affects="speed")
+    fsdp: int = field(1, affects="speed", within=AXIS_SIZE)
     """Number of devices that share the batch, and among which the parameters and the optimizer state are divided."""
-    tensor: int = field(1, affects="speed")
+    tensor: int = field(1, affects="speed", within=AXIS_SIZE)
     """Number of devices among which heads, feed-forward width and vocabulary are divided."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = dataclasses.asdict(self)
-        for name, size in sizes.items():
-            require(size == -1 or size > 0, f"mesh.{name}", f"must be positive, or -1 for all that are left, not {size}")
-        require(list(sizes.values()).count(-1) <= 1, "mesh", "only one axis can be -1 (all that are left)")
+        sizes = dataclasses.astuple(self)
+        require(sizes.count(-1) <= 1, "mesh", "only one axis can be -1 (all that are left)")
 
 
 class DistributedConfig(Section, section="distributed"):
@@ -415,15 +415,14 @@ class TransferConfig(InitConfig):
     config whose architecture to use."""
     tokenizer: str = field("", affects="result")
     """If `like` is the name of a config: the folder of a tokenizer of the kind that the config specifies."""
-    blocks: int = field(-1, affects="result")
+    blocks: int = field(-1, affects="result", within=BLOCKS)
     """Number of pre-trained blocks to transfer, counted from the input, in addition to the embeddings; -1: all (section 5,
     "Impact of number of layers transferred"). The other blocks start with random parameters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        random, blocks = self.from_ == "none", self.blocks
-        require(blocks >= -1, "init.blocks", f"must be -1 (all) or a number of blocks, not {blocks}")
-        require(not random or blocks == -1, "init.blocks", "with --init.from none there are no blocks to transfer")
+        random = self.from_ == "none"
+        require(not random or self.blocks == -1, "init.blocks", "with --init.from none there are no blocks to transfer")
         require(random or not self.like, "init.like", "requires --init.from none; a checkpoint has its own architecture")
 
 

@@ -72,12 +72,9 @@ def check_model(sizes: Mapping[str, int], model: ModelConfig) -> None:
     Raises:
       UserError: one does not; the message names mesh sizes that would.
     """
-    dimensions = {"embed_dim": (model.embed_dim, "embed"), "vocab_size": (model.padded_vocab_size, "vocab")}
-    if model.kind == "lstm":
-        dimensions |= {"lstm_units": (model.lstm_units, "mlp")}
-    else:
-        dimensions |= {"num_heads": (model.num_heads, "heads"), "mlp_dim": (model.mlp_dim, "mlp")}
-    for name, (dimension, axis) in dimensions.items():
+    axes = {"lstm_units": "mlp"} if model.kind == "lstm" else {"num_heads": "heads", "mlp_dim": "mlp"}
+    for name, axis in {"embed_dim": "embed", "vocab_size": "vocab", **axes}.items():
+        dimension = model.padded_vocab_size if name == "vocab_size" else getattr(model, name)
         size = num_shards(sizes, axis)
         divisors = [str(k) for k in range(1, size) if dimension % k == 0]
         problem = f"{size} does not divide model.{name.replace('_', '-')} {dimension}"

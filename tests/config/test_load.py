@@ -189,7 +189,7 @@ def test_a_recorded_config_is_translated(section, old_name, old_value, name, val
         ("optim", "schedule", "RUN/config.json: --optim.schedule: 'many' is not one of cosine, linear"),
         ("train", "prompts", "RUN/config.json: --train.prompts: 'many' is not a tuple of strings"),
         ("modle", {"kind": "lstm"}, "RUN/config.json: no field of a config is named 'modle.kind'; did you mean model.kind"),
-        ("model", 5, "RUN/config.json: is not the config of a run: it has no model"),
+        ("model", 5, "RUN/config.json: no field of a config is named 'model'; did you mean model."),
     ],
     ids=str,
 )
