@@ -98,7 +98,10 @@ def inspect_folder(folder: Path, config: PretrainConfig | None = None, tokenizer
     if config is not None:
         run_config = config
     elif run_config_file.is_file():
-        run_config = config_from_dict(read_json(run_config_file), run_config_file)
+        values = read_json(run_config_file)
+        if "model" not in values:
+            raise UserError(f"{run_config_file}: is not the config of a run (it has no model)")
+        run_config = config_from_dict(values, run_config_file)
     else:
         model = ModelConfig()
         if format_ == "huggingface":
