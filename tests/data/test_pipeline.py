@@ -110,7 +110,7 @@ def test_a_dataset_fn_changes_the_batches_and_its_elements_are_checked(windows):
     ):
         with pytest.raises(UserError, match=message):
             next(iterate_batches(windows, 0, 3, ROWS, kind="tf", prefetch=2, dataset_fn=dataset_fn))
-    with pytest.raises(UserError, match="^--data.pipeline: threads cannot run a dataset_fn; use tf$"):
+    with pytest.raises(UserError, match=r"^--data.pipeline: threads cannot run a dataset_fn; use tf$"):
         iterate_batches(windows, 0, 3, ROWS, kind="threads", prefetch=2, dataset_fn=reversed_time)
 
 

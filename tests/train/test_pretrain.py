@@ -12,7 +12,8 @@ import pytest
 from gpt_jax.config import TokenizerConfig
 from gpt_jax.data.pipeline import make_dataset
 from gpt_jax.data.store import Store
-from gpt_jax.errors import UserError
+from gpt_jax.data.windows import Windows
+from gpt_jax.errors import TrainingError, UserError
 from gpt_jax.model import transformer
 from gpt_jax.runtime import sharding
 from gpt_jax.train import checkpoint
@@ -242,3 +243,18 @@ def test_a_dataset_of_ones_own_that_ends_early_is_an_error(tiny, tmp_path):
     assert pretrain(config, tmp_path, dataset_fn=dataset_fn)["step"] == 4
     assert made == [(0, 4), (3, 4)]
     assert [record["step"] for record in records(tmp_path, "train")] == [1, 2, 3, 4]
+
+
+def test_a_run_whose_first_update_fails_can_be_run_again(tiny, tmp_path, monkeypatch):
+    batch_at = Windows.batch_at
+
+    def with_nan_weights(self, step, rows):
+        batch = batch_at(self, step, rows)
+        return batch | {"loss_weights": batch["loss_weights"] * np.float32("nan")}
+
+    monkeypatch.setattr(Windows, "batch_at", with_nan_weights)
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=r"^update 1 is not finite [^\n]* checkpoint 0, [^\n]*$"):
+            pretrain(tiny(data={"pipeline": "threads"}, train={"duration": "4 steps"}), tmp_path)
+    monkeypatch.undo()
+    assert pretrain(tiny(data={"pipeline": "threads"}, train={"duration": "4 steps"}), tmp_path)["step"] == 4

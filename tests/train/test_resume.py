@@ -127,7 +127,7 @@ def test_kills_at_random_instants_change_nothing(whole, config_file, tmp_path):
     run = tmp_path / "run"
     for kills in range(100):
         begun, records, reached = time.monotonic(), records_in(run), newest(run)
-        wait, more, steps = rng.uniform(0, 8), rng.randint(2, 7), rng.randint(1, 5)
+        wait, more, steps = rng.uniform(0, 6), rng.randint(1, 3), rng.randint(1, 2)
         moments = [
             lambda: records_in(run) >= records + more,  # noqa: B023
             lambda: saving(run, reached + steps),  # noqa: B023
