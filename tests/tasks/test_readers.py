@@ -142,11 +142,7 @@ def test_mnli_has_two_groups_and_files_of_different_columns(tmp_path):
     write(tmp_path / "MNLI" / "train.tsv", [*common, "label1", "gold_label"], [*row, "neutral", "neutral"])
     for group, label in (("matched", "entailment"), ("mismatched", "contradiction")):
         labels = [f"label{number}" for number in range(1, 6)]
-        write(
-            tmp_path / "MNLI" / f"dev_{group}.tsv",
-            [*common, *labels, "gold_label"],
-            [*row, *["neutral"] * 5, label],
-        )
+        write(tmp_path / "MNLI" / f"dev_{group}.tsv", [*common, *labels, "gold_label"], [*row, *["neutral"] * 5, label])
         write(tmp_path / "MNLI" / f"test_{group}.tsv", common, row)
     assert contents(examples_of("mnli", tmp_path)) == [(("A.", "B."), 1)]
     validation = examples_of("mnli", tmp_path, "validation")
@@ -261,10 +257,7 @@ def test_race_has_two_groups_of_articles_with_several_questions(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"options": [["snow", "rain", "hail"], ["a", "b", "c", "d"]]},
-            ":1 question 0: 3 options; every question must have 4",
-        ),
+        ({"options": [["snow", "rain", "hail"], ["a", "b", "c", "d"]]}, ":1 question 0: 3 options; every question must have 4"),
         ({"answers": ["B", "E"]}, ":1 question 1: the label is 'E'; it must be one of A, B, C, D"),
         ({"answers": ["B"]}, ":1: 'article' must be a string, and questions, options, answers must be lists of equal length"),
         ({"options": [["snow", "rain", "hail", " "], ["a", "b", "c", "d"]]}, ":1 question 0: 'D' is empty; "),
