@@ -215,7 +215,7 @@ def test_a_correct_source_works_after_a_mistaken_one(mistake, config_file, tmp_p
     ("field", "value", "expected"),
     [
         ("--train.duration", "0.001 epochs", "'0.001 epochs' is less than one update of 8 examples"),
-        ("--optim.warmup", "8 steps", "8 steps of warm-up leave nothing of a run of 8 steps"),
+        ("--optim.warmup", "8 steps", "must be shorter than the run of 8 steps, not 8 steps"),
     ],
 )
 def test_durations_that_leave_nothing_to_do_are_one_line(mistake, finished, tmp_path, field, value, expected):

@@ -1,1 +1,1 @@
-"""Optimizer, update, loop and checkpoints. Knows no tasks."""
+"""The training step, optimizer, training loop and checkpoints. Nothing here depends on a particular task."""

@@ -4,18 +4,18 @@ A run's `checkpoints/STEP/` holds Orbax's files (the state as nested dictionarie
 and, written last, `manifest.json`, one JSON object of format version 2:
 
     format_version, step, config_digest, data_digest, mask_version, permutation_version, metrics {name: number},
-    selection_metric (number, the lower the better, or null), process_count, device_count, device_kind,
+    selection_metric (number, lower is better, or null), process_count, device_count, device_kind,
     files {relative path: {size, sha256}} of every other file in the folder,
     sha256 of this object without this entry, as JSON with sorted keys
 
-Version 1 is still read. Its state has the optimizer's own tree in place of `moments`, and its selection metric is the metric
-"rank", or else "loss".
+Version 1 can still be read. Its state has the optimizer's own tree in place of `moments`, and its selection metric is the
+metric "rank" if there is one, otherwise "loss".
 
-Orbax loads a file with a flipped byte without noticing, hence the checksums. A folder without a manifest is a save that was
-cut short ("incomplete"); one that differs from its manifest is "damaged". Neither is ever restored.
+Orbax loads a corrupted file without raising an error, hence the checksums. A folder without a manifest is a save that was cut
+short ("incomplete"); one that differs from its manifest is "damaged". Neither is ever restored.
 
-This module, and not `ocp.training.Checkpointer`, decides which checkpoints are kept: the latter deletes old checkpoints when the
-arrays of the new one are committed, which is before its manifest exists.
+This module decides which checkpoints to keep. `ocp.training.Checkpointer` cannot, because it deletes old checkpoints as soon as
+the arrays of the new one are committed, before the new manifest exists.
 """
 
 import contextlib
@@ -49,9 +49,9 @@ MANIFEST = "manifest.json"
 VERSIONS = {"format_version": FORMAT_VERSION, "mask_version": MASK_VERSION, "permutation_version": PERMUTATION_VERSION}
 
 Leaves = dict[tuple[str, ...], Any]
-"""Arrays, or their descriptions, by the keys that lead to them in a nested dictionary."""
+"""Arrays, or their shapes and dtypes, keyed by their path in a nested dictionary."""
 
-# Orbax logs every phase of a save, and every failure that it raises as well.
+# Orbax logs every phase of a save, and every error that it also raises.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
 
 
@@ -62,13 +62,13 @@ class CheckpointInfo(NamedTuple):
     path: Path
     state: Literal["sound", "incomplete", "damaged"]
     problem: str
-    """The reason why it is not sound; empty for a sound one."""
+    """Why the checkpoint is not sound; empty if it is sound."""
     size: int
     """Bytes on disk."""
     metrics: dict[str, float]
-    """Scores of the validation split at `step`; empty unless sound."""
+    """Scores on the validation split at `step`; empty unless the checkpoint is sound."""
     selection_metric: float | None = None
-    """The number by which the best checkpoint is selected, the lowest; None: not scored."""
+    """Selects the best checkpoint; lower is better. None if the checkpoint was not scored."""
     format_version: int = FORMAT_VERSION
 
 
@@ -76,16 +76,16 @@ class CheckpointInfo(NamedTuple):
 
 
 class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
-    """Writes a run's checkpoints in the background, one at a time, and deletes those that are no longer to be kept.
+    """Writes a run's checkpoints in the background, one at a time, and deletes old ones.
 
-    All processes of a run construct it and call `save` at the same steps; process 0 alone writes what is not arrays. Used
-    as a context manager it finishes the last save on the way out.
+    All processes of a run construct it and call `save` at the same steps; only process 0 writes the files other than arrays.
+    As a context manager, it finishes the last save on exit.
 
     Args:
-      folder: RUN/checkpoints; made if missing, and cleared of saves that a killed process left behind.
-      config: the resolved config, copied into every checkpoint; says how many to keep.
-      data_digest: identifies the data, in the manifest.
-      tokenizer: folder that is copied into every checkpoint, or None.
+      folder: RUN/checkpoints; created if missing. Unfinished saves of a killed process are deleted.
+      config: the resolved config; it is copied into every checkpoint and sets how many to keep.
+      data_digest: digest of the data, recorded in the manifest.
+      tokenizer: folder to copy into every checkpoint, or None.
     """
 
     def __init__(self, folder: Path, config: RunConfig, data_digest: str, tokenizer: Path | None):
@@ -94,7 +94,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._orbax = ocp.Context()
-        self._orbax.array.saving.use_compression = False  # Weights shrink by 7 % in three times the time.
+        self._orbax.array.saving.use_compression = False  # Compression saves 7 % of the space but takes three times as long.
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._clear_unfinished()
@@ -102,41 +102,41 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
     def save(self, step: int, state: dict[str, Any], metrics: dict[str, float], selection_metric: float | None = None) -> None:
         """Starts saving `state`, whose arrays may be donated or deleted as soon as this returns.
 
-        Waits for the previous save first: nothing is dropped. Replaces a checkpoint of the same step that is not sound.
+        Waits for the previous save first, so no save is dropped. Replaces a checkpoint of the same step if it is not sound.
 
         Args:
-          step: updates made so far.
-          state: nested dictionaries of jax arrays.
-          metrics: scalars measured at this step; those that are not finite are left out.
-          selection_metric: the number by which the best checkpoint is selected, the lowest.
+          step: number of updates made so far.
+          state: nested dictionaries of JAX arrays.
+          metrics: scalars measured at this step; non-finite values are omitted.
+          selection_metric: selects the best checkpoint; lower is better.
 
         Raises:
-          UserError: the previous save, or the beginning of this one, found no space or no access.
-          ValueError: there is a sound checkpoint of this step.
+          UserError: the previous save, or the start of this one, failed for lack of disk space or permission.
+          ValueError: a sound checkpoint of this step already exists.
         """
         self.wait()
         with self._explain_failure(step):
             path = self._folder / str(step)
             if jax.process_index() == 0 and path.exists():
                 if inspect_checkpoint(path, checksums=True).state == "sound":
-                    raise ValueError(f"{path} is a sound checkpoint already")
+                    raise ValueError(f"{path} is already a sound checkpoint")
                 _delete(path)  # Orbax's save begins with a barrier, so no process looks at the folder before this is done.
             with self._orbax:
                 response = ocp.save_async(path, state)
         self._pending = self._thread.submit(self._finish, step, response, metrics, selection_metric)
 
     def wait(self) -> None:
-        """Returns once nothing is being saved; raises the error that the last save failed with."""
+        """Waits until no save is in progress; raises the error of the last save if it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
     def __exit__(self, *_: object) -> None:
-        with self._thread:  # It is shut down at the end, even if the last save failed.
+        with self._thread:  # The thread is shut down even if the last save failed.
             self.wait()
 
     def _finish(self, step: int, response: Any, metrics: dict[str, float], selection_metric: float | None) -> None:
-        """Waits until Orbax has committed on all processes, then seals the checkpoint and deletes others."""
+        """Waits until Orbax has committed on all processes, then seals the checkpoint and deletes old ones."""
         with self._explain_failure(step):
             response.result()
             if jax.process_index() != 0:
@@ -153,17 +153,17 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
             manifest |= {"process_count": jax.process_count(), "device_count": jax.device_count()}
             manifest |= {"device_kind": jax.devices()[0].device_kind}
             _seal(path, manifest)
-            # Steps beyond this one belong to a future that the run went back from: they must not cost their predecessors.
+            # Later steps are left over from before the run went back to an earlier step; they must not displace current ones.
             past = [info for info in list_checkpoints(self._folder, checksums=False) if info.step <= step]
             _discard(past, self._config.train.keep_latest, self._config.train.keep_best)
 
     @contextlib.contextmanager
     def _explain_failure(self, step: int) -> Iterator[None]:
-        """Turns a full disk, a missing permission and the like into one line, and frees the space of the failed save."""
+        """Turns a full disk, a missing permission or a similar failure into a one-line error, and deletes the failed save."""
         try:
             yield
         except Exception as error:
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore reports the system's errors as ValueError.
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore reports OS errors as ValueError.
             if code is None and not isinstance(error, OSError):
                 raise
             if jax.process_index() == 0:
@@ -181,7 +181,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
 
 
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes the manifest, once every file that it lists has reached the disk."""
+    """Flushes every file of a checkpoint to disk, then writes the manifest that lists them."""
     entries = list(path.rglob("*"))
     for entry in (*entries, path, path.parent):
         _sync(entry)
@@ -195,14 +195,14 @@ def _seal(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def _encode_manifest(manifest: dict[str, Any]) -> bytes:
-    """Returns the bytes of a manifest, a function of its entries other than the checksum, so that any change shows."""
+    """Returns the canonical bytes of a manifest with its checksum, so that a change of any byte is detected."""
     entries = {name: value for name, value in manifest.items() if name != "sha256"}
     entries["sha256"] = hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
     return (json.dumps(entries, sort_keys=True, indent=1) + "\n").encode()
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Flushes a file, or the directory entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -214,16 +214,16 @@ def _sync(path: Path) -> None:
 
 
 def prune(folder: Path, keep_latest: int, keep_best: int) -> list[CheckpointInfo]:
-    """Deletes all but the newest `keep_latest` and the best `keep_best` sound checkpoints, and the remains of failed saves.
+    """Deletes failed saves, and all sound checkpoints except the newest `keep_latest` and the best `keep_best`.
 
-    Nothing newer than the newest sound checkpoint is touched (it may be about to be sealed), and nothing at all if none is
-    sound.
+    Anything newer than the newest sound checkpoint is left alone, because it may be about to be sealed. If no checkpoint is
+    sound, nothing is deleted.
 
     Returns:
-      The checkpoints that were deleted.
+      The deleted checkpoints.
 
     Raises:
-      UserError: a number is out of range.
+      UserError: `keep_latest` is not positive, or `keep_best` is negative.
     """
     require(keep_latest > 0, "keep_latest", f"must be positive, not {keep_latest}")
     require(keep_best >= 0, "keep_best", f"must be at least 0, not {keep_best}")
@@ -231,7 +231,7 @@ def prune(folder: Path, keep_latest: int, keep_best: int) -> list[CheckpointInfo
 
 
 def best_checkpoints(infos: Sequence[CheckpointInfo], count: int) -> list[CheckpointInfo]:
-    """Returns the `count` sound checkpoints with the lowest selection metric, best first, the newer of two equals first."""
+    """Returns the `count` sound checkpoints with the lowest selection metric, best first; ties go to the newer one."""
     ranked = [(info.selection_metric, -info.step, info) for info in infos if info.selection_metric is not None]
     return [info for _, _, info in sorted(ranked, key=lambda item: item[:2])][:count]
 
@@ -246,20 +246,20 @@ def _discard(infos: list[CheckpointInfo], keep_latest: int, keep_best: int) -> l
 
 
 def _delete(path: Path) -> None:
-    """Deletes a checkpoint, its manifest first, so that it is incomplete when only half of it is deleted."""
+    """Deletes a checkpoint, manifest first, so that an interrupted deletion leaves an incomplete checkpoint."""
     (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)  # A remainder is incomplete and is deleted the next time.
+    shutil.rmtree(path, ignore_errors=True)  # Leftovers count as incomplete and are deleted next time.
 
 
-# -- looking ----------------------------------------------------------------------------------------------------------------
+# -- inspecting -------------------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInfo]:
-    """Describes all checkpoints of a run, by ascending step.
+    """Returns all checkpoints of a run, by ascending step.
 
     Args:
       folder: RUN or RUN/checkpoints.
-      checksums: read every file and compare its SHA-256; otherwise only manifests and sizes are checked.
+      checksums: if True, read every file and compare its SHA-256; if False, check only manifests and file sizes.
 
     Raises:
       UserError: a checkpoint was written by a newer gpt_jax.
@@ -268,14 +268,14 @@ def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInf
 
 
 def newest_checkpoint(folder: Path, log: Log) -> CheckpointInfo | None:
-    """Returns the newest sound checkpoint of a run, or None if no save was ever finished.
+    """Returns the newest sound checkpoint of a run, or None if no save has ever finished.
 
     Args:
       folder: RUN or RUN/checkpoints.
       log: receives a line for each newer checkpoint that cannot be used.
 
     Raises:
-      UserError: there are damaged checkpoints and no sound one.
+      UserError: no checkpoint is sound and at least one is damaged.
     """
     unusable: list[CheckpointInfo] = []
     for path in reversed(_step_folders(folder)):
@@ -287,21 +287,21 @@ def newest_checkpoint(folder: Path, log: Log) -> CheckpointInfo | None:
         unusable.append(info)
     if any(info.state == "damaged" for info in unusable):
         listed = "; ".join(f"{info.path.name} is {info.state} ({info.problem})" for info in unusable)
-        raise UserError(f"{folder}: no sound checkpoint: {listed}; restore one from a copy, or start again in an empty folder")
+        raise UserError(f"{folder}: no sound checkpoint: {listed}; restore one from a backup, or start over in an empty folder")
     return None
 
 
 def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
-    """Finds the checkpoint that a CHECKPOINT argument means, and verifies it.
+    """Verifies and returns the checkpoint that a CHECKPOINT argument refers to.
 
     Args:
-      path: a run's folder (its newest sound checkpoint) or the folder of one step.
+      path: a run's folder, which stands for its newest sound checkpoint, or the folder of one checkpoint.
       log: receives a line for each newer checkpoint that cannot be used.
 
     Raises:
-      UserError: there is none, or it is not sound.
+      UserError: there is no checkpoint, or it is not sound.
     """
-    hint = "give a run's folder or a checkpoint's (RUN/checkpoints/STEP)"
+    hint = "give a run's folder or a checkpoint's folder (RUN/checkpoints/STEP)"
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; {hint}")
     if path.absolute().name.isdecimal() and not (path / "checkpoints").is_dir():
@@ -309,13 +309,13 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
     newest = newest_checkpoint(path, log)
     if newest is None:
         if seeds := sorted(folder.name for folder in path.glob("seed-*")):
-            raise UserError(f"{path}: holds runs of several seeds; name one of them, such as {path / seeds[0]}")
-        raise UserError(f"{path}: holds no finished checkpoint; {hint}")
+            raise UserError(f"{path}: contains runs of several seeds; name one of them, such as {path / seeds[0]}")
+        raise UserError(f"{path}: contains no finished checkpoint; {hint}")
     return newest
 
 
 def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
-    """Compares a checkpoint's folder with its manifest."""
+    """Compares a checkpoint's folder with its manifest; see `list_checkpoints` for `checksums` and the errors raised."""
     step, size = int(path.name), _folder_size(path)
     damaged = functools.partial(CheckpointInfo, step, path, "damaged", size=size, metrics={})
     try:
@@ -328,7 +328,7 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     if not isinstance(manifest, dict) or raw != _encode_manifest(manifest):
         return damaged(f"file {MANIFEST}: checksum differs")
     if (version := manifest["format_version"]) > FORMAT_VERSION:
-        raise UserError(f"{path}: has format version {version}, and this gpt_jax reads up to {FORMAT_VERSION}; update gpt_jax")
+        raise UserError(f"{path}: has format version {version}, but this gpt_jax reads only up to {FORMAT_VERSION}; update it")
     if manifest["step"] != step:
         return damaged(f"file {MANIFEST}: belongs to checkpoint {manifest['step']}")
     with ThreadPoolExecutor() as pool:
@@ -342,12 +342,12 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
 
 
 def read_config(info: CheckpointInfo) -> RunConfig:
-    """Reads the resolved config that the checkpoint was made with."""
+    """Returns the resolved config of the run that wrote the checkpoint."""
     return config_from_dict(read_json(info.path / "config.json"), info.path / "config.json")
 
 
 def read_manifest(info: CheckpointInfo) -> dict[str, Any]:
-    """Reads the manifest of a sound checkpoint (see the head of this module)."""
+    """Returns the manifest of a sound checkpoint; the module docstring describes its format."""
     return read_json(info.path / MANIFEST)
 
 
@@ -360,14 +360,14 @@ def _step_folders(folder: Path) -> list[Path]:
 
 
 def _folder_size(path: Path) -> int:
-    """Returns the bytes of all files in a folder; 0 if some of them are deleted meanwhile."""
+    """Returns the total size of a folder's files in bytes; 0 if some are deleted while it is computed."""
     with contextlib.suppress(FileNotFoundError):
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return 0
 
 
 def _file_problem(path: Path, checksums: bool, entry: tuple[str, dict[str, Any]]) -> str:
-    """Returns what is wrong with a file of the checkpoint `path`, an entry of its manifest; empty if it is as listed."""
+    """Returns the problem with the file of one manifest entry of the checkpoint at `path`; empty if there is none."""
     name, expected = entry
     try:
         size = (path / name).stat().st_size
@@ -384,24 +384,24 @@ def _require_sound(info: CheckpointInfo) -> CheckpointInfo:
     return info
 
 
-# -- reading ----------------------------------------------------------------------------------------------------------------
+# -- restoring --------------------------------------------------------------------------------------------------------------
 
 
 def restore(info: CheckpointInfo, abstract_state: dict[str, Any]) -> dict[str, Any]:
-    """Reads a whole state, onto any mesh; all processes call it.
+    """Restores a full training state onto any mesh; all processes must call it.
 
     Args:
-      info: a sound checkpoint, as `find_checkpoint` returns it.
+      info: a sound checkpoint, as returned by `find_checkpoint`.
       abstract_state: nested dictionaries of `jax.ShapeDtypeStruct` with shardings.
 
     Returns:
-      Nested dictionaries of arrays, like `abstract_state`.
+      Nested dictionaries of arrays with the structure of `abstract_state`.
 
     Raises:
-      UserError: names, shapes or dtypes differ from those stored; all differences are in one line.
+      UserError: names, shapes or dtypes differ from those stored; the message lists all differences.
     """
     stored, wanted = _stored_leaves(info), traverse_util.flatten_dict(abstract_state)
-    # Version 1 kept the optimizer's own tree, with the moments somewhere inside it, and step counters that equal `step`.
+    # Version 1 stores the optimizer's own tree, which contains the moments at some depth, and step counters equal to `step`.
     moments = next((path[: path.index("mu")] for path in stored if "mu" in path), ("moments",))
     stored = {path: leaf for path, leaf in stored.items() if path[0] != "optimizer" or "mu" in path or "nu" in path}
     on_disk = {path: (*moments, *path[1:]) if path[0] == "moments" else path for path in wanted}
@@ -410,7 +410,7 @@ def restore(info: CheckpointInfo, abstract_state: dict[str, Any]) -> dict[str, A
 
 
 def restore_params(info: CheckpointInfo, abstract_params: dict[str, Any]) -> dict[str, Any]:
-    """Reads the parameters alone, and of these only the entries that are asked for; otherwise like `restore`."""
+    """Restores only the parameters, and only the top-level entries in `abstract_params`; otherwise like `restore`."""
     stored = {path: leaf for path, leaf in _stored_leaves(info).items() if path[0] == "params" and path[1] in abstract_params}
     loaded = _load(info, stored, traverse_util.flatten_dict({"params": abstract_params}))
     return traverse_util.unflatten_dict(loaded)["params"]
@@ -422,7 +422,7 @@ def _stored_leaves(info: CheckpointInfo) -> Leaves:
 
 
 def _load(info: CheckpointInfo, stored: Leaves, wanted: Leaves) -> Leaves:
-    """Loads the arrays `wanted` from a checkpoint, after comparing them with those `stored` in it.
+    """Loads the arrays `wanted` from a checkpoint, after checking them against those `stored` in it.
 
     Raises:
       UserError: names, shapes or dtypes differ; the message lists all differences.

@@ -1,4 +1,4 @@
-"""The progress of a training as a person follows it: a live line or log lines, and TensorBoard's curves."""
+"""Progress display during training: a live line or log lines, and TensorBoard curves."""
 
 import contextlib
 import math
@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.runtime.console import Log, ProgressLine, format_duration
 
-# Peak dense bfloat16 rate of one JAX device in FLOP/s, from the makers' data sheets, by `device_kind`. The utilization of a chip
-# that is not listed is not shown. (TPU v7x presents each chip as two devices.)
+# Peak dense bfloat16 throughput of one JAX device in FLOP/s, from the vendors' data sheets, by `device_kind`. Utilization is
+# not shown for chips that are not listed. (TPU v7x presents each chip as two devices.)
 PEAK_FLOPS = {
     **{"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1153.5e12},
     **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12),
@@ -21,17 +21,17 @@ PEAK_FLOPS = {
 }
 
 Unit = Literal["tokens", "examples"]
-"""The unit in which the rate of a training is counted."""
+"""The unit of the training throughput."""
 
 FADE_SECONDS = 30
-"""Time constant of the rate on display: older updates count less, exponentially."""
+"""Time constant, in seconds, of the exponential average behind the displayed throughput."""
 
 
 def flops_per_token(model: ModelConfig) -> float:
-    """Returns the floating-point operations that training on one token takes.
+    """Returns the number of floating-point operations that training on one token takes.
 
-    They are 6 for each parameter in a matrix product (the embedding counts once, as the output layer), and 12 x layers x width x
-    context for attention, counted without regard to its mask as is usual.
+    This is 6 per parameter in a matrix product (the embedding counts once, as the output layer), plus 12 x layers x width x
+    context for attention. As is customary, the causal mask is ignored.
     """
     embed, units = model.embed_dim, model.lstm_units
     if model.kind == "lstm":
@@ -41,13 +41,13 @@ def flops_per_token(model: ModelConfig) -> float:
 
 
 class ProgressLogger:
-    """Follows a training: shows step, loss, rate and remaining time, and writes TensorBoard's curves.
+    """Shows step, loss, throughput and remaining time during training, and writes TensorBoard curves.
 
     Args:
-      total_steps: updates in the whole run.
-      unit: the unit of the rate. The utilization (MFU) is shown for tokens alone, since examples differ in length.
-      tensorboard: folder of TensorBoard's event files.
-      log: takes the lines; None on all processes but the first, which show and write nothing.
+      total_steps: number of updates in the whole run.
+      unit: the unit of the throughput. Model FLOPs utilization (MFU) is shown only for tokens, since examples differ in length.
+      tensorboard: folder for TensorBoard event files.
+      log: prints a line; None on all processes except the first, so that they show and write nothing.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, total_steps: int, unit: Unit, tensorboard: Path, log: Log | None):
@@ -58,27 +58,27 @@ class ProgressLogger:
         self._line = ProgressLine(train.log_seconds, lambda line: log(time.strftime("%H:%M:%S ") + line)) if log else None
         self._writer: Any = None
         if train.tensorboard and log is not None:
-            # Not TensorFlow's writer, since training must not need it; and not tensorboardX's own thread, which dies on a full
-            # disk and then blocks whoever writes.
+            # TensorFlow's writer is not an option, because training must not require TensorFlow. Neither is tensorboardX's
+            # asynchronous writer, whose thread dies on a full disk and then blocks every caller.
             from tensorboardX.event_file_writer import EventsWriter
 
             tensorboard.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(tensorboard / "events"))
-        # Updates and their seconds, without compilation, evaluations and saves: of the whole run, and of the last half minute.
+        # Updates and their duration, excluding compilation, evaluations and saves: over the whole run, and over recent updates.
         self._updates = self._seconds = self._recent_updates = self._recent_seconds = 0.0
         self.resume_clock(0)
 
     def resume_clock(self, step: int) -> None:
-        """Restarts the clock of the rate, after a compilation, an evaluation or a save."""
+        """Restarts the throughput clock after a compilation, an evaluation or a save."""
         self._last_time, self._last_step = time.monotonic(), step
 
     @property
     def rate(self) -> float:
-        """Mean units per second over the whole run, without pauses for compilation, evaluations and saves."""
+        """Mean units per second over the whole run, excluding compilation, evaluations and saves."""
         return self._updates * self._units_per_step / self._seconds if self._seconds else 0.0
 
     def update(self, step: int, metrics: dict[str, float]) -> None:
-        """Records the numbers of one update, and shows them when it is time to."""
+        """Records the metrics of one update, and shows them if the display is due."""
         self.scalars("train", step, metrics)
         updates, seconds = step - self._last_step, time.monotonic() - self._last_time
         self.resume_clock(step)
@@ -91,7 +91,7 @@ class ProgressLogger:
             self._line.show(lambda: self._describe(step, metrics["loss"]), last=step == self._total_steps)
 
     def scalars(self, group: str, step: int, values: dict[str, float]) -> None:
-        """Adds points to TensorBoard's curves."""
+        """Adds points to the TensorBoard curves."""
         if self._writer is None or self._log is None:
             return
         from tensorboardX.proto import event_pb2, summary_pb2
@@ -101,16 +101,16 @@ class ProgressLogger:
             self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary_pb2.Summary(value=points)))
         except OSError as error:
             self._writer = None
-            self._log(f"TensorBoard's curves end here ({error.strerror}); metrics.jsonl has all of them")
+            self._log(f"TensorBoard curves end here ({error.strerror}); metrics.jsonl contains all metrics")
 
     def close(self) -> None:
-        """Writes TensorBoard's curves to the disk."""
+        """Flushes the TensorBoard curves to disk."""
         if self._writer is not None:
-            with contextlib.suppress(OSError):  # The curves are in metrics.jsonl too.
+            with contextlib.suppress(OSError):  # metrics.jsonl contains the same numbers.
                 self._writer.close()
 
     def _describe(self, step: int, loss: float) -> str:
-        """Returns the line of an update; it shows no rate before one is known."""
+        """Returns the progress line of an update, without the throughput until that is known."""
         line = f"step {step}/{self._total_steps}  loss {loss:.4f}  "
         if not self._recent_updates:
             return line

@@ -1,6 +1,6 @@
-"""One training run from its beginning to its result, whatever is trained: folder, state, loop, evaluations, checkpoints.
+"""A training run from start to result, for pre-training and fine-tuning: folder, state, loop, evaluations, checkpoints.
 
-`train.pretrain` and `tasks.finetune` call `start_run`, prepare what is theirs, and hand it to `run_training`.
+`train.pretrain` and `tasks.finetune` call `start_run`, prepare their data and model, and pass both to `run_training`.
 """
 
 import contextlib
@@ -27,20 +27,20 @@ from gpt_jax.train.step import AbstractBatch, CompiledByShape, State, TrainableM
 
 
 class RunContext(NamedTuple):
-    """The folder, the stop request and the log of a run, which exist before anything is known of its data."""
+    """A run's folder, stop request and log, all of which exist before its data are read."""
 
     run: rundir.RunDir
     stop: distributed.StopRequest
     log: console.Log
-    """Prints a line, on process 0 alone."""
+    """Prints a line, on process 0 only."""
 
 
 class Schedule(NamedTuple):
-    """The durations of a run in updates."""
+    """The length and the intervals of a run, in updates."""
 
     total_steps: int
     warmup_steps: float
-    """A share of a short run need not be a whole number."""
+    """May be fractional if the config gives it as a share of the run."""
     eval_every: int
     save_every: int
 
@@ -50,21 +50,21 @@ class Scores(NamedTuple):
 
     metrics: dict[str, float]
     selection_metric: float | None = None
-    """The number by which the best checkpoint is selected, the lowest."""
+    """Selects the best checkpoint; lower is better."""
 
 
 Evaluate = Callable[[int, transformer.Params], Scores]
-"""A function (step, params) -> scores of the validation split."""
+"""A function (step, params) -> scores on the validation split."""
 
 
 @contextlib.contextmanager
 def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
-    """Joins the other processes and watches for signals, from the first moment to the last, so that no save is cut short.
+    """Joins the run's other processes, and handles signals until the block exits, so that no save is cut short.
 
     Raises:
-      UserError: the processes do not agree on what they run.
-      TrainingError: the other processes did not come.
-      Preempted: the run was told to stop when it was finished.
+      UserError: the processes differ in code, devices or settings.
+      TrainingError: the other processes did not connect in time.
+      Preempted: a stop was requested, but too late to interrupt the run, which is finished.
     """
     distributed.start(config.distributed, console.say)
     distributed.require_agreement(_facts(config, workdir), console.say)
@@ -72,18 +72,18 @@ def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
     with distributed.StopRequest() as stop, contextlib.closing(rundir.RunDir(workdir, primary)) as run:
         yield RunContext(run, stop, console.say if primary else lambda line: None)
         if stop.requested:
-            raise Preempted(f"told to stop when {workdir} was finished")
+            raise Preempted(f"stop requested; {workdir} is already finished")
 
 
 def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
-    """Returns the facts that all processes of a run must have in common, by names for a person."""
+    """Returns the settings that must be equal on all processes of a run, keyed by human-readable names."""
     env = rundir.environment()
     facts = {"commit": env["commit"] or "unknown", **env["versions"]}
     facts |= {"XLA_FLAGS": env["xla_flags"], "LIBTPU_INIT_ARGS": env["libtpu_init_args"]}
     facts["devices"] = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
     facts |= {"devices in total": str(jax.device_count()), "--workdir": str(workdir.absolute())}
     for name, (value, affects) in load.flatten_config(config).items():
-        # Processes differ in distributed.*, and what is displayed changes nothing.
+        # Processes differ in distributed.* by design, and display settings do not affect training.
         if affects != "display" and not name.startswith("distributed."):
             facts[f"--{name}"] = str(value)
     return facts
@@ -93,18 +93,18 @@ def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) 
     """Converts the durations of a config to updates.
 
     Args:
-      context_length: tokens in an example, for durations in tokens; None where examples differ.
-      epoch: examples in an epoch.
+      context_length: tokens per example, for durations in tokens; None if examples differ in length.
+      epoch: examples per epoch.
 
     Raises:
-      UserError: the run is shorter than an update, or not longer than its warm-up.
+      UserError: the run is shorter than one update, or not longer than its warm-up.
     """
     train = config.train
     steps = functools.partial(schema.duration_to_steps, batch_size=train.batch_size, context_length=context_length, epoch=epoch)
     total = int(steps(train.duration, "train.duration"))
     require(total > 0, "train.duration", f"'{train.duration}' is less than one update of {train.batch_size} examples")
     warmup = steps(config.optim.warmup, "optim.warmup", total=total)
-    require(warmup < total, "optim.warmup", f"{warmup:g} steps of warm-up leave nothing of a run of {total} steps")
+    require(warmup < total, "optim.warmup", f"must be shorter than the run of {total} steps, not {warmup:g} steps")
     eval_every = max(int(steps(train.eval_every, "train.eval_every", total=total)), 1)
     save_every = max(int(steps(train.save_every, "train.save_every", total=total)), 1)
     return Schedule(total, warmup, eval_every, save_every)
@@ -130,25 +130,25 @@ def run_training(
     dataset_fn: DatasetFn | None = None,
     allow_changes: bool = False,
 ) -> dict[str, Any]:
-    """Trains in the run's folder, from its newest sound checkpoint if it has one; returns the contents of result.json.
+    """Trains in the run's folder, resuming from its newest sound checkpoint if any; returns the contents of result.json.
 
     Args:
-      source: the batches.
-      tokenizer, data_digest: the tokenizer and the digest of the data that the batches are made from.
-      title: half a line that says what is trained on what.
-      unit: the unit in which the rate is counted.
-      initialize: makes the state of a run that begins, and a line that says where it comes from.
+      source: the training batches.
+      tokenizer, data_digest: the tokenizer and the digest of the training data.
+      title: describes the training data in the header line.
+      unit: the unit of the throughput.
+      initialize: returns the initial state of a new run, and a line that describes its origin.
       evaluate: scores parameters on the validation split.
-      batch_provenance: where the batch of an update comes from, recorded if the update goes wrong.
-      summarize: (last state, last scores) -> entries of result.json besides step, parameters and rate.
-      save_evaluated: also save at every evaluation, because the best of these checkpoints will be chosen.
-      dataset_fn: makes the tf.data.Dataset of the batches in place of `pipeline.make_dataset`.
-      allow_changes: continue although the data differ.
+      batch_provenance: step -> the origin of its batch, recorded if the update is not finite.
+      summarize: (last state, last scores) -> entries of result.json besides step, parameters and throughput.
+      save_evaluated: also save at every evaluation, so that the best of these checkpoints can be selected.
+      dataset_fn: makes the tf.data.Dataset of training batches in place of `pipeline.make_dataset`.
+      allow_changes: continue even if the data have changed.
 
     Raises:
-      UserError: the folder, its checkpoint or its tokenizer do not fit; the message says how.
-      TrainingError: a loss or gradient was not finite; the state before it is saved.
-      Preempted: the process was told to stop; the state is saved.
+      UserError: the folder, its checkpoint or its tokenizer does not match this run; the message explains why.
+      TrainingError: a loss or gradient was not finite; the last good state was saved.
+      Preempted: a stop was requested; the state was saved.
     """
     started = time.monotonic()
     run, log, total = ctx.run, ctx.log, schedule.total_steps
@@ -156,9 +156,9 @@ def run_training(
     newest = _newest_checkpoint(run, log)
     step = newest.step if newest else 0
     if step > total:
-        raise UserError(f"{run.path}: its checkpoint {step} lies beyond --train.duration ({total} steps)")
+        raise UserError(f"{run.path}: checkpoint {step} is beyond --train.duration ({total} steps)")
     if step == total and run.result.exists() and (result := rundir.read_json(run.result)).get("step") == step:
-        log(f"{run.path}: finished at step {step} already; nothing to do")
+        log(f"{run.path}: already finished at step {step}; nothing to do")
         return result
     device = mesh.devices.flat[0]
     run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
@@ -191,7 +191,7 @@ def run_training(
 
 
 def _newest_checkpoint(run: rundir.RunDir, log: console.Log) -> CheckpointInfo | None:
-    """Returns the run's newest sound checkpoint; all processes take the one that process 0 finds."""
+    """Returns the run's newest sound checkpoint, if any. Process 0 finds it, and all processes use the same one."""
     newest = checkpoint.newest_checkpoint(run.checkpoints, log) if distributed.is_primary() else None
     step = distributed.broadcast(newest.step if newest else -1)
     if newest is None and step >= 0:
@@ -225,11 +225,12 @@ def train_loop(
 ) -> tuple[State, Scores]:
     """Trains from `state` to the end of the schedule; returns the last state and its scores.
 
-    Update s + 1 is dispatched before the numbers of update s are read, so that the devices never wait for Python. The guard
-    inside the compiled step makes that safe: after a non-finite update the state stays what it was.
+    Update s + 1 is dispatched before the metrics of update s are read, so that the devices never wait for Python. The guard
+    inside the compiled step makes this safe: a non-finite update leaves the state unchanged.
 
     Raises:
-      TrainingError, Preempted: as `run_training`.
+      UserError: the batches ended before the schedule did.
+      TrainingError, Preempted: see `run_training`.
     """
     run, total, scores = ctx.run, schedule.total_steps, Scores({})
     step = int(state["step"])
@@ -246,12 +247,12 @@ def train_loop(
 
     update = CompiledByShape(lower)
     pending: tuple[int, dict[str, jax.Array]] | None = None
-    if step == total:  # The run was stopped between its last save and its result.
+    if step == total:  # The run was interrupted after its last save, before its result was written.
         scores = evaluate(total, state["params"])
     for batch in batches:
         compilations = update.compilations
         state, metrics = update(state, sharding.place_batch(mesh, batch, config.train.batch_size))
-        if update.compilations > compilations:  # A batch of a new shape; compiling it is not training time.
+        if update.compilations > compilations:  # The batch had a new shape. Compilation is not training time.
             progress.resume_clock(step)
         if pending is not None:
             log_metrics(*pending)
@@ -269,12 +270,12 @@ def train_loop(
                 run.record("eval", step, **scores.metrics)
             progress.scalars("eval", step, scores.metrics)
         if saving:
-            run.sync()  # before the checkpoint is sealed: a run that continues from it has the record up to there
+            run.sync()  # before the checkpoint is sealed, so that no records are missing if the run resumes from it
             writer.save(step, state, *(scores if evaluating else Scores({})))
         if stopping and step != total:
             writer.wait()
             run.record("event", step, event="preempted")
-            raise Preempted(f"told to stop: saved at step {step} of {total}; the same command continues from there")
+            raise Preempted(f"stop requested: saved at step {step} of {total}; run the same command again to continue")
         if evaluating or saving:
             progress.resume_clock(step)
     if step < total:
@@ -285,11 +286,11 @@ def train_loop(
 def _save_last_good(
     run: rundir.RunDir, writer: CheckpointWriter, state: State, step: int, metrics: dict[str, float], provenance: dict[str, Any]
 ) -> TrainingError:
-    """Saves the state before update `step`, which went wrong, and records its batch; returns the error that ends the training."""
+    """Saves the state before the non-finite update `step`, and records the update's batch; returns the error to raise."""
     writer.wait()
     good = int(state["step"])
     path = run.checkpoints / str(good)
-    # Saving it again would lose its scores.
+    # Saving a sound checkpoint again would lose its scores.
     saved = distributed.is_primary() and checkpoint.inspect_checkpoint(path, checksums=True).state == "sound"
     if not distributed.broadcast(int(saved)):
         run.sync()
@@ -299,7 +300,7 @@ def _save_last_good(
     values = {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
     run.record("event", step, event="non-finite", **values, **provenance)
     problem = f"update {step} is not finite (loss {values['loss']}, gradient norm {values['grad_norm']})"
-    evidence = f"the state before it is saved as checkpoint {good}, its batch is recorded in {run.path / 'metrics.jsonl'}"
+    evidence = f"the state before it was saved as checkpoint {good}, and its batch recorded in {run.path / 'metrics.jsonl'}"
     return TrainingError(f"{problem}; {evidence}")
 
 
@@ -307,10 +308,10 @@ def require_tokenizer(info: CheckpointInfo, tokenizer: Tokenizer, field: str) ->
     """Checks that a checkpoint was trained with the tokenizer of the data.
 
     Raises:
-      UserError: it was trained with another one.
+      UserError: it was trained with a different one.
     """
     other = load_tokenizer(info.path / "tokenizer")
     if other.fingerprint != tokenizer.fingerprint:
         theirs = f"{other.kind}, {other.vocab_size} entries, fingerprint {other.fingerprint[:12]}"
         ours = f"{tokenizer.kind}, {tokenizer.fingerprint[:12]}"
-        raise UserError(f"{field}: {info.path} was trained with another tokenizer ({theirs}) than the data ({ours})")
+        raise UserError(f"{field}: {info.path} was trained with a different tokenizer ({theirs}) from the data's ({ours})")

@@ -1,4 +1,4 @@
-"""The paper's optimizer and schedules (section 4.1), and Optax's AdamW, with the same state: first and second moments."""
+"""The paper's Adam and learning rate schedules (section 4.1), and Optax's AdamW. The state of both is Adam's two moments."""
 
 from typing import Any
 
@@ -14,18 +14,18 @@ Moments = dict[str, Any]
 
 
 def learning_rate(config: OptimConfig, total_steps: int, warmup_steps: float, step: Int[Array, ""] | int) -> Float[Array, ""]:
-    """Returns the rate of update `step`, counted from 0, as a function of x = step / total_steps.
+    """Returns the learning rate of update `step`, counted from 0, as a function of x = step / total_steps.
 
-    With the warm-up's share w = warmup_steps / total_steps, the schedules are those of the released code:
+    With the warm-up fraction w = warmup_steps / total_steps, the schedules are those of the paper's released code:
 
         cosine    peak x/w up to w, then peak 0.5 (1 + cos(pi x)), which is not restarted after the warm-up
         linear    peak min(x/w, 1) (1 - x)
 
-    With a warm-up, the first update has rate 0.
+    With a warm-up, the first update has learning rate 0.
 
     Args:
-      total_steps: updates in the whole run.
-      warmup_steps: updates of warm-up; a share of a short run need not be a whole number.
+      total_steps: number of updates in the whole run.
+      warmup_steps: number of warm-up updates; may be fractional.
     """
     step = jnp.asarray(step, jnp.float32)
     x = step / total_steps
@@ -36,20 +36,21 @@ def learning_rate(config: OptimConfig, total_steps: int, warmup_steps: float, st
 
 
 def init_moments(params: Any) -> Moments:
-    """Returns zero moments, in float32 whatever the type of the parameters: in bfloat16 a b2 of 0.999 would be 1."""
+    """Returns zero moments in float32, regardless of the parameters' dtype: in bfloat16, b2 = 0.999 would round to 1."""
     # Two separate trees: the step donates its state, and a buffer can be donated only once.
     return {name: optax.tree.zeros_like(params, dtype=jnp.float32) for name in ("mu", "nu")}
 
 
 def make_optimizer(config: OptimConfig, decay_mask: Any) -> optax.GradientTransformationExtraArgs:
-    """Returns the configured optimizer, with gradient clipping in front where it is on.
+    """Returns the configured optimizer, preceded by gradient clipping if that is enabled.
 
-    Its state is `Moments`; `update` takes the step (counted from 0) and the learning rate as keyword arguments, so that a run has
-    one step counter and one place that computes the rate. It computes in float32 whatever the type of the parameters.
+    Its state is `Moments`. `update` takes the step (counted from 0) and the learning rate as keyword arguments, so that a run
+    has a single step counter and computes the learning rate in one place. It computes in float32, regardless of the
+    parameters' dtype.
 
     Args:
-      decay_mask: a tree of booleans like the parameters, True where weight decay applies. It goes by role, not by rank, because
-        stacked biases have two dimensions.
+      decay_mask: a tree of booleans like the parameters, True where weight decay applies. It depends on a parameter's role, not
+        on its rank, because stacked biases have two dimensions.
     """
     precondition = {"adam_gpt1": _adam_gpt1, "adamw": _adamw}[config.kind]
 
@@ -68,13 +69,15 @@ def make_optimizer(config: OptimConfig, decay_mask: Any) -> optax.GradientTransf
 
 
 def _adam_gpt1(config: OptimConfig, gradients: Any, moments: Moments, step: Any, learning_rate: Any) -> tuple[Any, Moments, Any]:
-    """Returns the gradients as scaled by the released Adam, the new moments and the corrected rate. With t counted from 0:
+    """Returns the gradients scaled by the paper's released Adam, the new moments and the bias-corrected learning rate.
+
+    With t counted from 0:
 
         m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2
         rate = learning_rate sqrt(1 - b2^(t+1)) / (1 - b1^(t+1))
         w <- w - rate (m / (sqrt(v) + epsilon) + weight_decay w)
 
-    Epsilon stands outside the bias correction and decay is scaled by the corrected rate, unlike in Optax's AdamW.
+    Unlike in Optax's AdamW, epsilon is outside the bias correction, and weight decay is scaled by the corrected rate.
     """
     b1, b2 = config.b1, config.b2
     mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, moments["mu"], gradients)
@@ -85,7 +88,7 @@ def _adam_gpt1(config: OptimConfig, gradients: Any, moments: Moments, step: Any,
 
 
 def _adamw(config: OptimConfig, gradients: Any, moments: Moments, step: Any, learning_rate: Any) -> tuple[Any, Moments, Any]:
-    """Returns the gradients as scaled by Optax's Adam with the run's step counter, the new moments and the given rate."""
+    """Returns the gradients scaled by Optax's Adam with the run's step counter, the new moments and the given learning rate."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.epsilon)
     scaled, state = adam.update(gradients, optax.ScaleByAdamState(step, moments["mu"], moments["nu"]))
     return scaled, {"mu": state.mu, "nu": state.nu}, learning_rate

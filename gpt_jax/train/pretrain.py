@@ -33,17 +33,17 @@ def pretrain(
     dataset_fn: DatasetFn | None = None,
     dataset_version: str = "",
 ) -> dict[str, Any]:
-    """Pre-trains in `workdir`, from its newest sound checkpoint if it has one; returns the contents of result.json.
+    """Pre-trains in `workdir`, resuming from its newest sound checkpoint if any; returns the contents of result.json.
 
     Args:
-      allow_changes: continue a run although its config or its data differ.
-      dataset_fn: makes the tf.data.Dataset of the training batches in place of `pipeline.make_dataset`.
-      dataset_version: names what `dataset_fn` changes in the results, if anything; it becomes part of the data digest, so that a
-        run never continues with another one unnoticed.
+      allow_changes: continue a run even if its config or data have changed.
+      dataset_fn: makes the tf.data.Dataset of training batches in place of `pipeline.make_dataset`.
+      dataset_version: identifies a `dataset_fn` that changes results; empty if it does not. It becomes part of the data digest,
+        so that a run cannot silently continue with a different one.
 
     Raises:
-      UserError: config, store, workdir, mesh or checkpoint do not fit; the message says how.
-      TrainingError, Preempted: as `loop.run_training`.
+      UserError: the config, store, workdir, mesh or checkpoint do not match; the message explains why.
+      TrainingError, Preempted: see `loop.run_training`.
     """
     with start_run(config, workdir) as ctx:
         ctx.run.require_not_imported()
@@ -71,7 +71,7 @@ def pretrain(
             schedule,
             tokenizer=tokenizer,
             data_digest=digest,
-            title=f"{schedule.total_steps * tokens_per_step:,} tokens, from {text.num_tokens:,},",
+            title=f"{schedule.total_steps * tokens_per_step:,} tokens from a text of {text.num_tokens:,}",
             unit="tokens",
             initialize=lambda: initial_state(config, mesh, tokenizer, ctx.log),
             evaluate=make_evaluation(config, mesh, store, tokenizer, ctx.log),
@@ -81,22 +81,22 @@ def pretrain(
             allow_changes=allow_changes,
         )
         loss = f", validation loss {result['loss']:.4f}" if "loss" in result else ""
-        ctx.log(f"done: {workdir} holds checkpoint {result['step']}{loss}")
+        ctx.log(f"done: {workdir} contains checkpoint {result['step']}{loss}")
         return result
 
 
 def open_store(config: PretrainConfig, workdir: Path, log: console.Log) -> Store:
-    """Opens the config's token store, which process 0 makes if it does not exist yet.
+    """Opens the config's token store, which process 0 creates if it does not exist yet.
 
     Raises:
-      UserError: as `prepare`; or the store was made from another source, or with another tokenizer.
+      UserError: see `prepare`; or the store was made from a different source or with a different tokenizer.
     """
     folder = Path(config.data.store) if config.data.store else workdir / "store"
     with distributed.primary_first("the token store", log):
         if distributed.is_primary() and not (folder / "index.json").exists():
             prepare(config, folder, log)
         store = Store.open(folder, config.data.verify)
-        check_recipe(store, config)
+        check_recipe(folder, store.index["recipe"], config)
     return store
 
 
@@ -112,7 +112,7 @@ def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log:
 
 
 def window_provenance(windows: Windows, step: int, batch_size: int) -> dict[str, Any]:
-    """Returns the epoch and the window behind each row of a batch, to be recorded if its update goes wrong."""
+    """Returns the epoch and the window number of each row of a batch, to record if its update is not finite."""
     epochs, numbers = windows.window_numbers(step, np.arange(batch_size))
     return {"epochs": epochs.tolist(), "windows": numbers.tolist()}
 
@@ -121,7 +121,7 @@ def window_provenance(windows: Windows, step: int, batch_size: int) -> dict[str,
 
 
 def make_evaluation(config: PretrainConfig, mesh: Mesh, store: Store, tokenizer: Tokenizer, log: console.Log) -> Evaluate:
-    """Returns a function (step, params) -> scores of the validation split, which also shows continuations of the prompts."""
+    """Returns a function (step, params) -> scores on the validation split, which also logs continuations of the prompts."""
     split, model, train = store.split("validation"), config.model, config.train
     held_out = EvaluationWindows(split, model.context_length, train.batch_size, train.eval_windows) if split.num_tokens else None
     score_windows = make_window_scorer(config, mesh, train.batch_size)
@@ -144,9 +144,10 @@ def make_evaluation(config: PretrainConfig, mesh: Mesh, store: Store, tokenizer:
 
 
 def sample_texts(config: PretrainConfig, params: Params, tokenizer: Tokenizer, seed: int) -> list[str]:
-    """Returns continuations of the config's prompts to follow a training by, each token drawn from the forty likeliest.
+    """Returns sampled continuations of the config's prompts, with each token drawn from the 40 most likely ones.
 
-    They are as long as the context allows; where it allows none they are empty. An empty prompt starts a new document.
+    They have at most `train.sample_tokens` tokens, and are empty if the context has no room. An empty prompt starts a new
+    document.
     """
     prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in config.train.prompts]
     num_tokens = min(config.train.sample_tokens, config.model.context_length - max(map(len, prompts)))
@@ -157,7 +158,7 @@ def sample_texts(config: PretrainConfig, params: Params, tokenizer: Tokenizer, s
 
 
 def make_window_scorer(config: RunConfig, mesh: Mesh, batch_size: int) -> Callable[[Params, EvaluationWindows], list[float]]:
-    """Returns a function (params, windows) -> the sum of the losses of all next tokens (nats), and their number."""
+    """Returns a function (params, windows) -> [summed loss of all next tokens (nats), number of those tokens]."""
     score = jit_evaluation(config, mesh, total_loss)
     rows = sharding.host_rows(mesh, batch_size)
 
@@ -173,7 +174,7 @@ def make_window_scorer(config: RunConfig, mesh: Mesh, batch_size: int) -> Callab
 
 
 def total_loss(model: ModelConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of weight x loss, and the sum of weights, of a batch, without dropout."""
+    """Returns a batch's sum of weight x loss (nats) and its sum of weights, both float32 scalars, without dropout."""
     return language_model_loss(model, params, batch, None), batch["loss_weights"].sum()
 
 

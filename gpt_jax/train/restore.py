@@ -1,4 +1,4 @@
-"""A trained model, read back to be used."""
+"""Loading a trained model from a checkpoint."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel, abstract_state
 
 
 class RestoredModel(NamedTuple):
-    """The model of a checkpoint, spread over this machine's devices."""
+    """A checkpoint's model, sharded over this machine's devices."""
 
     config: RunConfig
     """The checkpoint's config, with this machine's mesh."""
@@ -28,11 +28,11 @@ class RestoredModel(NamedTuple):
 
 
 def load_model(path: Path, model: TrainableModel = LANGUAGE_MODEL) -> RestoredModel:
-    """Reads the model of a checkpoint.
+    """Loads the model of a checkpoint.
 
     Args:
-      path: a run's folder (its newest sound checkpoint) or one checkpoint's.
-      model: decides which parameters are read; the language model alone can be read from a fine-tuned model, too.
+      path: a run's folder, which stands for its newest sound checkpoint, or the folder of one checkpoint.
+      model: determines which parameters are loaded; the language model can also be loaded from a fine-tuned model.
 
     Raises:
       UserError: there is no sound checkpoint.
@@ -46,6 +46,6 @@ def load_model(path: Path, model: TrainableModel = LANGUAGE_MODEL) -> RestoredMo
 
 
 def local_mesh(model: ModelConfig) -> Mesh:
-    """Returns a mesh that spreads the parameters over as many of this machine's devices as divide the model's width."""
+    """Returns a mesh that shards the parameters over as many of this machine's devices as the model's width allows."""
     spread = math.gcd(model.embed_dim, jax.device_count())
     return sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])

@@ -1,6 +1,6 @@
-"""The compiled update: sharded state, gradient accumulation, and the guard against non-finite numbers.
+"""The compiled training step: sharded state, gradient accumulation, and a guard against non-finite values.
 
-The training loop, and anything that only has to know the cost of a step, get it from `lower_step`.
+The training loop gets the step from `lower_step`, as does any code that only needs to know its cost.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
 State = dict[str, Any]
 """The training state, a nested dictionary of arrays: `params`, `moments` (`optimizer.Moments`), `step` (updates made, int32) and
-`ok` (bool: every update so far was finite)."""
+`ok` (bool: whether every update so far was finite)."""
 
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
 
 class TrainableModel(NamedTuple):
-    """A model and its loss: all that the step and the loop have to know of a task. `LANGUAGE_MODEL` is pre-training's."""
+    """A model and its loss: everything the step and the loop need from a task. Pre-training uses `LANGUAGE_MODEL`."""
 
     loss: Callable[[ModelConfig, Params, Batch, DropoutKey | None], jax.Array]
-    """(config, params, batch, dropout_key) -> float32 []: a sum over the examples, whose weights `normalize` has scaled."""
+    """(config, params, batch, dropout_key) -> float32 []: the sum over the examples, with weights scaled by `normalize`."""
     normalize: Callable[[Batch], Batch]
-    """Scales the weights of a global batch so that the losses of its micro-batches add up to the loss of the whole."""
+    """Scales the weights of a global batch so that the losses of its micro-batches add up to the loss of the batch."""
     init: Callable[[ModelConfig, jax.Array], Params]
     """(config, key) -> random parameters."""
     param_specs: Callable[[ModelConfig], Any]
@@ -51,14 +51,14 @@ LANGUAGE_MODEL = TrainableModel(
 
 
 def state_shardings(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
-    """Returns a `NamedSharding` for each array of the state; moments are placed like their parameters."""
+    """Returns a `NamedSharding` for each array of the state; moments are sharded like their parameters."""
     params = _map_specs(lambda spec: named_sharding(mesh, spec.axes), model.param_specs(config.model))
     replicated = named_sharding(mesh, ())
     return {"params": params, "moments": {"mu": params, "nu": params}, "step": replicated, "ok": replicated}
 
 
 def init_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
-    """Returns random parameters and zero moments, made under jit on the devices that keep them: no host ever holds the whole."""
+    """Returns a state with random parameters and zero moments, created in shards under jit: no host ever holds all of it."""
     init = jax.jit(functools.partial(_init, config, model), out_shardings=state_shardings(config, mesh, model))
     with jax.set_mesh(mesh):
         return init(np.uint32(config.train.seed))
@@ -88,15 +88,15 @@ def lower_step(
     model: TrainableModel = LANGUAGE_MODEL,
     batch: AbstractBatch | None = None,
 ) -> jax.stages.Lowered:
-    """Traces and lowers the update for a mesh, whose devices need not be attached. `.compile()` makes it callable.
+    """Traces and lowers the training step for a mesh, whose devices need not be attached. `.compile()` makes it callable.
 
-    The compiled function maps (state, batch) to (state, metrics) and takes over the state's buffers. Metrics, all scalars:
-    `loss` (nats), `grad_norm` (global, before clipping), `learning_rate`, and `ok`, which is False from the first update on whose
-    loss or gradient is not finite: that update and all later ones leave the state unchanged.
+    The compiled function maps (state, batch) to (state, metrics) and donates the state's buffers. The metrics are scalars:
+    `loss` (nats), `grad_norm` (global, before clipping), `learning_rate`, and `ok`, which becomes False at the first update
+    whose loss or gradient is not finite. That update and all later ones leave the rest of the state unchanged.
 
     Args:
-      total_steps, warmup_steps: length and warm-up of the run, in updates; the defaults do where only the cost matters.
-      batch: abstract arrays of a batch; None: those of pre-training.
+      total_steps, warmup_steps: length and warm-up of the run, in updates; the defaults suffice if only the cost matters.
+      batch: abstract arrays of a batch; None means `abstract_batch`.
     """
     update = functools.partial(train_step, _settle_by_device(config, mesh), model, total_steps, warmup_steps)
     shardings = state_shardings(config, mesh, model), named_sharding(mesh, ())
@@ -108,16 +108,16 @@ def lower_step(
 def jit_evaluation(
     config: RunConfig, mesh: Mesh, function: Callable[[ModelConfig, Params, Batch], Any]
 ) -> Callable[[Params, Batch], Any]:
-    """Returns a compiled function (params, batch) -> `function(model_config, params, batch)`, to be called with the mesh set.
+    """Returns a compiled function (params, batch) -> `function(model_config, params, batch)`; call it under `jax.set_mesh`.
 
-    The arrays that it returns are whole on every device.
+    The arrays that it returns are replicated on every device.
     """
     model_config = _settle_by_device(config, mesh).model
     return jax.jit(functools.partial(function, model_config), out_shardings=named_sharding(mesh, ()))
 
 
 class CompiledByShape:
-    """A function of (state or parameters, batch) that is compiled when the first batch of each shape comes."""
+    """A function of (state or parameters, batch) that is compiled once for each batch shape, on first use."""
 
     def __init__(self, lower: Callable[[AbstractBatch], jax.stages.Lowered]):
         self._compile = functools.cache(lambda arrays: lower(dict(arrays)).compile())
@@ -157,7 +157,7 @@ def train_step(
 def _accumulate(value_and_grad: Callable[..., Any], params: Params, batch: Batch, parts: int) -> tuple[jax.Array, Any]:
     """Returns loss and gradients of a batch, summed over `parts` micro-batches.
 
-    Micro-batch j takes rows j, j + parts, j + 2 parts, ..., so that each device cuts its own rows and nothing moves between
+    Micro-batch j takes rows j, j + parts, j + 2 parts, ..., so that each device splits its own rows and nothing moves between
     devices.
     """
     if parts == 1:
@@ -178,7 +178,7 @@ def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
 
 
 def _settle_by_device(config: RunConfig, mesh: Mesh) -> RunConfig:
-    """Replaces the settings that depend on the mesh's devices, which need not be those of this machine."""
+    """Resolves the settings that depend on the mesh's devices, which need not be those of this machine."""
     platform = mesh.devices.flat[0].platform
     dtype: Any = str(compute_dtype(config.model, platform))
     chunk = config.model.loss_chunk or (0 if platform == "cpu" else 128)

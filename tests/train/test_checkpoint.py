@@ -258,7 +258,7 @@ def test_a_sound_checkpoint_stays_until_the_next_one_is_sealed(tmp_path, monkeyp
 def test_a_sound_checkpoint_is_never_overwritten(tmp_path):
     save(tmp_path, 10, 20)
     with open_writer(tmp_path) as writer:
-        with pytest.raises(ValueError, match=r"checkpoints/20 is a sound checkpoint already"):
+        with pytest.raises(ValueError, match=r"checkpoints/20 is already a sound checkpoint"):
             writer.save(20, state(99), {})
         writer.save(30, state(30), {})  # The writer can still be used.
     assert states(tmp_path) == [(20, "sound"), (30, "sound")]
@@ -415,7 +415,7 @@ def rewrite_manifest(info, without=(), **entries):
 def test_a_newer_format_is_refused(tmp_path):
     save(tmp_path, 40)
     rewrite_manifest(checkpoint.find_checkpoint(tmp_path, fail), format_version=3)
-    with pytest.raises(UserError, match="format version 3, and this gpt_jax reads up to 2; update"):
+    with pytest.raises(UserError, match="format version 3, but this gpt_jax reads only up to 2; update"):
         checkpoint.find_checkpoint(tmp_path, fail)
 
 

@@ -91,7 +91,7 @@ def test_a_finished_run_is_left_alone(finished, tiny, capsys):
     before = (run / "metrics.jsonl").read_text()
     assert pretrain(tiny(train={"log_seconds": 3.0}, data={"prefetch": 2}), run) == result
     assert (run / "metrics.jsonl").read_text() == before
-    assert "finished at step 20 already" in capsys.readouterr().err
+    assert "already finished at step 20" in capsys.readouterr().err
 
 
 def test_a_finished_run_continues_for_longer_if_that_is_intended(finished, tiny, tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_a_finished_run_continues_for_longer_if_that_is_intended(finished, tiny,
         (21, 2),
         (22, 2),
     ]
-    with pytest.raises(UserError, match=r"checkpoint 22 lies beyond --train.duration \(7 steps\)"):
+    with pytest.raises(UserError, match=r"checkpoint 22 is beyond --train.duration \(7 steps\)"):
         pretrain(tiny(train={"duration": "7 steps"}), run, allow_changes=True)
 
 
@@ -161,7 +161,7 @@ def test_parameters_of_another_tokenizer_are_refused(finished, tiny, tmp_path):
         data={"tokenizer": TokenizerConfig(kind="sentencepiece"), "store": str(tmp_path / "store")},
         model={"vocab_size": 300},
     )
-    with pytest.raises(UserError, match=r"--init.from: .* was trained with another tokenizer \(bytes, 257 entries"):
+    with pytest.raises(UserError, match=r"--init.from: .* was trained with a different tokenizer \(bytes, 257 entries"):
         pretrain(config, tmp_path / "run")
 
 

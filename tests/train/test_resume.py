@@ -95,7 +95,7 @@ def test_sigterm_ends_with_42_and_the_same_command_continues(whole, config_file,
         patch.setattr(ProgressLogger, "update", update)
         assert train(config_file, run) == 42
     assert capsys.readouterr().err.endswith(
-        "gpt-jax: told to stop: saved at step 13 of 20; the same command continues from there\n"
+        "gpt-jax: stop requested: saved at step 13 of 20; run the same command again to continue\n"
     )
     assert trajectory(run)[-1][0] == 13
     assert train(config_file, run) == 0
