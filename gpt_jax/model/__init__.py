@@ -1,1 +1,1 @@
-"""The network and its exact pieces: masks, attention, transformer, loss, decoding."""
+"""The networks and their parts: dropout masks, attention, Transformer, LSTM, loss and decoding."""

@@ -1,4 +1,4 @@
-"""Causal self-attention: one function with interchangeable implementations, which must agree (section 4.1)."""
+"""Causal self-attention (section 4.1): one function with interchangeable implementations, whose results must agree."""
 
 import math
 from collections.abc import Callable
@@ -25,23 +25,24 @@ def attention(
 ) -> Float[Array, "batch queries heads dim"]:
     """Computes scaled dot-product attention under a causal mask, with dropout on the probabilities.
 
-    Query i stands at position `query_offset + i` and attends to the keys at positions up to its own. The same function therefore
+    Query i is at position `query_offset + i` and attends to the keys at positions up to its own. The same function therefore
     serves training (as many queries as keys) and decoding from a cache (fewer queries than keys).
 
     Args:
       query, key, value: compute dtype.
-      stream: dropout mask streams of `mask_stream` for this layer; None switches dropout off. Decoding has none: with a stream
-        there must be as many queries as keys.
+      stream: this layer's dropout mask streams, from `mask_stream`; None disables dropout. A stream requires as many queries as
+        keys, so decoding has no dropout.
       rate: dropout rate on the probabilities, a Python number in [0, 1).
-      segment_ids: numbers of packed examples; a query attends only to keys of its own segment. Needs as many queries as keys.
-      query_offset: position of the first query, for all rows or for each row; None: keys - queries.
-      implementation: "plain", or "auto" for the fastest that runs here.
+      segment_ids: numbers of packed examples; a query attends only to keys of its own segment. Also requires as many queries as
+        keys.
+      query_offset: position of the first query, one for all rows or one per row; None means keys - queries.
+      implementation: "plain", or "auto" for the fastest one that is available on this machine.
 
     Returns:
       Sums of values weighted by probabilities, in the compute dtype. The softmax is computed in float32.
 
     Raises:
-      ValueError: there is a stream, and the numbers of queries and keys differ.
+      ValueError: `stream` is given, but the numbers of queries and keys differ.
     """
     queries, keys = query.shape[1], key.shape[1]
     if stream is not None and queries != keys:
@@ -51,14 +52,14 @@ def attention(
 
 
 def resolve_attention(implementation: str) -> str:
-    """Returns the implementation that "auto" stands for on this machine (the run's header names it)."""
+    """Returns `implementation`, with "auto" replaced by the implementation that it selects on this machine."""
     return "plain" if implementation == "auto" else implementation
 
 
 def _plain(
     query: Array, key: Array, value: Array, stream: Array | None, rate: float, segment_ids: Array | None, offset: Array | int
 ) -> Array:
-    """Implements the definition, with the probabilities as one [batch, heads, queries, keys] array."""
+    """Computes attention by its definition, with all probabilities in one [batch, heads, queries, keys] array."""
     positions = jnp.asarray(offset)[..., None, None] + jnp.arange(query.shape[1])[:, None]
     allowed = positions >= jnp.arange(key.shape[1])
     if segment_ids is not None:

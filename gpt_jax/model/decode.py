@@ -29,34 +29,34 @@ def generate(
     stop: int | None = None,
     seed: int = 0,
 ) -> list[list[int]]:
-    """Continues prompts, which may differ in length.
+    """Generates continuations of prompts, which may differ in length.
 
     Args:
-      prompts: token ids, at least one each.
-      num_tokens: largest number of tokens appended to each prompt.
-      temperature: divisor of the scores; 0 always takes the likeliest token (greedy).
-      top_k: number of likeliest tokens to draw from; 0: all.
-      top_p: total probability of the likeliest tokens to draw from, in (0, 1].
-      stop: token that ends a continuation and is not returned; None: there is none.
+      prompts: token ids, at least one per prompt.
+      num_tokens: maximum number of tokens to append to each prompt.
+      temperature: divisor of the logits; 0 always takes the most likely token (greedy decoding).
+      top_k: number of most likely tokens to sample from; 0 means all.
+      top_p: total probability of the most likely tokens to sample from, in (0, 1].
+      stop: token that ends a continuation and is not returned; None means no such token.
       seed: equal seeds give equal text, row by row.
 
     Returns:
       The continuations without their prompts.
 
     Raises:
-      UserError: a prompt is empty or does not leave room in the context, or a setting is out of range.
+      UserError: a prompt is empty or leaves too little room in the context, or a setting is out of range.
     """
     longest = max(map(len, prompts), default=0)
     if not prompts or min(map(len, prompts)) == 0:
         raise UserError("a prompt is empty; the model needs at least one token to continue")
     if longest + num_tokens > config.context_length:
-        problem = f"a prompt of {longest} tokens and {num_tokens} new ones exceed the model's context of {config.context_length}"
+        problem = f"a prompt of {longest} plus {num_tokens} new tokens exceeds the model's context of {config.context_length}"
         room = max(config.context_length - longest, 0)
         raise UserError(f"{problem}; ask for at most {room} new tokens or shorten the prompt")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or num_tokens < 1 or not 0 <= seed < 2**32:
         rules = "temperature >= 0, top-k >= 0, 0 < top-p <= 1, 0 <= seed < 2^32 and at least one new token"
-        raise UserError(f"generation needs {rules}")
-    # Prompts are padded at the end to a multiple of 32, as far as the context allows, so that similar lengths share one program.
+        raise UserError(f"generation requires {rules}")
+    # Prompts are padded at the end to a multiple of 32, if the context allows, so that similar lengths share one executable.
     width = min(-(-longest // 32) * 32, config.context_length - num_tokens)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in enumerate(prompts):
@@ -73,16 +73,16 @@ def generate(
 def _generate(
     config: ModelConfig, num_tokens: int, params: Params, tokens: Tokens, start: Starts, settings: tuple, stop: Array, seed: Array
 ) -> Int[Array, "batch new"]:
-    """Processes the prompt at once, then draws one token at a time, up to `num_tokens` or until every row has stopped.
+    """Processes the prompts in one pass, then draws one token at a time, up to `num_tokens` or until every row has stopped.
 
-    Row i continues at position `start[i]`, behind its prompt. `settings` are the last three arguments of `sample`; a negative
-    `stop` stands for no token.
+    Row i continues at position `start[i]`, after its prompt. `settings` are the last three arguments of `sample`; a negative
+    `stop` means no stop token.
     """
     batch, width = tokens.shape
     key = jax.random.key(seed)
     cache = network(config).empty_cache(config, batch, width + num_tokens)
     hidden, cache = network(config).apply_cached(config, params, tokens, cache, jnp.zeros(batch, jnp.int32))
-    # Padding was written into the cache behind each prompt; the row's own tokens overwrite it before any query can reach it.
+    # Padding was written into the cache after each prompt; the row's own tokens overwrite it before any query can attend to it.
     last = jnp.take_along_axis(hidden, (start - 1)[:, None, None], axis=1)
 
     def pick(hidden: jax.Array, number: jax.Array | int) -> jax.Array:
@@ -100,7 +100,7 @@ def _generate(
         number, cache, drawn, finished = carry
         previous = jax.lax.dynamic_slice_in_dim(drawn, number - 1, 1, axis=1)
         hidden, cache = network(config).apply_cached(config, params, previous, cache, start + number - 1)
-        token = pick(hidden, number)  # A stopped row continues until all have stopped; `generate` cuts it off.
+        token = pick(hidden, number)  # A stopped row continues until all have stopped; `generate` truncates it.
         return number + 1, cache, drawn.at[:, number].set(token), finished | (token == stop)
 
     drawn = jax.lax.while_loop(unfinished, extend, (jnp.int32(1), cache, drawn, first == stop))[2]
@@ -112,12 +112,12 @@ def sample(
 ) -> Int[Array, "batch"]:
     """Draws a token for each row from softmax(scores / temperature), restricted to the top k and to the nucleus of mass p.
 
-    A temperature of 0 takes the likeliest token.
+    A temperature of 0 takes the most likely token.
     """
     scaled = scores / jnp.where(temperature > 0, temperature, 1.0)
     descending = -jnp.sort(-scaled, axis=-1)
     probabilities = jax.nn.softmax(jnp.where(jnp.arange(scores.shape[-1]) < top_k, descending, -jnp.inf), axis=-1)
-    # A token is in the nucleus if the tokens before it do not reach p yet, so the first one always is.
+    # A token is in the nucleus if the tokens before it do not yet add up to p, so the first token always is.
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
     within = (before < top_p) | (top_p == 1)  # A float32 sum may reach 1 before the last token.
     allowed = (within & (probabilities > 0)).sum(axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
-"""Dropout masks as a pure function of the place where they are used (version 1; docs/masks.md has the definition and the study).
+"""Dropout masks as a pure function of where they are used (version 1; docs/masks.md has the definition and the study).
 
-There is no generator with a state: (seed, step, layer, site, example, head, query, key) alone decides whether an element is
-dropped. A resumed run, another mesh, another micro-batch size and another attention kernel therefore see the same masks.
+There is no stateful generator: (seed, step, layer, site, example, head, query, key) fully determines whether an element is
+dropped. Resuming, or changing the mesh, the micro-batch size or the attention kernel, therefore leaves the masks unchanged.
 
     mask_stream(seed, step, layer, site, example, head)   uint32[..., 2]        once per (example, head): Threefry-2x32, 20 rounds
     bits(stream, queries, keys)                           uint32[..., Tq, Tk]   16-bit values: two multiplications per element
@@ -11,10 +11,10 @@ dropped. A resumed run, another mesh, another micro-batch size and another atten
 
 Queries q and q + 8, which differ in bit 3, form a pair and share one product. Eight rows are the sublanes of a TPU vector
 register, and r and r + 8 are the two rows that a GPU thread holds of a tensor-core accumulator. A kernel that computes by pairs
-(`row_term`, `column_terms`, `keep_pair`) therefore moves nothing between lanes, whatever its block size.
+(`row_term`, `column_terms`, `keep_pair`) therefore moves nothing between lanes, regardless of its block size.
 
-Everything is 32-bit integer arithmetic with operators: the same lines run on NumPy arrays, under `jax.jit` and inside Pallas
-kernels. The values are frozen: no change without a new version number.
+All of it is 32-bit integer arithmetic with Python operators, so the same code runs on NumPy arrays, under `jax.jit` and inside
+Pallas kernels. The values are frozen: any change requires a new version number.
 """
 
 from enum import IntEnum
@@ -27,8 +27,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 MASK_VERSION = 1
 
-Integers = Any  # A Python int, or an integer array of NumPy or JAX, traced or not.
-AnyArray = Array | np.ndarray  # Code that uses operators alone accepts both.
+Integers = Any  # A Python int, or a NumPy or JAX integer array, traced or not.
+AnyArray = Array | np.ndarray  # Code that uses only operators accepts both.
 
 
 class Site(IntEnum):
@@ -42,14 +42,14 @@ class Site(IntEnum):
 
 
 class DropoutKey(NamedTuple):
-    """The arguments of a mask that are the same at all sites of a layer during one update."""
+    """The mask arguments that all sites of a layer share during one update."""
 
     seed: UInt32[Array, ""] | int
     step: Int[Array, ""] | int
     example_id: Int[Array, "batch"]
-    """Number of each example in the global batch."""
+    """Index of each example in the global batch."""
     layer: Int[Array, ""] | int = 0
-    """Number of the layer, counted from 0; also 0 outside of the layers."""
+    """Index of the layer, counted from 0; also 0 outside the layers."""
 
 
 # --- one stream per (example, head) ---------------------------------------------------------------------------------
@@ -61,7 +61,7 @@ def mask_stream(
     """Returns the two words that define the mask of one (example, head).
 
     Arguments broadcast: example [B, 1] and head [H] give [B, H, 2]. Limits: layer < 4096, site < 16, head < 65536, the others
-    32 bits. Python integers are checked; arrays cannot be.
+    < 2**32. Python integers are checked; arrays cannot be.
 
     Raises:
       ValueError: a Python integer is out of range.
@@ -91,7 +91,7 @@ SECOND = 0xADB4A92D  # a multiplier with a good two-dimensional lattice mod 2**3
 
 
 def row_term(a: Any, pair: Any) -> Any:
-    """Returns the term R of a pair of queries: pair p is q = 16 (p // 8) + p % 8 and q + 8. `a` is the stream's first word."""
+    """Returns the term R of query pair p, the queries q = 16 (p // 8) + p % 8 and q + 8. `a` is the stream's first word."""
     return finalize(a ^ pair)
 
 
@@ -115,7 +115,7 @@ def finalize(x: Any) -> Any:
 
 
 def threshold(rate: float) -> int:
-    """Returns the number of an element's 65536 possible values that mean "dropped".
+    """Returns how many of an element's 65536 possible values mean "dropped".
 
     Raises:
       ValueError: the rate is not in [0, 1), or rounds to 1.
@@ -140,12 +140,12 @@ def bits(stream: UInt32[AnyArray, "*shape 2"], queries: Integers, keys: Integers
 
 
 def keep(stream: UInt32[AnyArray, "*shape 2"], queries: Integers, keys: Integers, rate: float) -> Bool[AnyArray, "*shape Tq Tk"]:
-    """Returns False where dropout at `rate` (a Python number) drops: exactly where `bits` is less than round(rate * 65536)."""
+    """Returns False where dropout at `rate` (a Python number) applies: where `bits` is less than round(rate * 65536)."""
     return _survives(_words(stream, queries, keys), rate)
 
 
 def dropout(x: Float[Array, "*shape T E"], stream: UInt32[Array, "*shape 2"], rate: float) -> Float[Array, "*shape T E"]:
-    """Applies inverted dropout: the query is the position on axis T, the key that on axis E. Rate 0 is the identity."""
+    """Applies inverted dropout; the position on axis T is the query and that on axis E the key. Rate 0 is the identity."""
     dropped = threshold(rate)
     if dropped == 0:
         return x
@@ -154,7 +154,7 @@ def dropout(x: Float[Array, "*shape T E"], stream: UInt32[Array, "*shape 2"], ra
 
 
 def apply_dropout(x: jax.Array, key: DropoutKey | None, rate: float, site: Site) -> jax.Array:
-    """Applies dropout to activations [batch, time, embed] at one site; without a key, in evaluation, they are unchanged."""
+    """Applies dropout to activations [batch, time, embed] at one site; returns them unchanged without a key (evaluation)."""
     if key is None or rate == 0:
         return x
     return dropout(x, mask_stream(key.seed, key.step, key.layer, site, key.example_id, 0), rate)
@@ -172,7 +172,7 @@ def _words(stream: Any, queries: Integers, keys: Integers) -> Any:
 
 
 def _word(name: str, value: Integers, limit: int = 1 << 32) -> Any:
-    """Returns `value` as uint32, checked against its limit where that is possible: when it is not an array."""
+    """Returns `value` as uint32, checked against its limit unless it is an array."""
     if isinstance(value, (int, np.integer)):
         if not 0 <= value < limit:
             raise ValueError(f"{name} must be in [0, {limit}), got {value}")

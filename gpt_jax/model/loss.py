@@ -1,9 +1,9 @@
 """Next-token cross-entropy over the vocabulary, in chunks of time (section 3.1, equation 1).
 
-A batch x time x vocabulary array of float32 logits would be the largest array of the training step. Here the logits of only
-`chunk` time steps exist at once. The batch axis stays whole, because cutting it, or flattening batch and time, would gather the
-batch on every device. The gradients are computed in the forward pass, chunk by chunk, while the logits are there. The
-vocabulary-sized product is therefore computed three times for value and gradients, not four, and nothing of that size is kept.
+A batch x time x vocabulary array of float32 logits would be the largest array in the training step. Here the logits of only
+`chunk` time steps exist at once. The batch axis is not split, because splitting it, or flattening batch and time, would gather
+the batch on every device. The gradients are computed in the forward pass, chunk by chunk, while the logits are available. Value
+and gradients therefore take three vocabulary-sized products instead of four, and no array of that size is kept.
 """
 
 import functools
@@ -24,8 +24,8 @@ Table = Float[Array, "padded_vocab embed"]
 Weights = Float[Array, "batch time"]
 
 CACHED_ROWS = 256
-"""Tokens whose logits a CPU computes at once: few enough for its cache, and enough to make up for the table's gradient, which is
-read and written whole for every chunk (docs/benchmarks.md has the measurements)."""
+"""Number of tokens whose logits a CPU computes at once: few enough for its cache, but enough to amortize the table's gradient,
+which is read and written in full for every chunk (docs/benchmarks.md has the measurements)."""
 
 
 def normalize(batch: Batch) -> Batch:
@@ -38,7 +38,7 @@ def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropo
 
     Args:
       batch: tokens and targets int32 [batch, time], loss_weights float32 [batch, time], optionally segment_ids [batch, time].
-      dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
+      dropout_key: determines the dropout masks; None for evaluation.
     """
     hidden = network(config).apply(config, params, batch["tokens"], dropout_key=dropout_key, segment_ids=batch.get("segment_ids"))
     table = params["embedding"]["tokens"]
@@ -47,9 +47,9 @@ def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropo
 
 
 def time_chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
-    """Returns starts and common length of the fewest chunks of at most `longest` steps that cover `time`.
+    """Returns the starts and the common length of the fewest chunks of at most `longest` steps that cover `time`.
 
-    The last chunk may reach beyond `time`. If `longest` is 0, a chunk has about `CACHED_ROWS` tokens of a batch of this size.
+    The last chunk may extend beyond `time`. If `longest` is 0, a chunk has about `CACHED_ROWS` tokens of a batch of this size.
     """
     longest = longest or max(CACHED_ROWS // batch, 1)
     number = -(-time // longest)
@@ -58,7 +58,7 @@ def time_chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks
 
 
 def pad_time(array: jax.Array, time: int) -> jax.Array:
-    """Pads axis 1 with zeros, which have no weight, up to a length of `time`."""
+    """Pads axis 1 with zeros to length `time`. Padded loss weights are 0, so padding does not count."""
     missing = time - array.shape[1]
     return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)) if missing else array
 
@@ -69,8 +69,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Returns sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
 
-    It is differentiable in `hidden` and `table`; weights and targets are data. The product is computed in the type of `hidden`
-    with float32 results, at most `chunk` time steps at once (0: about `CACHED_ROWS` tokens).
+    It is differentiable with respect to `hidden` and `table` only. The product is computed in the dtype of `hidden` with
+    float32 results, for at most `chunk` time steps at once (0 means about `CACHED_ROWS` tokens).
     """
     return _over_shards(hidden, table, targets, weights, vocab_size, chunk)
 
@@ -78,10 +78,9 @@ def cross_entropy(
 def _over_shards(
     hidden: Hidden, table: Table, targets: Tokens, weights: Weights, vocab_size: int, chunk: int, gradients: bool = False
 ) -> Any:
-    """Computes the loss with each device taking its own examples and its part of the vocabulary.
+    """Computes the loss, with each device handling its own examples and its shard of the vocabulary.
 
-    With `gradients` it returns (loss, (gradient of hidden, gradient of table)), which is what the forward pass of a custom
-    derivative has to return.
+    With `gradients`, it returns (loss, (gradient of hidden, gradient of table)), as the forward pass of a custom VJP must.
     """
     by_example, by_token, by_entry = ("batch", None, None), ("batch", None), ("vocab", None)
     out_names = ((), (by_example, by_entry)) if gradients else ()
@@ -90,7 +89,7 @@ def _over_shards(
 
 
 def _backward(vocab_size: int, chunk: int, gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None, None]:
-    """Scales the gradients that the forward pass has computed; targets and weights have none."""
+    """Scales the gradients that the forward pass computed; targets and weights have none."""
     hidden_gradient, table_gradient = ((factor * gradient).astype(gradient.dtype) for gradient in gradients)
     return hidden_gradient, table_gradient, None, None
 
@@ -99,7 +98,7 @@ cross_entropy.defvjp(functools.partial(_over_shards, gradients=True), _backward)
 
 
 def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab_size: int, chunk: int, gradients: bool) -> Any:
-    """Computes the loss, and its gradients if asked for, of this device's examples, and adds them up over the devices."""
+    """Computes the loss, and optionally its gradients, for this device's shard, and sums them over the devices."""
     entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
     time = hidden.shape[1]
@@ -110,12 +109,12 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         total, table_gradient = carry
         x, target, weight = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets, weights))
         scores = jnp.einsum("bte,ve->btv", x, narrow, preferred_element_type=jnp.float32)
-        scores = jnp.where(entries < vocab_size, scores, -jnp.inf)  # These rows only pad the table.
+        scores = jnp.where(entries < vocab_size, scores, -jnp.inf)  # Rows beyond it are padding.
         highest = all_max(scores.max(axis=-1, keepdims=True), "vocab")
         exponentials = jnp.exp(scores - highest)
         normalizer = all_sum(exponentials.sum(axis=-1, keepdims=True), "vocab")
         is_target = entries == target[..., None]
-        # Compared, not indexed: the target may lie in another device's part of the vocabulary.
+        # Indexing would not work, because the target may be in another device's shard of the vocabulary.
         target_score = all_sum(jnp.where(is_target, scores - highest, 0).sum(axis=-1), "vocab")
         total = total + (weight * (jnp.log(normalizer[..., 0]) - target_score)).sum()
         if not gradients:

@@ -1,11 +1,11 @@
-"""The LSTM that takes the Transformer's place in the ablation of section 5: one layer of 2048 units, the same functions.
+"""The LSTM that replaces the Transformer in the ablation of section 5: one layer of 2048 units, with the same functions.
 
     embeddings, dropout -> LSTM -> projection to the embeddings' width, dropout -> softmax over the transposed embeddings
 
-The paper gives the number of units and nothing else. In this implementation the token embeddings are `embed_dim` wide and tied
-with the output layer, like the Transformer's, and a projection leads from the units back to that width. There are no positions,
-since the recurrence makes them unnecessary. Dropout has the Transformer's rates. The mesh axis "tensor" splits the units, whose
-outputs are gathered at every step: this saves memory, not time.
+The paper gives only the number of units. In this implementation, the token embeddings are `embed_dim` wide and tied to the
+output layer, like the Transformer's, and a projection maps the units back to that width. There are no position embeddings,
+because the recurrence makes them unnecessary. Dropout rates are the Transformer's. The mesh axis "tensor" shards the units,
+whose outputs are gathered at every step; this saves memory, not time.
 """
 
 import dataclasses
@@ -29,10 +29,12 @@ State = tuple[Float[Array, "batch units"], Float[Array, "batch units"]]
 
 
 class Lstm(nnx.Module):
-    """An LSTM layer: i, f, o = sigmoid, g = tanh of x @ input + h @ recurrent + bias; c = f c + i g; h = o tanh(c); no peepholes.
+    """An LSTM layer without peepholes.
 
-    Kernels are N(0, 1 / inputs) and the forget gate's bias is 1. At the paper's sizes that is close to the Transformer's
-    N(0, 0.02). At smaller sizes 0.02 would nearly extinguish the signal, and there is no layer normalization to raise it again.
+    i, f, o = sigmoid, g = tanh of x @ input + h @ recurrent + bias; c = f c + i g; h = o tanh(c).
+
+    Kernels are N(0, 1 / inputs) and the forget gate's bias is 1. At the paper's sizes, this is close to the Transformer's
+    N(0, 0.02). At smaller sizes, 0.02 would make the signal vanish, and there is no layer normalization to rescale it.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -45,7 +47,7 @@ class Lstm(nnx.Module):
         self.config = config
 
     def __call__(self, x: Hidden, restart: Bool[Array, "batch time"] | None, state: State) -> tuple[Hidden, Cache]:
-        """Returns the output, and the state after every position. Where `restart` is True, the state is reset before the step."""
+        """Returns the output and the state after every position. Where `restart` is True, the state is reset before the step."""
         recurrent = self.recurrent[...].astype(x.dtype)
 
         def step(state: State, now: tuple[jax.Array, jax.Array | None]) -> tuple[State, State]:
@@ -59,7 +61,7 @@ class Lstm(nnx.Module):
             state = constrain(hidden, "batch", None), constrain(cell, "batch", "mlp")
             return state, state
 
-        # The inputs' share of the gates is one product for all steps; only the recurrent product must be computed step by step.
+        # The input projection is one product for all steps; only the recurrent product must be computed step by step.
         projected = constrain(self.input(x), "batch", None, None, "mlp")
         by_time = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (projected, restart))
         _, states = jax.lax.scan(transformer.rematerialize(self.config, step), state, by_time)
@@ -68,7 +70,7 @@ class Lstm(nnx.Module):
 
 
 def _with_inputs(config: ModelConfig, inputs: int) -> ModelConfig:
-    """Returns the config with which `Linear` draws a kernel from N(0, 1 / inputs)."""
+    """Returns a copy of the config with which `Linear` draws its kernel from N(0, 1 / inputs)."""
     return dataclasses.replace(config, init_stddev=inputs**-0.5)
 
 
@@ -95,8 +97,8 @@ def apply(
 
     Args:
       tokens: ids below `vocab_size`; `time` has no limit.
-      dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
-      segment_ids: numbers of the examples packed into one row: the state restarts where the number changes.
+      dropout_key: determines the dropout masks; None for evaluation.
+      segment_ids: numbers of the examples packed into one row; the state is reset where the number changes.
     """
     return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids)[0]
 
@@ -110,9 +112,9 @@ def apply_cached(
     dropout_key: DropoutKey | None = None,
     segment_ids: Tokens | None = None,
 ) -> tuple[Hidden, Cache | None]:
-    """Continues each row from its state after position `start[i]` - 1; returns the new positions' output and the updated cache.
+    """Continues row i from its state after position `start[i]` - 1; returns the output at new positions and the updated cache.
 
-    States beyond a row's own length, which padding leaves there, are never read and are overwritten as the row grows. Without a
+    States beyond a row's own length, left there by padding, are never read and are overwritten as the row grows. Without a
     cache and `start`, rows begin at position 0.
     """
     state = _zero_state(config, tokens.shape[0])
@@ -138,7 +140,7 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
     return {name: jnp.repeat(array[:, None], positions, axis=1) for name, array in (("hidden", hidden), ("cell", cell))}
 
 
-def _zero_state(config: ModelConfig, batch: Any) -> State:  # The batch is a symbol instead of an int where a graph is exported.
-    """Returns the state before the first token. The cell is a sum over time, and float32 whatever the compute dtype is."""
+def _zero_state(config: ModelConfig, batch: Any) -> State:  # In an exported graph, the batch is symbolic and not an int.
+    """Returns the state before the first token. The cell is a sum over time, so it is float32 for any compute dtype."""
     shape = (batch, config.lstm_units)
     return jnp.zeros(shape, transformer.compute_dtype(config)), jnp.zeros(shape, jnp.float32)

@@ -5,8 +5,8 @@
     scores = logits(config, params, hidden)
 
 Layers are stacked: every array under `params["blocks"]` has a leading axis of `num_layers`, over which `apply` scans. Flax's
-graph definition stays in this module. `param_specs` gives the logical axes of each parameter, from which all shardings are
-derived, and whether weight decay applies to it.
+graph definitions are internal to this package. `param_specs` gives the logical axes of each parameter, from which all shardings
+are derived, and whether weight decay applies to it.
 """
 
 import functools
@@ -30,17 +30,17 @@ Hidden = Float[Array, "batch time embed"]
 Starts = Int[Array, "batch"]
 """Position of the first new token of each row."""
 MaskStream = UInt32[Array, "batch heads 2"]
-"""Dropout masks of one layer's attention probabilities (`dropout.mask_stream`)."""
+"""Determines the dropout masks of one layer's attention probabilities (`dropout.mask_stream`)."""
 Cache = dict[str, Any]
-"""Keys and values of earlier positions, by "key" and "value": [layers, batch, positions, heads, dim], or without layers inside a
-block. The LSTM keeps its states instead (lstm.py)."""
+"""Keys and values of earlier positions, under "key" and "value": [layers, batch, positions, heads, dim], without the layer axis
+inside a block. The LSTM caches its states instead (lstm.py)."""
 
 
 class ParamSpec(NamedTuple):
     """The layout of one parameter, and whether weight decay applies to it."""
 
     axes: tuple[str | None, ...]
-    """Logical names, which `mesh.RULES` turns into mesh axes."""
+    """Logical axis names, which `mesh.RULES` maps to mesh axes."""
     decay: bool
     """True for matrices and embeddings, False for biases and gains."""
 
@@ -49,7 +49,7 @@ class ParamSpec(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """Affine map x @ kernel + bias over one or several input and output dimensions; kernel N(0, init_stddev), bias 0."""
+    """Affine map x @ kernel + bias over one or more input and output dimensions; kernel N(0, init_stddev), bias 0."""
 
     def __init__(self, config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
         shape = (*inputs.values(), *outputs.values())
@@ -69,7 +69,7 @@ class LayerNorm(nnx.Module):
     """Layer normalization over the last axis with gain and bias, computed in float32."""
 
     def __init__(self, config: ModelConfig):
-        # Not split over devices: a few thousand numbers are not worth it.
+        # Sharding a few thousand numbers is not worthwhile.
         self.gain = nnx.Param(jnp.ones(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
         self.bias = nnx.Param(jnp.zeros(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
         self.epsilon = config.layer_norm_epsilon
@@ -82,7 +82,7 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head causal self-attention with one fused query, key, value projection."""
+    """Multi-head causal self-attention with one fused query-key-value projection."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         embed, heads = {"embed": config.embed_dim}, {"heads": config.num_heads, "head_dim": config.head_dim}
@@ -104,7 +104,7 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """Position-wise feed-forward network with GELU in its tanh approximation."""
+    """Position-wise feed-forward network with the tanh approximation of GELU."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         embed, mlp = {"embed": config.embed_dim}, {"mlp": config.mlp_dim}
@@ -116,7 +116,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A layer: n = LN(x + attention(x)); h = LN(n + mlp(n)). Normalization follows the sum, as in the original Transformer."""
+    """A layer: n = LN(x + attention(x)); h = LN(n + mlp(n)), with normalization after the sum as in the original Transformer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
@@ -163,7 +163,7 @@ class Embedding(TokenEmbedding):
 
 
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Returns random parameters. Trace it under jit with output shardings, so that no host holds them all."""
+    """Returns random parameters. Call it under jit with output shardings, so that no host holds them all."""
     embedding_key, blocks_key = jax.random.split(key)
     init_block = functools.partial(init_module, Block, config)
     blocks = jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers))
@@ -182,8 +182,8 @@ def apply(
 
     Args:
       tokens: ids below `vocab_size`; `time` is at most `context_length`.
-      dropout_key: seed, step and example numbers behind the dropout masks; None for evaluation.
-      segment_ids: numbers of the examples packed into one row: attention and positions restart where the number changes.
+      dropout_key: determines the dropout masks; None for evaluation.
+      segment_ids: numbers of the examples packed into one row; attention and positions restart where the number changes.
     """
     return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids)[0]
 
@@ -197,9 +197,9 @@ def apply_cached(
     dropout_key: DropoutKey | None = None,
     segment_ids: Tokens | None = None,
 ) -> tuple[Hidden, Cache | None]:
-    """Continues rows whose first `start[i]` positions are in the cache; returns the new positions' output and the updated cache.
+    """Continues row i, whose first `start[i]` positions are cached; returns the output at new positions and the updated cache.
 
-    Keys and values beyond a row's own length, which padding leaves there, are never attended to and are overwritten as the row
+    Keys and values beyond a row's own length, left there by padding, are never attended to and are overwritten as the row
     grows. Without a cache and `start`, rows begin at position 0.
     """
     embedding = params["embedding"]
@@ -212,7 +212,7 @@ def apply_cached(
         return nnx.merge(graph, layer_params)(x, layer_key, segment_ids, layer_cache, start)
 
     with jax.default_matmul_precision(config.matmul_precision):
-        # The table is gathered over "fsdp" first, so that a lookup moves rows of it and never the batch.
+        # The table is gathered over "fsdp" first, so that a lookup moves table rows and never the batch.
         table = constrain(embedding["tokens"], "vocab", None)
         x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
         x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
@@ -227,17 +227,17 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
 
 
 def logits(config: ModelConfig, params: Params, hidden: Hidden) -> Float[Array, "batch time vocab"]:
-    """Returns next-token scores over the logical vocabulary in float32, computed with the transposed token embeddings."""
+    """Returns float32 next-token logits over the unpadded vocabulary, computed with the transposed token embeddings."""
     table = params["embedding"]["tokens"][: config.vocab_size].astype(hidden.dtype)
     with jax.default_matmul_precision(config.matmul_precision):
         return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
 
 
 def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype:
-    """Returns the type of activations: as configured, or for "auto" bfloat16 on accelerators and float32 on a CPU.
+    """Returns the dtype of activations: the configured one, or for "auto", bfloat16 on accelerators and float32 on CPUs.
 
     Args:
-      platform: "cpu", "gpu" or "tpu"; None: the platform of this machine's devices.
+      platform: "cpu", "gpu" or "tpu"; None means the platform of this machine's devices.
     """
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
@@ -245,12 +245,12 @@ def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype
 
 
 def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps the body of a scan so that its backward pass recomputes values as `config.remat` prescribes."""
+    """Wraps the body of a scan so that its backward pass recomputes values as specified by `config.remat`."""
     if config.remat == "off":
         return body
     keep = jax.checkpoint_policies
     policy = keep.dots_with_no_batch_dims_saveable if config.remat == "dots" else keep.nothing_saveable
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # Inside a scan nothing is shared anyway.
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # CSE cannot undo it inside a scan.
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -262,7 +262,7 @@ def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
-# -- what the LSTM uses as well ---------------------------------------------------------------------------------------------
+# -- shared with the LSTM ---------------------------------------------------------------------------------------------------
 
 
 def init_module(create: Callable[..., nnx.Module], config: ModelConfig, key: PRNGKeyArray) -> Params:
@@ -272,20 +272,20 @@ def init_module(create: Callable[..., nnx.Module], config: ModelConfig, key: PRN
 
 @functools.cache
 def split_module(create: Callable[..., nnx.Module], config: ModelConfig) -> tuple[Any, Any]:
-    """Returns Flax's static description of a module, into which arrays are merged, and its state with shapes for arrays."""
+    """Returns a module's Flax graph definition and its abstract state (shapes and dtypes in place of arrays)."""
     return nnx.split(nnx.eval_shape(lambda: create(config, rngs=nnx.Rngs(0))))
 
 
 def module_param_specs(
     create: Callable[..., nnx.Module], config: ModelConfig, prefix: tuple[str | None, ...] = ()
 ) -> dict[str, Any]:
-    """Returns a `ParamSpec` for each parameter of a module; `prefix` names the axes that stacking puts in front."""
+    """Returns a `ParamSpec` for each parameter of a module; `prefix` names the axes that stacking prepends."""
     to_spec = lambda leaf: ParamSpec(prefix + leaf.get_metadata()["axes"], leaf.get_metadata()["decay"])  # noqa: E731
     _, state = split_module(create, config)
     return nnx.to_pure_dict(jax.tree.map(to_spec, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)))
 
 
 def write_cache(cache: Cache, new: Cache, start: Starts) -> Cache:
-    """Returns the cache with the arrays of new positions written into each row from position `start[i]` on."""
+    """Returns the cache with the arrays of new positions written into row i from position `start[i]` on."""
     write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
     return {name: write(cache[name], new[name], start) for name in cache}

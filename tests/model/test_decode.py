@@ -142,7 +142,7 @@ def test_on_a_mesh(params, greedy):
             [[1], [1] * 41],
             8,
             {},
-            "a prompt of 41 tokens and 8 new ones exceed the model's context of 48; ask for at most 7 new tokens ",
+            "a prompt of 41 plus 8 new tokens exceeds the model's context of 48; ask for at most 7 new tokens ",
         ),
         ([[1] * 50], 1, {}, "ask for at most 0 new tokens or shorten"),
         ([[1]], 0, {}, "at least one new token"),
