@@ -108,7 +108,7 @@ def finish(process):
 
 
 class Crash(BaseException):
-    """Stands for the end of the process at this very place."""
+    """Simulates the death of the process at this point."""
 
 
 def crash(*_):
@@ -303,7 +303,7 @@ def test_prune(tmp_path, monkeypatch):
     flip(tmp_path / "checkpoints" / "30" / "config.json")
     removed = checkpoint.prune(tmp_path, keep_latest=1, keep_best=1)
     assert [(info.step, info.state) for info in removed] == [(20, "sound"), (30, "damaged")]
-    assert step_names(tmp_path) == ["10", "40", "50"]  # A run that is going on may be about to seal 50.
+    assert step_names(tmp_path) == ["10", "40", "50"]  # A run in progress may be about to seal 50.
     for step in ("10", "40"):
         flip(tmp_path / "checkpoints" / step / "config.json")
     assert checkpoint.prune(tmp_path, keep_latest=1, keep_best=0) == []  # Without a sound one nothing is deleted.
@@ -613,7 +613,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_kept(tmp_path):
     )
 
 
-# A tar file of checkpoint 7, written by the first release of format 1. It stands for users' checkpoints: never make it anew.
+# A tar file of checkpoint 7, written by the first release of format 1. It stands for users' checkpoints: never regenerate it.
 FORMAT_1 = r"""
 {Wp48S^xk9=GL@E0stWa8~^|S5YJf5;7|Vuf?WU`i@Y3t0aqY5pwmS<&cNiWxzH_)?VqxPo^%t0Rj=E^Rh*lu;yDB8Y2sIf7T&bQy$3v}JJZD*6ZsGd3`c8m-Z8+S
 K8X(sF?<_yQ(ed5SD8xFbohQuCf!=XL4a-6!IzEb-E7_49q7Ja8Ami>y%uXV)s+B<gPU-xN`~2Ib1j@_B%53WYY6PjBze-lTO_Kj04IX~zP*0(Bs#C5RX58hU%W0Q

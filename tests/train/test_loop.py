@@ -47,7 +47,7 @@ def random_batch(step):
 
 
 class Source:
-    """Batches of a function of the step."""
+    """A source whose batches are a function of the step."""
 
     def __init__(self, batch_of_step):
         self.batch_of_step = batch_of_step
@@ -57,7 +57,7 @@ class Source:
 
 
 def start(config, folder, *, total=20, end=None, state=None, batch_at=random_batch, scores=lambda step: {}, every=5):
-    """Runs the loop in `folder`, evaluating and saving at multiples of `every`; returns what it returns.
+    """Runs the loop in `folder`, evaluating and saving at multiples of `every`; returns the loop's result.
 
     Args:
       end: the number of batches in the whole run, if it is not `total`.
@@ -142,7 +142,7 @@ def test_a_run_records_every_update_and_evaluates_before_it_saves(config, tmp_pa
     assert "step 20/20  loss" in capsys.readouterr().err
 
 
-def test_one_batch_is_learned_by_heart(tiny, tmp_path):
+def test_one_batch_is_memorized(tiny, tmp_path):
     no_dropout = {"embed_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
     config = tiny(
         model=no_dropout | {"context_length": LENGTH, "num_layers": 1},
@@ -179,7 +179,7 @@ def test_a_bad_update_ends_the_training_with_the_last_good_state(config, tmp_pat
 
 
 def test_records_are_on_the_disk_before_the_checkpoint_of_their_step_is_sealed(config, tmp_path, monkeypatch):
-    """Otherwise a machine that is taken away could leave a checkpoint without its history. A bad update makes the last save."""
+    """Otherwise a preempted machine could leave a checkpoint without its history. A bad update triggers the last save."""
     file, durable, sealed = tmp_path / "metrics.jsonl", [], []
     fsync, seal = os.fsync, checkpoint._seal
 

@@ -1,4 +1,4 @@
-"""A whole pre-training: from a text file to a finished folder, from other parameters, from a user's own dataset."""
+"""Whole pre-training runs: from a text file to a finished folder, from other parameters, from a custom dataset."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def restored_params(config, info):
     return checkpoint.restore_params(info, abstract_state(config, sharding.make_mesh(config.mesh))["params"])
 
 
-def test_a_finished_folder_is_whole(finished, tiny):
+def test_a_finished_folder_is_complete(finished, tiny):
     run, result = finished
     names = {path.name for path in run.iterdir()} - {"uncommitted.diff"}  # It is there while the code differs from its commit.
     assert names == {"checkpoints", "config.json", "metrics.jsonl", "result.json", "store", "tensorboard", "tokenizer"}
@@ -65,7 +65,7 @@ def test_a_finished_folder_is_whole(finished, tiny):
 
 
 def test_the_reported_loss_is_the_mean_over_every_held_out_token(finished, tiny):
-    """The test computes it anew from the checkpoint and the store: there are 20 windows of 32 tokens each."""
+    """The test recomputes it from the checkpoint and the store: there are 20 windows of 32 tokens each."""
     run, result = finished
     params = restored_params(tiny(), checkpoint.find_checkpoint(run, print))
     model, store = tiny().model, Store.open(run / "store")
@@ -189,7 +189,7 @@ def test_a_run_killed_before_its_result_was_written_still_gets_its_scores(finish
         assert second[name] == result[name], name
 
 
-# -- from a user's own dataset ----------------------------------------------------------------------------------------------
+# -- from a custom dataset --------------------------------------------------------------------------------------------------
 
 
 def shift_tokens(source, start_step, end_step, rows):
@@ -205,7 +205,7 @@ def data_digest(run):
     return json.loads((run / "config.json").read_text())["data_digest"]
 
 
-def test_a_dataset_of_ones_own_that_changes_nothing_gives_an_equal_run(finished, tiny, tmp_path):
+def test_a_custom_dataset_that_changes_nothing_gives_an_equal_run(finished, tiny, tmp_path):
     def dataset_fn(source, start_step, end_step, rows):
         assert (start_step, end_step, rows.tolist()) == (0, 20, list(range(8)))
         return make_dataset(source, start_step, end_step, rows).map(lambda batch: batch)
@@ -216,7 +216,7 @@ def test_a_dataset_of_ones_own_that_changes_nothing_gives_an_equal_run(finished,
     assert data_digest(tmp_path) == data_digest(run)
 
 
-def test_a_dataset_of_ones_own_that_changes_results_is_part_of_the_data(finished, tiny, tmp_path):
+def test_a_custom_dataset_that_changes_results_is_part_of_the_data(finished, tiny, tmp_path):
     config = tiny(data={"pipeline": "tf"}, train={"duration": "4 steps"})
     result = pretrain(config, tmp_path, dataset_fn=shift_tokens, dataset_version="shifted by 1")
     for shifted, original in zip(records(tmp_path, "train"), records(finished[0], "train"), strict=False):
@@ -228,7 +228,7 @@ def test_a_dataset_of_ones_own_that_changes_results_is_part_of_the_data(finished
     assert pretrain(config, tmp_path, dataset_fn=shift_tokens, dataset_version="shifted by 1") == result  # It is finished.
 
 
-def test_a_dataset_of_ones_own_that_ends_early_is_an_error(tiny, tmp_path):
+def test_a_custom_dataset_that_ends_early_is_an_error(tiny, tmp_path):
     """The run continues once there are enough batches; its dataset is then made from the step of the checkpoint on."""
     config = tiny(data={"pipeline": "tf"}, train={"duration": "4 steps", "save_every": "1 steps"})
     made = []

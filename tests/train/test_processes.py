@@ -1,4 +1,4 @@
-"""Two processes with four devices each train as one process with eight does, stop together, and continue together."""
+"""Two processes with four devices each train like one process with eight, stop together, and continue together."""
 
 import json
 import os
@@ -123,7 +123,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step_and_both_continue(config_
 
 
 @pytest.mark.slow
-def test_two_processes_killed_and_started_again_equal_themselves(config_file, tmp_path):
+def test_two_processes_killed_and_started_again_give_an_equal_run(config_file, tmp_path):
     options = (*ON_MESH, "--train.duration", "60 steps", "--train.save-every", "5 steps")
     with Pair(config_file, tmp_path / "whole", *options) as pair:
         pair.finish()

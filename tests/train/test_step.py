@@ -1,4 +1,4 @@
-"""The compiled update gives one result on every mesh and in any number of parts, compiles once, and survives bad numbers."""
+"""The training step gives one result for all meshes and numbers of micro-batches, compiles once, and survives bad numbers."""
 
 import contextlib
 import dataclasses
@@ -113,7 +113,7 @@ def bits(tree):
     return {name: np.asarray(leaf).tobytes() for name, leaf in paths(tree).items()}
 
 
-# -- one result on every mesh and in any number of parts --------------------------------------------------------------------
+# -- one result on every mesh and for any number of micro-batches -----------------------------------------------------------
 
 
 def test_training_learns():
