@@ -148,9 +148,9 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     _add_checkpoint(sub)
     sub.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
     sub.add_argument("--tokens", type=int, default=100, help="maximum number of tokens to append (default: 100)")
-    sub.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0: the likeliest token (default: 1)")
-    sub.add_argument("--top-k", type=int, default=0, help="sample from the k likeliest tokens; 0: all (default)")
-    text = "sample from the likeliest tokens with this total probability (default: 1)"
+    sub.add_argument("--temperature", type=float, default=1.0, help="sampling temperature; 0: the most likely token (default: 1)")
+    sub.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens; 0: all (default)")
+    text = "sample from the most likely tokens with this total probability (default: 1)"
     sub.add_argument("--top-p", type=float, default=1.0, help=text)
     sub.add_argument("--seed", type=int, default=0, help="equal seeds give equal text (default: 0)")
 

@@ -169,8 +169,8 @@ def test_a_mistaken_config_file_is_one_line(mistake, tmp_path, content, expected
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--mesh.data 3", "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and there are 8 devices; set one"),
-        ("--mesh.fsdp 3", "--mesh: the other axes multiply to 3, and there are 8 devices"),
+        ("--mesh.data 3", "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and the run has 8 devices; set one"),
+        ("--mesh.fsdp 3", "--mesh: the other axes multiply to 3, which does not divide 8 devices"),
         ("--mesh.data -1 --mesh.fsdp -1", "--mesh: only one axis can be -1"),
         ("--train.batch-size 12", "--train.batch-size: 12 does not divide over slice x data x fsdp = 8; 8 or 16 would"),
         ("--mesh.tensor 8", "--mesh.tensor: 8 does not divide model.num-heads 4"),

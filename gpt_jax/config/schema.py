@@ -39,20 +39,16 @@ def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"affects": affects, "within": within})
 
 
-def has_type(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type. A whole number is also a float, but a bool is not a number."""
+def check_type(value: Any, kind: Any) -> tuple[bool, str]:
+    """Returns whether a value is of a field's type, and a phrase for that type."""
     if typing.get_origin(kind) is Literal:
-        return value in typing.get_args(kind)
+        return value in typing.get_args(kind), f"one of {', '.join(typing.get_args(kind))}"
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-    return isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
-
-
-def type_phrase(kind: Any) -> str:
-    """Returns a phrase for a field's type, for messages."""
-    choices = f"one of {', '.join(typing.get_args(kind))}" if typing.get_origin(kind) is Literal else "a tuple of strings"
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a tuple of strings"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-    return words.get(kind, f"a {kind.__name__}" if isinstance(kind, type) else choices)
+    # A whole number is also a float, but a bool is not a number.
+    fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
+    return fits, words.get(kind, f"a {kind.__name__}")
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -76,7 +72,8 @@ class Section:
         for spec in dataclasses.fields(self):
             value, kind, within = getattr(self, spec.name), types[spec.name], spec.metadata.get("within")
             name = f"{self.section}.{spec.name.rstrip('_')}".lstrip(".")
-            require(has_type(value, kind), name, f"{value!r} is not {type_phrase(kind)}")
+            fits, phrase = check_type(value, kind)
+            require(fits, name, f"{value!r} is not {phrase}")
             if within is not None:
                 number = parse_duration(value, name)[0] if isinstance(spec.default, str) else value
                 require(within.contains(number), name, f"must {within.words}, not {value!r}")

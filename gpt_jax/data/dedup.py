@@ -85,12 +85,7 @@ class DocumentSpans(NamedTuple):
 def is_held_out(text: str, validation_share: float) -> bool:
     """Returns whether a document with this text is for validation, apart from the exception in `DistinctDocuments`."""
     digest = hashlib.sha256(text.encode("utf-8", "replace")).digest()
-    return int.from_bytes(digest[-8:], "little") < _validation_bound(validation_share)
-
-
-def _validation_bound(validation_share: float) -> int:
-    """Returns the exclusive upper bound of the last eight bytes of a validation document's hash."""
-    return int(validation_share * 2**64)
+    return int.from_bytes(digest[-8:], "little") < int(validation_share * 2**64)
 
 
 class DistinctDocuments:
@@ -126,7 +121,7 @@ class DistinctDocuments:
             limit = f" within --data.max-bytes {max_bytes}" if max_bytes else ""
             hint = ", one of them for validation (--data.validation-share 0 holds none out)" if validation_share else ""
             raise UserError(f"--data.source: too few distinct documents{limit} ({tails.size}); at least {least} are needed{hint}")
-        validation = tails < np.uint64(_validation_bound(validation_share))
+        validation = tails < np.uint64(int(validation_share * 2**64))
         if validation_share:
             validation[np.argmin(tails)] = True
             validation[np.argmax(tails)] = False

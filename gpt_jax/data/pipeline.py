@@ -12,12 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Integer
 
-from gpt_jax.data.windows import ElementSpec, NumpyBatch
+from gpt_jax.data.windows import ElementSpec, NumpyBatch, Rows
 from gpt_jax.errors import UserError, field_error, require
 
 WORKERS = 4
@@ -29,18 +28,18 @@ interpreter lock."""
 class BatchSource(Protocol):
     """The batches of a run as a function of the step, for example `windows.Windows` or `tasks.batches.TaskBatches`."""
 
-    def batch_at(self, step: int, rows: Integer[np.ndarray, " n"]) -> NumpyBatch:
+    def batch_at(self, step: int, rows: Rows) -> NumpyBatch:
         """Returns the given rows of the global batch of `step`. It is called from several threads at once."""
 
     def element_spec(self, num_rows: int) -> ElementSpec:
         """Returns the shape and dtype of each array in a batch of `num_rows` rows; None marks a length that varies."""
 
 
-DatasetFn = Callable[[BatchSource, int, int, np.ndarray], Any]
+DatasetFn = Callable[[BatchSource, int, int, Rows], Any]
 """A function of (source, start_step, end_step, rows) that returns a `tf.data.Dataset`, like `make_dataset`."""
 
 
-def make_dataset(source: BatchSource, start_step: int, end_step: int, rows: Integer[np.ndarray, " n"]) -> Any:
+def make_dataset(source: BatchSource, start_step: int, end_step: int, rows: Rows) -> Any:
     """Returns a `tf.data.Dataset` whose elements are this host's batches of steps start_step, ..., end_step - 1, in order.
 
     Its `element_spec` gives the shapes and dtypes. You can use it like any other dataset: print it, map over it, iterate over it.
@@ -76,15 +75,8 @@ def make_dataset(source: BatchSource, start_step: int, end_step: int, rows: Inte
 
 
 def iterate_batches(
-    source: BatchSource,
-    start_step: int,
-    end_step: int,
-    rows: Integer[np.ndarray, " n"],
-    *,
-    kind: Literal["auto", "tf", "threads"],
-    prefetch: int,
-    dataset_fn: DatasetFn | None = None,
-) -> Generator[NumpyBatch, None, None]:
+    source: BatchSource, start_step: int, end_step: int, rows: Rows, kind: str, prefetch: int, dataset_fn: DatasetFn | None = None
+) -> Generator[NumpyBatch]:
     """Yields this host's batches of steps start_step, ..., end_step - 1 as NumPy arrays, made ahead in other threads.
 
     An exception that `batch_at` raises is raised here, unchanged, when its step is reached. `close()` ends the threads and waits
@@ -105,9 +97,7 @@ def iterate_batches(
     return _iterate_threads(source, start_step, end_step, rows, prefetch)
 
 
-def _iterate_threads(
-    source: BatchSource, start_step: int, end_step: int, rows: np.ndarray, prefetch: int
-) -> Generator[NumpyBatch, None, None]:
+def _iterate_threads(source: BatchSource, start_step: int, end_step: int, rows: Rows, prefetch: int) -> Generator[NumpyBatch]:
     pool = ThreadPoolExecutor(min(prefetch, WORKERS), thread_name_prefix="batches")
     steps = range(start_step, end_step)
     pending = deque(pool.submit(source.batch_at, step, rows) for step in steps[:prefetch])
@@ -122,8 +112,8 @@ def _iterate_threads(
 
 
 def _iterate_dataset(
-    source: BatchSource, start_step: int, end_step: int, rows: np.ndarray, prefetch: int, dataset_fn: DatasetFn
-) -> Generator[NumpyBatch, None, None]:
+    source: BatchSource, start_step: int, end_step: int, rows: Rows, prefetch: int, dataset_fn: DatasetFn
+) -> Generator[NumpyBatch]:
     tf = import_tensorflow()
     recorder = _ErrorRecorder(source)
     dataset = dataset_fn(recorder, start_step, end_step, rows)
@@ -149,7 +139,7 @@ class _ErrorRecorder:
         self.element_spec = source.element_spec
         self.errors: dict[int, Exception] = {}
 
-    def batch_at(self, step: int, rows: np.ndarray) -> NumpyBatch:
+    def batch_at(self, step: int, rows: Rows) -> NumpyBatch:
         try:
             return self._source.batch_at(step, rows)
         except Exception as error:

@@ -99,7 +99,7 @@ def _reopen(config: PretrainConfig, folder: Path, log: Log) -> Store:
     store = Store.open(folder)
     store.tokenizer()
     identity = open_source(config.data).identity() if config.data.source else None
-    _check_recipe(folder, store.index["recipe"], config, identity)
+    check_recipe(folder, store.index["recipe"], config, identity)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # It is left over if the last call was killed just before it finished.
     log(f"{folder}: already finished, checksums verified, nothing to do: {_summary(store)}")
     return store
@@ -112,7 +112,7 @@ def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -
     recipe = {"fields": _recipe_fields(config), "source": source.identity()}
     recorded = read_json(partial / RECIPE) if (partial / RECIPE).exists() else None
     if recorded is not None and any(partial.glob("*-?????.json")):
-        _check_recipe(folder, recorded, config, recipe["source"])
+        check_recipe(folder, recorded, config, recipe["source"])
     elif recorded != recipe:  # No shard is finished, so little is lost by starting over.
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         (partial / TABLE).unlink(missing_ok=True)
@@ -157,25 +157,21 @@ def _num_cores() -> int:
 # -- the recipe -------------------------------------------------------------------------------------------------------------
 
 
-def check_recipe(store: Store, config: PretrainConfig) -> None:
-    """Checks, without reading any text, that a store matches `config`.
-
-    If `config.data.source` is empty, only the tokenizer's kind and size are compared.
-
-    Raises:
-      UserError: fields differ. The message names them with both values.
-    """
-    _check_recipe(store.folder, store.index["recipe"], config)
-
-
 def _recipe_fields(config: PretrainConfig) -> dict[str, Any]:
     """Returns the config's fields that affect the contents of a store, by their dotted names."""
     fields = {name: value for name, (value, affects) in flatten_config(config.data, "data.").items() if affects == "result"}
     return {**fields, "model.vocab-size": config.model.vocab_size}
 
 
-def _check_recipe(folder: Path, recipe: dict[str, Any], config: PretrainConfig, identity: dict[str, Any] | None = None) -> None:
-    """Checks that a recorded recipe is the config's and, unless `identity` is None, that the text has not changed."""
+def check_recipe(folder: Path, recipe: dict[str, Any], config: PretrainConfig, identity: dict[str, Any] | None = None) -> None:
+    """Checks, without reading any text, that the recorded recipe of a store is that of `config`.
+
+    If `config.data.source` is empty, only the tokenizer's kind and size are compared. Unless `identity` is None, it must be the
+    identity of the text that the store was made from.
+
+    Raises:
+      UserError: fields differ, or the text has changed. The message has both values.
+    """
     fields = _recipe_fields(config)
     if not config.data.source:
         fields = {name: fields[name] for name in ("data.tokenizer.kind", "model.vocab-size")}
@@ -239,12 +235,9 @@ def _write_shard(folder: Path, shard: str, parts: Iterable[EncodedPart]) -> dict
     """Writes a shard, its offsets and then its index entry; returns the entry. The tokens of the shard are kept in memory."""
     _, tokens, counts = zip(*parts, strict=True)
     sizes = np.concatenate(counts)
-    entry = {
-        **_write_array(folder / f"{shard}.bin", np.concatenate(tokens)),
-        "tokens": int(sizes.sum()),
-        "documents": sizes.size,
-        "offsets": _write_array(folder / f"{shard}.offsets", (np.cumsum(sizes) - sizes).astype(OFFSET_DTYPE)),
-    }
+    file = _write_array(folder / f"{shard}.bin", np.concatenate(tokens))
+    offsets = _write_array(folder / f"{shard}.offsets", (np.cumsum(sizes) - sizes).astype(OFFSET_DTYPE))
+    entry = {**file, "tokens": int(sizes.sum()), "documents": sizes.size, "offsets": offsets}
     write_atomic(folder / PARTIAL / f"{shard}.json", json.dumps(entry))
     return entry
 

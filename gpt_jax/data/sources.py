@@ -89,10 +89,9 @@ class FileSource:
     def identity(self) -> dict[str, Any]:
         """Returns the number of files, their total size as stored, and a checksum of their names, sizes and checksums."""
         sizes = [path.stat().st_size for path in self._paths]
-        listing = hashlib.sha256()
-        for path, size in zip(self._paths, sizes, strict=True):
-            listing.update(f"{sha256(path)} {size} {path.relative_to(self._root).as_posix()}\n".encode())
-        return {"files": len(sizes), "bytes": sum(sizes), "sha256": listing.hexdigest()}
+        files = zip(self._paths, sizes, strict=True)
+        lines = [f"{sha256(path)} {size} {path.relative_to(self._root).as_posix()}\n" for path, size in files]
+        return {"files": len(sizes), "bytes": sum(sizes), "sha256": hashlib.sha256("".join(lines).encode()).hexdigest()}
 
     def documents(self) -> Iterator[str]:
         """Yields the documents of all files, in the order of their paths.

@@ -114,18 +114,10 @@ class Store:
 
 def write_index(folder: Path, tokenizer: Tokenizer, **values: Any) -> None:
     """Writes index.json, which finishes a store. `values` are its "recipe", "dropped" and "splits"."""
-    index = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dtype": token_dtype(tokenizer.vocab_size).name,
-        "tokenizer": {
-            "kind": tokenizer.kind,
-            "fingerprint": tokenizer.fingerprint,
-            "vocab_size": tokenizer.vocab_size,
-            "separator": tokenizer.eos_id,
-        },
-        **values,
-    }
+    identity = {"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint}
+    sizes = {"vocab_size": tokenizer.vocab_size, "separator": tokenizer.eos_id}
+    index = {"format": FORMAT, "version": VERSION, "dtype": token_dtype(tokenizer.vocab_size).name}
+    index |= {"tokenizer": identity | sizes, **values}
     write_atomic(folder / INDEX, json.dumps({**index, "digest": index_digest(index)}, indent=1, sort_keys=True) + "\n")
 
 

@@ -9,7 +9,6 @@ import abc
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ from typing import Any, ClassVar, Self
 
 from gpt_jax.config import TokenizerConfig
 from gpt_jax.errors import UserError, nearest
-from gpt_jax.runtime.rundir import read_json, write_atomic
+from gpt_jax.runtime.rundir import installed_versions, read_json, write_atomic
 
 MANIFEST = "tokenizer.json"
 
@@ -58,11 +57,8 @@ class Tokenizer(abc.ABC):
 
     def save(self, folder: Path) -> None:
         """Writes the files and tokenizer.json into `folder`, which is created if necessary."""
-        versions = {}
-        for library in self.libraries:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[library] = importlib.metadata.version(library)
-        manifest = {"kind": self.kind, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint, "versions": versions}
+        manifest = {"kind": self.kind, "vocab_size": self.vocab_size, "fingerprint": self.fingerprint}
+        manifest |= {"versions": installed_versions(self.libraries)}
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in zip(self.files, self.contents, strict=True):
             write_atomic(folder / name, content)

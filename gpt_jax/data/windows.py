@@ -150,8 +150,8 @@ class _WindowReader:
         """
         windows = self._tokens.read(starts, self._context_length + 1)
         windows.setflags(write=False)
-        example_id = rows.astype(np.int32)
-        return {"tokens": windows[:, :-1], "targets": windows[:, 1:], "loss_weights": loss_weights, "example_id": example_id}
+        tokens = {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
+        return tokens | {"loss_weights": loss_weights, "example_id": rows.astype(np.int32)}
 
 
 class Windows(_WindowReader):
@@ -182,9 +182,10 @@ class Windows(_WindowReader):
         loss_weights = np.broadcast_to(np.float32(1), (rows.size, self._context_length))
         return self._read(offset + window * self._context_length, loss_weights, rows)
 
-    def window_numbers(self, step: int, rows: Rows) -> tuple[Numbers, Numbers]:
-        """Returns the epoch of each of these rows and its window within the epoch, for reports of a step that went wrong."""
-        return self._locate(step, rows)[:2]
+    def provenance(self, step: int) -> dict[str, list[int]]:
+        """Returns the epoch and the window of each row of the global batch of `step`, to record if its update is not finite."""
+        epochs, windows, _ = self._locate(step, np.arange(self._batch_size))
+        return {"epochs": epochs.tolist(), "windows": windows.tolist()}
 
     def _locate(self, step: int, rows: Rows) -> tuple[Numbers, Numbers, Numbers]:
         """Returns the epoch, the window and the offset in tokens of each row."""

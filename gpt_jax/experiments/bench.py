@@ -18,8 +18,9 @@ from gpt_jax.config import FinetuneConfig
 from gpt_jax.data.pipeline import iterate_batches
 from gpt_jax.data.store import Store, TokenArray
 from gpt_jax.data.windows import Windows
+from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.runtime import sharding
-from gpt_jax.runtime.console import format_table, say
+from gpt_jax.runtime.console import say
 from gpt_jax.tasks.batches import TaskBatches
 from gpt_jax.tasks.dataset import load_dataset
 from gpt_jax.tasks.finetune import find_init, make_head, resolve_config

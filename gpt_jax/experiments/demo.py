@@ -17,9 +17,10 @@ from gpt_jax.data.installed_docs import InstalledDocs
 from gpt_jax.data.store import Store
 from gpt_jax.data.windows import EvaluationWindows
 from gpt_jax.experiments.generate import continue_prompts
+from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.experiments.synthetic_tasks import make_tasks
 from gpt_jax.interop.export import export
-from gpt_jax.runtime.console import format_duration, format_table, say
+from gpt_jax.runtime.console import format_duration, say
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.finetune import finetune
 from gpt_jax.train.pretrain import pretrain

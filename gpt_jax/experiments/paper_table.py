@@ -15,8 +15,8 @@ from typing import Any
 from gpt_jax.config import FinetuneRunConfig, ModelConfig, TaskConfig
 from gpt_jax.config.load import config_from_dict, flatten_config
 from gpt_jax.errors import UserError
+from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.model.transformer import compute_dtype
-from gpt_jax.runtime.console import format_table
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks import metrics
 from gpt_jax.tasks.registry import ABLATION_AVERAGES, ABLATIONS, GLUE_AVERAGE, TASKS, Task

@@ -1,4 +1,4 @@
-"""Tables of measured scores: fine-tuning with several seeds, and zero-shot scores of pre-trained models."""
+"""Tables as text, and those of measured scores: fine-tuning with several seeds, and zero-shot scores of pre-trained models."""
 
 import itertools
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.experiments.plots import Curve, plot_curves
-from gpt_jax.runtime.console import format_table
 from gpt_jax.runtime.rundir import write_atomic
 
 
@@ -71,3 +70,17 @@ def _zero_shot_curves(scores: Sequence[dict[str, Any]]) -> list[Curve]:
         x, y = ([score[key] for score in series] for key in ("step", "normalized"))
         curves.append(Curve(name, x, y, color=color, style=style))
     return curves
+
+
+def format_table(rows: Sequence[Sequence[object]], align: str = "") -> str:
+    """Returns a table as text, its columns aligned and two spaces apart.
+
+    Args:
+      rows: the header and then the rows, all of the same number of cells.
+      align: one character for each column, "<" or ">"; empty: the first column to the left, the others to the right.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    align = align or "<" + ">" * (len(widths) - 1)
+    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in cells)
+    return "\n".join(line.rstrip() for line in lines)

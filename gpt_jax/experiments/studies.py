@@ -19,8 +19,9 @@ from gpt_jax.config import FinetuneConfig, ModelConfig, TransferConfig
 from gpt_jax.config.load import config_to_dict
 from gpt_jax.errors import require
 from gpt_jax.experiments.plots import Curve, plot_curves, require_matplotlib
+from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.runtime import distributed
-from gpt_jax.runtime.console import Log, format_table, say
+from gpt_jax.runtime.console import Log, say
 from gpt_jax.runtime.rundir import write_atomic
 from gpt_jax.tasks.evaluate import sound_checkpoints
 from gpt_jax.tasks.finetune import find_init, finetune_seeds, resolve_config

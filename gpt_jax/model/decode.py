@@ -65,8 +65,7 @@ def generate(
     settings = (np.float32(temperature), np.int32(top_k or config.vocab_size), np.float32(top_p))
     stop_or_none = np.int32(-1 if stop is None else stop)
     drawn = _generate(config, num_tokens, params, tokens, lengths, settings, stop_or_none, np.uint32(seed))
-    rows = np.asarray(drawn).tolist()
-    return [row[: row.index(stop)] if stop in row else row for row in rows]
+    return [row[: row.index(stop)] if stop in row else row for row in np.asarray(drawn).tolist()]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

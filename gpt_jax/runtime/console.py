@@ -1,12 +1,11 @@
-"""Output for a person at the terminal: lines, a live progress line, durations and tables."""
+"""Output for a person at the terminal: lines, a live progress line, and durations."""
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 Log = Callable[[str], None]
 """A function that shows one line of text to the user."""
-
 
 ERASE_LINE = "\r\x1b[K"
 
@@ -56,17 +55,3 @@ def format_duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}:{seconds % 60:02d} min"
     return f"{seconds // 3600}:{seconds % 3600 // 60:02d} h"
-
-
-def format_table(rows: Sequence[Sequence[object]], align: str = "") -> str:
-    """Returns a table as text, its columns aligned and two spaces apart.
-
-    Args:
-      rows: the header and then the rows, all of the same number of cells.
-      align: one character for each column, "<" or ">"; empty: the first column to the left, the others to the right.
-    """
-    cells = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    align = align or "<" + ">" * (len(widths) - 1)
-    lines = ("  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=True)) for row in cells)
-    return "\n".join(line.rstrip() for line in lines)

@@ -32,7 +32,7 @@ def start(config: DistributedConfig, log: Log) -> None:
 
     Raises:
       UserError: the environment's variables do not make sense.
-      TrainingError: the other processes did not come within `timeout_seconds`.
+      TrainingError: the other processes did not connect within `timeout_seconds`.
     """
     arguments = _cluster_arguments(config)
     if arguments is None or jax.distributed.is_initialized():  # by an earlier run of this process
@@ -93,8 +93,7 @@ def _cluster_arguments(config: DistributedConfig) -> dict[str, Any] | None:
     slurm = int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
     kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     tpu_device = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    tpu_wanted = "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
-    tpu_pod = tpu_device and tpu_wanted and importlib.util.find_spec("libtpu") is not None
+    tpu_pod = tpu_device and "tpu" in (env.get("JAX_PLATFORMS") or "tpu") and importlib.util.find_spec("libtpu") is not None
     return {} if slurm or kubernetes or tpu_pod else None
 
 
@@ -206,15 +205,10 @@ class StopRequest(StopSignals):
             super().__enter__()
         return self
 
-    @property
-    def requested(self) -> bool:
-        """Whether this process has received a signal to stop."""
-        return self.count > 0
-
     def after_update(self) -> bool:
         """Returns whether to stop after the update that has just been dispatched; the answer is the same on every process."""
         self._updates += 1
         if jax.process_count() == 1:
-            return self.requested
+            return self.count > 0
         # The service stops all processes at the count after the largest that it has heard of, so every run counts from 1.
         return bool(multihost_utils.reached_preemption_sync_point(self._updates))

@@ -41,12 +41,10 @@ def find_checkout() -> Checkout:
         return done.stdout if done.returncode == 0 else b""
 
     if not (folder / ".git").exists() or shutil.which("git") is None:
-        diff = Path(os.environ.get("GPT_JAX_DIFF") or os.devnull).expanduser()
-        return Checkout(folder, os.environ.get("GPT_JAX_COMMIT", ""), diff.read_bytes(), ())
-    return Checkout(
-        folder=folder,
-        commit=git("rev-parse", "HEAD").decode().strip(),
-        # A user's settings for displaying differences must not make one that git cannot apply.
-        diff=git("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD"),
-        untracked=tuple(git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()),
-    )
+        diff = Path(os.environ.get("GPT_JAX_DIFF") or os.devnull).expanduser().read_bytes()
+        return Checkout(folder, os.environ.get("GPT_JAX_COMMIT", ""), diff, ())
+    commit = git("rev-parse", "HEAD").decode().strip()
+    # A user's settings for displaying differences must not make one that git cannot apply.
+    diff = git("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD")
+    untracked = git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()
+    return Checkout(folder, commit, diff, tuple(untracked))

@@ -35,14 +35,16 @@ def resolve_mesh(config: MeshConfig, num_devices: int, where: str = "") -> dict[
     """
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    devices = f"there {'is 1 device' if num_devices == 1 else f'are {num_devices} devices'}{where}"
+    devices = f"{num_devices} device{'s' * (num_devices != 1)}{where}"
     for axis, size in sizes.items():
         if size == -1:
-            require(num_devices % fixed == 0, "mesh", f"the other axes multiply to {fixed}, and {devices}")
+            require(num_devices % fixed == 0, "mesh", f"the other axes multiply to {fixed}, which does not divide {devices}")
             sizes[axis] = num_devices // fixed
     shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
     hint = "set one axis to -1 to take all that are left"
-    require(math.prod(sizes.values()) == num_devices, "mesh", f"{shape} asks for {fixed} devices, and {devices}; {hint}")
+    require(
+        math.prod(sizes.values()) == num_devices, "mesh", f"{shape} asks for {fixed} devices, and the run has {devices}; {hint}"
+    )
     return sizes
 
 

@@ -18,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,7 @@ class RunDir:
         Raises:
           UserError: they differ and `allow_changes` is off.
         """
-        stored = read_json(self._config)["data_digest"] if self._trained() else data_digest
+        stored = read_json(self._config).get("data_digest", "") if self._trained() else data_digest
         if stored != data_digest and not allow_changes:
             problem = f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]})"
             raise UserError(f"{problem}; give it its own data, or name another --workdir")
@@ -215,17 +215,18 @@ class RunDir:
 
 def environment() -> dict[str, Any]:
     """Returns the commit, the versions of installed packages, the compiler flags and the command that a run results from."""
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
+    versions = {"python": platform.python_version(), **installed_versions(PACKAGES)}
+    flags = {"xla_flags": os.environ.get("XLA_FLAGS", ""), "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", "")}
+    return {"commit": find_checkout().version, "versions": versions, **flags, "command": sys.argv}
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of those packages that are installed."""
+    versions = {}
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {
-        "commit": find_checkout().version,
-        "versions": versions,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
-        "command": sys.argv,
-    }
+    return versions
 
 
 def _parse(line: str) -> dict[str, Any] | None:

@@ -8,9 +8,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.config import MeshConfig, ModelConfig
+from gpt_jax.config import MeshConfig
 from gpt_jax.errors import require
-from gpt_jax.runtime.mesh import AXES, RULES, check_batch, check_model, num_shards, resolve_mesh
+from gpt_jax.runtime.mesh import AXES, RULES, num_shards, resolve_mesh
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -31,16 +31,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         grid = np.asarray(devices).reshape(shape)
     # With explicit axes, the default of jax.make_mesh, every gather and einsum of the model would have to name its sharding.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def check_divisibility(mesh: Mesh, model: ModelConfig, batch_size: int, grad_accum_steps: int) -> None:
-    """Checks that the model and the batch divide over the mesh.
-
-    Raises:
-      UserError: they do not; the message names sizes that would.
-    """
-    check_batch(mesh.shape, batch_size, grad_accum_steps)
-    check_model(mesh.shape, model)
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:

@@ -27,8 +27,9 @@ from gpt_jax.errors import UserError, require
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import distributed
 from gpt_jax.runtime.console import Log
+from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.runtime.rundir import RunDir, write_atomic
-from gpt_jax.runtime.sharding import check_divisibility, host_rows, make_mesh, place_batch
+from gpt_jax.runtime.sharding import host_rows, make_mesh, place_batch
 from gpt_jax.tasks.batches import ScoringBatches, TaskBatches
 from gpt_jax.tasks.dataset import TaskDataset, load_dataset
 from gpt_jax.tasks.head import Head, transfer
@@ -67,7 +68,8 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         ctx.run.check_config(resolved, allow_changes)
         train, batch_size = resolved.train, resolved.train.batch_size
         mesh = make_mesh(resolved.mesh)
-        check_divisibility(mesh, resolved.model, batch_size, train.grad_accum_steps)
+        check_batch(mesh.shape, batch_size, train.grad_accum_steps)
+        check_model(mesh.shape, resolved.model)
 
         with distributed.primary_first("the task's data", ctx.log):  # tensorflow-datasets may have to write the data.
             dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, batch_size, ctx.log)

@@ -71,7 +71,7 @@ def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
     primary = distributed.is_primary()
     with distributed.StopRequest() as stop, contextlib.closing(rundir.RunDir(workdir, primary)) as run:
         yield RunContext(run, stop, console.say if primary else lambda line: None)
-        if stop.requested:
+        if stop.count:
             raise Preempted(f"stop requested; {workdir} is already finished")
 
 
@@ -82,11 +82,9 @@ def _facts(config: RunConfig, workdir: Path) -> dict[str, str]:
     facts |= {"XLA_FLAGS": env["xla_flags"], "LIBTPU_INIT_ARGS": env["libtpu_init_args"]}
     facts["devices"] = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
     facts |= {"devices in total": str(jax.device_count()), "--workdir": str(workdir.absolute())}
-    for name, (value, affects) in load.flatten_config(config).items():
-        # Processes differ in distributed.* by design, and display settings do not affect training.
-        if affects != "display" and not name.startswith("distributed."):
-            facts[f"--{name}"] = str(value)
-    return facts
+    fields = {f"--{name}": str(value) for name, (value, affects) in load.flatten_config(config).items() if affects != "display"}
+    # Processes differ in distributed.* by design, and display settings do not affect training.
+    return facts | {name: value for name, value in fields.items() if not name.startswith("--distributed.")}
 
 
 def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) -> Schedule:

@@ -20,6 +20,7 @@ from gpt_jax.model.decode import generate
 from gpt_jax.model.loss import Batch, language_model_loss
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import console, distributed, sharding
+from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.train import checkpoint
 from gpt_jax.train.loop import Evaluate, Scores, require_tokenizer, resolve_schedule, run_training, start_run
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
@@ -50,7 +51,8 @@ def pretrain(
         ctx.run.check_config(config, allow_changes)
         train, context_length = config.train, config.model.context_length
         mesh = sharding.make_mesh(config.mesh)
-        sharding.check_divisibility(mesh, config.model, train.batch_size, train.grad_accum_steps)
+        check_batch(mesh.shape, train.batch_size, train.grad_accum_steps)
+        check_model(mesh.shape, config.model)
 
         store = open_store(config, workdir, ctx.log)
         tokenizer = store.tokenizer()
@@ -75,7 +77,7 @@ def pretrain(
             unit="tokens",
             initialize=lambda: initial_state(config, mesh, tokenizer, ctx.log),
             evaluate=make_evaluation(config, mesh, store, tokenizer, ctx.log),
-            batch_provenance=lambda step: window_provenance(windows, step, train.batch_size),
+            batch_provenance=windows.provenance,
             summarize=lambda state, scores: {"tokens": int(state["step"]) * tokens_per_step, **scores.metrics},
             dataset_fn=dataset_fn,
             allow_changes=allow_changes,
@@ -109,12 +111,6 @@ def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log:
     require_tokenizer(info, tokenizer, "--init.from")
     params = checkpoint.restore_params(info, abstract_state(config, mesh)["params"])
     return state | {"params": params}, f"starting from the parameters of {info.path}"
-
-
-def window_provenance(windows: Windows, step: int, batch_size: int) -> dict[str, Any]:
-    """Returns the epoch and the window number of each row of a batch, to record if its update is not finite."""
-    epochs, numbers = windows.window_numbers(step, np.arange(batch_size))
-    return {"epochs": epochs.tolist(), "windows": numbers.tolist()}
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------------

@@ -433,16 +433,19 @@ def test_a_source_that_cannot_be_read_or_a_store_that_cannot_be_made_is_named(so
         prepare(make_config(source), tmp_path / "file" / "store", ignore)
 
 
+def check(store, config):
+    """Checks that a store was made as `config` describes."""
+    check_recipe(store.folder, store.index["recipe"], config)
+
+
 def test_the_recipe_is_checked_without_the_text(source, tmp_path):
     config = make_config(source)
     store = prepare(config, tmp_path / "store", ignore)
     source.unlink()
-    check_recipe(store, config)
-    check_recipe(store, make_config("", shard_bytes=7, max_bytes=9))
+    check(store, config)
+    check(store, make_config("", shard_bytes=7, max_bytes=9))
     same = config_from_dict(config_to_dict(config) | {"train": {"batch_size": 8}})
-    check_recipe(
-        store, dataclasses.replace(same, data=dataclasses.replace(same.data, processes=7, store="elsewhere", prefetch=9))
-    )
+    check(store, dataclasses.replace(same, data=dataclasses.replace(same.data, processes=7, store="elsewhere", prefetch=9)))
     for other, message in (
         (make_config("elsewhere.txt"), rf"data.source '{source}', not 'elsewhere.txt'"),
         (make_config(source, text_field="body"), "data.text-field 'text', not 'body'"),
@@ -450,7 +453,7 @@ def test_the_recipe_is_checked_without_the_text(source, tmp_path):
         (make_config("", "sentencepiece", 300), "'sentencepiece'; model.vocab-size 257, not 300"),
     ):
         with pytest.raises(UserError, match=message):
-            check_recipe(store, other)
+            check(store, other)
 
 
 def test_recipes_of_earlier_versions_are_read(shared_source, whole, monkeypatch):
@@ -459,9 +462,9 @@ def test_recipes_of_earlier_versions_are_read(shared_source, whole, monkeypatch)
     fields["data.shard-size"] = fields.pop("data.shard-bytes")
     fields["data.gone"] = 7
     monkeypatch.setitem(RENAMED_FIELDS, "data.shard-size", Renamed("data.shard-bytes", {20_000: 30_000}))
-    check_recipe(store, make_config(shared_source, shard_bytes=30_000))
+    check(store, make_config(shared_source, shard_bytes=30_000))
     with pytest.raises(UserError, match=r"data.shard-bytes 30000, not 20000"):
-        check_recipe(store, make_config(shared_source))
+        check(store, make_config(shared_source))
 
 
 def test_an_existing_store_is_enough_where_no_source_is_named(source, tmp_path):

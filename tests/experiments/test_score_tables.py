@@ -1,10 +1,11 @@
-"""Zero-shot scores along a run, and the arguments of `gpt-jax evaluate`."""
+"""Tables as text, zero-shot scores along a run, and the arguments of `gpt-jax evaluate`."""
 
 import json
 
 import pytest
 
 from gpt_jax.cli import main
+from gpt_jax.experiments.score_tables import format_table
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -62,3 +63,22 @@ def test_arguments_of_evaluate_that_do_not_go_together(pretrained, capsys, argum
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_table_is_aligned():
+    rows = [("name", "steps", "loss"), ("a long name", 5, "1.25"), ("b", 1000, "-10.5")]
+    assert format_table(rows).split("\n") == [
+        "name         steps   loss",
+        "a long name      5   1.25",
+        "b             1000  -10.5",
+    ]
+
+
+def test_the_columns_of_a_table_have_sides():
+    rows = [("a", "bb", "c"), ("dd", "e", "ff"), ("", "", "")]
+    assert format_table(rows, "><<").split("\n") == [" a  bb  c", "dd  e   ff", ""]
+
+
+def test_rows_of_a_table_have_as_many_cells_as_the_header():
+    with pytest.raises(ValueError, match="zip"):
+        format_table([("a", "b"), ("c",)])

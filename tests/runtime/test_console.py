@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gpt_jax.runtime.console import ProgressLine, format_duration, format_table, say
+from gpt_jax.runtime.console import ProgressLine, format_duration, say
 
 ERASE = "\r\x1b[K"  # Return to the beginning of the line and erase it.
 
@@ -97,7 +97,7 @@ def test_the_last_progress_line_is_always_shown_and_the_others_are_not_even_made
     progress.show(fail)
 
 
-# -- durations and tables ---------------------------------------------------------------------------------------------------
+# -- durations -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,22 +116,3 @@ def test_the_last_progress_line_is_always_shown_and_the_others_are_not_even_made
 )
 def test_durations_in_the_unit_that_fits(seconds, text):
     assert format_duration(seconds) == text
-
-
-def test_a_table_is_aligned():
-    rows = [("name", "steps", "loss"), ("a long name", 5, "1.25"), ("b", 1000, "-10.5")]
-    assert format_table(rows).split("\n") == [
-        "name         steps   loss",
-        "a long name      5   1.25",
-        "b             1000  -10.5",
-    ]
-
-
-def test_the_columns_of_a_table_have_sides():
-    rows = [("a", "bb", "c"), ("dd", "e", "ff"), ("", "", "")]
-    assert format_table(rows, "><<").split("\n") == [" a  bb  c", "dd  e   ff", ""]
-
-
-def test_rows_of_a_table_have_as_many_cells_as_the_header():
-    with pytest.raises(ValueError, match="zip"):
-        format_table([("a", "b"), ("c",)])

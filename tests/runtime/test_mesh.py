@@ -49,16 +49,16 @@ HINT = "set one axis to -1 to take all that are left"
 @pytest.mark.parametrize(
     ("config", "num_devices", "message"),
     [
-        (MeshConfig(data=3), 8, f"slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and there are 8 devices; {HINT}"),
+        (MeshConfig(data=3), 8, f"slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and the run has 8 devices; {HINT}"),
         (
             MeshConfig(data=4, tensor=4),
             8,
-            f"slice=1 x data=4 x fsdp=1 x tensor=4 asks for 16 devices, and there are 8 devices; {HINT}",
+            f"slice=1 x data=4 x fsdp=1 x tensor=4 asks for 16 devices, and the run has 8 devices; {HINT}",
         ),
-        (MeshConfig(data=2), 1, f"slice=1 x data=2 x fsdp=1 x tensor=1 asks for 2 devices, and there is 1 device; {HINT}"),
-        (MeshConfig(fsdp=3), 8, "the other axes multiply to 3, and there are 8 devices"),
-        (MeshConfig(fsdp=3, tensor=2), 8, "the other axes multiply to 6, and there are 8 devices"),
-        (MeshConfig(fsdp=2), 1, "the other axes multiply to 2, and there is 1 device"),
+        (MeshConfig(data=2), 1, f"slice=1 x data=2 x fsdp=1 x tensor=1 asks for 2 devices, and the run has 1 device; {HINT}"),
+        (MeshConfig(fsdp=3), 8, "the other axes multiply to 3, which does not divide 8 devices"),
+        (MeshConfig(fsdp=3, tensor=2), 8, "the other axes multiply to 6, which does not divide 8 devices"),
+        (MeshConfig(fsdp=2), 1, "the other axes multiply to 2, which does not divide 1 device"),
     ],
 )
 def test_sizes_that_do_not_fit_the_devices_are_refused(config, num_devices, message):
@@ -67,7 +67,7 @@ def test_sizes_that_do_not_fit_the_devices_are_refused(config, num_devices, mess
 
 def test_a_message_says_where_the_devices_are():
     message = error_of(resolve_mesh, MeshConfig(fsdp=3), 32, " on 2 x v5e-16")
-    assert message == "--mesh: the other axes multiply to 3, and there are 32 devices on 2 x v5e-16"
+    assert message == "--mesh: the other axes multiply to 3, which does not divide 32 devices on 2 x v5e-16"
 
 
 def test_the_number_of_shards_is_the_product_of_the_mesh_axes_of_a_logical_axis():

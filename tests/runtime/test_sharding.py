@@ -15,7 +15,7 @@ from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, 
 from gpt_jax.errors import UserError
 from gpt_jax.model import transformer
 from gpt_jax.runtime import sharding
-from gpt_jax.runtime.sharding import check_divisibility, constrain, host_rows, make_mesh, per_shard, place_batch
+from gpt_jax.runtime.sharding import constrain, host_rows, make_mesh, per_shard, place_batch
 from gpt_jax.train.step import lower_step
 
 MIXED = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -44,7 +44,7 @@ def test_a_mesh_of_one_device():
 
 def test_sizes_that_do_not_multiply_to_the_number_of_devices_are_refused():
     message = (
-        "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and there are 8 devices; set one axis to -1 to take"
+        "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and the run has 8 devices; set one axis to -1 to take"
     )
     with pytest.raises(UserError, match=f"^{message} all that are left$"):
         make_mesh(MeshConfig(data=3))
@@ -62,18 +62,6 @@ def test_the_slice_axis_must_be_the_number_of_slices(slices):
     devices = [Device(number // 4) for number in range(8)]
     with pytest.raises(UserError, match=r"^--mesh\.slice: the devices are on 2 slices, so it must be 2$"):
         make_mesh(MeshConfig(slice=slices), devices)
-
-
-def test_batch_and_model_must_divide_over_the_mesh():
-    """tests/runtime/test_mesh.py has every message."""
-    check_divisibility(make_mesh(MIXED), ModelConfig(), 64, 4)
-    with pytest.raises(UserError, match=r"--train\.batch-size: 10 does not divide over slice x data x fsdp = 4; 8 or 12 would"):
-        check_divisibility(make_mesh(MIXED), ModelConfig(), 10, 1)
-    with pytest.raises(UserError, match=r"--train\.batch-size: 12 .* in 2 micro-batches; 8 or 16 would"):
-        check_divisibility(make_mesh(MIXED), ModelConfig(), 12, 2)
-    six = make_mesh(MeshConfig(data=1, tensor=6), jax.devices()[:6])
-    with pytest.raises(UserError, match=r"--mesh\.tensor: 6 does not divide model\.vocab-size 40576; 1, 2, 4 would"):
-        check_divisibility(six, ModelConfig(), 8, 1)
 
 
 # -- names of axes ----------------------------------------------------------------------------------------------------------
