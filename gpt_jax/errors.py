@@ -28,7 +28,7 @@ class VerificationError(Exception):
 
 
 class Preempted(Exception):
-    """The process received a stop signal (SIGTERM) and has saved its state; exit code 42, which launchers read as "restart me"."""
+    """The process received SIGTERM and has saved its state; exit code 42, which launchers read as "restart me"."""
 
     exit_code = 42
 
