@@ -259,7 +259,7 @@ def test_a_workdir_of_another_config_is_refused(mistake, finished):
     before = contents(run)
     message = mistake("pretrain", config_file, "--workdir", run, "--optim.peak-lr", "1e-3", "--mesh.data", "8")
     assert message == (
-        f"{run} holds a run of another config; it differs in --optim.peak-lr 0.001 (was 0.01). "
+        f"{run} contains a run with a different config; it differs in --optim.peak-lr 0.001 (was 0.01). "
         "Name another --workdir, or add --allow-changes if this is intended"
     )
     assert contents(run) == before

@@ -135,7 +135,7 @@ def primary_first(what: str, log: Log) -> Iterator[None]:
             raise UserError(mistake)
         yield
     else:
-        waiting_for = f"the other {jax.process_count() - 1} processes to come for {what}"
+        waiting_for = f"the other {jax.process_count() - 1} processes to reach {what}"
         try:
             yield
         except UserError as error:
@@ -161,11 +161,11 @@ def require_agreement(facts: Mapping[str, str], log: Log) -> None:
     if jax.process_count() == 1:
         return
     own = json.dumps({"host": socket.gethostname(), **facts})
-    everyone = [json.loads(text) for text in _exchange(own, f"all {jax.process_count()} processes to say what they run", log)]
+    everyone = [json.loads(text) for text in _exchange(own, f"all {jax.process_count()} processes to report their settings", log)]
     names = dict.fromkeys(name for other in everyone for name in other if name != "host")  # A host may lack a name of another.
     differences = [difference for name in names if (difference := _difference(name, everyone))]
     if differences:
-        raise UserError(f"the processes of this run do not agree: {'; '.join(differences)}; start the same on all hosts")
+        raise UserError(f"the processes of this run do not agree: {'; '.join(differences)}; start the same command on all hosts")
 
 
 def _difference(name: str, everyone: list[dict[str, str]]) -> str:

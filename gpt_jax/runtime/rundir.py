@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not valid JSON: it holds no object")
+        raise UserError(f"{path}: not a JSON object")
     return value
 
 
@@ -99,7 +99,7 @@ class RunDir:
         self._metrics: Any = None
 
     def check_config(self, config: Any, allow_changes: bool = False) -> None:
-        """Checks that the folder does not hold a run of another config; a folder in which nothing was trained holds none.
+        """Checks that a run in this folder has the same config. A folder in which nothing was trained passes.
 
         Raises:
           UserError: `result` fields differ and `allow_changes` is off (the fields are named), or there is no config.json.
@@ -107,7 +107,7 @@ class RunDir:
         if not self._trained():
             return
         if not self._config.exists():
-            raise UserError(f"{self.path} holds a run but no config.json; name another --workdir")
+            raise UserError(f"{self.path} contains a run but no config.json; name another --workdir")
         old = flatten_config(config_from_dict(read_json(self._config).get("config", {}), self._config))
         changed = [
             f"--{name} {value!r} (was {old[name][0]!r})"
@@ -116,17 +116,17 @@ class RunDir:
         ]
         if changed and not allow_changes:
             hint = "Name another --workdir, or add --allow-changes if this is intended"
-            raise UserError(f"{self.path} holds a run of another config; it differs in {', '.join(changed)}. {hint}")
+            raise UserError(f"{self.path} contains a run with a different config; it differs in {', '.join(changed)}. {hint}")
 
     def require_not_imported(self) -> None:
-        """Checks that the folder's model was not imported: such a checkpoint has no optimizer state to continue with.
+        """Checks that the folder's model was not imported, because an imported checkpoint lacks optimizer state.
 
         Raises:
           UserError: it was imported.
         """
         if self._config.exists() and (source := read_json(self._config).get("imported_from")):
             hint = f"name another --workdir and --init.from {self.path}"
-            raise UserError(f"{self.path} holds a model imported from {source}; {hint}")
+            raise UserError(f"{self.path} contains a model imported from {source}; {hint}")
 
     def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
         """Checks that the run was trained on these data.
@@ -158,7 +158,7 @@ class RunDir:
         return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
 
     def supersede(self, step: int) -> None:
-        """Moves the records after `step`, where training continues, and lines that were cut off to metrics.superseded.jsonl."""
+        """Moves records after `step`, where training continues, and incomplete lines to metrics.superseded.jsonl."""
         if not self._primary:
             return
         kept: list[str] = []
@@ -185,7 +185,7 @@ class RunDir:
                 self._metrics.write(json.dumps(head | values) + "\n")
 
     def sync(self) -> None:
-        """Makes the record so far durable, by closing its file; the next record opens it again.
+        """Makes all records so far durable by closing their file. The next record opens it again.
 
         A file on a bucket that is mounted with Cloud Storage FUSE is uploaded when it is closed; until then its lines would be
         lost with the machine.
@@ -202,7 +202,7 @@ class RunDir:
     close = sync
 
     def records(self) -> list[dict[str, Any]]:
-        """Returns all whole records so far."""
+        """Returns all complete records so far."""
         lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
         return [record for record in map(_parse, lines) if record is not None]
 
@@ -214,7 +214,7 @@ class RunDir:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the commit, the versions of installed packages, the compiler flags and the command that a run results from."""
+    """Returns the commit, the versions of installed packages, the compiler flags and the command that produce a run."""
     versions = {"python": platform.python_version(), **installed_versions(PACKAGES)}
     flags = {"xla_flags": os.environ.get("XLA_FLAGS", ""), "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", "")}
     return {"commit": find_checkout().version, "versions": versions, **flags, "command": sys.argv}

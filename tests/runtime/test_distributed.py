@@ -130,7 +130,7 @@ def test_the_first_process_runs_before_the_others_which_then_run(exchange):
     actions = exchange(0, ["", "", ""])
     with distributed.primary_first("the store", silent):
         actions.append("body")
-    assert actions == ["body", ("", "the other 2 processes to come for the store")]
+    assert actions == ["body", ("", "the other 2 processes to reach the store")]
     actions = exchange(2, ["", "", ""])
     with distributed.primary_first("the store", silent):
         actions.append("body")
@@ -146,7 +146,7 @@ def test_a_mistake_that_the_first_process_finds_ends_all_of_them(exchange):
     actions = exchange(0, ["", "", ""])
     with pytest.raises(UserError, match="the text is empty"):
         run()
-    assert actions == ["body", ("the text is empty", "the other 2 processes to come for the store")]
+    assert actions == ["body", ("the text is empty", "the other 2 processes to reach the store")]
     actions = exchange(1, ["the text is empty", "", ""])
     with pytest.raises(UserError, match="the text is empty"):
         run()
@@ -169,7 +169,7 @@ def disagreement(monkeypatch):
             except UserError as error:
                 messages.add(str(error).removeprefix("the processes of this run do not agree: "))
         (message,) = messages
-        return message.removesuffix("; start the same on all hosts")
+        return message.removesuffix("; start the same command on all hosts")
 
     return compare
 

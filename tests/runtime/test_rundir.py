@@ -175,7 +175,7 @@ def test_the_folder_of_an_imported_model_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         run.require_not_imported()
     assert str(caught.value) == (
-        f"{tmp_path} holds a model imported from /models/openai-gpt; name another --workdir and --init.from {tmp_path}"
+        f"{tmp_path} contains a model imported from /models/openai-gpt; name another --workdir and --init.from {tmp_path}"
     )
 
 
@@ -296,7 +296,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     [
         (None, "No such file or directory"),
         ("{", "not valid JSON: Expecting property name"),
-        ("[1]", "not valid JSON: it holds no object"),
+        ("[1]", "not a JSON object"),
     ],
 )
 def test_a_file_that_is_not_a_json_object_is_named(tmp_path, content, problem):
