@@ -293,11 +293,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [
-        (None, "No such file or directory"),
-        ("{", "not valid JSON: Expecting property name"),
-        ("[1]", "not a JSON object"),
-    ],
+    [(None, "No such file or directory"), ("{", "not valid JSON: Expecting property name"), ("[1]", "not a JSON object")],
 )
 def test_a_file_that_is_not_a_json_object_is_named(tmp_path, content, problem):
     path = tmp_path / "config.json"
