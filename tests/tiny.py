@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
-from gpt_jax.config.load import flatten_config
+from gpt_jax.config.load import flatten_config, load_config
 
 COMPARED = {"train": ("loss", "grad_norm", "learning_rate"), "eval": ("loss", "perplexity", "bits_per_byte")}
 """The numbers by which two runs are compared, by the kind of their record."""
@@ -65,6 +65,11 @@ def as_overrides(config: PretrainConfig, base: PretrainConfig) -> tuple[str, ...
     before, after = flatten_config(base), flatten_config(config)
     changed = [(name, value) for name, (value, _) in after.items() if value != before[name][0]]
     return tuple(word for name, value in changed for word in (f"--{name}", str(value)))
+
+
+def smoke_overrides(folder: Path, **changes: dict[str, Any]) -> tuple[str, ...]:
+    """Returns command-line words that turn the config `smoke` into `tiny_config` with `changes`, on a text in `folder`."""
+    return as_overrides(tiny_config(write_text(folder), **changes), load_config("smoke"))
 
 
 def trajectory(run: Path) -> list[tuple[Any, ...]]:

@@ -12,7 +12,7 @@ def test_curves_are_drawn(tmp_path):
 
 
 def test_lines_error_bars_and_names_of_ticks_are_visible(tmp_path):
-    """The same points give a different picture with and without each of them."""
+    """Each option changes the picture of the same points."""
     plain = Curve("one", [0, 1], [1, 2])
     with_ranges = plain._replace(ranges=[(0, 1), (2, 3)])
     many = Curve("one", list(range(9)), [1] * 9)  # more names than fit side by side

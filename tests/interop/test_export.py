@@ -16,6 +16,7 @@ from gpt_jax.data.tokenizers import Bytes
 from gpt_jax.errors import UserError
 from gpt_jax.interop import export, huggingface, import_, param_map, tensor_files
 from gpt_jax.train.checkpoint import CheckpointWriter
+from tests.tiny import tiny_config, write_config
 
 
 def quiet(line):
@@ -215,13 +216,7 @@ def test_another_architecture_and_other_shapes_are_listed(exported, tmp_path, ca
     (exported / "gpt_jax" / "manifest.json").unlink()
     message = refused(capsys, "import", exported, "--workdir", tmp_path / "run", "--config", "smoke")
     assert "entries, but its tokenizer has 257" in message
-    config = tmp_path / "wide.py"
-    config.write_text(
-        "from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig\n"
-        "def config():\n"
-        "    model = ModelConfig(vocab_size=257, context_length=64, num_layers=3, embed_dim=16, num_heads=2, mlp_dim=64)\n"
-        "    return PretrainConfig(model=model, data=DataConfig(tokenizer=TokenizerConfig(kind='bytes')))\n"
-    )
+    config = write_config(tiny_config(tmp_path, model={"context_length": 64, "num_layers": 3}), tmp_path / "wide.py")
     message = refused(capsys, "import", exported, "--workdir", tmp_path / "run", "--config", config)
     assert "transformer.positions_embed.weight is [32, 16], not [64, 16]" in message
     assert "transformer.h.2.ln_1.bias [16] is missing" in message

@@ -56,7 +56,7 @@ CLASSES = Head(outputs=3, choices=False, lm_weight=0.5, dropout=0.0)
 
 
 class Pair(NamedTuple):
-    """The same model in both implementations."""
+    """One model in both implementations."""
 
     model: ModelConfig
     trainable: TrainableModel

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import json
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ from gpt_jax.launch import checks, gke
 from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
 from gpt_jax.train import checkpoint
+from tests.tiny import smoke_overrides
 
 BUCKETS = ("--data.store", "gs://data/store")
 
@@ -279,21 +279,13 @@ def test_the_platform_is_named_so_that_a_broken_driver_is_an_error():
     assert platforms == {"slice": "tpu,cpu", "two slices": "tpu,cpu", "host": "tpu,cpu", "GPU nodes": "cuda,cpu", "CPUs": "cpu"}
 
 
-TINY = """
---data.tokenizer.kind bytes --model.vocab-size 257 --model.context-length 32 --model.embed-dim 16 --model.num-heads 2
---model.mlp-dim 32 --optim.warmup 1steps --train.batch-size 8 --train.duration 4steps --train.save-every 2steps
---train.eval-every 4steps --train.sample-tokens 0 --train.tensorboard False --data.processes 1 --data.validation-share 0.1
---data.pipeline threads
-"""
-
-
 @pytest.mark.slow
 def test_two_pods_train_together(tmp_path):
     """The command of the container runs in two processes that have only what Kubernetes gives them."""
-    text = tmp_path / "gcs" / "data" / "text.jsonl"
-    text.parent.mkdir(parents=True)
-    text.write_text("".join(json.dumps({"text": f"The {number}th text that nobody needs."}) + "\n" for number in range(200)))
-    overrides = (*TINY.split(), "--data.source", "gs://data/text.jsonl", "--data.store", "")
+    bucket = tmp_path / "gcs" / "data"
+    bucket.mkdir(parents=True)
+    train = {"duration": "4 steps", "save_every": "2 steps", "eval_every": "4 steps"}
+    overrides = (*smoke_overrides(bucket, data={"source": "gs://data/text.jsonl"}, train=train), "--data.store", "")
     document = manifest(config="smoke", overrides=overrides, accelerator="cpu-2", slices=2, crashes=0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -3,14 +3,12 @@
 import dataclasses
 import json
 import os
-import runpy
 import shlex
 import signal
 import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,8 +17,7 @@ from gpt_jax.launch import local
 from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.checks import check
 from gpt_jax.launch.job import Job
-
-tiny = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("tiny.py"))))
+from tests.tiny import smoke_overrides, trajectory
 
 STAND_IN = """
 import os, sys
@@ -148,7 +145,9 @@ def test_processes_do_not_see_the_variables_of_slurm(job, monkeypatch):
 def whole(tmp_path_factory):
     """The job of a run that was not disturbed."""
     folder = tmp_path_factory.mktemp("local")
-    job = make(str(folder / "whole"), tiny.overrides(folder, steps=60))
+    job = make(
+        str(folder / "whole"), smoke_overrides(folder, data={"store": str(folder / "store")}, train={"duration": "60 steps"})
+    )
     check(job, local)
     assert local.submit(job) == 0
     return job
@@ -177,5 +176,5 @@ def test_a_process_that_is_killed_changes_nothing(whole, tmp_path, monkeypatch, 
     assert "crash restart 1 of 3 in 1 s" in shown
     assert "resuming at step " in shown
     assert "done (preemptions: 0, crashes: 1)" in shown
-    assert tiny.trajectory(tmp_path / "run") == tiny.trajectory(Path(whole.workdir))
+    assert trajectory(tmp_path / "run") == trajectory(Path(whole.workdir))
     assert {json.loads(line)["attempt"] for line in metrics.read_text().splitlines()} == {1, 2}

@@ -19,6 +19,7 @@ from gpt_jax.launch import slurm
 from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.checks import check
 from gpt_jax.launch.job import Job
+from tests.tiny import smoke_overrides
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")
 SYSTEM = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -107,21 +108,13 @@ def cluster(tmp_path_factory):
         patch.undo()
 
 
-TINY = """
---data.tokenizer.kind bytes --model.vocab-size 257 --model.context-length 32 --model.embed-dim 16 --model.num-heads 2
---model.mlp-dim 32 --optim.warmup 1steps --train.batch-size 8 --train.duration 300steps --train.save-every 100steps
---train.eval-every 150steps --train.sample-tokens 0 --train.tensorboard False --data.processes 1 --data.validation-share 0.1
-"""
-
-
 class Run:
     """A submitted job of two nodes, and its folder."""
 
     def __init__(self, folder, name, capfd):
-        text = folder / "text.jsonl"
-        text.write_text("".join(json.dumps({"text": f"The {number}th text that nobody needs."}) + "\n" for number in range(200)))
         self.folder = folder / name
-        words = (*TINY.split(), "--data.source", str(text))
+        train = {"duration": "300 steps", "save_every": "100 steps", "eval_every": "150 steps"}
+        words = smoke_overrides(folder, data={"pipeline": "auto"}, train=train)
         cpu = parse_accelerator("cpu-1")
         job = Job("pretrain", "smoke", words, str(self.folder), name, cpu, slices=2, grace_seconds=20)
         check(job, slurm)

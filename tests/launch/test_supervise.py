@@ -1,4 +1,4 @@
-"""What follows each exit code, with stand-ins for the processes of a training."""
+"""The decision after each exit code, with stand-ins for the processes of a training."""
 
 import json
 import os

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -14,8 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -28,10 +25,8 @@ from gpt_jax.launch.supervise import Outcome
 from gpt_jax.launch.tpu_watch import ActionKind, Observation, Timing, TpuWatcher, combine_statuses, decide
 from gpt_jax.runtime import git_info
 from gpt_jax.runtime.git_info import Checkout
-
-fake_gcloud, tiny = (
-    SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name(name)))) for name in ("fake_gcloud.py", "tiny.py")
-)
+from tests.launch import fake_gcloud
+from tests.tiny import smoke_overrides, trajectory
 
 QUICK = Timing(poll=0.1, settle=0.1, patience=1.0, answer=20.0, install=20.0, change=20.0)
 QUOTA = (
@@ -898,7 +893,8 @@ def test_a_training_that_is_preempted_twice_equals_an_undisturbed_one(cloud, tmp
     }
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     cloud.install_from(repository_of(tmp_path / "empty"))  # so that the package of this environment runs
-    cloud.change(overrides=tiny.overrides(tmp_path, steps=60))
+    changes = {"data": {"store": str(tmp_path / "store")}, "train": {"duration": "60 steps"}}
+    cloud.change(overrides=smoke_overrides(tmp_path, **changes))
     real = {"hosts": 2, "flags": "", "environment": environment}
     patient = QUICK._replace(poll=0.2, answer=60.0, install=60.0)
     cloud.script({"preempt": 17, "at_once": True}, {"preempt": 37, "at_once": True}, {}, **real)
@@ -912,5 +908,5 @@ def test_a_training_that_is_preempted_twice_equals_an_undisturbed_one(cloud, tmp
     cloud.script(**real)
     assert cloud.submit(patient) == 0
     assert "resuming" not in cloud.shown
-    assert len(tiny.trajectory(whole)) == 60 + 12
-    assert tiny.trajectory(cloud.run) == tiny.trajectory(whole)
+    assert len(trajectory(whole)) == 60 + 12
+    assert trajectory(cloud.run) == trajectory(whole)

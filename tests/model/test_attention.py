@@ -29,7 +29,7 @@ def random(queries, keys, batch=2, heads=3, dim=4):
 
 
 def seen(queries, keys, batch=1, **options):
-    """Which keys each query sees: with equal scores and the identity for values, the output is the probabilities themselves."""
+    """Returns which keys each query sees. With equal scores and identity values, the output is the probabilities themselves."""
     zero = jnp.zeros((batch, max(queries, keys), 1, keys))
     value = jnp.broadcast_to(jnp.eye(keys)[None, :, None], (batch, keys, 1, keys))
     probabilities = np.asarray(run(zero[:, :queries], zero[:, :keys], value, **options))[:, :, 0]

@@ -38,7 +38,7 @@ def sigmoid(x):
 
 
 def kept(shape, rate, site):
-    """What dropout multiplies an array [2, time, channels] by, whose rows are number ROWS."""
+    """Returns the factors by which dropout multiplies an array [2, time, channels] whose rows have the numbers ROWS."""
     stream = np.asarray(masks.mask_stream(SEED, STEP, 0, site, ROWS, 0))
     return masks.keep(stream, np.arange(shape[1]), np.arange(shape[2]), rate) / (1 - round(rate * 65536) / 65536)
 

@@ -51,7 +51,7 @@ def softmax(x):
 
 @functools.cache
 def kept(shape, rate, layer, site):
-    """What dropout multiplies an array [batch, heads, queries, keys] or [batch, time, channels] by; its rows are number ROWS."""
+    """Returns dropout's factors for an array [batch, heads, queries, keys] or [batch, time, channels] with row numbers ROWS."""
     rows, heads = (ROWS[:, None], np.arange(shape[1])) if len(shape) == 4 else (ROWS, 0)
     stream = np.asarray(masks.mask_stream(SEED, STEP, layer, site, rows, heads))
     return masks.keep(stream, np.arange(shape[-2]), np.arange(shape[-1]), rate) / (1 - round(rate * 65536) / 65536)

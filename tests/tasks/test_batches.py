@@ -270,7 +270,7 @@ def test_the_greatest_length_fits_every_split():
 
 
 def test_padding_share_by_hand():
-    """Of two examples a batch, longest first, 5 and 4 tokens are padded to 5, and 3 tokens and an empty row to 4."""
+    """Batches of two, longest first: 5 and 4 tokens are padded to 5, and 3 tokens and an empty row to 4."""
     encoded = numbered([[5], [4], [3]])
     assert ScoringBatches(encoded, 2, [4, 5]).padding_share() == pytest.approx(6 / 18)
     assert TaskBatches(encoded, 3, 0, [6], False).padding_share() == pytest.approx(6 / 18)
