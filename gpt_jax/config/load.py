@@ -147,7 +147,7 @@ def load_config(name: str) -> Any:
     if path.suffix != ".py":
         path = config_folder() / f"{name}.py"
         if not path.is_file():
-            raise UserError(f"no config is named '{name}'; {nearest(name, config_names())} Or give the path of a .py file")
+            raise UserError(f"no config is named '{name}'; {nearest(name, config_names())} (or give the path of a .py file)")
     if not path.is_file():
         raise UserError(f"{path}: no such config file")
     try:
