@@ -1,4 +1,4 @@
-"""The errors that are shown to users, with their exit codes (README, "A run's folder")."""
+"""Exceptions that are reported to users, with their exit codes (README, "A run's folder")."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,33 +8,33 @@ from typing import Any
 class UserError(Exception):
     """A mistake in a config, a file, a data row, a checkpoint or the environment.
 
-    The message is one line that names the field or `file:line` and says what would be right. The command line prints the message
-    to standard error without a traceback and exits with 2.
+    The message is one line that names the field or `file:line` and states what is expected. The command line prints the message
+    to standard error without a traceback and exits with code 2.
     """
 
     exit_code = 2
 
 
 class TrainingError(Exception):
-    """Training itself failed, for example with a non-finite loss. The evidence is in the run's folder; exit code 1."""
+    """Training itself failed, for example with a non-finite loss. The details are in the run's folder. Exit code 1."""
 
     exit_code = 1
 
 
 class VerificationError(Exception):
-    """An exported model does not compute what its checkpoint computes, and was removed; exit code 1."""
+    """An exported model did not reproduce its checkpoint's outputs and was removed. Exit code 1."""
 
     exit_code = 1
 
 
 class Preempted(Exception):
-    """The process received SIGTERM and has saved its state; exit code 42, which launchers read as "restart me"."""
+    """The process received SIGTERM and has saved its state. Exit code 42, which tells launchers to restart it."""
 
     exit_code = 42
 
 
 def field_error(field: str, message: str) -> UserError:
-    """Returns an error that names a config field or another option as it is written on the command line."""
+    """Returns an error that names a config field or other option as it is written on the command line."""
     return UserError(f"--{field.replace('_', '-')}: {message}")
 
 

@@ -72,19 +72,19 @@ def mistake(capsys):
         ("pretrain nowhere.py --workdir RUN", "nowhere.py: no such config file"),
         ("prepare smoke", "--data.store: name the folder for the token store (or --workdir RUN, for RUN/store)"),
         ("pretrain smoke --workdir RUN --optim.peak-lrr 1", "--optim.peak-lrr: no such field; did you mean optim.peak-lr"),
-        ("pretrain smoke --workdir RUN --optim 1", "--optim: no such field; it is a section: give one of its fields"),
+        ("pretrain smoke --workdir RUN --optim 1", "--optim: no such field; it is a section; set one of its fields"),
         ("pretrain smoke --workdir RUN --train.batch-size many", "--train.batch-size: 'many' is not a whole number"),
         ("pretrain smoke --workdir RUN --train.seed 1.5", "--train.seed: '1.5' is not a whole number"),
         ("pretrain smoke --workdir RUN --optim.peak-lr fast", "--optim.peak-lr: 'fast' is not a number"),
         ("pretrain smoke --workdir RUN --optim.peak-lr", "--optim.peak-lr: needs a value"),
         ("pretrain smoke --workdir RUN --optim.kind sgd", "--optim.kind: 'sgd' is not one of adam_gpt1, adamw"),
-        ("pretrain smoke --workdir RUN --train.duration soon", "--train.duration: 'soon' is not a duration; write for example"),
+        ("pretrain smoke --workdir RUN --train.duration soon", "--train.duration: 'soon' is not a duration; use, for example,"),
         ("pretrain smoke --workdir RUN --model.num-heads 3", "--model.num-heads: 3 does not divide model.embed-dim 64"),
         (
             "pretrain smoke --workdir RUN --train.grad-accum-steps 3",
             "--train.grad-accum-steps: 3 does not divide train.batch-size 16",
         ),
-        ("pretrain smoke extra --workdir RUN", "'extra' stands before any --field"),
+        ("pretrain smoke extra --workdir RUN", "'extra' comes before any --field"),
         ("checkpoint list nowhere", "nowhere: no such folder; give a run's folder"),
         ("checkpoint list . --optim.peak-lr 1", "'--optim.peak-lr' is not an argument of gpt-jax checkpoint"),
         ("generate nowhere --prompt Hello", "nowhere: no such folder"),
@@ -148,7 +148,7 @@ def test_traceback_shows_where_an_error_arose(config_file):
     [
         ("def config(:\n", "SyntaxError: "),
         ("import no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("x = 1\n", "a config file defines config()"),
+        ("x = 1\n", "a config file must define config()"),
         ("def config():\n    return 3\n", "config() returned a int, not a PretrainConfig"),
         ("def config():\n    return PretrainConfig()\n", "NameError: name 'PretrainConfig' is not defined"),
         ("from gpt_jax.config import *\ndef config():\n    return PretrainConfig(modle=1)\n", "TypeError: "),
@@ -169,10 +169,10 @@ def test_a_mistaken_config_file_is_one_line(mistake, tmp_path, content, expected
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ("--mesh.data 3", "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and the run has 8 devices; set one"),
+        ("--mesh.data 3", "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 requires 3 devices, but the run has 8 devices; set one"),
         ("--mesh.fsdp 3", "--mesh: the other axes multiply to 3, which does not divide 8 devices"),
         ("--mesh.data -1 --mesh.fsdp -1", "--mesh: only one axis can be -1"),
-        ("--train.batch-size 12", "--train.batch-size: 12 does not divide over slice x data x fsdp = 8; 8 or 16 would"),
+        ("--train.batch-size 12", "--train.batch-size: 12 does not split evenly over slice x data x fsdp = 8; 8 or 16 would"),
         ("--mesh.tensor 8", "--mesh.tensor: 8 does not divide model.num-heads 4"),
         ("--mesh.tensor -1 --mesh.data 1", "--mesh.tensor: 8 does not divide model.num-heads 4; 1, 2, 4 would"),
         ("--mesh.data 2 --mesh.tensor 4 --model.mlp-dim 6", "--mesh.tensor: 4 does not divide model.mlp-dim 6; 1, 2, 3 would"),
@@ -260,7 +260,7 @@ def test_a_workdir_of_another_config_is_refused(mistake, finished):
     message = mistake("pretrain", config_file, "--workdir", run, "--optim.peak-lr", "1e-3", "--mesh.data", "8")
     assert message == (
         f"{run} contains a run with a different config; it differs in --optim.peak-lr 0.001 (was 0.01). "
-        "Name another --workdir, or add --allow-changes if this is intended"
+        "Use another --workdir, or add --allow-changes if this is intended"
     )
     assert contents(run) == before
 

@@ -1,4 +1,4 @@
-"""Configs as data: their fields, their digest and their JSON; reading them from files and overriding them on the command line."""
+"""Config loading, command-line overrides, and conversion to and from JSON, including digests and renamed fields."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ CONFIG_VERSION = 2
 
 
 class Renamed(NamedTuple):
-    """The present name of a field of an earlier version, and the present values of its old ones."""
+    """The current name of a renamed field, and a mapping from its old values to the current ones."""
 
     name: str
     values: Mapping[Any, Any] = {}
@@ -39,11 +39,11 @@ RENAMED_FIELDS: dict[str, Renamed] = {
     "task.lengths": Renamed("task.num-length-buckets"),
     "task.order": Renamed("task.bucket-by-length", {"grouped": True, "random": False}),
 }
-"""Fields of version 1 by their dotted names. Recorded configs are translated by this table wherever they are read."""
+"""Maps the dotted names of version 1 fields to their current names. Recorded configs are translated when they are read."""
 
 
 def upgrade_field(name: str, value: Any) -> tuple[str, Any]:
-    """Returns the current name and value of a field recorded under any version's dotted name."""
+    """Returns the current name and value of a field recorded under a dotted name of any version."""
     renamed = RENAMED_FIELDS.get(name, Renamed(name))
     return renamed.name, next((new for old, new in renamed.values.items() if old == value), value)
 
@@ -76,13 +76,13 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json") -> RunConfig:
-    """Rebuilds a run's config from `config_to_dict`'s JSON, which an earlier version may have written.
+    """Rebuilds a run's config from the JSON of `config_to_dict`, which may have been written by an earlier version.
 
-    Fields that did not exist when it was written take their defaults.
+    Fields that did not exist when it was written get their default values.
 
     Args:
       values: the nested dictionaries.
-      where: the file that they come from, for error messages.
+      where: the file that they were read from, for error messages.
 
     Raises:
       UserError: a field is unknown in every version, or its value is not allowed.
@@ -91,7 +91,7 @@ def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json
     known = flatten_config(default)
     fields = dict(upgrade_field(name, value) for name, value in _flatten_dict(values).items())
     for name in sorted(fields.keys() - known.keys()):
-        raise UserError(f"{where}: no field of a config is named '{name}'; {nearest(name, known)}")
+        raise UserError(f"{where}: no config field is named '{name}'; {nearest(name, known)}")
     try:
         return _replace_fields(default, fields)
     except UserError as error:
@@ -108,7 +108,7 @@ def _flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def _replace_fields(config: Any, values: Mapping[str, Any], prefix: str = "") -> Any:
-    """Returns a copy of a config in which the fields of these dotted names have these values."""
+    """Returns a copy of a config with new values for the fields with the given dotted names."""
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         name, value = prefix + _option_name(field.name), getattr(config, field.name)
@@ -141,7 +141,7 @@ def load_config(name: str) -> Any:
     """Loads a config by its path ("my/config.py") or its bare name under configs/ ("smoke", "finetune/cola").
 
     Raises:
-      UserError: no such config, or the file has no `config()` that returns a config.
+      UserError: the config does not exist, or its file does not define a `config()` that returns a config.
     """
     path = Path(name)
     if path.suffix != ".py":
@@ -155,17 +155,17 @@ def load_config(name: str) -> Any:
         value = function() if callable(function) else None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # Whatever a user's file does wrong becomes one line.
+    except Exception as error:  # Any error in a user's file is reported in one line.
         raise UserError(f"{path}: {type(error).__name__}: {error}{_renamed_argument(error)}") from error
     if not callable(function):
-        raise UserError(f"{path}: a config file defines config(), a function that returns a PretrainConfig or FinetuneConfig")
+        raise UserError(f"{path}: a config file must define config(), a function that returns a PretrainConfig or FinetuneConfig")
     if not isinstance(value, PretrainConfig | FinetuneConfig):
         raise UserError(f"{path}: config() returned a {type(value).__name__}, not a PretrainConfig or FinetuneConfig")
     return value
 
 
 def _renamed_argument(error: Exception) -> str:
-    """Names what an unknown argument of a config's dataclass is called now; empty for any other error."""
+    """Returns a hint with the current name of a renamed dataclass argument; empty for any other error."""
     match = re.search("unexpected keyword argument '(\\w+)'", str(error))
     old = next((old for old in RENAMED_FIELDS if match and old.split(".")[1] == _option_name(match[1])), None)
     return f"; it was renamed: use {str(RENAMED_FIELDS[old]).partition('.')[2].replace('-', '_')}" if old else ""
@@ -174,10 +174,10 @@ def _renamed_argument(error: Exception) -> str:
 def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
     """Applies command-line overrides such as `--optim.peak-lr 1e-4` to a config; `--help` prints every field.
 
-    All names are checked before any value, and the rules across fields are checked last.
+    All names are checked before any value. Rules that involve several fields are checked last.
 
     Raises:
-      UserError: a name that does not exist (the nearest are offered), a value of the wrong type, or a rule that is broken.
+      UserError: a name does not exist (the message suggests similar ones), a value has the wrong type, or a rule is violated.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
         tyro.cli(type(config), default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
@@ -192,18 +192,18 @@ def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
             if name not in known:
                 sections = sorted({key.split(".")[0] for key in known})
                 similar = [key for key in known if key.startswith(name.split(".")[0] + ".")] or [*known, *sections]
-                hint = nearest(name, similar) if name not in sections else "it is a section: give one of its fields"
+                hint = nearest(name, similar) if name not in sections else "it is a section; set one of its fields"
                 raise UserError(f"--{name}: no such field; {hint}")
             options.append((name, words))
         elif options:
             options[-1][1].append(argument)
         else:
-            raise UserError(f"'{argument}' stands before any --field; overrides are written --section.field value")
+            raise UserError(f"'{argument}' comes before any --field; write overrides as --section.field value")
     return _replace_fields(config, {name: _parse_value(config, name, words) for name, words in options})
 
 
 def _parse_value(config: Any, name: str, words: list[str]) -> Any:
-    """Converts the words after the option of a field to the type of the field, if they have its form."""
+    """Converts the words after a field's option to the field's type; words that do not parse remain strings."""
     kind: Any = type(config)
     for part in name.split("."):
         kind = {_option_name(field): hint for field, hint in typing.get_type_hints(kind).items()}[part]

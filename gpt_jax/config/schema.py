@@ -2,7 +2,7 @@
 
 Section numbers refer to "Improving Language Understanding by Generative Pre-Training" (2018). Each field declares what it
 affects: `result` (the numbers of the run), `speed` (how fast and where it runs, and how often it saves) or `display`. A run
-cannot be resumed if a `result` field differs. All rules that depend only on the config are checked on construction.
+cannot be resumed if a `result` field differs. All rules that depend only on the config are checked when it is constructed.
 """
 
 import dataclasses
@@ -30,23 +30,23 @@ POSITIVE = Range("be positive", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Range("be at least 0", lambda x: 0 <= x < math.inf)
 FRACTION = Range("be in [0, 1)", lambda x: 0 <= x < 1)
 SEED = Range("be in [0, 2^32)", lambda x: 0 <= x < 2**32)
-AXIS_SIZE = Range("be positive, or -1 for all that are left", lambda x: x == -1 or x > 0)
+AXIS_SIZE = Range("be positive, or -1 for all remaining devices", lambda x: x == -1 or x > 0)
 BLOCKS = Range("be -1 (all) or a number of blocks", lambda x: x >= -1)
 
 
 def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
-    """Returns a config field with its default value, its effect, and the range of its value or of the number in a duration."""
+    """Returns a config field with a default, an effect, and an allowed range for its value or for the number in its duration."""
     return dataclasses.field(default=default, metadata={"affects": affects, "within": within})
 
 
 def check_type(value: Any, kind: Any) -> tuple[bool, str]:
-    """Returns whether a value is of a field's type, and a phrase for that type."""
+    """Returns whether a value has a field's type, and a phrase for that type."""
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind), f"one of {', '.join(typing.get_args(kind))}"
     if typing.get_origin(kind) is tuple:
         return isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a tuple of strings"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-    # A whole number is also a float, but a bool is not a number.
+    # A float field accepts an int, but no numeric field accepts a bool.
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     return fits, words.get(kind, f"a {kind.__name__}")
 
@@ -57,7 +57,7 @@ class Section:
     """Base class of configs and of their sections. It turns each subclass into a frozen dataclass that checks its fields.
 
     Raises:
-      UserError: a value is of the wrong type or out of range; the message names the field as on the command line.
+      UserError: a value has the wrong type or is out of range; the message names the field as on the command line.
     """
 
     section: ClassVar[str] = ""
@@ -105,11 +105,11 @@ def duration_to_steps(
         return number * epoch / batch_size
     if unit == "tokens":
         if context_length is None:
-            raise field_error(field, "examples differ in their number of tokens; give steps or epochs")
+            raise field_error(field, "the number of tokens varies between examples; use steps or epochs")
         return number / (batch_size * context_length)
     if unit == "%":
         if total is None:
-            raise field_error(field, f"'{duration}' is a share of the run; give steps, tokens or epochs here")
+            raise field_error(field, f"'{duration}' is a percentage of the run; use steps, tokens or epochs here")
         return number * total / 100
     return number
 
@@ -118,12 +118,12 @@ def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "
     """Splits a duration into its number and its unit.
 
     Raises:
-      UserError: it is not a number followed by a known unit.
+      UserError: it is not a number, optionally followed by a known unit.
     """
     match = DURATION.fullmatch(duration)
     if match is None:
         example = "'2000 steps', '3 epochs', '6e6 tokens' or '0.2%'"
-        raise field_error(field, f"'{duration}' is not a duration; write for example {example}")
+        raise field_error(field, f"'{duration}' is not a duration; use, for example, {example}")
     unit: Any = {"s": "steps", "e": "epochs", "t": "tokens", "%": "%"}[(match[2] or "steps")[0].lower()]
     return float(match[1]), unit
 
@@ -154,7 +154,7 @@ class PipelineConfig(Section, section="data"):
     """Implementation of the input pipeline: `tf` (tf.data), `threads` (without tensorflow), or `auto`, which selects `tf` if
     tensorflow is installed. The batches are the same."""
     prefetch: int = field(4, affects="speed", within=POSITIVE)
-    """Number of batches that are kept ready ahead of the training step. > 0."""
+    """Number of batches that are prepared ahead of the training step. > 0."""
 
 
 class DataConfig(PipelineConfig):
@@ -167,10 +167,10 @@ class DataConfig(PipelineConfig):
     text_field: str = field("text", affects="result")
     """Field that contains the text in a .jsonl object or a tensorflow-datasets example."""
     max_bytes: int = field(0, affects="result", within=NOT_NEGATIVE)
-    """Maximum number of bytes of text to use. Documents are taken in the order of their hash, so they are an even sample. 0:
-    all."""
+    """Maximum number of bytes of text to use. Documents are taken in the order of their hashes, so the sample is uniform.
+    0: all."""
     validation_share: float = field(0.01, affects="result", within=FRACTION)
-    """Share of the documents that are held out for validation, chosen by the hash of their text. In [0, 1); 0: none."""
+    """Fraction of the documents held out for validation, chosen by the hash of their text. In [0, 1); 0: none."""
     store: str = field("", affects="speed")
     """Folder of the token store; empty: `store/` inside the run's folder. The folder can be moved, because a resumed run compares
     only the store's digest."""
@@ -272,10 +272,10 @@ class OptimConfig(Section, section="optim"):
     peak_lr: float = field(2.5e-4, affects="result", within=POSITIVE)
     """Maximum learning rate of the schedule (section 4.1: 2.5e-4)."""
     schedule: Literal["cosine", "linear"] = field("cosine", affects="result")
-    """Decay to 0 after the warm-up: `cosine`, a function of the complete run (section 4.1), or `linear` (section 4.1,
+    """Decay to 0 after the warm-up: `cosine`, over the complete run (section 4.1), or `linear` (section 4.1,
     fine-tuning)."""
     warmup: str = field("2000 steps", affects="result", within=NOT_NEGATIVE)
-    """Duration of the linear warm-up from 0 (section 4.1: 2,000 updates); "%" means a share of the run."""
+    """Duration of the linear warm-up from 0 (section 4.1: 2,000 updates); "%" means a percentage of the run."""
     b1: float = field(0.9, affects="result", within=FRACTION)
     """Decay rate of Adam's first moment, in [0, 1) (released code: 0.9)."""
     b2: float = field(0.999, affects="result", within=FRACTION)
@@ -308,7 +308,7 @@ class LoopConfig(Section, section="train"):
     keep_latest: int = field(3, affects="speed", within=POSITIVE)
     """Number of newest checkpoints to keep. > 0."""
     keep_best: int = field(1, affects="speed", within=NOT_NEGATIVE)
-    """Number of checkpoints with the best validation scores to keep in addition; 0: none."""
+    """Number of additional checkpoints to keep, those with the best validation scores; 0: none."""
     log_seconds: float = field(10.0, affects="display", within=POSITIVE)
     """Seconds between log lines if standard error is not a terminal."""
     tensorboard: bool = field(True, affects="display")
@@ -319,7 +319,7 @@ class LoopConfig(Section, section="train"):
         steps, size = self.grad_accum_steps, self.batch_size
         require(size % steps == 0, "train.grad_accum_steps", f"{steps} does not divide train.batch-size {size}")
         _, unit = parse_duration(self.duration, "train.duration")
-        require(unit != "%", "train.duration", "cannot be a share of itself; give steps, tokens or epochs")
+        require(unit != "%", "train.duration", "cannot be a percentage of itself; use steps, tokens or epochs")
 
 
 class TrainConfig(LoopConfig):
@@ -355,41 +355,41 @@ class FinetuneLoopConfig(LoopConfig):
 
 
 class MeshConfig(Section, section="mesh"):
-    """Number of devices along each mesh axis. At most one axis can be -1, which means all devices that are left."""
+    """Number of devices along each mesh axis. At most one axis can be -1, which means all remaining devices."""
 
     slice: int = field(1, affects="speed", within=AXIS_SIZE)
     """Number of TPU slices connected by the data-center network; each has a complete copy of the model."""
     data: int = field(-1, affects="speed", within=AXIS_SIZE)
     """Number of copies of the model within a slice; each processes its share of the batch."""
     fsdp: int = field(1, affects="speed", within=AXIS_SIZE)
-    """Number of devices that share the batch, and among which the parameters and the optimizer state are divided."""
+    """Number of devices among which the batch, the parameters and the optimizer state are divided."""
     tensor: int = field(1, affects="speed", within=AXIS_SIZE)
-    """Number of devices among which heads, feed-forward width and vocabulary are divided."""
+    """Number of devices among which attention heads, feed-forward width and vocabulary are divided."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         sizes = dataclasses.astuple(self)
-        require(sizes.count(-1) <= 1, "mesh", "only one axis can be -1 (all that are left)")
+        require(sizes.count(-1) <= 1, "mesh", "only one axis can be -1 (all remaining devices)")
 
 
 class DistributedConfig(Section, section="distributed"):
-    """Settings for runs with several processes. On TPU pods, SLURM and Kubernetes, they are detected."""
+    """Settings for runs with several processes. They are detected on TPU pods, SLURM and Kubernetes."""
 
     coordinator: str = field("", affects="speed")
-    """HOST:PORT of process 0; empty: detected, or there is only one process."""
+    """HOST:PORT of process 0; empty: detected automatically, or a single process."""
     num_processes: int = field(0, affects="speed", within=NOT_NEGATIVE)
     """Number of processes; required with `coordinator`."""
     process_id: int = field(-1, affects="speed")
-    """Number of this process, counted from 0; required with `coordinator`."""
+    """Index of this process, counted from 0; required with `coordinator`."""
     timeout_seconds: int = field(300, affects="speed", within=POSITIVE)
-    """Number of seconds to wait for the other processes at the start."""
+    """Number of seconds to wait for the other processes at startup."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.coordinator:
             count, number = self.num_processes, self.process_id
             require(":" in self.coordinator, "distributed.coordinator", f"'{self.coordinator}' is not HOST:PORT")
-            require(count > 0, "distributed.num_processes", "must be given with distributed.coordinator")
+            require(count > 0, "distributed.num_processes", "is required with distributed.coordinator")
             require(0 <= number < count, "distributed.process_id", f"must be in [0, {count}), not {number}")
 
 
@@ -411,7 +411,7 @@ class TransferConfig(InitConfig):
     """With `--init.from none`: the run or checkpoint whose architecture and tokenizer to use, or the name of a pre-training
     config whose architecture to use."""
     tokenizer: str = field("", affects="result")
-    """If `like` is the name of a config: the folder of a tokenizer of the kind that the config specifies."""
+    """Folder of a tokenizer of the kind that the config specifies. Used if `like` is the name of a config."""
     blocks: int = field(-1, affects="result", within=BLOCKS)
     """Number of pre-trained blocks to transfer, counted from the input, in addition to the embeddings; -1: all (section 5,
     "Impact of number of layers transferred"). The other blocks start with random parameters."""
@@ -427,7 +427,7 @@ class TaskConfig(Section, section="task"):
     """A labeled task, and the transformation of its examples into the model's input (section 3.3, Figure 1)."""
 
     name: str = field("", affects="result")
-    """Name of a task of the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a
+    """Name of a task from the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a
     task of your own, which the fields from `kind` to `labels` describe."""
     path: str = field("", affects="speed")
     """Folder with the files of the task `name` in their original layout; empty: read the task from tensorflow-datasets."""
@@ -436,29 +436,29 @@ class TaskConfig(Section, section="task"):
     train: str = field("", affects="speed")
     """Training rows of your own task: a .tsv, .csv or .jsonl file with named columns."""
     validation: str = field("", affects="speed")
-    """Validation rows of your own task, by which the best checkpoint is chosen."""
+    """Validation rows of your own task, used to select the best checkpoint."""
     test: str = field("", affects="speed")
     """Test rows of your own task. They are optional and may have no labels."""
     texts: tuple[str, ...] = field(("text",), affects="result")
     """Names of your own task's text columns in the order of the transformation: the text; premise, hypothesis; the two texts; the
     context and then each answer."""
     label: str = field("label", affects="result")
-    """Name of the column with the label. For multiple choice, a label is the answer's number, counted from 0, or a member of
+    """Name of the column with the label. For multiple choice, a label is the answer's index, counted from 0, or a member of
     `labels`."""
     labels: tuple[str, ...] = field((), affects="result")
     """The label set in the order of the classifier's outputs; empty: the labels of the training rows, sorted."""
     max_train: int = field(0, affects="result", within=NOT_NEGATIVE)
-    """Maximum number of training rows to use. They are sampled evenly, in the same way for every seed. 0: all of them."""
+    """Maximum number of training rows to use. They are sampled uniformly, identically for every seed. 0: all of them."""
     max_tokens: int = field(0, affects="result", within=NOT_NEGATIVE)
     """Maximum length of an input in tokens, including special tokens. Longer inputs are truncated and counted. 0: the model's
     context length."""
     truncation: Literal["longest", "released"] = field("longest", affects="result")
     """Method of truncation. `longest`: tokens are removed from the end of the longest segment until the input fits; `released`:
-    every segment is cut at `max_tokens` / 2 - 2 tokens, as in the released code."""
+    every segment is cut to `max_tokens` / 2 - 2 tokens, as in the released code."""
     bucket_by_length: bool = field(True, affects="result")
     """Whether to put examples of similar length into the same batch, which reduces padding; False: random batches."""
     num_length_buckets: int = field(8, affects="speed", within=POSITIVE)
-    """Maximum number of lengths that batches are padded to. Each is compiled once for training and once for scoring. > 0."""
+    """Maximum number of lengths that batches are padded to. Training and scoring are each compiled once per length. > 0."""
     lm_weight: float = field(0.5, affects="result", within=NOT_NEGATIVE)
     """Weight of the auxiliary language-model loss (section 4.1: lambda = 0.5); 0: off."""
     classifier_dropout: float = field(0.1, affects="result", within=FRACTION)
@@ -467,17 +467,17 @@ class TaskConfig(Section, section="task"):
     def __post_init__(self) -> None:
         super().__post_init__()
         own = bool(self.train or self.validation or self.test)
-        hint = "leave out either it or --task.train, --task.validation and --task.test"
-        require(not (self.name and own), "task.name", f"'{self.name}' is a task of the paper; {hint}")
+        hint = "omit it, or omit --task.train, --task.validation and --task.test"
+        require(not (self.name and own), "task.name", f"'{self.name}' is a task from the paper; {hint}")
         for name in ("kind", "texts", "label", "labels"):
             given = getattr(self, name) != type(self).__dataclass_fields__[name].default
-            require(not (self.name and given), f"task.{name}", f"is for your own tasks; leave it out for '{self.name}'")
-        require(not (own and self.path), "task.path", "is for the paper's tasks; for your own task, use --task.train and so on")
+            require(not (self.name and given), f"task.{name}", f"is only for your own tasks; omit it for '{self.name}'")
+        require(not (own and self.path), "task.path", "is only for the paper's tasks; for your own task, use --task.train etc.")
         given, wanted = len(self.texts), {"classification": 1, "entailment": 2, "similarity": 2}.get(self.kind)
         if own and wanted is not None:
             require(given == wanted, "task.texts", f"{self.kind} takes {wanted} text columns, not {given}")
         elif own:
-            require(given >= 3, "task.texts", "multiple_choice takes columns of the context and of at least two answers")
+            require(given >= 3, "task.texts", "multiple_choice takes a context column and at least two answer columns")
 
 
 class RunConfig(Section):
@@ -508,7 +508,7 @@ class PretrainConfig(RunConfig):
 class FinetuneConfig(RunConfig):
     """Fine-tuning on a labeled task (section 3.2). The defaults are the settings of section 4.1, "Fine-tuning details"."""
 
-    # The architecture is the checkpoint's.
+    # The architecture comes from the checkpoint.
     model: ModelOptions = ModelOptions()  # type: ignore[assignment]
     optim: OptimConfig = OptimConfig(peak_lr=6.25e-5, schedule="linear", warmup="0.2%", clip_norm=1.0)
     train: FinetuneLoopConfig = FinetuneLoopConfig()

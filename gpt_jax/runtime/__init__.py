@@ -1,1 +1,1 @@
-"""The environment of a run: devices and mesh, other processes, the run's folder, git, and the terminal."""
+"""The environment of a run: its device mesh, its processes, its folder, its git checkout, and the terminal."""

@@ -1,4 +1,4 @@
-"""Output for a person at the terminal: lines, a live progress line, and durations."""
+"""Terminal output: log lines, a live progress line, and formatted durations."""
 
 import sys
 import time
@@ -11,17 +11,17 @@ ERASE_LINE = "\r\x1b[K"
 
 
 def say(line: str) -> None:
-    """Prints a line to standard error; on a terminal it replaces a live progress line."""
-    # The line end is part of the text, so that the lines of several processes do not run into each other.
+    """Prints a line to standard error. On a terminal, it replaces the live progress line."""
+    # The newline is part of the text, so that lines from several processes do not run together.
     print((ERASE_LINE if sys.stderr.isatty() else "") + line + "\n", end="", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
-    """A line that is redrawn in place on a terminal; elsewhere, a new line every `seconds`.
+    """A progress line that is redrawn in place on a terminal. Elsewhere, a new line is logged every `seconds`.
 
     Args:
-      seconds: time between lines where standard error is not a terminal.
-      log: where those lines go.
+      seconds: time between lines if standard error is not a terminal.
+      log: receives those lines.
     """
 
     def __init__(self, seconds: float, log: Log = say):
@@ -31,7 +31,7 @@ class ProgressLine:
         self._shown = time.monotonic()
 
     def show(self, line: Callable[[], str], last: bool = False) -> None:
-        """Shows `line()` if the interval has passed, and in any case if it is the last one."""
+        """Shows `line()` if the interval has passed or if it is the last one."""
         now = time.monotonic()
         if not last and now - self._shown < self._interval:
             return
@@ -42,7 +42,7 @@ class ProgressLine:
             self._log(line())
 
     def clear(self) -> None:
-        """Removes the line from a terminal."""
+        """Erases the line on a terminal."""
         if self._live:
             print(ERASE_LINE, end="", file=sys.stderr, flush=True)
 

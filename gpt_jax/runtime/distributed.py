@@ -1,4 +1,4 @@
-"""Runs of several processes: joining, comparing what is run, waiting for each other, and stopping together."""
+"""Multi-process runs: startup, consistency checks, synchronization, and coordinated shutdown."""
 
 import contextlib
 import importlib.util
@@ -26,21 +26,21 @@ from gpt_jax.runtime.signals import StopSignals
 def start(config: DistributedConfig, log: Log) -> None:
     """Joins the other processes of this run, if there are any. Call it before anything else uses JAX's devices.
 
-    In order of precedence, the cluster is described by the config's coordinator; by JAX_COORDINATOR_ADDRESS with
+    The cluster is described, in order of precedence, by the config's coordinator; by JAX_COORDINATOR_ADDRESS with
     JAX_NUM_PROCESSES and JAX_PROCESS_ID (or the JOB_COMPLETION_INDEX of an indexed Kubernetes job); or by a SLURM step of several
-    tasks, an indexed Kubernetes job, or a TPU pod, all of which JAX detects. Otherwise this process is alone.
+    tasks, an indexed Kubernetes job, or a TPU pod, all of which JAX detects. Otherwise the run has a single process.
 
     Raises:
-      UserError: the environment's variables do not make sense.
+      UserError: the environment variables are invalid or incomplete.
       TrainingError: the other processes did not connect within `timeout_seconds`.
     """
     arguments = _cluster_arguments(config)
-    if arguments is None or jax.distributed.is_initialized():  # by an earlier run of this process
+    if arguments is None or jax.distributed.is_initialized():  # initialized by an earlier run in this process
         return
     who = f"process {arguments['process_id']} of {arguments['num_processes']}" if arguments else "this process"
-    where = arguments.get("coordinator_address", "the coordinator that the cluster names")
-    failure = f"{who} could not join the others at {where} in {config.timeout_seconds} s"
-    # At its own limit JAX aborts the process with a stack trace that cannot be caught, so the limit of this timer is shorter.
+    where = arguments.get("coordinator_address", "the coordinator that the cluster specifies")
+    failure = f"{who} could not join the others at {where} within {config.timeout_seconds} s"
+    # At its own timeout, JAX aborts the process with a stack trace that cannot be caught, so this timer's limit is shorter.
     timer = threading.Timer(config.timeout_seconds, _exit_now, (failure,))
     timer.daemon = True
     timer.start()
@@ -54,17 +54,17 @@ def start(config: DistributedConfig, log: Log) -> None:
 
 
 def _exit_now(reason: str) -> None:
-    """Prints the reason and ends this process at once, from any thread."""
+    """Prints the reason and exits the process immediately, from any thread."""
     print(f"gpt-jax: {reason}", file=sys.stderr, flush=True)
     os._exit(TrainingError.exit_code)
 
 
 @contextlib.contextmanager
 def exit_if_peer_lost() -> Iterator[None]:
-    """Ends this process with exit code 1 if a computation of the body fails because another process is gone.
+    """Exits with code 1 if a computation in the body fails because another process is gone.
 
-    In a run of several processes, any failed computation counts as such. The process ends at once, because a pending save and
-    JAX's shutdown would wait for the other process for a minute or more, until JAX aborts.
+    In a multi-process run, any failed computation is treated as a lost process. The exit is immediate, because a pending save and
+    JAX's shutdown would wait a minute or more for the other process, until JAX aborts.
     """
     try:
         yield
@@ -73,11 +73,11 @@ def exit_if_peer_lost() -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200]
         problem = f"process {jax.process_index()} of {jax.process_count()} lost another process ({reason})"
-        _exit_now(f"{problem}; start all of them again to continue from the newest checkpoint")
+        _exit_now(f"{problem}; restart all processes to continue from the newest checkpoint")
 
 
 def _cluster_arguments(config: DistributedConfig) -> dict[str, Any] | None:
-    """Returns the arguments of jax.distributed.initialize, {} where JAX detects them, or None for a single process."""
+    """Returns the arguments of jax.distributed.initialize, {} if JAX detects them, or None for a single process."""
     env = os.environ
     address, count, number = config.coordinator, config.num_processes, config.process_id
     if not address and "JAX_COORDINATOR_ADDRESS" in env:
@@ -104,7 +104,7 @@ def is_primary() -> bool:
 
 @contextlib.contextmanager
 def waiting(what: str, log: Log, every: float = 15.0) -> Iterator[None]:
-    """Logs what the body is waiting for, once every `every` seconds, because a silent hang is worse than an error."""
+    """Logs what the body is waiting for every `every` seconds, so that a hang is never silent."""
     done = threading.Event()
 
     def remind() -> None:
@@ -123,10 +123,10 @@ def waiting(what: str, log: Log, every: float = 15.0) -> Iterator[None]:
 
 @contextlib.contextmanager
 def primary_first(what: str, log: Log) -> Iterator[None]:
-    """Runs the body on process 0 and then on the other processes, which can use what process 0 has made (`what`, for messages).
+    """Runs the body on process 0 and then on the others, which can use its result (`what` describes the result in messages).
 
     Raises:
-      UserError: the body raised it on process 0; all processes raise it.
+      UserError: the body raised it on process 0; all processes then raise it.
     """
     if jax.process_count() == 1:
         yield
@@ -145,33 +145,33 @@ def primary_first(what: str, log: Log) -> Iterator[None]:
 
 
 def broadcast(value: int) -> int:
-    """Returns the value of process 0 on every process."""
+    """Returns process 0's value on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int64(value))) if jax.process_count() > 1 else value
 
 
 def require_agreement(facts: Mapping[str, str], log: Log) -> None:
-    """Checks that all processes have the same facts; all of them must call it.
+    """Checks that all processes have the same facts. Every process must call it.
 
     Args:
-      facts: values by name, such as "commit"; a few kilobytes. A missing or empty value counts as "none".
+      facts: values by name, such as "commit", a few kilobytes in total. A missing or empty value counts as "none".
 
     Raises:
-      UserError: some facts differ. The message is the same on all processes and names the processes that differ from most.
+      UserError: some facts differ. The message is the same on all processes and names the ones with less common values.
     """
     if jax.process_count() == 1:
         return
     own = json.dumps({"host": socket.gethostname(), **facts})
     everyone = [json.loads(text) for text in _exchange(own, f"all {jax.process_count()} processes to report their settings", log)]
-    names = dict.fromkeys(name for other in everyone for name in other if name != "host")  # A host may lack a name of another.
+    names = dict.fromkeys(name for other in everyone for name in other if name != "host")  # The names may differ, too.
     differences = [difference for name in names if (difference := _difference(name, everyone))]
     if differences:
-        raise UserError(f"the processes of this run do not agree: {'; '.join(differences)}; start the same command on all hosts")
+        raise UserError(f"the processes of this run do not agree: {'; '.join(differences)}; run the same command on all hosts")
 
 
 def _difference(name: str, everyone: list[dict[str, str]]) -> str:
     """Returns a phrase that names the processes whose fact differs from the most common value; empty if there are none."""
     values = [facts.get(name) or "none" for facts in everyone]
-    usual = Counter(values).most_common(1)[0][0]  # Of equally common values, the first.
+    usual = Counter(values).most_common(1)[0][0]  # Ties go to the first value.
     hosts = [f"process {number} ({facts['host']})" for number, facts in enumerate(everyone)]
     odd = [(host, value) for host, value in zip(hosts, values, strict=True) if value != usual]
     if not odd:
@@ -182,7 +182,7 @@ def _difference(name: str, everyone: list[dict[str, str]]) -> str:
 
 
 def _exchange(text: str, what: str, log: Log) -> list[str]:
-    """Returns the texts of all processes in order; all of them must call it. `what` describes the wait for messages."""
+    """Returns the texts of all processes in order. Every process must call it. `what` names the awaited event in messages."""
     data = np.frombuffer(text.encode(), np.uint8)
     with waiting(what, log):
         sizes = multihost_utils.process_allgather(np.int32(data.size))
@@ -191,9 +191,10 @@ def _exchange(text: str, what: str, log: Log) -> list[str]:
 
 
 class StopRequest(StopSignals):
-    """Records SIGTERM (a preemption) and the first Ctrl-C, so that the loop can save and leave between two updates.
+    """Records SIGTERM (a preemption) and the first Ctrl-C, so that the loop can save and exit between two updates.
 
-    With several processes the signal may reach only one; JAX's preemption service then makes all of them stop at one step.
+    In a multi-process run, the signal may reach only one process. JAX's preemption service then stops all of them at the same
+    step.
     """
 
     def __init__(self) -> None:
@@ -210,5 +211,5 @@ class StopRequest(StopSignals):
         self._updates += 1
         if jax.process_count() == 1:
             return self.count > 0
-        # The service stops all processes at the count after the largest that it has heard of, so every run counts from 1.
+        # The service stops all processes one count after the largest reported count, so every run counts from 1.
         return bool(multihost_utils.reached_preemption_sync_point(self._updates))

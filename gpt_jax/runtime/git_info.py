@@ -1,4 +1,4 @@
-"""The git checkout that this package runs from: its commit, and what differs from it."""
+"""The git checkout that this package runs from: its commit and its uncommitted changes."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ class Checkout(NamedTuple):
     commit: str
     """Full hash; empty: unknown."""
     diff: bytes
-    """Changes of tracked files since the commit, in the form that `git apply` takes."""
+    """Changes to tracked files since the commit, as a patch for `git apply`."""
     untracked: tuple[str, ...]
     """Files that git neither tracks nor ignores."""
 
@@ -28,8 +28,8 @@ class Checkout(NamedTuple):
 def find_checkout() -> Checkout:
     """Returns the checkout that this package runs from. Running git takes a few hundredths of a second.
 
-    Where the package is installed without its checkout, the environment variable GPT_JAX_COMMIT may name the commit that it was
-    made from, and GPT_JAX_DIFF a file with the changes.
+    If the package is installed without its checkout, the environment variable GPT_JAX_COMMIT can specify the commit that it was
+    built from, and GPT_JAX_DIFF can specify a file with the changes.
     """
     folder = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ def find_checkout() -> Checkout:
         diff = Path(os.environ.get("GPT_JAX_DIFF") or os.devnull).expanduser().read_bytes()
         return Checkout(folder, os.environ.get("GPT_JAX_COMMIT", ""), diff, ())
     commit = git("rev-parse", "HEAD").decode().strip()
-    # A user's settings for displaying differences must not make one that git cannot apply.
+    # These options override a user's diff settings, which could otherwise produce a patch that git cannot apply.
     diff = git("-c", "diff.noprefix=false", "diff", "--no-ext-diff", "--no-textconv", "--no-color", "--binary", "HEAD")
     untracked = git("ls-files", "--others", "--exclude-standard").decode(errors="replace").splitlines()
     return Checkout(folder, commit, diff, tuple(untracked))

@@ -1,7 +1,7 @@
-"""The shape of the device mesh and the table that maps logical axes to it. It needs no JAX, so that launchers can check a run.
+"""The shape of the device mesh and the mapping from logical axes to it. It does not depend on JAX, so launchers can use it.
 
-Model code names what an axis of an array means ("batch", "embed", "heads", ...); `RULES` alone says which mesh axes split it.
-The mesh always has the same four axes, of size 1 where unused, so that one program serves a laptop and a pod.
+Model code names what an axis of an array means ("batch", "embed", "heads", ...); only `RULES` specifies which mesh axes split it.
+The mesh always has the same four axes, and unused ones have size 1, so the same program runs on a laptop and on a pod.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ AXES = ("slice", "data", "fsdp", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("slice", "data", "fsdp"),  # examples
-    "embed": ("fsdp",),  # a parameter's residual-stream dimension: storage is shared, the value is gathered where it is used
+    "embed": ("fsdp",),  # a parameter's residual-stream dimension: stored in shards and gathered where it is used
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
@@ -23,12 +23,12 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def resolve_mesh(config: MeshConfig, num_devices: int, where: str = "") -> dict[str, int]:
-    """Returns the size of each mesh axis, with -1 replaced by the devices that are left.
+    """Returns the size of each mesh axis, with -1 replaced by the number of remaining devices.
 
     Args:
-      config: the sizes asked for.
-      num_devices: devices of the whole run.
-      where: the hardware that has them, for messages (" on 2 x v5e-16").
+      config: the requested sizes.
+      num_devices: number of devices in the whole run.
+      where: their hardware, for messages (" on 2 x v5e-16").
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -41,9 +41,9 @@ def resolve_mesh(config: MeshConfig, num_devices: int, where: str = "") -> dict[
             require(num_devices % fixed == 0, "mesh", f"the other axes multiply to {fixed}, which does not divide {devices}")
             sizes[axis] = num_devices // fixed
     shape = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
-    hint = "set one axis to -1 to take all that are left"
+    hint = "set one axis to -1 to use all remaining devices"
     require(
-        math.prod(sizes.values()) == num_devices, "mesh", f"{shape} asks for {fixed} devices, and the run has {devices}; {hint}"
+        math.prod(sizes.values()) == num_devices, "mesh", f"{shape} requires {fixed} devices, but the run has {devices}; {hint}"
     )
     return sizes
 
@@ -54,25 +54,25 @@ def num_shards(sizes: Mapping[str, int], axis: str) -> int:
 
 
 def check_batch(sizes: Mapping[str, int], batch_size: int, grad_accum_steps: int) -> None:
-    """Checks that a batch, cut into micro-batches, divides over the mesh.
+    """Checks that a batch and its micro-batches split evenly over the mesh.
 
     Raises:
-      UserError: it does not; the message names batch sizes that would.
+      UserError: the batch does not; the message suggests batch sizes that would.
     """
     shards = num_shards(sizes, "batch")
     unit = shards * grad_accum_steps
     lower, upper = batch_size // unit * unit, -(-batch_size // unit) * unit
     parts = f" in {grad_accum_steps} micro-batches" if grad_accum_steps > 1 else ""
     hint = f"{lower} or {upper} would" if lower else f"{upper} would"
-    problem = f"{batch_size} does not divide over slice x data x fsdp = {shards}{parts}"
+    problem = f"{batch_size} does not split evenly over slice x data x fsdp = {shards}{parts}"
     require(batch_size % unit == 0, "train.batch_size", f"{problem}; {hint}")
 
 
 def check_model(sizes: Mapping[str, int], model: ModelConfig) -> None:
-    """Checks that the model's dimensions divide over the mesh.
+    """Checks that the model's dimensions split evenly over the mesh.
 
     Raises:
-      UserError: one does not; the message names mesh sizes that would.
+      UserError: a dimension does not; the message suggests mesh sizes that would work.
     """
     axes = {"lstm_units": "mlp"} if model.kind == "lstm" else {"num_heads": "heads", "mlp_dim": "mlp"}
     for name, axis in {"embed_dim": "embed", "vocab_size": "vocab", **axes}.items():

@@ -1,12 +1,12 @@
-"""A run's folder: its config, its record, its result; and the one way files are written.
+"""A run's folder, with its config, record and result, and the function that writes files atomically.
 
     config.json        resolved config; commit, versions, flags, devices    metrics.jsonl    one JSON object on each line
-    checkpoints/STEP/  states that training can continue from               result.json      final scores
-    tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so that a run is complete
-    uncommitted.diff   the difference from the commit, if there is one
+    checkpoints/STEP/  states from which training can continue              result.json      final scores
+    tensorboard/       the same curves for TensorBoard                      tokenizer/       a copy, so the run is self-contained
+    uncommitted.diff   changes since the commit, if there are any
 
 Every record of metrics.jsonl has `step` (updates made), `time` (seconds since the epoch), `attempt` (1 for the first start) and
-`kind`: "train", "eval", "event" or "final". Floats are written so that equal text means equal bits.
+`kind`: "train", "eval", "event" or "final". Floats are written with full precision, so equal text means equal bits.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from gpt_jax.runtime.git_info import find_checkout
 
 PACKAGES = (
     *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece"),
-    # Compilers and runtimes of accelerators, which are packaged apart from jaxlib.
+    # Accelerator compilers and runtimes, which are packaged separately from jaxlib.
     *("libtpu", "jax-cuda12-plugin", "jax-cuda12-pjrt", "jax-cuda13-plugin", "jax-cuda13-pjrt"),
 )
-"""Packages that the numbers of a run may depend on."""
+"""Packages that can affect a run's numbers."""
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a whole file or nothing. The file is synced under a temporary name beside `path` and then renamed."""
+    """Writes a file atomically: syncs it under a temporary name in the same folder and then renames it."""
     temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -57,7 +57,7 @@ def explain_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{path}: no space left on the device; free some and run the same command again") from error
+        raise UserError(f"{path}: no space left on the device; free some space and run the same command again") from error
 
 
 def sha256(path: Path) -> str:
@@ -70,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object.
 
     Raises:
-      UserError: the file cannot be read, or is not a JSON object.
+      UserError: the file cannot be read or does not contain a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class RunDir:
-    """The folder of one run. Methods that write do nothing on processes other than the primary one."""
+    """The folder of one run. Only the primary process writes; on others, the writing methods do nothing."""
 
     def __init__(self, path: Path, primary: bool = True):
         self.path = path
@@ -99,7 +99,7 @@ class RunDir:
         self._metrics: Any = None
 
     def check_config(self, config: Any, allow_changes: bool = False) -> None:
-        """Checks that a run in this folder has the same config. A folder in which nothing was trained passes.
+        """Checks that any run in this folder has the same config. A folder without a training run passes.
 
         Raises:
           UserError: `result` fields differ and `allow_changes` is off (the fields are named), or there is no config.json.
@@ -107,7 +107,7 @@ class RunDir:
         if not self._trained():
             return
         if not self._config.exists():
-            raise UserError(f"{self.path} contains a run but no config.json; name another --workdir")
+            raise UserError(f"{self.path} contains a run but no config.json; use another --workdir")
         old = flatten_config(config_from_dict(read_json(self._config).get("config", {}), self._config))
         changed = [
             f"--{name} {value!r} (was {old[name][0]!r})"
@@ -115,7 +115,7 @@ class RunDir:
             if affects == "result" and name in old and value != old[name][0]
         ]
         if changed and not allow_changes:
-            hint = "Name another --workdir, or add --allow-changes if this is intended"
+            hint = "Use another --workdir, or add --allow-changes if this is intended"
             raise UserError(f"{self.path} contains a run with a different config; it differs in {', '.join(changed)}. {hint}")
 
     def require_not_imported(self) -> None:
@@ -125,22 +125,22 @@ class RunDir:
           UserError: it was imported.
         """
         if self._config.exists() and (source := read_json(self._config).get("imported_from")):
-            hint = f"name another --workdir and --init.from {self.path}"
+            hint = f"use another --workdir with --init.from {self.path}"
             raise UserError(f"{self.path} contains a model imported from {source}; {hint}")
 
     def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
-        """Checks that the run was trained on these data.
+        """Checks that the run was trained on the same data.
 
         Raises:
-          UserError: they differ and `allow_changes` is off.
+          UserError: the data differ and `allow_changes` is off.
         """
         stored = read_json(self._config).get("data_digest", "") if self._trained() else data_digest
         if stored != data_digest and not allow_changes:
-            problem = f"{self.path} was trained on other data (digest {stored[:12]}, these have {data_digest[:12]})"
-            raise UserError(f"{problem}; give it its own data, or name another --workdir")
+            problem = f"{self.path} was trained on different data (digest {stored[:12]}, now {data_digest[:12]})"
+            raise UserError(f"{problem}; use the original data or another --workdir")
 
     def open(self, config: Any, data_digest: str, **facts: Any) -> None:
-        """Starts an attempt: writes config.json, with `facts` beside the config, and uncommitted.diff."""
+        """Starts an attempt: writes config.json, which also contains `facts`, and uncommitted.diff."""
         if not self._primary:
             return
         self.path.mkdir(parents=True, exist_ok=True)
@@ -158,7 +158,7 @@ class RunDir:
         return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
 
     def supersede(self, step: int) -> None:
-        """Moves records after `step`, where training continues, and incomplete lines to metrics.superseded.jsonl."""
+        """Moves incomplete lines and records after `step`, where training continues, to metrics.superseded.jsonl."""
         if not self._primary:
             return
         kept: list[str] = []
@@ -171,7 +171,7 @@ class RunDir:
             superseded = self.path / "metrics.superseded.jsonl"
             earlier = superseded.read_text(encoding="utf-8") if superseded.exists() else ""
             write_atomic(superseded, earlier + "".join(moved))
-        if "".join(kept) != before:  # A missing line end is a difference, too.
+        if "".join(kept) != before:  # A missing final newline also counts as a difference.
             self.sync()
             write_atomic(self._record, "".join(kept))
 
@@ -185,13 +185,13 @@ class RunDir:
                 self._metrics.write(json.dumps(head | values) + "\n")
 
     def sync(self) -> None:
-        """Makes all records so far durable by closing their file. The next record opens it again.
+        """Makes all records so far durable by closing their file, which the next record reopens.
 
-        A file on a bucket that is mounted with Cloud Storage FUSE is uploaded when it is closed; until then its lines would be
-        lost with the machine.
+        On a bucket mounted with Cloud Storage FUSE, a file is uploaded only when it is closed. Until then, its lines are lost if
+        the machine fails.
 
         Raises:
-          UserError: no space left.
+          UserError: the disk is full.
         """
         if self._metrics is not None:
             metrics, self._metrics = self._metrics, None
@@ -214,14 +214,14 @@ class RunDir:
 
 
 def environment() -> dict[str, Any]:
-    """Returns the commit, the versions of installed packages, the compiler flags and the command that produce a run."""
+    """Returns the commit, the versions of installed packages, the compiler flags and the command of this run."""
     versions = {"python": platform.python_version(), **installed_versions(PACKAGES)}
     flags = {"xla_flags": os.environ.get("XLA_FLAGS", ""), "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", "")}
     return {"commit": find_checkout().version, "versions": versions, **flags, "command": sys.argv}
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those packages that are installed."""
+    """Returns the versions of the given packages, omitting any that are not installed."""
     versions = {}
     for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -230,7 +230,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError):  # A process that was killed while it wrote the line leaves a part of it.
+    with contextlib.suppress(ValueError):  # A process killed while writing leaves a partial line.
         record = json.loads(line)
         return record if isinstance(record, dict) and "step" in record else None
     return None

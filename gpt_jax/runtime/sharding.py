@@ -1,4 +1,4 @@
-"""The mesh of devices, shardings by logical axis names (`mesh.RULES`), and computations on the parts of arrays."""
+"""The device mesh, shardings by logical axis names (`mesh.RULES`), and per-shard computations."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,12 +29,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         grid = mesh_utils.create_device_mesh(shape, devices=devices)
     else:
         grid = np.asarray(devices).reshape(shape)
-    # With explicit axes, the default of jax.make_mesh, every gather and einsum of the model would have to name its sharding.
+    # With explicit axes, the default of jax.make_mesh, every gather and einsum in the model would have to specify its sharding.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(names: Sequence[str | None]) -> PartitionSpec:
-    """Returns the partition of an array whose axes have these logical names (None: not split)."""
+    """Returns the partition spec of an array whose axes have these logical names (None: not split)."""
     return PartitionSpec(*(RULES.get(name) if name else None for name in names))
 
 
@@ -51,10 +51,10 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def per_shard(function: Callable[..., Any], in_names: Sequence[Any], out_names: Any) -> Callable[..., Any]:
-    """Maps a function over the devices' parts of its arguments (shard_map); if no mesh is set, arrays have one part.
+    """Maps a function over the shards of its arguments (shard_map). If no mesh is set, each array is a single shard.
 
     Args:
-      function: takes the parts of one device and combines them over devices with `all_sum`, `all_max` and `shard_index`.
+      function: takes one device's shards and combines values across devices with `all_sum`, `all_max` and `shard_index`.
       in_names: logical axis names of each argument.
       out_names: logical axis names of the result, or a tuple of them for a tuple of results.
     """
@@ -62,7 +62,7 @@ def per_shard(function: Callable[..., Any], in_names: Sequence[Any], out_names: 
         return function
     is_names = lambda x: isinstance(x, tuple) and all(name is None or isinstance(name, str) for name in x)  # noqa: E731
     specs = jax.tree.map(spec, (tuple(in_names), out_names), is_leaf=is_names)
-    # Results are equal on all devices where `all_sum` makes them so, and no derivative is taken through this function.
+    # No check is needed: `all_sum` makes results equal on all devices where required, and this is never differentiated.
     return jax.shard_map(function, in_specs=specs[0], out_specs=specs[1], check_vma=False)
 
 
@@ -77,12 +77,12 @@ def all_max(x: jax.Array, axis: str) -> jax.Array:
 
 
 def shard_index(axis: str) -> jax.Array | int:
-    """Returns, inside `per_shard`, the number of the part of a logical axis that this device holds."""
+    """Returns, inside `per_shard`, the index of this device's shard of a logical axis."""
     return 0 if _unsplit(axis) else jax.lax.axis_index(RULES[axis])
 
 
 def _unsplit(axis: str) -> bool:
-    """Returns whether one device holds all of a logical axis. Not every compiler removes a collective over a single device."""
+    """Returns whether a logical axis is unsplit. Not every compiler removes a collective over a single device."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or num_shards(mesh.shape, axis) == 1
 
@@ -102,11 +102,11 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> di
 
     def place(local: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:
-            # The rows of a device are consecutive in the global batch, and so they are in `local`.
+            # A device's rows are consecutive in the global batch and therefore also in `local`.
             first, end = np.searchsorted(rows, index[0].indices(batch_size)[:2])
             return local[first:end]
 
-        # Unlike jax.make_array_from_process_local_data, this allows hosts whose rows overlap in part.
+        # Unlike jax.make_array_from_process_local_data, this allows hosts' rows to overlap partially.
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
     return {name: place(array) for name, array in batch.items()}

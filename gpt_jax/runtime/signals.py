@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop: SIGTERM from a scheduler, Ctrl-C from a person."""
+"""Handling of stop signals: SIGTERM from a scheduler, Ctrl-C from a user."""
 
 import signal
 import threading
@@ -7,12 +7,12 @@ from typing import Any, Self
 
 
 class StopSignals:
-    """Counts SIGTERM and SIGINT inside a `with` block, where they do not end the process.
+    """Counts SIGTERM and SIGINT inside a `with` block instead of letting them end the process.
 
-    Outside of the main thread, where Python allows no signal handlers, nothing is counted.
+    Nothing is counted outside the main thread, because Python does not allow signal handlers there.
 
     Args:
-      second_interrupt_kills: restore the usual effect of Ctrl-C after the first signal, so that a second one stops at once.
+      second_interrupt_kills: whether to restore Python's Ctrl-C handler after the first signal, so a second one stops at once.
     """
 
     def __init__(self, second_interrupt_kills: bool = False) -> None:

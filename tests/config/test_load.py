@@ -78,7 +78,7 @@ def test_a_rule_across_fields_is_checked_after_all_overrides():
         (["--data.source", "my", "text.txt"], "--data.source: 'my text.txt' is not one value (quote it)"),
         (["--model.remat", "some"], "--model.remat: 'some' is not one of off, dots, full"),
         (["--model.num-heads", "7"], "--model.num-heads: 7 does not divide model.embed-dim 768"),
-        (["5", "--train.seed", "1"], "'5' stands before any --field"),
+        (["5", "--train.seed", "1"], "'5' comes before any --field"),
     ],
 )
 def test_a_wrong_override_is_one_line_that_names_the_field(arguments, message):
@@ -182,14 +182,14 @@ def test_a_recorded_config_is_translated(section, old_name, old_value, name, val
 @pytest.mark.parametrize(
     ("section", "field", "message"),
     [
-        ("train", "bach_size", "RUN/config.json: no field of a config is named 'train.bach-size'; did you mean train.batch-size"),
-        ("train", "micro_batch", "RUN/config.json: no field of a config is named 'train.micro-batch'; "),
-        ("model", "order", "RUN/config.json: no field of a config is named 'model.order'; did you mean model.remat"),
+        ("train", "bach_size", "RUN/config.json: no config field is named 'train.bach-size'; did you mean train.batch-size"),
+        ("train", "micro_batch", "RUN/config.json: no config field is named 'train.micro-batch'; "),
+        ("model", "order", "RUN/config.json: no config field is named 'model.order'; did you mean model.remat"),
         ("train", "batch_size", "RUN/config.json: --train.batch-size: 'many' is not a whole number"),
         ("optim", "schedule", "RUN/config.json: --optim.schedule: 'many' is not one of cosine, linear"),
         ("train", "prompts", "RUN/config.json: --train.prompts: 'many' is not a tuple of strings"),
-        ("modle", {"kind": "lstm"}, "RUN/config.json: no field of a config is named 'modle.kind'; did you mean model.kind"),
-        ("model", 5, "RUN/config.json: no field of a config is named 'model'; did you mean model."),
+        ("modle", {"kind": "lstm"}, "RUN/config.json: no config field is named 'modle.kind'; did you mean model.kind"),
+        ("model", 5, "RUN/config.json: no config field is named 'model'; did you mean model."),
     ],
     ids=str,
 )
@@ -264,7 +264,7 @@ def test_the_nearest_config_is_offered_for_a_misspelled_one():
         ("def config(:", "SyntaxError"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("from gpt_jax.config import ModelConfig\nModelConfig(layers=2)", "layers"),
-        ("x = 1", "defines config()"),
+        ("x = 1", "must define config()"),
         ("def config():\n    return {}", "config() returned a dict, not a PretrainConfig"),
         ("from gpt_jax.config import ModelConfig\ndef config():\n    return ModelConfig(num_heads=7)", "--model.num-heads"),
         ("from gpt_jax.config import ModelConfig\ndef config():\n    return ModelConfig(layers=2)", "layers"),

@@ -66,7 +66,7 @@ def test_durations_become_updates(duration, steps):
 
 
 def test_tokens_are_not_a_duration_where_examples_differ():
-    with pytest.raises(UserError, match=r"--train\.duration: examples differ in their number of tokens"):
+    with pytest.raises(UserError, match=r"--train\.duration: the number of tokens varies between examples"):
         duration_to_steps("6e6 tokens", "train.duration", batch_size=64, context_length=None, epoch=1000)
 
 
@@ -77,7 +77,7 @@ def test_text_that_is_not_a_duration_is_refused(duration):
 
 
 def test_a_percentage_needs_the_length_of_the_run():
-    with pytest.raises(UserError, match=r"--train\.eval-every: '5%' is a share of the run"):
+    with pytest.raises(UserError, match=r"--train\.eval-every: '5%' is a percentage of the run"):
         duration_to_steps("5%", "train.eval_every", batch_size=1, context_length=1, epoch=1)
     assert "train.duration" in error_of(lambda: TrainConfig(duration="50%"))
 
@@ -151,7 +151,7 @@ REFUSED = {
     "be at least 0": (-1, -1e-9, NAN, INFINITY),
     "be in [0, 1)": (-1e-9, 1, 1.5, NAN, INFINITY),
     "be in [0, 2^32)": (-1, 2**32, NAN, INFINITY),
-    "be positive, or -1 for all that are left": (0, -2),
+    "be positive, or -1 for all remaining devices": (0, -2),
     "be -1 (all) or a number of blocks": (-2,),
 }
 """Values that a field of each range does not take."""
@@ -260,17 +260,17 @@ def test_the_ends_of_the_ranges(field, accepted, refused):
         (lambda: MeshConfig(tensor=0), "--mesh.tensor: must be positive, or -1"),
         (lambda: MeshConfig(slice=-2), "--mesh.slice: must be positive, or -1"),
         (lambda: DistributedConfig("host"), "--distributed.coordinator: 'host' is not HOST:PORT"),
-        (lambda: DistributedConfig("host:1"), "--distributed.num-processes: must be given with"),
+        (lambda: DistributedConfig("host:1"), "--distributed.num-processes: is required with"),
         (lambda: DistributedConfig("host:1", 2), "--distributed.process-id: must be in [0, 2), not -1"),
         (lambda: DistributedConfig("host:1", 2, 2), "--distributed.process-id: must be in [0, 2), not 2"),
         (lambda: PretrainConfig(model=ModelConfig(vocab_size=257)), "--model.vocab-size: the gpt1 tokenizer has 40478"),
-        (lambda: TaskConfig(name="cola", train="a.tsv"), "--task.name: 'cola' is a task of the paper"),
-        (lambda: TaskConfig(name="cola", labels=("a", "b")), "--task.labels: is for your own tasks; leave it out for"),
-        (lambda: TaskConfig(path="GLUE", train="a.tsv"), "--task.path: is for the paper's tasks"),
+        (lambda: TaskConfig(name="cola", train="a.tsv"), "--task.name: 'cola' is a task from the paper"),
+        (lambda: TaskConfig(name="cola", labels=("a", "b")), "--task.labels: is only for your own tasks; omit it for"),
+        (lambda: TaskConfig(path="GLUE", train="a.tsv"), "--task.path: is only for the paper's tasks"),
         (lambda: TaskConfig(kind="entailment", train="a.tsv"), "--task.texts: entailment takes 2 text columns, not 1"),
         (
             lambda: TaskConfig(kind="multiple_choice", train="a.tsv"),
-            "--task.texts: multiple_choice takes columns of the context and of at least two answers",
+            "--task.texts: multiple_choice takes a context column and at least two answer columns",
         ),
         (lambda: TransferConfig("RUN", like="gpt1"), "--init.like: requires --init.from none"),
         (lambda: TransferConfig("RUN", blocks=-2), "--init.blocks: must be -1 (all)"),

@@ -68,7 +68,7 @@ def test_checking_a_job_returns_its_config():
         ({"config": "gpt2"}, "no config is named 'gpt2'; did you mean gpt1"),
         ({"overrides": ("--mesh.fsdq", "2")}, "did you mean mesh.fsdp"),
         # The mesh and the devices.
-        ({"overrides": ("--mesh.data", "3")}, "asks for 3 devices, and the run has 16 devices on v5e-16"),
+        ({"overrides": ("--mesh.data", "3")}, "requires 3 devices, but the run has 16 devices on v5e-16"),
         ({"overrides": ("--mesh.fsdp", "3")}, "the other axes multiply to 3, which does not divide 16 devices on v5e-16"),
         ({"overrides": ("--mesh.fsdp", "3"), "slices": 2}, "which does not divide 32 devices on 2 x v5e-16"),
         ({"overrides": ("--mesh.tensor", "16")}, "16 does not divide model.num-heads 12"),
@@ -76,10 +76,10 @@ def test_checking_a_job_returns_its_config():
         ({"slices": 2, "accelerator": "h100-8"}, "there are 2 nodes, so set --mesh.slice 2"),
         (
             {"accelerator": "h100-2", "overrides": ("--mesh.data", "1", "--mesh.tensor", "4")},
-            "asks for 4 devices, and the run has 2",
+            "requires 4 devices, but the run has 2",
         ),
-        ({"accelerator": "v5e-256"}, "64 does not divide over slice x data x fsdp = 256; 256 would"),
-        (COLA | {"accelerator": "v5e-64", "overrides": ("--init.from", "gs://runs/a")}, "32 does not divide"),
+        ({"accelerator": "v5e-256"}, "64 does not split evenly over slice x data x fsdp = 256; 256 would"),
+        (COLA | {"accelerator": "v5e-64", "overrides": ("--init.from", "gs://runs/a")}, "32 does not split evenly"),
         (COLA, "--init.from: name the run or checkpoint to fine-tune"),
         ({"overrides": COORDINATOR}, "--distributed.coordinator: leave it out"),
     ],

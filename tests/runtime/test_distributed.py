@@ -82,7 +82,7 @@ def test_a_timeout_while_joining_is_one_line(monkeypatch):
     with pytest.raises(TrainingError) as caught:
         distributed.start(config, silent)
     assert str(caught.value) == (
-        "process 1 of 2 could not join the others at here:99 in 5 s: DEADLINE_EXCEEDED: barrier timed out"
+        "process 1 of 2 could not join the others at here:99 within 5 s: DEADLINE_EXCEEDED: barrier timed out"
     )
 
 
@@ -96,7 +96,7 @@ def test_a_failed_computation_ends_one_of_several_processes_at_once(monkeypatch,
         raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed:\nConnection reset by peer")
     assert capfd.readouterr().err == (
         "gpt-jax: process 0 of 4 lost another process (UNKNOWN: Gloo all-reduce failed: Connection reset by peer); "
-        "start all of them again to continue from the newest checkpoint\n"
+        "restart all processes to continue from the newest checkpoint\n"
     )
 
 
@@ -169,7 +169,7 @@ def disagreement(monkeypatch):
             except UserError as error:
                 messages.add(str(error).removeprefix("the processes of this run do not agree: "))
         (message,) = messages
-        return message.removesuffix("; start the same command on all hosts")
+        return message.removesuffix("; run the same command on all hosts")
 
     return compare
 

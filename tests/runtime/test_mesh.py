@@ -43,19 +43,19 @@ def test_sizes_of_one_device():
     assert resolve_mesh(MeshConfig(), 1) == dict.fromkeys(AXES, 1)
 
 
-HINT = "set one axis to -1 to take all that are left"
+HINT = "set one axis to -1 to use all remaining devices"
 
 
 @pytest.mark.parametrize(
     ("config", "num_devices", "message"),
     [
-        (MeshConfig(data=3), 8, f"slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and the run has 8 devices; {HINT}"),
+        (MeshConfig(data=3), 8, f"slice=1 x data=3 x fsdp=1 x tensor=1 requires 3 devices, but the run has 8 devices; {HINT}"),
         (
             MeshConfig(data=4, tensor=4),
             8,
-            f"slice=1 x data=4 x fsdp=1 x tensor=4 asks for 16 devices, and the run has 8 devices; {HINT}",
+            f"slice=1 x data=4 x fsdp=1 x tensor=4 requires 16 devices, but the run has 8 devices; {HINT}",
         ),
-        (MeshConfig(data=2), 1, f"slice=1 x data=2 x fsdp=1 x tensor=1 asks for 2 devices, and the run has 1 device; {HINT}"),
+        (MeshConfig(data=2), 1, f"slice=1 x data=2 x fsdp=1 x tensor=1 requires 2 devices, but the run has 1 device; {HINT}"),
         (MeshConfig(fsdp=3), 8, "the other axes multiply to 3, which does not divide 8 devices"),
         (MeshConfig(fsdp=3, tensor=2), 8, "the other axes multiply to 6, which does not divide 8 devices"),
         (MeshConfig(fsdp=2), 1, "the other axes multiply to 2, which does not divide 1 device"),
@@ -81,11 +81,11 @@ def test_the_number_of_shards_is_the_product_of_the_mesh_axes_of_a_logical_axis(
 @pytest.mark.parametrize(
     ("sizes", "batch_size", "grad_accum_steps", "message"),
     [
-        (DATA, 20, 1, "20 does not divide over slice x data x fsdp = 8; 16 or 24 would"),
-        (DATA, 5, 1, "5 does not divide over slice x data x fsdp = 8; 8 would"),
-        (MIXED, 10, 1, "10 does not divide over slice x data x fsdp = 4; 8 or 12 would"),
-        (MIXED | {"slice": 3}, 10, 1, "10 does not divide over slice x data x fsdp = 12; 12 would"),
-        (DATA, 24, 2, "24 does not divide over slice x data x fsdp = 8 in 2 micro-batches; 16 or 32 would"),
+        (DATA, 20, 1, "20 does not split evenly over slice x data x fsdp = 8; 16 or 24 would"),
+        (DATA, 5, 1, "5 does not split evenly over slice x data x fsdp = 8; 8 would"),
+        (MIXED, 10, 1, "10 does not split evenly over slice x data x fsdp = 4; 8 or 12 would"),
+        (MIXED | {"slice": 3}, 10, 1, "10 does not split evenly over slice x data x fsdp = 12; 12 would"),
+        (DATA, 24, 2, "24 does not split evenly over slice x data x fsdp = 8 in 2 micro-batches; 16 or 32 would"),
     ],
 )
 def test_a_batch_that_does_not_divide_is_refused(sizes, batch_size, grad_accum_steps, message):

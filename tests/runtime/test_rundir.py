@@ -136,7 +136,7 @@ def test_a_run_of_an_earlier_version_is_compared_under_the_present_names(tmp_pat
 def test_an_unknown_field_of_a_runs_config_is_named_with_its_file(tmp_path):
     attempt(tmp_path, steps=[1])
     rewrite_config(tmp_path, lambda config: config["train"].update(bach_size=64))
-    message = r"config.json: no field of a config is named 'train.bach-size'; did you mean train.batch-size"
+    message = r"config.json: no config field is named 'train.bach-size'; did you mean train.batch-size"
     with pytest.raises(UserError, match=message) as caught:
         attempt(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
@@ -146,22 +146,22 @@ def test_an_attempt_that_trained_nothing_ties_the_folder_to_nothing(tmp_path):
     """A first try with a wrong field must not make the corrected one an error."""
     attempt(tmp_path, dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1.0)), digest="e1" * 32)
     attempt(tmp_path, steps=[1])
-    with pytest.raises(UserError, match="another config"):
+    with pytest.raises(UserError, match="different config"):
         attempt(tmp_path, dataclasses.replace(CONFIG, optim=OptimConfig(peak_lr=1.0)))
 
 
 def test_another_token_store_is_refused(tmp_path):
     attempt(tmp_path, steps=[1])
-    with pytest.raises(UserError, match=r"trained on other data \(digest d0d0d0d0d0d0, these have e1e1e1e1e1e1\)"):
+    with pytest.raises(UserError, match=r"trained on different data \(digest d0d0d0d0d0d0, now e1e1e1e1e1e1\)"):
         attempt(tmp_path, digest="e1" * 32)
     assert attempt(tmp_path, digest="e1" * 32, allow_changes=True, from_step=1) == 2
-    with pytest.raises(UserError, match=r"digest e1e1e1e1e1e1, these have d0d0d0d0d0d0"):
+    with pytest.raises(UserError, match=r"digest e1e1e1e1e1e1, now d0d0d0d0d0d0"):
         attempt(tmp_path)
 
 
 def test_a_folder_with_checkpoints_but_no_config_is_refused(tmp_path):
     (tmp_path / "checkpoints" / "40").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no config.json; name another --workdir"):
+    with pytest.raises(UserError, match=r"no config.json; use another --workdir"):
         attempt(tmp_path)
 
 
@@ -175,7 +175,7 @@ def test_the_folder_of_an_imported_model_is_refused(tmp_path):
     with pytest.raises(UserError) as caught:
         run.require_not_imported()
     assert str(caught.value) == (
-        f"{tmp_path} contains a model imported from /models/openai-gpt; name another --workdir and --init.from {tmp_path}"
+        f"{tmp_path} contains a model imported from /models/openai-gpt; use another --workdir with --init.from {tmp_path}"
     )
 
 
@@ -313,7 +313,7 @@ def test_checksums_are_those_of_sha256(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / ".result.json.tmp").symlink_to("/dev/full")
-    with pytest.raises(UserError, match=r"result.json: no space left on the device; free some") as caught:
+    with pytest.raises(UserError, match=r"result.json: no space left on the device; free some space") as caught:
         write_atomic(tmp_path / "result.json", "{}")
     assert "\n" not in str(caught.value)
     run = RunDir(tmp_path)

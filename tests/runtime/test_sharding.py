@@ -44,9 +44,9 @@ def test_a_mesh_of_one_device():
 
 def test_sizes_that_do_not_multiply_to_the_number_of_devices_are_refused():
     message = (
-        "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 asks for 3 devices, and the run has 8 devices; set one axis to -1 to take"
+        "--mesh: slice=1 x data=3 x fsdp=1 x tensor=1 requires 3 devices, but the run has 8 devices; set one axis to -1 to use"
     )
-    with pytest.raises(UserError, match=f"^{message} all that are left$"):
+    with pytest.raises(UserError, match=f"^{message} all remaining devices$"):
         make_mesh(MeshConfig(data=3))
 
 

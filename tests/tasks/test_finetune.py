@@ -355,7 +355,7 @@ def test_other_data_are_refused(finished, config, own_task, tmp_path):
     rows = tmp_path / "train.tsv"
     rows.write_text(Path(own_task["train"]).read_text() + "aaaa\tyes\n")
     before = (run / "config.json").read_bytes()
-    assert "was trained on other data" in error_of(finetune, replace_fields(config, task={"train": str(rows)}), run)
+    assert "was trained on different data" in error_of(finetune, replace_fields(config, task={"train": str(rows)}), run)
     assert (run / "config.json").read_bytes() == before
 
 

@@ -118,7 +118,7 @@ def test_a_run_never_continues_on_other_tokens(finished, tiny, tmp_path):
     content = text.read_text()
     text.write_text("".join(content.splitlines(keepends=True)[1:]))
     try:
-        with pytest.raises(UserError, match=r"was trained on other data \(digest"):
+        with pytest.raises(UserError, match=r"was trained on different data \(digest"):
             pretrain(tiny(data={"store": str(tmp_path / "store")}), run)
     finally:
         text.write_text(content)
@@ -223,7 +223,7 @@ def test_a_custom_dataset_that_changes_results_is_part_of_the_data(finished, tin
         assert shifted["loss"] != original["loss"]
     assert data_digest(tmp_path) != data_digest(finished[0])
     for version in ("", "shifted by 2"):
-        with pytest.raises(UserError, match=r"was trained on other data \(digest [^\n]*$"):
+        with pytest.raises(UserError, match=r"was trained on different data \(digest [^\n]*$"):
             pretrain(config, tmp_path, dataset_fn=shift_tokens, dataset_version=version)
     assert pretrain(config, tmp_path, dataset_fn=shift_tokens, dataset_version="shifted by 1") == result  # It is finished.
 
