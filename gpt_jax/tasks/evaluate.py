@@ -127,7 +127,7 @@ def best_checkpoint(path: Path) -> Path:
         return path
     best = path / "checkpoints" / str(result["best_step"])
     if not best.is_dir():
-        raise UserError(f"{best}: the best checkpoint no longer exists; name another one of {best.parent}")
+        raise UserError(f"{best}: the best checkpoint no longer exists; use another one in {best.parent}")
     return best
 
 

@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
       TrainingError, Preempted: as `loop.run_training`.
     """
     with start_run(config, workdir) as ctx:
-        require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} contains runs of several seeds; name another folder")
+        require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} contains runs of several seeds; use another folder")
         task = task_from_config(config.task)  # A misspelled task is reported before the checkpoint is read.
         source = find_init(config.init, ctx.log)
         resolved = resolve_config(config, task, source)
@@ -150,7 +150,7 @@ def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_chan
       UserError, TrainingError, Preempted: as `finetune`.
     """
     require(seeds > 0, "seeds", f"must be positive, not {seeds}")
-    require(not (workdir / "checkpoints").exists(), "workdir", f"{workdir} contains a run of one seed; name another folder")
+    require(not (workdir / "checkpoints").exists(), "workdir", f"{workdir} contains a run of one seed; use another folder")
     numbers = [config.train.seed + k for k in range(seeds)]
     results = []
     for seed in numbers:
@@ -221,7 +221,7 @@ def _read_checkpoint(path: Path, log: Log) -> InitSource:
     if model.vocab_size - tokenizer.vocab_size not in (0, len(SpecialTokens._fields)):  # The latter was fine-tuned before.
         raise UserError(
             f"{info.path}: its model has {model.vocab_size:,} entries and its tokenizer {tokenizer.vocab_size:,}; they do not "
-            "fit together, so name another checkpoint"
+            "fit together, so use another checkpoint"
         )
     return InitSource(model, tokenizer, info)
 
