@@ -128,7 +128,7 @@ def test_a_folder_that_is_not_a_store_is_refused(copy, tmp_path):
     index = json.loads((copy / "index.json").read_text())
     for content, message in (
         ("{", "index.json: not valid JSON"),
-        ("[]", "index.json: not valid JSON"),
+        ("[]", "index.json: not a JSON object"),
         ("{}", "index.json: cannot read format 'None'"),
         (
             json.dumps({**index, "version": 2}),

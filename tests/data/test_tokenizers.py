@@ -323,7 +323,7 @@ def test_a_changed_file_changes_the_fingerprint(tmp_path):
     [
         (None, r"tokenizer\.json is missing"),
         ("{", r"tokenizer\.json: not valid JSON"),
-        ("[]", r"tokenizer\.json: not valid JSON"),
+        ("[]", r"tokenizer\.json: not a JSON object"),
         ("{}", r"tokenizer\.json: there is no tokenizer kind 'None'; known: bytes, gpt1, sentencepiece"),
         ('{"kind": "byte", "fingerprint": ""}', r"there is no tokenizer kind 'byte'; did you mean bytes\?"),
         ('{"kind": "bytes"}', r"tokenizer\.json differs from what was saved"),
