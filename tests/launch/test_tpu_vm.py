@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from types import SimpleNamespace
 import time
+from types import SimpleNamespace
 
 import pytest
 
