@@ -32,19 +32,40 @@ LAYERS = (
     {"data"},
     {"runtime"},
     {"config"},
+    {"inputs"},
     {"errors"},
     {"__init__"},
 )
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax"}
 WITHOUT_JAX = (
-    *("launch/", "gpt_jax/__init__.py", "gpt_jax/__main__.py", "gpt_jax/cli.py", "gpt_jax/config/", "gpt_jax/data/"),
+    *(
+        "launch/",
+        "gpt_jax/__init__.py",
+        "gpt_jax/__main__.py",
+        "gpt_jax/cli.py",
+        "gpt_jax/config/",
+        "gpt_jax/data/",
+        "gpt_jax/inputs/",
+    ),
     *("gpt_jax/errors.py", "gpt_jax/runtime/console.py", "gpt_jax/runtime/git_info.py", "gpt_jax/runtime/mesh.py"),
     *("gpt_jax/runtime/rundir.py", "gpt_jax/runtime/signals.py"),
 )
 """Folders and modules that import none of the libraries in `ACCELERATED`, not even inside a function."""
 
 HEAVY = {
-    *("ftfy", "matplotlib", "onnx", "onnxruntime", "safetensors", "scipy", "sentencepiece", "sklearn", "spacy", "tensorboardX"),
+    *(
+        "ftfy",
+        "matplotlib",
+        "onnx",
+        "onnxruntime",
+        "pyarrow",
+        "safetensors",
+        "scipy",
+        "sentencepiece",
+        "sklearn",
+        "spacy",
+        "tensorboardX",
+    ),
     *("tensorflow", "tensorflow_datasets", "tokenizers", "torch", "transformers"),
 }
 """Libraries whose import takes long, or that a machine which only trains may lack."""
@@ -351,7 +372,7 @@ def test_the_environment_of_the_exports_agrees_with_the_main_one(version: str) -
         dict(line.split("==") for line in (ROOT / "constraints" / f"{prefix}py{version}.txt").read_text().splitlines())
         for prefix in ("", "interop-")
     )
-    assert {"torch", "transformers", "onnx", "onnxruntime", "safetensors", "tokenizers"} <= interop.keys()
+    assert {"torch", "transformers", "onnx", "onnxruntime", "pyarrow", "safetensors", "tokenizers"} <= interop.keys()
     assert {name: interop[name] for name in main.keys() & interop.keys()} == {
         name: main[name] for name in main.keys() & interop.keys()
     }

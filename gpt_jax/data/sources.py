@@ -9,7 +9,6 @@ import glob
 import gzip
 import hashlib
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 from gpt_jax.config import DataConfig
 from gpt_jax.data.installed_docs import InstalledDocs
 from gpt_jax.errors import UserError, described, nearest
+from gpt_jax.inputs.json_values import parse_json_object
 from gpt_jax.runtime.rundir import sha256
 
 MAX_DOCUMENT_BYTES = 32 * 1024
@@ -173,12 +173,7 @@ def json_documents(file: BinaryFile, path: Path, text_field: str) -> Iterator[st
     for line, data in enumerate(file, start=1):
         if data.isspace():
             continue
-        try:
-            row = json.loads(_decode(data, path, line).removeprefix("\ufeff"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{line}: not a JSON object on one line: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: {described(row)}, not a JSON object with the field '{text_field}'")
+        row = parse_json_object(_decode(data, path, line).removeprefix("\ufeff"), path, line)
         if text_field not in row:
             raise UserError(f"{path}:{line}: no field '{text_field}' (--data.text-field); {nearest(text_field, row)}")
         if not isinstance(row[text_field], str):

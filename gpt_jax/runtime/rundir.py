@@ -24,6 +24,7 @@ from typing import Any
 
 from gpt_jax.config.load import CONFIG_VERSION, config_digest, config_from_dict, config_to_dict, flatten_config
 from gpt_jax.errors import UserError
+from gpt_jax.inputs.json_values import parse_json_object
 from gpt_jax.runtime.git_info import find_checkout
 
 PACKAGES = (
@@ -73,14 +74,12 @@ def read_json(path: Path) -> dict[str, Any]:
       UserError: the file cannot be read or does not contain a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not JSON: byte {error.start} is not UTF-8") from None
+    return parse_json_object(text, path)
 
 
 class RunDir:

@@ -1,12 +1,12 @@
 """Files of labeled rows: tab-separated, comma-separated, JSON lines, and single JSON objects."""
 
 import csv
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gpt_jax.errors import UserError, described, nearest
+from gpt_jax.errors import UserError, nearest
+from gpt_jax.inputs.json_values import parse_json_object
 
 TableFormat = Literal["tsv", "csv", "jsonl", "json"]
 """`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `jsonl` has
@@ -61,7 +61,7 @@ def read_table(path: Path, file_format: TableFormat, required: Mapping[str, str]
     if file_format in ("jsonl", "json"):
         objects = _filled_lines(path) if file_format == "jsonl" else [(1, "".join(text for _, text in _lines(path)))]
         for line, text in objects:
-            fields = _parse_object(path, line, text)
+            fields = parse_json_object(text, path, line)
             _require_columns(required, fields, f"{path}:{line}: no field")
             yield Record(f"{path}:{line}", fields)
         return
@@ -116,14 +116,3 @@ def _parse_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
     except csv.Error as error:
         where = f"{path}:{consumed[0]}"
         raise UserError(f"{where}: {error}; quote cells that contain commas or quotes, and double those quotes") from error
-
-
-def _parse_object(path: Path, line: int, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        where = f"{path}:{line + error.lineno - 1}"
-        raise UserError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}:{line}: {described(value)}, not a JSON object with named fields")
-    return value

@@ -117,8 +117,8 @@ BAD_FILES = {
     "program": (b"\x7fELF\0\0\0", "program: a binary file"),
     "latin.txt": (b"fine\nfine\ncaf\xe9\n", "latin.txt:3: byte 0xe9 is not UTF-8"),
     "late.txt": (b"fine line\n" * 200_000 + b"\xff", "late.txt:200001: byte 0xff is not UTF-8"),
-    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "bad.jsonl:2: not a JSON object on one line"),
-    "list.jsonl": (b'["text"]\n', "list.jsonl:1: a list, not a JSON object with the field 'text'"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "bad.jsonl:2: not valid JSON"),
+    "list.jsonl": (b'["text"]\n', "list.jsonl:1: a list, not a JSON object with named fields"),
     "field.jsonl": (
         b'{"text": "a"}\n\n{"txt": "b"}\n',
         r"field.jsonl:3: no field 'text' \(--data.text-field\); did you mean txt\?",

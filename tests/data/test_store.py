@@ -127,8 +127,8 @@ def test_a_folder_that_is_not_a_store_is_refused(copy, tmp_path):
         Store.open(tmp_path / "begun")
     index = json.loads((copy / "index.json").read_text())
     for content, message in (
-        ("{", "index.json: not valid JSON"),
-        ("[]", "index.json: not a JSON object"),
+        ("{", "index.json:1: not valid JSON"),
+        ("[]", "index.json:1: a list, not a JSON object"),
         ("{}", "index.json: cannot read format 'None'"),
         (
             json.dumps({**index, "version": 2}),

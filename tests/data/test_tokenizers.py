@@ -322,8 +322,8 @@ def test_a_changed_file_changes_the_fingerprint(tmp_path):
     ("manifest", "message"),
     [
         (None, r"tokenizer\.json is missing"),
-        ("{", r"tokenizer\.json: not valid JSON"),
-        ("[]", r"tokenizer\.json: not a JSON object"),
+        ("{", r"tokenizer\.json:1: not valid JSON"),
+        ("[]", r"tokenizer\.json:1: a list, not a JSON object"),
         ("{}", r"tokenizer\.json: there is no tokenizer kind 'None'; known: bytes, gpt1, sentencepiece"),
         ('{"kind": "byte", "fingerprint": ""}', r"there is no tokenizer kind 'byte'; did you mean bytes\?"),
         ('{"kind": "bytes"}', r"tokenizer\.json differs from what was saved"),

@@ -225,7 +225,7 @@ def test_another_architecture_and_other_shapes_are_listed(exported, tmp_path, ca
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "not a JSON object"),
+        ("[]", "a list, not a JSON object"),
         ("{", "not valid JSON"),
         ({"n_head": "2"}, "n_head must be a whole number, not '2'"),
         ({"n_layer": 1.0}, "n_layer must be a whole number, not 1.0"),

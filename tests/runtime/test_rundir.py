@@ -182,7 +182,7 @@ def test_the_folder_of_an_imported_model_is_refused(tmp_path):
 def test_a_config_json_that_is_not_json_is_named(tmp_path):
     attempt(tmp_path, steps=[1])
     (tmp_path / "config.json").write_text('{"config": {')
-    with pytest.raises(UserError, match=r"config.json: not valid JSON: "):
+    with pytest.raises(UserError, match=r"config.json:1: not valid JSON: "):
         attempt(tmp_path)
 
 
@@ -293,7 +293,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "problem"),
-    [(None, "No such file or directory"), ("{", "not valid JSON: Expecting property name"), ("[1]", "not a JSON object")],
+    [(None, ": No such file or directory"), ("{", ":1: not valid JSON: Expecting"), ("[1]", ":1: a list, not a JSON object")],
 )
 def test_a_file_that_is_not_a_json_object_is_named(tmp_path, content, problem):
     path = tmp_path / "config.json"
@@ -301,7 +301,7 @@ def test_a_file_that_is_not_a_json_object_is_named(tmp_path, content, problem):
         path.write_text(content)
     with pytest.raises(UserError) as caught:
         read_json(path)
-    assert str(caught.value).startswith(f"{path}: {problem}")
+    assert str(caught.value).startswith(f"{path}{problem}")
     assert "\n" not in str(caught.value)
 
 

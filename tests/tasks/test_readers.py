@@ -273,7 +273,7 @@ def test_malformed_articles_are_refused(tmp_path, changes, message):
 def test_articles_that_are_not_json_are_refused(tmp_path):
     passage(tmp_path / "train" / "high", 1)
     write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x",', "broken")
-    assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:2: not a JSON object: ")
+    assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:2: not valid JSON: ")
     write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x"}')
     assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:1: no field 'questions'; ")
 
@@ -312,7 +312,7 @@ def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
 def test_malformed_json_lines_are_refused(tmp_path):
     path = tmp_path / "snli_1.0_train.jsonl"
     for line, message in [
-        ('{"sentence1": "A"', ":2: not a JSON object: Expecting ',' delimiter at column 18"),
+        ('{"sentence1": "A"', ":2: not valid JSON: Expecting ',' delimiter at column 18"),
         ("[1]", ":2: a list, not a JSON object with named fields"),
         ("null", ":2: null, not a JSON object with named fields"),
         ('{"sentence1": "A", "sentence2": "B"}', ":2: no field 'gold_label'; known: sentence1, sentence2"),
