@@ -9,10 +9,14 @@ class UserError(Exception):
     """A mistake in a config, a file, a data row, a checkpoint or the environment.
 
     The message is one line that names the field or `file:line` and states what is expected. The command line prints the message
-    to standard error without a traceback and exits with code 2.
+    to standard error without a traceback and exits with code 2. Characters that would break the line or cannot be printed (in
+    names of files or columns, for example) are escaped.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
 
 
 class TrainingError(Exception):

@@ -9,6 +9,10 @@ def test_exit_codes():
     assert [error.exit_code for error in (UserError, TrainingError, VerificationError, Preempted)] == [2, 1, 1, 42]
 
 
+def test_a_message_is_one_line_that_can_be_printed():
+    assert str(UserError("a\nb\x1b[31m \ud800: naïve")) == "a\\nb\\x1b[31m \\ud800: naïve"
+
+
 def test_nearest_offers_close_names_or_all():
     assert nearest("smok", ["smoke", "gpt1"]) == "did you mean smoke?"
     assert nearest("xyz", ["smoke", "gpt1"]) == "known: smoke, gpt1"

@@ -322,6 +322,7 @@ ACROSS_MODULES = {
     "interop/test_graphs": "ONNX and StableHLO",
     "launch/test_container": "launch/Dockerfile",
     "test_fixture": "the runs of earlier versions in fixtures/",
+    "test_fuzz": "the readers of files from outside the project",
     "test_packaging": "all of the project",
     "train/test_processes": "several processes of a pre-training",
     "train/test_resume": "pre-trainings that were killed",
