@@ -49,10 +49,33 @@ def require(condition: bool, field: str, message: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a phrase with the known names that are closest to a misspelled `name`, or with all of them if none is close."""
+    """Returns a phrase with the known names that are closest to a misspelled `name`, or with the first of all if none is close.
+
+    Names that differ only in case or in blanks at their ends are close.
+    """
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    folded = [shortened(other.strip().casefold()) for other in known]
+    close = difflib.get_close_matches(shortened(name.strip().casefold()), folded, n=3, cutoff=0.5)
+    likely = [other for match in dict.fromkeys(close) for other, same in zip(known, folded, strict=True) if same == match]
+    if likely:
+        return f"did you mean {' or '.join(map(shortened, likely[:3]))}?"
+    return f"known: {listed(known)}" if known else "there are none"
+
+
+LISTED = 12
+"""Number of names that a message lists at most."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Returns the names, separated by commas. Long names are shortened, and of many names only the first ones are listed."""
+    names = list(names)
+    more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
+    return ", ".join(map(shortened, names[:LISTED])) + more
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Returns the text, or its beginning if it has more than `length` characters."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def described(value: Any) -> str:
