@@ -343,7 +343,10 @@ class FinetuneLoopConfig(LoopConfig):
     """Length of the run (section 4.1: 3 epochs), in steps or epochs; the last partial batch of an epoch is dropped."""
     eval_every: str = field("1 epochs", affects="result", within=POSITIVE)
     """Interval at which the validation split is scored and a checkpoint is written; both also happen at the end. The best of
-    these checkpoints is selected."""
+    these checkpoints is selected; of equal ones, the first."""
+    eval_in_first_epoch: bool = field(False, affects="result")
+    """Whether to score and save also after updates 1,000, 2,000, 4,000, 8,000, 16,000 and 32,000 of the first epoch, as the
+    released code does."""
     save_every: str = field("1 epochs", affects="speed", within=POSITIVE)
     """Interval between additional checkpoints, so that less work is lost if the run is killed."""
     keep_latest: int = field(1, affects="speed", within=POSITIVE)
