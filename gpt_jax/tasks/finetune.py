@@ -47,6 +47,9 @@ from gpt_jax.train.checkpoint import (
 from gpt_jax.train.loop import Scores, resolve_schedule, run_training, start_run
 from gpt_jax.train.step import State, abstract_state, init_state, jit_evaluation, state_shardings
 
+RELEASED_EVALS = (1000, 2000, 4000, 8000, 16_000, 32_000)
+"""Updates of the first epoch after which the released code scores the validation split, in addition to the end of each epoch."""
+
 
 def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False) -> dict[str, Any]:
     """Fine-tunes in `workdir`, from its newest sound checkpoint if there is one; returns the contents of result.json.
@@ -85,6 +88,9 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         head = make_head(dataset.task, resolved)
         scorer = TaskScorer(resolved, mesh, head, dataset)
         examples = dataset.splits["train"].examples
+        schedule = resolve_schedule(resolved, None, batches.steps_per_epoch * batch_size)
+        if train.eval_in_first_epoch:
+            schedule = schedule._replace(extra_evals=frozenset(s for s in RELEASED_EVALS if s <= batches.steps_per_epoch))
 
         def evaluate(step: int, params: Params) -> Scores:
             metrics = scorer.scores(scorer.log_probabilities(params, "validation"), "validation")
@@ -112,7 +118,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
             mesh,
             head.trainable_model(),
             batches,
-            resolve_schedule(resolved, None, batches.steps_per_epoch * batch_size),
+            schedule,
             tokenizer=source.tokenizer,
             data_digest=dataset.digest,
             title=f"{dataset.task.title}: {len(examples):,} examples",

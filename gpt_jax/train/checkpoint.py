@@ -231,8 +231,8 @@ def prune(folder: Path, keep_latest: int, keep_best: int) -> list[CheckpointInfo
 
 
 def best_checkpoints(infos: Sequence[CheckpointInfo], count: int) -> list[CheckpointInfo]:
-    """Returns the `count` sound checkpoints with the lowest selection metric, best first; ties go to the newer one."""
-    ranked = [(info.selection_metric, -info.step, info) for info in infos if info.selection_metric is not None]
+    """Returns the `count` sound checkpoints with the lowest selection metric, best first; of equal ones, the older first."""
+    ranked = [(info.selection_metric, info.step, info) for info in infos if info.selection_metric is not None]
     return [info for _, _, info in sorted(ranked, key=lambda item: item[:2])][:count]
 
 

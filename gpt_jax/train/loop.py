@@ -43,6 +43,8 @@ class Schedule(NamedTuple):
     """May be fractional if the config gives it as a share of the run."""
     eval_every: int
     save_every: int
+    extra_evals: frozenset[int] = frozenset()
+    """Steps of additional evaluations."""
 
 
 class Scores(NamedTuple):
@@ -257,7 +259,7 @@ def train_loop(
         step += 1
         pending = (step, metrics)
         stopping = ctx.stop.after_update()
-        evaluating = step % schedule.eval_every == 0 or step == total
+        evaluating = step % schedule.eval_every == 0 or step in schedule.extra_evals or step == total
         saving = step % schedule.save_every == 0 or step == total or stopping or (evaluating and save_evaluated)
         if evaluating or saving:
             log_metrics(*pending)

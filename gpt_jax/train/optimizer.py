@@ -1,5 +1,6 @@
 """The paper's Adam and learning rate schedules (section 4.1), and Optax's AdamW. The state of both is Adam's two moments."""
 
+import math
 from typing import Any
 
 import jax
@@ -18,21 +19,23 @@ def learning_rate(config: OptimConfig, total_steps: int, warmup_steps: float, st
 
     With the warm-up fraction w = warmup_steps / total_steps, the schedules are those of the paper's released code:
 
-        cosine    peak x/w up to w, then peak 0.5 (1 + cos(pi x)), which is not restarted after the warm-up
+        cosine    peak x/w up to and including w, then peak 0.5 (1 + cos(pi x)), which is not restarted after the warm-up
         linear    peak min(x/w, 1) (1 - x)
 
-    With a warm-up, the first update has learning rate 0.
+    With a warm-up, the first update has learning rate 0. Without one, it has the peak.
 
     Args:
       total_steps: number of updates in the whole run.
       warmup_steps: number of warm-up updates; may be fractional.
     """
+    # Whole updates are compared. The small term is for warm-ups such as 0.57 % of 10,000 updates, in floats 56.99999999999999.
+    in_warmup = jnp.asarray(step) <= math.floor(warmup_steps + 1e-6)
     step = jnp.asarray(step, jnp.float32)
     x = step / total_steps
     warming = jnp.minimum(step / warmup_steps, 1.0) if warmup_steps else jnp.ones(())
     if config.schedule == "linear":
         return config.peak_lr * warming * (1 - x)
-    return config.peak_lr * jnp.where(warming < 1, warming, 0.5 * (1 + jnp.cos(jnp.pi * x)))
+    return config.peak_lr * jnp.where(in_warmup, warming, 0.5 * (1 + jnp.cos(jnp.pi * x)))
 
 
 def init_moments(params: Any) -> Moments:

@@ -114,7 +114,7 @@ def test_a_finished_folder_has_scores_predictions_and_the_best_checkpoint(finish
     assert (stored["platform"], stored["devices"]) == ("cpu", "8 x cpu")
     scores = {record["step"]: record for record in read_lines(run / "metrics.jsonl") if record["kind"] == "eval"}
     assert set(scores) == {10, 20}
-    best = max(scores.values(), key=lambda record: (record["accuracy"], record["step"]))
+    best = max(scores.values(), key=lambda record: (record["accuracy"], -record["step"]))
     assert result["best_step"] == best["step"]
     assert result["validation"]["accuracy"] == best["accuracy"]
     assert (run / "checkpoints" / str(best["step"])).is_dir()
@@ -154,6 +154,22 @@ def test_the_best_checkpoint_is_scored_although_training_went_on(config, own_tas
         }
         assert result[split] == pytest.approx(scores[best], abs=1e-6)
         assert scores[best]["loss"] < scores[result["step"]]["loss"] - 0.05
+
+
+def test_evaluations_in_the_first_epoch_and_the_first_of_equal_checkpoints(config, tmp_path, monkeypatch):
+    """The epoch has five updates. The rate is so small that all evaluations are equal."""
+    assert finetuning.RELEASED_EVALS == (1000, 2000, 4000, 8000, 16_000, 32_000)
+    assert not FinetuneConfig().train.eval_in_first_epoch
+    monkeypatch.setattr(finetuning, "RELEASED_EVALS", (1, 2, 4, 8))
+    train = {"duration": "2 epochs", "eval_in_first_epoch": True, "save_every": "10 steps", "keep_latest": 1}
+    result = finetune(replace_fields(config, **PLAIN | {"train": train}, optim={"peak_lr": 1e-12}), tmp_path)
+    evaluations = {
+        record["step"]: record["accuracy"] for record in read_lines(tmp_path / "metrics.jsonl") if record["kind"] == "eval"
+    }
+    assert list(evaluations) == [1, 2, 4, 10]
+    assert len(set(evaluations.values())) == 1
+    assert result["best_step"] == 1
+    assert [info.step for info in list_checkpoints(tmp_path)] == [1, 10]
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(finished, config, tmp_path):

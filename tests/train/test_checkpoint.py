@@ -208,9 +208,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         20: ["10", "20"],
         30: ["20", "30"],  # These are the two newest, and 20 is also the best.
         40: ["20", "30", "40"],  # 40 was not scored: it is never the best.
-        50: ["40", "50"],  # 50 is as good as 20, and newer.
-        60: ["50", "60"],  # 60 has no finite score: it is never the best.
-        70: ["50", "60", "70"],
+        50: ["20", "40", "50"],  # 50 is as good as 20, but 20 was first.
+        60: ["20", "50", "60"],  # 60 has no finite score: it is never the best.
+        70: ["20", "60", "70"],
     }
     with open_writer(tmp_path, keep_latest=2, keep_best=1) as writer:
         for step, metric in selection_metrics.items():
@@ -218,8 +218,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             writer.wait()
             assert step_names(tmp_path) == kept_after[step]
     infos = checkpoint.list_checkpoints(tmp_path)
-    assert [(info.step, info.selection_metric) for info in infos] == [(50, 1.0), (60, None), (70, 6.0)]
-    assert [info.step for info in checkpoint.best_checkpoints(infos, 3)] == [50, 70]
+    assert [(info.step, info.selection_metric) for info in infos] == [(20, 1.0), (60, None), (70, 6.0)]
+    assert [info.step for info in checkpoint.best_checkpoints(infos, 3)] == [20, 70]
 
 
 def test_metrics_that_are_not_finite_are_left_out(tmp_path):
@@ -230,17 +230,17 @@ def test_metrics_that_are_not_finite_are_left_out(tmp_path):
 
 
 def test_best_checkpoints_are_ordered_by_the_selection_metric(tmp_path):
-    """The loss takes no part, a checkpoint that was not scored is never chosen, and the newer of two equals comes first."""
+    """The loss takes no part, a checkpoint that was not scored is never chosen, and the first of two equals comes first."""
     saves = [(10, 0.1, -0.5), (20, 0.2, None), (30, 0.3, -0.9), (40, 0.4, 0.0), (50, 0.5, -0.9)]
     with open_writer(tmp_path, keep_latest=9) as writer:
         for step, loss, metric in saves:
             writer.save(step, state(step), {"loss": loss}, metric)
     infos = checkpoint.list_checkpoints(tmp_path)
     assert [(info.step, info.metrics["loss"], info.selection_metric) for info in infos] == saves
-    for count, best in ((0, []), (1, [50]), (3, [50, 30, 10]), (9, [50, 30, 10, 40])):
+    for count, best in ((0, []), (1, [30]), (3, [30, 50, 10]), (9, [30, 50, 10, 40])):
         assert [info.step for info in checkpoint.best_checkpoints(infos, count)] == best
-    flip(tmp_path / "checkpoints" / "50" / "config.json")
-    assert [info.step for info in checkpoint.best_checkpoints(checkpoint.list_checkpoints(tmp_path), 2)] == [30, 10]
+    flip(tmp_path / "checkpoints" / "30" / "config.json")
+    assert [info.step for info in checkpoint.best_checkpoints(checkpoint.list_checkpoints(tmp_path), 2)] == [50, 10]
 
 
 def test_a_sound_checkpoint_stays_until_the_next_one_is_sealed(tmp_path, monkeypatch):

@@ -1,15 +1,17 @@
-"""The optimizers against NumPy transcriptions of their definitions, the schedules against numbers worked out by hand."""
+"""The optimizers and the schedules against transcriptions of their definitions and numbers worked out by hand."""
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import ModelConfig, OptimConfig
+from gpt_jax.config import LoopConfig, ModelConfig, OptimConfig, RunConfig
 from gpt_jax.model import transformer
+from gpt_jax.train.loop import resolve_schedule
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
 TOTAL, WARMUP = 100, 10.0
@@ -33,9 +35,20 @@ def as_float32(tree):
     return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), tree)
 
 
+def released_rate(schedule, total, warmup, step):
+    """Transcribes the released schedules, with peak 1; `warmup` is exact. Without a warm-up, they would divide by zero."""
+    x, w = step / total, warmup / total
+    decay = {"cosine": 0.5 * (1 + math.cos(math.pi * x)), "linear": 1 - x}[schedule]
+    if not warmup:
+        return decay
+    rising = step <= warmup
+    if schedule == "linear":
+        return (x / w if rising else 1.0) * decay
+    return x / w if rising else decay
+
+
 def cosine(step):
-    x, warm = step / TOTAL, WARMUP / TOTAL
-    return x / warm if x < warm else 0.5 * (1 + math.cos(math.pi * x))
+    return released_rate("cosine", TOTAL, WARMUP, step)
 
 
 def adam_gpt1(w, m, v, g, t, config, decays):
@@ -123,8 +136,9 @@ def test_only_matrices_and_embeddings_decay(kind):
 @pytest.mark.parametrize(
     ("schedule", "warmup", "points"),
     [
-        # x/w up to w = 0.1, then 0.5 (1 + cos(pi x)) with x counted from the start of the run: 0.9755 and not 1 at step 10.
-        ("cosine", 10, {0: 0, 1: 0.1, 9: 0.9, 10: 0.97552826, 25: 0.85355339, 50: 0.5, 75: 0.14644661, 100: 0}),
+        # x/w up to and including w = 0.1, then 0.5 (1 + cos(pi x)) with x counted from the start of the run.
+        ("cosine", 10, {0: 0, 1: 0.1, 9: 0.9, 10: 1, 11: 0.97044038, 25: 0.85355339, 50: 0.5, 75: 0.14644661, 100: 0}),
+        ("cosine", 9.5, {0: 0, 9: 0.94736842, 10: 0.97552826}),
         ("cosine", 0, {0: 1, 50: 0.5, 100: 0}),
         ("linear", 10, {0: 0, 1: 0.099, 5: 0.475, 10: 0.9, 50: 0.5, 99: 0.01, 100: 0}),
         ("linear", 0, {0: 1, 1: 0.99, 100: 0}),
@@ -134,6 +148,36 @@ def test_schedules_at_points_worked_out_by_hand(schedule, warmup, points):
     config = OptimConfig(schedule=schedule, peak_lr=2.5e-4)
     for step, share in points.items():
         np.testing.assert_allclose(learning_rate(config, 100, float(warmup), step), 2.5e-4 * share, rtol=2e-6, atol=2e-11)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize(
+    ("duration", "warmup", "exact"),
+    [
+        ("100 steps", "0 steps", 0),
+        ("100 steps", "10 steps", 10),
+        ("4321 steps", "2000 steps", 2000),
+        ("231 steps", "0.2%", Fraction(231, 500)),  # RTE: no whole update is within the warm-up.
+        ("1750 steps", "0.2%", Fraction(7, 2)),
+        ("10000 steps", "0.57%", 57),  # As floats, 0.57 * 10000 / 100 is 56.99999999999999,
+        ("10000 steps", "0.07%", 7),  # and 0.07 * 10000 / 100 is 7.000000000000001.
+        ("3 epochs", "0.29 epochs", 290),
+        ("3 epochs", "5e5 tokens", Fraction(500_000, 64 * 512)),
+        ("3 epochs", "65536 tokens", 2),
+        ("100 steps", "99.9 steps", Fraction(999, 10)),
+    ],
+)
+def test_every_rate_of_a_run_is_the_released_one(schedule, duration, warmup, exact):
+    config = RunConfig(
+        optim=OptimConfig(schedule=schedule, peak_lr=1.0, warmup=warmup), train=LoopConfig(batch_size=64, duration=duration)
+    )
+    total, warmup_steps, *_ = resolve_schedule(config, 512, 64_000)
+    rates = jax.jit(jax.vmap(lambda step: learning_rate(config.optim, total, warmup_steps, step)))(jnp.arange(total))
+    expected = np.array([released_rate(schedule, total, exact, step) for step in range(total)], np.float64)
+    np.testing.assert_allclose(rates, expected, rtol=0, atol=1e-6)
+    assert rates[0] == (0 if exact else 1)
+    if schedule == "cosine" and exact == int(exact):
+        assert rates[int(exact)] == 1
 
 
 @pytest.mark.parametrize(("clip_norm", "expected"), [(1.0, (0.6, 0.8)), (10.0, (3.0, 4.0)), (0.0, (3.0, 4.0))])
