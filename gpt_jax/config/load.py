@@ -208,10 +208,14 @@ def _parse_value(config: Any, name: str, words: list[str]) -> Any:
     for part in name.split("."):
         kind = {_option_name(field): hint for field, hint in typing.get_type_hints(kind).items()}[part]
     if typing.get_origin(kind) is tuple:
-        return tuple(words)
+        return tuple(_parse_word(word, typing.get_args(kind)[0]) for word in words)
     if len(words) != 1:
         raise UserError(f"--{name}: '{' '.join(words)}' is not one value (quote it)" if words else f"--{name}: needs a value")
+    return _parse_word(words[0], kind)
+
+
+def _parse_word(word: str, kind: Any) -> Any:
     if kind in (int, float):
         with contextlib.suppress(ValueError):
-            return kind(words[0])
-    return {"True": True, "False": False}.get(words[0], words[0]) if kind is bool else words[0]
+            return kind(word)
+    return {"True": True, "False": False}.get(word, word) if kind is bool else word

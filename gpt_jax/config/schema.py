@@ -44,7 +44,9 @@ def check_type(value: Any, kind: Any) -> tuple[bool, str]:
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind), f"one of {', '.join(typing.get_args(kind))}"
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a tuple of strings"
+        part = typing.get_args(kind)[0]
+        parts = {str: "strings", int: "whole numbers"}[part]
+        return isinstance(value, tuple) and all(check_type(item, part)[0] for item in value), f"a tuple of {parts}"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
     # A float field accepts an int, but no numeric field accepts a bool.
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
@@ -437,19 +439,26 @@ class TaskConfig(Section, section="task"):
     kind: Literal["classification", "entailment", "similarity", "multiple_choice"] = field("classification", affects="result")
     """Input transformation of your own task: one text; premise, hypothesis; two texts in both orders; a context and answers."""
     train: str = field("", affects="speed")
-    """Training rows of your own task: a .tsv, .csv or .jsonl file with named columns."""
+    """Training rows of your own task: a table with named columns (.tsv, .csv, .txt, .json, .jsonl, .ndjson or .parquet; all but the
+    last also compressed, as .gz or .zst)."""
     validation: str = field("", affects="speed")
     """Validation rows of your own task, used to select the best checkpoint."""
     test: str = field("", affects="speed")
     """Test rows of your own task. They are optional and may have no labels."""
     texts: tuple[str, ...] = field(("text",), affects="result")
     """Names of your own task's text columns in the order of the transformation: the text; premise, hypothesis; the two texts; the
-    context and then each answer."""
+    context and then each answer. `title+body` joins columns with a space into one text."""
     label: str = field("label", affects="result")
     """Name of the column with the label. For multiple choice, a label is the answer's index, counted from 0, or a member of
     `labels`."""
     labels: tuple[str, ...] = field((), affects="result")
     """The label set in the order of the classifier's outputs; empty: the labels of the training rows, sorted."""
+    score_range: tuple[int, ...] = field((), affects="result")
+    """The lowest and the highest score, for example `0 5`, if your own task is a regression; empty: labels are classes. Each whole
+    number in the range is an output, a score between two of them is a mixture of both, and the prediction is the expectation."""
+    metrics: tuple[str, ...] = field((), affects="result")
+    """Metrics of your own task: `accuracy`, `f1` (of the second of two labels) or `matthews` of classes, `pearson` or `spearman` of
+    scores. The first determines the best checkpoint. Empty: accuracy, or pearson and spearman."""
     max_train: int = field(0, affects="result", within=NOT_NEGATIVE)
     """Maximum number of training rows to use. They are sampled uniformly, identically for every seed. 0: all of them."""
     max_tokens: int = field(0, affects="result", within=NOT_NEGATIVE)
@@ -472,7 +481,7 @@ class TaskConfig(Section, section="task"):
         own = bool(self.train or self.validation or self.test)
         hint = "omit it, or omit --task.train, --task.validation and --task.test"
         require(not (self.name and own), "task.name", f"'{self.name}' is a task from the paper; {hint}")
-        for name in ("kind", "texts", "label", "labels"):
+        for name in ("kind", "texts", "label", "labels", "score_range", "metrics"):
             given = getattr(self, name) != type(self).__dataclass_fields__[name].default
             require(not (self.name and given), f"task.{name}", f"is only for your own tasks; omit it for '{self.name}'")
         require(not (own and self.path), "task.path", "is only for the paper's tasks; for your own task, use --task.train etc.")
