@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 # Top to bottom; a module imports from its own line and from lower ones only.
 LAYERS = (
     {"__main__", "cli"},
+    {"arguments"},
     {"experiments"},
     {"launch", "plan"},
     {"interop"},
@@ -42,6 +43,7 @@ WITHOUT_JAX = (
         "launch/",
         "gpt_jax/__init__.py",
         "gpt_jax/__main__.py",
+        "gpt_jax/arguments.py",
         "gpt_jax/cli.py",
         "gpt_jax/config/",
         "gpt_jax/data/",

@@ -201,14 +201,16 @@ class Windows(_WindowReader):
 class EvaluationWindows(_WindowReader):
     """Batches of consecutive windows from the start of a held-out split. Every target counts exactly once.
 
-    The last window begins early enough to fit into the split. Targets that the previous window has already scored get loss weight
-    0. The last batch is filled up with rows of loss weight 0.
+    Each window begins `stride` tokens after the previous one, but the last window early enough to fit into the split. Targets
+    that the previous window has already scored get loss weight 0, so every counted target except those of the first window has at
+    least `context_length - stride + 1` tokens before it in its window. The last batch is filled up with rows of loss weight 0.
 
     Args:
       tokens: the split.
       context_length: T, the number of tokens that the model processes at once.
       batch_size: windows in one global batch.
       limit: largest number of windows to use; 0: all of them.
+      stride: tokens between the starts of windows, at most `context_length`; 0: `context_length`, so that windows do not overlap.
 
     Attributes:
       num_windows: number of windows that are scored.
@@ -218,16 +220,19 @@ class EvaluationWindows(_WindowReader):
       UserError: the split is shorter than one window.
     """
 
-    def __init__(self, tokens: TokenSequence, context_length: int, batch_size: int, limit: int) -> None:
+    def __init__(self, tokens: TokenSequence, context_length: int, batch_size: int, limit: int, stride: int = 0) -> None:
         super().__init__(tokens, context_length, batch_size, "validation", "raise --data.validation-share")
-        windows = -(-(tokens.num_tokens - 1) // context_length)
+        self._stride = stride or context_length
+        windows = 1 - (context_length + 1 - tokens.num_tokens) // self._stride
         self.num_windows = min(windows, limit) if limit else windows
         self.num_batches = -(-self.num_windows // batch_size)
 
     def batch_at(self, step: int, rows: Rows) -> NumpyBatch:
         """Returns the given rows of batch `step` in [0, num_batches). Loss weights are 1 or 0."""
         window = step * self._batch_size + rows.astype(np.int64)
-        starts = np.minimum(window * self._context_length, self._tokens.num_tokens - self._context_length - 1)
+        begins = window * self._stride
+        starts = np.minimum(begins, self._tokens.num_tokens - self._context_length - 1)
+        scored = np.where(window > 0, begins + self._context_length - self._stride, 0)  # up to here
         position = starts[:, None] + np.arange(self._context_length)
-        counts = (position >= window[:, None] * self._context_length) & (window < self.num_windows)[:, None]
+        counts = (position >= scored[:, None]) & (window < self.num_windows)[:, None]
         return self._read(starts, counts.astype(np.float32), rows)

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from gpt_jax.config import DataConfig, FinetuneConfig, FinetuneRunConfig, TaskConfig
+from gpt_jax.config import DataConfig, FinetuneConfig, FinetuneRunConfig, PretrainConfig, TaskConfig
 from gpt_jax.config.load import apply_overrides
 from gpt_jax.data.sources import open_source
+from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import EvaluationWindows
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError, nearest, require
 from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.runtime.rundir import read_json
@@ -30,6 +31,8 @@ from gpt_jax.train.restore import load_model
 
 BATCH_SIZE = 8
 """Number of windows of text that each shard of the batch scores at once."""
+READING_FIELDS = ("text_field",)
+"""Names of the `--data.*` fields that determine how a source is read, and that also apply to a text to evaluate."""
 
 
 class TokenList:
@@ -43,30 +46,76 @@ class TokenList:
         return self._tokens[starts[:, None] + np.arange(length)]
 
 
-def evaluate_text(path: Path, source: str, text_field: str = "text", max_bytes: int = 0) -> dict[str, float]:
-    """Returns a language model's loss (nats per token), perplexity and bits per byte on text, in windows that do not overlap.
+def text_config(source: str, overrides: list[str]) -> DataConfig:
+    """Returns the config of a text to evaluate.
 
     Args:
-      path: a run's folder or one checkpoint's.
       source: as for `--data.source`: a file, a folder, a glob, `tfds:NAME` or `builtin:docs`.
-      max_bytes: stop after the document that reaches this size; 0: all of the text.
+      overrides: words that set the fields in `READING_FIELDS`, such as `--data.text-field body`.
 
     Raises:
-      UserError: there is no sound checkpoint, no text, or less text than one window.
+      UserError: a word sets another field, or a value is not allowed.
     """
-    restored = load_model(path)
-    tokens: list[int] = []
-    size = 0
-    for document in open_source(DataConfig(source=source, text_field=text_field)).documents():
-        tokens += [*restored.tokenizer.encode(document), restored.tokenizer.eos_id]
-        size += len(document.encode("utf-8", "replace"))
-        if max_bytes and size >= max_bytes:
-            break
+    allowed = [f"--data.{name.replace('_', '-')}" for name in READING_FIELDS]
+    for word in overrides:
+        if word.startswith("--") and word.partition("=")[0].replace("_", "-") not in allowed:
+            raise UserError(f"'{word}' is not an argument of gpt-jax evaluate with --text, which takes {', '.join(allowed)}")
+    config = PretrainConfig(data=DataConfig(source=source))
+    return apply_overrides(config, overrides, "gpt-jax evaluate CHECKPOINT --text SOURCE").data
+
+
+def evaluate_text(
+    path: Path, data: DataConfig, log: Log, *, stride: int | None = None, max_bytes: int | None = None
+) -> dict[str, float]:
+    """Returns a language model's loss (nats per token), perplexity and bits per byte on text of at least two tokens.
+
+    As in a token store, each document is followed by the end-of-document token, and the text is the sequence of all documents, in
+    the order of the source. Every token but the first is scored once, in windows of the context length (or of the whole text if
+    it is shorter). Bits per byte are those of the scored tokens, divided by the bytes of the whole text in UTF-8.
+
+    Args:
+      path: a run's folder or one checkpoint's; for a fine-tuning run, its best checkpoint is used.
+      data: the text, as `text_config` returns it.
+      stride: number of tokens that are scored in each window after the first, in [1, context length]; the other tokens of the
+        window are only context. None: the context length, so that windows do not overlap.
+      max_bytes: stop after the document that reaches this size; None: all of the text.
+
+    Raises:
+      UserError: there is no sound checkpoint, no text or only a single token, or the stride is longer than the context.
+    """
+    restored = load_model(best_checkpoint(path))
     config, mesh = restored.config, restored.mesh
+    context = config.model.context_length
+    stride = context if stride is None else stride
+    require(1 <= stride <= context, "stride", f"must be at least 1 and at most the model's context of {context}, not {stride}")
+    tokens, size, count = _read_text(data, restored.tokenizer, max_bytes)
     batch_size = BATCH_SIZE * num_shards(mesh.shape, "batch")
-    windows = EvaluationWindows(TokenList(tokens), config.model.context_length, batch_size, 0)
+    length = min(context, len(tokens) - 1)
+    windows = EvaluationWindows(TokenList(tokens), length, batch_size, 0, min(stride, length))
+    overlap = "without overlap" if stride >= length else f"with a stride of {stride} tokens"
+    log(f"{restored.info.path}: scoring {windows.num_windows:,} windows of {length} tokens {overlap}")
     total, weight = make_window_scorer(config, mesh, batch_size)(restored.params, windows)
-    return language_model_metrics(total / weight, weight / size) | {"tokens": len(tokens), "bytes": size}
+    scores = language_model_metrics(total / weight, weight / size)
+    sizes = {"tokens": len(tokens), "scored_tokens": round(weight), "documents": count, "bytes": size}
+    return scores | sizes | {"context": context, "stride": stride}
+
+
+def _read_text(data: DataConfig, tokenizer: Tokenizer, max_bytes: int | None) -> tuple[list[int], int, int]:
+    """Returns the tokens of a text, its size in bytes, and the number of its documents."""
+    tokens: list[int] = []
+    size = count = 0
+    try:
+        for document in open_source(data).documents():
+            tokens += [*tokenizer.encode(document), tokenizer.eos_id]
+            size += len(document.encode("utf-8", "replace"))
+            count += 1
+            if max_bytes is not None and size >= max_bytes:
+                break
+    except UserError as error:  # The sources name the option of a config.
+        raise UserError(str(error).replace("--data.source", "--text")) from None
+    if len(tokens) < 2:
+        raise UserError(f"--text: {data.source} has no tokens to score; the first token of a text only serves as context")
+    return tokens, size, count
 
 
 def evaluate_task(
