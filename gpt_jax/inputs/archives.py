@@ -1,0 +1,121 @@
+"""Files compressed with gzip or zstd, read as a stream of bytes that is checked for damage and bounded in size."""
+
+import functools
+import gzip
+import io
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from gpt_jax.errors import UserError
+
+SKIPPABLE = [bytes((byte, 0x2A, 0x4D, 0x18)) for byte in range(0x50, 0x60)]
+SIGNATURES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", **dict.fromkeys(SKIPPABLE, "zstd")}
+"""First bytes of compressed files. A file of zstd may also begin with one of sixteen frames that its readers skip."""
+
+MAX_EXPANSION = 200
+"""Maximum ratio of the unpacked to the compressed size. Text expands by 2 to 10, and logs or tables that repeat themselves by at
+most about 100. Archives of zeros, which would fill the disk, expand by 1,000 (gzip) or more than 10,000 (zstd)."""
+ALWAYS_ALLOWED = 64 << 20
+"""Unpacked size in bytes that is allowed at any ratio, since a small file of repeated lines harms nobody."""
+
+MAX_WINDOW = 1 << 31
+"""Maximum distance in bytes of a repetition in zstd (`zstd --long=31`, which some large collections of text use). A file that
+refers as far back takes as much memory."""
+ZSTD_INPUT = 1 << 12
+"""Number of compressed bytes that are unpacked at a time. They unpack to at most 128 MiB."""
+GZIP_OUTPUT = 1 << 16
+"""Maximum number of bytes that are unpacked at a time."""
+
+
+def max_unpacked_size(path: Path) -> int:
+    """Returns the maximum size in bytes to which the content of a compressed file may unpack."""
+    return max(ALWAYS_ALLOWED, MAX_EXPANSION * path.stat().st_size)
+
+
+class Unpacked(io.RawIOBase):
+    """The unpacked content of a compressed file.
+
+    Args:
+      file: the compressed file, opened at its beginning. It is closed with this stream.
+      path: the path of the file, for its size and for messages.
+      kind: "gzip" or "zstd".
+
+    Raises (when it is read):
+      UserError: the archive is damaged, ends early, is followed by something else, or unpacks to more than `max_unpacked_size`.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, kind: str):
+        self.kind = kind
+        self._file = file
+        self._pieces = _checked_pieces(file, path, kind)
+        self._rest = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        """Fills the buffer, except at the end of the content. Returns the number of bytes."""
+        filled = 0
+        while filled < len(buffer):
+            if not self._rest:
+                self._rest = memoryview(next(self._pieces, b""))
+                if not self._rest:
+                    break
+            piece = self._rest[: len(buffer) - filled]
+            buffer[filled : filled + len(piece)] = piece
+            self._rest = self._rest[len(piece) :]
+            filled += len(piece)
+        return filled
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _checked_pieces(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
+    """Yields the content in pieces, none of them empty."""
+    import zstandard
+
+    limit, size = max_unpacked_size(path), 0
+    pieces = _gzip_pieces(file) if kind == "gzip" else _zstd_pieces(file)
+    try:
+        for piece in pieces:
+            size += len(piece)
+            if size > limit:
+                rule = f"{MAX_EXPANSION} times its size, or {ALWAYS_ALLOWED:,}"
+                hint = f"if it is text nevertheless, decompress it yourself: {unpack_command(kind, path)}"
+                raise UserError(f"{path}: unpacks to more than {limit:,} bytes (the limit is {rule}); {hint}")
+            if piece:
+                yield piece
+    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
+        where = f" after {size:,} bytes of content" if size else ""
+        raise UserError(f"{path}: damaged {kind} archive{where}: {error}") from error
+
+
+def _gzip_pieces(file: BinaryIO) -> Iterable[bytes]:
+    return iter(functools.partial(gzip.GzipFile(fileobj=file).read1, GZIP_OUTPUT), b"")
+
+
+def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Yields the content of all frames. The library's own reader of files does not notice that the last frame is cut off."""
+    import zstandard
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)
+    data = file.read(ZSTD_INPUT)
+    while data:
+        frame = decompressor.decompressobj()
+        while not frame.eof:
+            if not data:
+                raise EOFError("it ends within a frame")
+            yield frame.decompress(data)
+            data = b"" if frame.eof else file.read(ZSTD_INPUT)
+        data = frame.unused_data or file.read(ZSTD_INPUT)
+
+
+def unpack_command(kind: str, path: Path) -> str:
+    """Returns a command that unpacks a compressed file into another file."""
+    import shlex
+
+    return f"{'gzip -dc' if kind == 'gzip' else 'zstd -dc --long=31'} {shlex.quote(str(path))} > NEW"
