@@ -18,11 +18,6 @@ from gpt_jax.runtime.mesh import check_batch, check_model, resolve_mesh
 from .accelerators import GIB, Accelerator
 from .job import BUCKETS, CLAIMS, Job, to_mount_paths
 
-PATHS = (
-    *("data.source", "data.store", "data.tokenizer.path", "init.from", "init.like", "init.tokenizer"),
-    *("task.path", "task.train", "task.validation", "task.test"),
-)
-"""The config fields that name files or folders."""
 MINIMUMS = {"slices": 1, "preemptions": 0, "crashes": 0, "grace_seconds": 1, "seeds": 1}
 BUCKET_NAME = "[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
 KUBERNETES_NAME = r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
@@ -166,15 +161,13 @@ def check_paths(job: Job, config: RunConfig, roots: tuple[str, ...]) -> None:
 def _paths(job: Job, config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yields each option or field that names a file or folder, and its path."""
     yield "workdir", job.workdir
-    fields = flatten_config(config)
-    for field in PATHS:
-        path = fields[field][0] if field in fields else ""
+    for field, (path, affects) in flatten_config(config).items():
         other = (
             (field == "data.source" and path.startswith(("builtin:", "tfds:")))
             or (field == "init.from" and path == "none")
             or (field == "init.like" and path in config_names())
         )
-        if path and not other:
+        if affects == "input" and path and not other:
             yield field, path
 
 

@@ -5,8 +5,11 @@ import dataclasses
 import hashlib
 import importlib.resources
 import json
+import os
 import re
 import runpy
+import sys
+import traceback
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +18,15 @@ from typing import Any, NamedTuple
 import tyro
 
 from gpt_jax.config.schema import Effect, FinetuneConfig, FinetuneRunConfig, PretrainConfig, RunConfig
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError, described, nearest
 
 # -- fields that were renamed -----------------------------------------------------------------------------------------------
 
 CONFIG_VERSION = 2
 """Version of the field names below, recorded in config.json. Version 1 had the names on the left of `RENAMED_FIELDS`."""
+
+DIGEST_VERSION = 2
+"""Version of `config_digest`, recorded wherever a digest is. Version 1 included the paths of some inputs."""
 
 
 class Renamed(NamedTuple):
@@ -65,7 +71,10 @@ def flatten_config(config: Any, prefix: str = "") -> dict[str, tuple[Any, Effect
 
 
 def config_digest(config: Any) -> str:
-    """Returns a hexadecimal SHA-256 of the config's `result` fields: configs with equal digests compute the same numbers."""
+    """Returns a hexadecimal SHA-256 of the config's `result` fields.
+
+    Configs with equal digests compute the same numbers from the same data, starting from the same parameters.
+    """
     fields = {name: value for name, (value, affects) in flatten_config(config).items() if affects == "result"}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
@@ -87,6 +96,8 @@ def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json
     Raises:
       UserError: a field is unknown in every version, or its value is not allowed.
     """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: the config is {described(values)}, not an object with named fields")
     default = FinetuneRunConfig() if "task" in values else PretrainConfig()
     known = flatten_config(default)
     fields = dict(upgrade_field(name, value) for name, value in _flatten_dict(values).items())
@@ -143,20 +154,19 @@ def load_config(name: str) -> Any:
     Raises:
       UserError: the config does not exist, or its file does not define a `config()` that returns a config.
     """
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.suffix != ".py":
         path = config_folder() / f"{name}.py"
         if not path.is_file():
             raise UserError(f"no config is named '{name}'; {nearest(name, config_names())} (or give the path of a .py file)")
     if not path.is_file():
-        raise UserError(f"{path}: no such config file")
+        raise UserError(f"{path}: {'a folder, not a config file' if path.is_dir() else 'no such config file'}")
     try:
-        function = runpy.run_path(str(path)).get("config")
-        value = function() if callable(function) else None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # Any error in a user's file is reported in one line.
-        raise UserError(f"{path}: {type(error).__name__}: {error}{_renamed_argument(error)}") from error
+        with contextlib.redirect_stdout(sys.stderr):  # Standard output is for results.
+            function = runpy.run_path(str(path)).get("config")
+            value = function() if callable(function) else None
+    except (Exception, SystemExit) as error:  # Anything that a user's file does is reported in one line.
+        raise UserError(f"{_describe_failure(error, path)}{_renamed_argument(error)}") from error
     if not callable(function):
         raise UserError(f"{path}: a config file must define config(), a function that returns a PretrainConfig or FinetuneConfig")
     if not isinstance(value, PretrainConfig | FinetuneConfig):
@@ -164,7 +174,19 @@ def load_config(name: str) -> Any:
     return value
 
 
-def _renamed_argument(error: Exception) -> str:
+def _describe_failure(error: BaseException, path: Path) -> str:
+    """Returns FILE:LINE and the message of an error that a config file raised, as one line."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    message = str(error)
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        lines, message = [error.lineno or 1], error.msg
+    if isinstance(error, SystemExit):
+        message += "; a config file must not end the program"
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{path}{f':{lines[-1]}' if lines else ''}: {kind}{' '.join(message.split())}"
+
+
+def _renamed_argument(error: BaseException) -> str:
     """Returns a hint with the current name of a renamed dataclass argument; empty for any other error."""
     match = re.search("unexpected keyword argument '(\\w+)'", str(error))
     old = next((old for old in RENAMED_FIELDS if match and old.split(".")[1] == _option_name(match[1])), None)
@@ -179,10 +201,15 @@ def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
     Raises:
       UserError: a name does not exist (the message suggests similar ones), a value has the wrong type, or a rule is violated.
     """
-    if any(argument in ("-h", "--help") for argument in arguments):
-        tyro.cli(type(config), default=config, args=["--help"], prog=prog, config=(tyro.conf.FlagConversionOff,))
     options: list[tuple[str, list[str]]] = []
     known = flatten_config(config)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        paths = ", ".join(f"--{name}" for name, (_, affects) in known.items() if affects == "input")
+        text = "A run resumes only with the same values of all fields that affect its numbers. A path to the same content is the"
+        text = f"{type(config).__doc__}\n\n{text} same value: {paths}."
+        tyro.cli(
+            type(config), default=config, args=["--help"], prog=prog, description=text, config=(tyro.conf.FlagConversionOff,)
+        )
     for argument in arguments:
         if argument.startswith("--"):
             name, *words = argument[2:].split("=", 1)

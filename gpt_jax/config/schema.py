@@ -1,12 +1,21 @@
 """The configuration of a run: frozen dataclasses whose defaults are the paper's settings.
 
 Section numbers refer to "Improving Language Understanding by Generative Pre-Training" (2018). Each field declares what it
-affects: `result` (the numbers of the run), `speed` (how fast and where it runs, and how often it saves) or `display`. A run
-cannot be resumed if a `result` field differs. All rules that depend only on the config are checked when it is constructed.
+affects:
+
+    result     the numbers of the run; a run cannot be resumed if such a field differs
+    input      the numbers of the run, but only through the content that a path leads to; a resumed run may find the same content
+               at another path (data are compared by the data digest, tokenizers and checkpoints by their fingerprints)
+    speed      how fast and where the run is computed, and how often it saves
+    display    what it prints and plots
+
+In an input field, a `~` at the beginning stands for the user's home folder. All rules that depend only on the config are checked
+when it is constructed.
 """
 
 import dataclasses
 import math
+import os
 import re
 import typing
 from collections.abc import Callable
@@ -16,7 +25,7 @@ import tyro
 
 from gpt_jax.errors import field_error, require
 
-Effect = Literal["result", "speed", "display"]
+Effect = Literal["result", "input", "speed", "display"]
 
 
 class Range(NamedTuple):
@@ -76,6 +85,9 @@ class Section:
             name = f"{self.section}.{spec.name.rstrip('_')}".lstrip(".")
             fits, phrase = check_type(value, kind)
             require(fits, name, f"{value!r} is not {phrase}")
+            if spec.metadata.get("affects") == "input":
+                require("\0" not in value, name, f"{value!r} is not a path, because it contains a NUL character")
+                object.__setattr__(self, spec.name, os.path.expanduser(value))
             if within is not None:
                 number = parse_duration(value, name)[0] if isinstance(spec.default, str) else value
                 require(within.contains(number), name, f"must {within.words}, not {value!r}")
@@ -139,7 +151,7 @@ class TokenizerConfig(Section, section="data.tokenizer"):
     kind: Literal["sentencepiece", "gpt1", "bytes"] = field("gpt1", affects="result")
     """`gpt1`: the released vocabulary of 40,478 entries (section 4.1: 40,000 merges); `sentencepiece`: a BPE trained on the run's
     own text, with byte fallback; `bytes`: one entry for each byte and an end-of-document entry (257), for tests."""
-    path: str = field("", affects="result")
+    path: str = field("", affects="input")
     """Folder of an existing tokenizer. `gpt1` needs a folder with the released encoder_bpe_40000.json and vocab_40000.bpe;
     `sentencepiece` trains a tokenizer if this is empty."""
     normalization: Literal["identity", "nfkc", "nmt_nfkc", "nfkc_cf", "nmt_nfkc_cf"] = field("nmt_nfkc", affects="result")
@@ -162,7 +174,7 @@ class PipelineConfig(Section, section="data"):
 class DataConfig(PipelineConfig):
     """The text to train on, and the token store that is built from it."""
 
-    source: str = field("", affects="result")
+    source: str = field("", affects="input")
     """Text to read: a text file (.txt, .gz, .jsonl; any other name is read as plain text), a folder, a glob, `tfds:NAME` for a
     data set from tensorflow-datasets, or `builtin:docs` for the documentation installed on this machine. Empty: use the text of
     an existing store."""
@@ -173,7 +185,7 @@ class DataConfig(PipelineConfig):
     0: all."""
     validation_share: float = field(0.01, affects="result", within=FRACTION)
     """Fraction of the documents held out for validation, chosen by the hash of their text. In [0, 1); 0: none."""
-    store: str = field("", affects="speed")
+    store: str = field("", affects="input")
     """Folder of the token store; empty: `store/` inside the run's folder. The folder can be moved, because a resumed run compares
     only the store's digest."""
     shard_bytes: int = field(64_000_000, affects="result", within=POSITIVE)
@@ -401,7 +413,7 @@ class DistributedConfig(Section, section="distributed"):
 class InitConfig(Section, section="init"):
     """The source of the initial parameters."""
 
-    from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="result")
+    from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="input")
     """Folder of a run (its newest sound checkpoint is used) or of one checkpoint, with the parameters to start from; empty:
     random parameters."""
 
@@ -409,13 +421,13 @@ class InitConfig(Section, section="init"):
 class TransferConfig(InitConfig):
     """The source of the initial parameters, the architecture and the tokenizer of a fine-tuning run."""
 
-    from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="result")
+    from_: Annotated[str, tyro.conf.arg(name="from")] = field("", affects="input")
     """Folder of a run (its newest sound checkpoint is used) or of one checkpoint; `none`: random parameters (section 5, Table 5,
     "w/o pre-training")."""
-    like: str = field("", affects="result")
+    like: str = field("", affects="input")
     """With `--init.from none`: the run or checkpoint whose architecture and tokenizer to use, or the name of a pre-training
     config whose architecture to use."""
-    tokenizer: str = field("", affects="result")
+    tokenizer: str = field("", affects="input")
     """Folder of a tokenizer of the kind that the config specifies. Used if `like` is the name of a config."""
     blocks: int = field(-1, affects="result", within=BLOCKS)
     """Number of pre-trained blocks to transfer, counted from the input, in addition to the embeddings; -1: all (section 5,
@@ -434,16 +446,16 @@ class TaskConfig(Section, section="task"):
     name: str = field("", affects="result")
     """Name of a task from the paper: snli, mnli, qnli, rte, scitail, story_cloze, race, mrpc, qqp, stsb, cola or sst2. Empty: a
     task of your own, which the fields from `kind` to `labels` describe."""
-    path: str = field("", affects="speed")
+    path: str = field("", affects="input")
     """Folder with the files of the task `name` in their original layout; empty: read the task from tensorflow-datasets."""
     kind: Literal["classification", "entailment", "similarity", "multiple_choice"] = field("classification", affects="result")
     """Input transformation of your own task: one text; premise, hypothesis; two texts in both orders; a context and answers."""
-    train: str = field("", affects="speed")
+    train: str = field("", affects="input")
     """Training rows of your own task: a table with named columns (.tsv, .csv, .txt, .json, .jsonl, .ndjson or .parquet; all but the
     last also compressed, as .gz or .zst)."""
-    validation: str = field("", affects="speed")
+    validation: str = field("", affects="input")
     """Validation rows of your own task, used to select the best checkpoint."""
-    test: str = field("", affects="speed")
+    test: str = field("", affects="input")
     """Test rows of your own task. They are optional and may have no labels."""
     texts: tuple[str, ...] = field(("text",), affects="result")
     """Names of your own task's text columns in the order of the transformation: the text; premise, hypothesis; the two texts; the

@@ -9,6 +9,7 @@ import pytest
 from gpt_jax.cli import main
 from gpt_jax.config import FinetuneRunConfig, InitConfig, ModelConfig, PretrainConfig, TaskConfig, TransferConfig
 from gpt_jax.config.load import (
+    DIGEST_VERSION,
     RENAMED_FIELDS,
     apply_overrides,
     config_digest,
@@ -89,9 +90,11 @@ def test_help_lists_fields_with_their_meaning(capsys):
     with pytest.raises(SystemExit) as stop:
         override("--help")
     assert not stop.value.code
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--optim.peak-lr" in shown
-    assert "Maximum learning rate of the schedule" in " ".join(shown.replace("│", " ").split())
+    assert "Maximum learning rate of the schedule" in shown
+    inputs = "--data.source, --data.store, --data.tokenizer.path, --init.from."
+    assert f"A path to the same content is the same value: {inputs}" in shown
 
 
 # -- digests and round trips ------------------------------------------------------------------------------------------------
@@ -122,7 +125,7 @@ def test_the_digest_depends_on_result_fields_only(name):
         ("optim.warmup", "result"),
         ("train.batch-size", "result"),
         ("train.seed", "result"),
-        ("init.from", "result"),
+        ("init.from", "input"),
         ("mesh.fsdp", "speed"),
         ("train.save-every", "speed"),
         ("train.grad-accum-steps", "speed"),
@@ -132,6 +135,13 @@ def test_the_digest_depends_on_result_fields_only(name):
 )
 def test_well_known_fields_affect(name, affects):
     assert flatten_config(PAPER)[name][1] == affects
+
+
+def test_paths_are_not_in_the_digest():
+    """Version 1 of the digest changed with the spelling of a path."""
+    paths = ("--data.source", "texts/", "--data.store", "stores/a", "--data.tokenizer.path", "bpe", "--init.from", "runs/a")
+    assert config_digest(override(*paths)) == config_digest(PAPER)
+    assert DIGEST_VERSION == 2
 
 
 def test_a_config_survives_json():
@@ -236,7 +246,7 @@ def test_an_old_name_in_a_config_file_is_refused_with_the_new_one(tmp_path, caps
         assert main([verb, str(path), "--workdir", str(tmp_path / "run")]) == 2
         output, error = capsys.readouterr()
         assert output == ""
-        assert error.startswith(f"gpt-jax: {path}: TypeError: ")
+        assert error.startswith(f"gpt-jax: {path}:5: TypeError: ")
         assert error.endswith(f"; {message}\n")
         assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
@@ -261,20 +271,58 @@ def test_the_nearest_config_is_offered_for_a_misspelled_one():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def config(:", "SyntaxError"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-        ("from gpt_jax.config import ModelConfig\nModelConfig(layers=2)", "layers"),
-        ("x = 1", "must define config()"),
-        ("def config():\n    return {}", "config() returned a dict, not a PretrainConfig"),
-        ("from gpt_jax.config import ModelConfig\ndef config():\n    return ModelConfig(num_heads=7)", "--model.num-heads"),
-        ("from gpt_jax.config import ModelConfig\ndef config():\n    return ModelConfig(layers=2)", "layers"),
+        ("def config(:", ":1: SyntaxError: "),
+        ("def config():\nreturn 1", ":2: IndentationError: expected an indented block after function definition on line 1"),
+        ("x = 1\nimport no_such_module", ":2: ModuleNotFoundError: No module named 'no_such_module'"),
+        ("from gpt_jax.config import ModelConfig\nModelConfig(layers=2)", ":2: TypeError: "),
+        ("from gpt_jax.config import Config", ":1: ImportError: cannot import name 'Config' from 'gpt_jax.config'"),
+        ("x = 1", ": a config file must define config()"),
+        ("", ": a config file must define config()"),
+        ("from gpt_jax.config import PretrainConfig\nconfig = PretrainConfig()", ": a config file must define config()"),
+        ("def config():\n    return {}", ": config() returned a dict, not a PretrainConfig"),
+        ("def config(size):\n    return {}", ": TypeError: config() missing 1 required positional argument: 'size'"),
+        ("from gpt_jax.config import *\ndef config():\n    return ModelConfig(num_heads=7)", ":3: --model.num-heads: 7 does not"),
+        ("def config():\n    return PretrainConfig()", ":2: NameError: name 'PretrainConfig' is not defined"),
+        ("def config():\n    raise ValueError('one\\n  two')", ":2: ValueError: one two"),
+        ("def config():\n    return helper()\n\ndef helper():\n    return 1 / 0", ":5: ZeroDivisionError: division by zero"),
+        ("def config():\n    return config()", ":2: RecursionError: maximum recursion depth exceeded"),
+        ("import sys\nsys.exit(0)", ":2: SystemExit: 0; a config file must not end the program"),
+        ("def config():\n    raise SystemExit", ":2: SystemExit: ; a config file must not end the program"),
+        (b"x = 1\ny = 'caf\xe9'\n", "SyntaxError: (unicode error) 'utf-8' codec can't decode byte 0xe9"),
+        (b"x = 1\0\n", "source code "),
+        (b"\x7fELF\x02\x01\x01", "S"),
     ],
 )
-def test_a_config_file_with_a_mistake_is_named(tmp_path, source, message):
+def test_a_config_file_with_a_mistake_is_named_with_the_line(tmp_path, source, message):
     path = tmp_path / "mine.py"
-    path.write_text(source)
-    assert message in error_of(load_config, str(path))
+    path.write_bytes(source if isinstance(source, bytes) else source.encode())
+    error = error_of(load_config, str(path))
+    assert error.startswith(str(path))
+    assert message in error.removeprefix(str(path))
+
+
+def test_a_mistake_in_a_module_that_a_config_imports_is_reported_at_the_import(tmp_path, monkeypatch):
+    (tmp_path / "mine_too.py").write_text("def broken(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "mine.py"
+    path.write_text("x = 1\nimport mine_too\n")
+    assert error_of(load_config, str(path)).startswith(f"{path}:2: SyntaxError: invalid syntax (mine_too.py, line 1)")
+
+
+def test_what_a_config_file_prints_does_not_mix_with_results(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text("from gpt_jax.config import *\nprint('a')\ndef config():\n    print('b')\n    return PretrainConfig()\n")
+    assert load_config(str(path)) == PAPER
+    assert capsys.readouterr() == ("", "a\nb\n")
 
 
 def test_an_absent_config_file_is_named(tmp_path):
     assert error_of(load_config, str(tmp_path / "none.py")) == f"{tmp_path / 'none.py'}: no such config file"
+    (tmp_path / "folder.py").mkdir()
+    assert error_of(load_config, str(tmp_path / "folder.py")) == f"{tmp_path / 'folder.py'}: a folder, not a config file"
+
+
+def test_a_config_file_in_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from gpt_jax.config import *\ndef config():\n    return PretrainConfig()\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config("~/mine.py") == PAPER

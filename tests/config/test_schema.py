@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import itertools
+import typing
 from pathlib import Path
 
 import jax
@@ -140,7 +141,59 @@ def test_every_field_says_what_it_is_and_what_it_affects(section):
         else:
             assert field.name in documented, f"{section.__name__}.{field.name} has no docstring"
             affects = field.metadata.get("affects")
-            assert affects in ("result", "speed", "display"), f"{section.__name__}.{field.name} affects {affects}"
+            assert affects in ("result", "input", "speed", "display"), f"{section.__name__}.{field.name} affects {affects}"
+
+
+def leaves(kind, prefix=""):
+    """Yields the section, the field and the dotted name of each field of a config that is not a section itself."""
+    for field in dataclasses.fields(kind):
+        name = prefix + field.name.rstrip("_").replace("_", "-")
+        if dataclasses.is_dataclass(field.default):
+            yield from leaves(type(field.default), name + ".")
+        else:
+            yield kind, field, name
+
+
+TEXTS = {
+    name: (section, field)
+    for config in (PretrainConfig, FinetuneConfig)
+    for section, field, name in leaves(config)
+    if typing.get_origin(hint := typing.get_type_hints(section)[field.name]) is None and hint is str
+}
+"""The fields that take any text."""
+NOT_PATHS = {
+    *("data.text-field", "distributed.coordinator", "optim.warmup", "task.label", "task.metric", "task.name"),
+    *("train.duration", "train.eval-every", "train.save-every"),
+}
+
+
+def test_every_field_that_names_a_file_or_folder_is_an_input():
+    inputs = {name for name, (_, field) in TEXTS.items() if field.metadata["affects"] == "input"}
+    assert TEXTS.keys() - NOT_PATHS == inputs
+    assert len(inputs) == 11 - 1  # init.from is a field of both configs
+    assert {"data.source", "data.store", "data.tokenizer.path", "init.from", "init.like", "task.path", "task.test"} < inputs
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS.keys() - NOT_PATHS))
+def test_the_home_folder_is_expanded_in_every_path(name, monkeypatch):
+    section, field = TEXTS[name]
+    monkeypatch.setenv("HOME", "/home/me")
+    related = {"init.like": {"from_": "none"}}.get(name, {})
+
+    def kept(value):
+        return getattr(section(**{field.name: value} | related), field.name)
+
+    assert kept("~/text s/*.txt") == "/home/me/text s/*.txt"
+    assert kept("~") == "/home/me"
+    for other in ("", "$HOME/texts", "texts/~", "a~b", "tfds:c4", "none", "~nobody-of-this-name/texts"):
+        assert kept(other) == other
+    assert error_of(lambda: kept("a\0b")).startswith(f"--{name}: 'a\\x00b' is not a path, because it contains a NUL character")
+
+
+@pytest.mark.parametrize("name", sorted(TEXTS.keys() & {"data.text-field", "task.label"}))
+def test_other_texts_keep_a_tilde(name):
+    section, field = TEXTS[name]
+    assert getattr(section(**{field.name: "~/x"}), field.name) == "~/x"
 
 
 # -- ranges and rules -------------------------------------------------------------------------------------------------------

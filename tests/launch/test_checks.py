@@ -5,12 +5,11 @@ import dataclasses
 import functools
 import subprocess
 import sys
-import typing
 
 import jax
 import pytest
 
-from gpt_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, load
+from gpt_jax.config import ModelConfig, PretrainConfig, load
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.data import sources
 from gpt_jax.errors import UserError
@@ -193,22 +192,6 @@ def test_every_field_that_names_a_path_is_checked(config, field, value):
         other = make(workdir="runs/a", **fields(path))
         with pytest.raises(UserError, match=f"^{message}$") if message else contextlib.nullcontext():
             checks.check_paths(other, config_of(other), ())
-
-
-def text_fields(kind, prefix=""):
-    """Yields the names of the fields that take any text."""
-    for name, hint in typing.get_type_hints(kind).items():
-        dotted = prefix + name.rstrip("_").replace("_", "-")
-        if dataclasses.is_dataclass(hint):
-            yield from text_fields(hint, dotted + ".")
-        elif hint is str:
-            yield dotted
-
-
-def test_no_field_that_names_a_path_was_forgotten():
-    others = ["data.text-field", "distributed.coordinator", "optim.warmup", "task.label", "task.name"]
-    others += ["train.duration", "train.eval-every", "train.save-every"]
-    assert {*text_fields(PretrainConfig), *text_fields(FinetuneConfig)} == {*checks.PATHS, *others}
 
 
 def test_names_that_are_not_paths_are_valid_everywhere():
