@@ -1,6 +1,7 @@
 """The arguments of every verb of the command line, and the conversion and checks of their words."""
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def join_values(words: Sequence[str]) -> list[str]:
 
 
 def local(word: str, field: str = "") -> str:
-    """Returns a word that names a file or folder.
+    """Returns a word that names a file or folder, with the user's home folder in place of a `~` at its beginning.
 
     Args:
       field: the config field that the word comes from, if any.
@@ -62,7 +63,7 @@ def local(word: str, field: str = "") -> str:
             (f"--{field}: " if field else "") + f"{word} is not a path on this machine; to use a bucket, mount it "
             "(docs/launch.md: Cloud Storage FUSE) and give the mounted path"
         )
-    return word
+    return os.path.expanduser(word)
 
 
 def _path(word: str) -> Path:
@@ -75,6 +76,12 @@ def _source(word: str) -> str:
     if not word:
         raise argparse.ArgumentTypeError("the name is empty")
     return local(word)
+
+
+def _probe(word: str) -> tuple[str, str]:
+    """Returns the name and the path of PROBE=PATH."""
+    name, _, path = word.partition("=")
+    return name, local(path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,7 +165,7 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--stride", type=number(int, POSITIVE), metavar="TOKENS", help=text)
     sub.add_argument("--split", choices=("train", "validation", "test"), help="split of the task (default: validation)")
     text = "cola, sst2, race, story_cloze (PATH: the task's folder), dprd or wsc (PATH: a file); may be given several times"
-    sub.add_argument("--zero-shot", type=_source, action="append", metavar="PROBE[=PATH]", help=text)
+    sub.add_argument("--zero-shot", type=_probe, action="append", metavar="PROBE[=PATH]", help=text)
     sub.add_argument("--every-checkpoint", action="store_true", help="zero-shot scores of all checkpoints of a run, with a plot")
     sub.add_argument("--out", type=_path, help="folder for predictions, or for zero-shot scores and their plot")
 

@@ -23,23 +23,10 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # Characters that the terminal's encoding lacks are escaped.
             stream.reconfigure(errors="backslashreplace")
-    code = 128 + signal.SIGPIPE
-    try:
-        try:
-            code = _run(arguments.join_values(sys.argv[1:] if words is None else words))
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:  # The reader of the output, for example `head`, has exited.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
-
-
-def _run(words: list[str]) -> int:
+    words = arguments.join_values(sys.argv[1:] if words is None else words)
     show_traceback = "--traceback" in words
     try:
-        options, overrides = arguments.parse([word for word in words if word != "--traceback"])
-        return VERBS[options.verb](options, overrides) or 0
+        return _run([word for word in words if word != "--traceback"])
     except (UserError, TrainingError, VerificationError, Preempted) as error:
         if show_traceback:
             raise
@@ -50,13 +37,32 @@ def _run(words: list[str]) -> int:
             raise
         print("gpt-jax: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError:  # The reader of the output, for example `head`, has exited before the end.
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if show_traceback or (error.filename is None and error.errno != errno.ENOSPC):
             raise
         print(f"gpt-jax: {error.filename or 'a file could not be written'}: {error.strerror}", file=sys.stderr)
         return UserError.exit_code
+
+
+def _run(words: list[str]) -> int:
+    """Runs one command, and writes all of its output before it returns its exit code.
+
+    Raises:
+      OSError: the output cannot be written.
+    """
+    try:
+        options, overrides = arguments.parse(words)
+        return VERBS[options.verb](options, overrides) or 0
+    finally:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+        except OSError:
+            # Python would try again at its end, and print a warning.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
 
 
 def _load_config(options: argparse.Namespace, overrides: list[str], verb: str = "pretrain") -> Any:
@@ -78,8 +84,8 @@ def _load_config(options: argparse.Namespace, overrides: list[str], verb: str = 
     if actual != verb:
         raise UserError(f"{options.config} is a config for gpt-jax {actual}")
     config = apply_overrides(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
-    for name, (value, _) in flatten_config(config).items():
-        if isinstance(value, str):
+    for name, (value, affects) in flatten_config(config).items():
+        if affects == "input":
             arguments.local(value, name)
     return config
 
@@ -138,7 +144,7 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.zero_shot:
         from gpt_jax.experiments.score_tables import print_zero_shot_scores
 
-        sources = dict(word.partition("=")[::2] for word in options.zero_shot)
+        sources = dict(options.zero_shot)
         paths = list(dict.fromkeys(options.checkpoint))
         print_zero_shot_scores(evaluate.zero_shot(paths, sources, options.every_checkpoint, say), options.out)
         return
@@ -148,6 +154,8 @@ def _evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         scores = evaluate.evaluate_text(checkpoint, data, say, stride=options.stride, max_bytes=options.max_bytes)
     else:
         scores = evaluate.evaluate_task(checkpoint, overrides, options.split or "validation", options.out, say)
+    if options.text:
+        scores = {"loss (nats per token)": scores.pop("loss"), **scores}
     for name, value in scores.items():
         print(f"{name:<24}{value:>14,}" if isinstance(value, int) else f"{name:<24}{value:>14.4f}")
 
@@ -170,7 +178,7 @@ def _check_evaluate(options: argparse.Namespace, overrides: list[str]) -> None:
         raise field_error("every_checkpoint", "requires --zero-shot")
     if len(options.checkpoint) > 1 and not options.zero_shot:
         raise UserError(f"{options.checkpoint[1]}: one checkpoint at a time; several can be compared with --zero-shot")
-    probes = [word.partition("=")[0] for word in options.zero_shot or ()]
+    probes = [probe for probe, _ in options.zero_shot or ()]
     for probe in probes:
         if probes.count(probe) > 1:
             raise field_error("zero_shot", f"{probe} is given more than once; each probe is scored on one set of rows")

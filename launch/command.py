@@ -6,6 +6,7 @@ Importing this module needs only the standard library. The target's module and t
 import argparse
 import dataclasses
 import importlib
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -37,7 +38,8 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"targets:\n{targets}\n{overrides}\n"
     parser.add_argument("target", metavar="TARGET", help="where to run: " + ", ".join(TARGETS))
     parser.add_argument("config", metavar="CONFIG", help="a config's name (configs/NAME.py) or the path of a .py file")
-    parser.add_argument("--workdir", default="", help="folder of the run, visible to all workers; in the cloud, gs://BUCKET/PATH")
+    text = "folder of the run, visible to all workers; in the cloud, gs://BUCKET/PATH"
+    parser.add_argument("--workdir", type=os.path.expanduser, default="", help=text)
     parser.add_argument("--name", default="", help="name of the job (default: derived from CONFIG)")
     parser.add_argument("--accelerator", default="", help="family and size, such as v5e-16, v5p-8, h100-8, cpu-4")
     _add_options(parser, OPTIONS)

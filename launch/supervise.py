@@ -246,5 +246,5 @@ def supervise(words: Sequence[str], preemptions: int, crashes: int, grace_second
 def find_workdir(words: Sequence[str]) -> str:
     """Returns the value of --workdir among the words of a command, or an empty string."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--workdir", nargs="?", default="", const="")
+    parser.add_argument("--workdir", nargs="?", type=os.path.expanduser, default="", const="")
     return parser.parse_known_args(words)[0].workdir

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from gpt_jax.arguments import parse
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
 from gpt_jax.train.checkpoint import list_checkpoints
@@ -131,6 +132,47 @@ def test_a_url_where_a_path_belongs_is_one_line(mistake, tmp_path, monkeypatch, 
     message = mistake(*arguments.replace("URL", "gs://bucket/run").split())
     assert "gs://bucket/run is not a path on this machine; to use a bucket, mount it (docs/launch.md" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "demo --workdir PATH",
+        "prepare smoke --workdir PATH",
+        "pretrain smoke --workdir=PATH",
+        "finetune finetune/cola --workdir PATH",
+        "study finetune/cola --workdir PATH --lstm PATH",
+        "evaluate PATH PATH --text PATH --out PATH",
+        "evaluate PATH --zero-shot cola=PATH --zero-shot=dprd=PATH",
+        "report --paper PATH PATH",
+        "generate PATH --prompt Hello",
+        "export PATH --format npz --out PATH",
+        "import PATH --workdir PATH --tokenizer PATH",
+        "launch local smoke --workdir PATH",
+        "checkpoint list PATH",
+        "bench input --store PATH",
+    ],
+)
+def test_the_home_folder_is_expanded_in_every_path(monkeypatch, words):
+    """The shell leaves a tilde alone that is quoted, or follows an equals sign."""
+    monkeypatch.setenv("HOME", "/home/me")
+    options, _ = parse(words.replace("PATH", "~/x").split())
+    shown = repr(options)
+    assert shown.count("/home/me/x") == words.count("PATH")
+    assert "~" not in shown
+    options, _ = parse(words.replace("PATH", "$HOME/x").split())
+    assert repr(options).count("$HOME/x") == words.count("PATH")
+
+
+def test_the_home_folder_of_a_config_and_of_a_run(mistake, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(write_tiny(tmp_path).parent)
+    missing = ("--data.source", "~/nothing.txt")
+    expected = f"--data.source: '{tmp_path}/nothing.txt' does not exist"
+    assert expected in mistake("pretrain", "~/tiny.py", "--workdir", "~/run", *missing, after_log=True)
+    assert main(["prepare", "~/tiny.py", "--data.store=~/store"]) == 0
+    assert (tmp_path / "store" / "index.json").is_file()
+    assert not (tmp_path / "~").exists()
 
 
 def test_a_prompt_may_hold_a_url(mistake, tmp_path, monkeypatch):
@@ -336,6 +378,7 @@ def test_training_needs_no_tensorflow(finished, tmp_path):
     code = """
 import sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # They seem not to be installed.
+from gpt_jax.arguments import parse
 from gpt_jax.cli import main
 assert main([*sys.argv[1:], "--data.pipeline", "tf"]) == 2
 sys.exit(main([*sys.argv[1:], "--data.pipeline", "auto"]))

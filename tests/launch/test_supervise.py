@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -281,3 +282,4 @@ def test_the_folder_of_the_run_is_found_in_the_supervised_command():
     assert find_workdir(["pretrain", "smoke", "--workdir=RUN"]) == "RUN"
     assert find_workdir(["pretrain", "smoke", "--workdir"]) == ""
     assert find_workdir(["demo"]) == ""
+    assert find_workdir(["pretrain", "smoke", "--workdir=~/RUN"]) == f"{Path.home()}/RUN"
