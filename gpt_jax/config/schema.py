@@ -451,8 +451,8 @@ class TaskConfig(Section, section="task"):
     kind: Literal["classification", "entailment", "similarity", "multiple_choice"] = field("classification", affects="result")
     """Input transformation of your own task: one text; premise, hypothesis; two texts in both orders; a context and answers."""
     train: str = field("", affects="input")
-    """Training rows of your own task: a table with named columns (.tsv, .csv, .txt, .json, .jsonl, .ndjson or .parquet; all but the
-    last also compressed, as .gz or .zst)."""
+    """Training rows of your own task: a table with named columns (.tsv, .csv, .txt, .json, .jsonl, .ndjson or .parquet, also
+    compressed: .gz or .zst)."""
     validation: str = field("", affects="input")
     """Validation rows of your own task, used to select the best checkpoint."""
     test: str = field("", affects="input")
@@ -466,11 +466,12 @@ class TaskConfig(Section, section="task"):
     labels: tuple[str, ...] = field((), affects="result")
     """The label set in the order of the classifier's outputs; empty: the labels of the training rows, sorted."""
     score_range: tuple[int, ...] = field((), affects="result")
-    """The lowest and the highest score, for example `0 5`, if your own task is a regression; empty: labels are classes. Each whole
-    number in the range is an output, a score between two of them is a mixture of both, and the prediction is the expectation."""
+    """The lowest and the highest score, for example `0 5`, if your own task is a regression; empty: labels are classes. Each
+    whole number in the range is an output, a score between two of them is a mixture of both, and the prediction is the
+    expectation."""
     metrics: tuple[str, ...] = field((), affects="result")
-    """Metrics of your own task: `accuracy`, `f1` (of the second of two labels) or `matthews` of classes, `pearson` or `spearman` of
-    scores. The first determines the best checkpoint. Empty: accuracy, or pearson and spearman."""
+    """Metrics of your own task: `accuracy`, `f1` (of the second of two labels) or `matthews` of classes, `pearson` or `spearman`
+    of scores. The first determines the best checkpoint. Empty: accuracy, or pearson and spearman."""
     max_train: int = field(0, affects="result", within=NOT_NEGATIVE)
     """Maximum number of training rows to use. They are sampled uniformly, identically for every seed. 0: all of them."""
     max_tokens: int = field(0, affects="result", within=NOT_NEGATIVE)

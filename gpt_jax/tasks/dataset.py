@@ -1,7 +1,8 @@
 """Labeled tasks after reading and encoding: every split as token ids, ready to be divided into batches."""
 
+import collections
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from gpt_jax.config import TaskConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import epoch_keys, permute
-from gpt_jax.errors import UserError, require
+from gpt_jax.errors import UserError, listed, require, shortened
 from gpt_jax.tasks.batches import choose_lengths
 from gpt_jax.tasks.file_layouts import SPLITS, SplitName
 from gpt_jax.tasks.metrics import require_scorable
@@ -103,14 +104,47 @@ def load_dataset(
             task.kind,
             tokenizer.encode,
             special_tokens(tokenizer),
-            len(task.labels),
+            task.output_values,
             max_tokens=config.max_tokens or context_length,
             truncation=config.truncation,
         )
         log(f"{task.title} {name}: {split.describe_counts()}; {encoded[name].num_truncated:,} truncated")
+        if split.note:
+            log(split.note)
+    if not config.name:
+        _describe_labels(task, loaded, log)
+        _warn_of_repeated_texts(loaded, log)
     # The lengths are chosen for the training and validation splits, which every epoch uses. The test split is scored only once.
     longest = [split.longest if name != "test" else split.longest.max(keepdims=True) for name, split in encoded.items()]
     return TaskDataset(task, loaded, encoded, choose_lengths(longest, batch_size, config.num_length_buckets))
+
+
+def _describe_labels(task: Task, splits: Mapping[str, TaskSplit], log: Callable[[str], None]) -> None:
+    """Logs the number of examples of each class, or the range of the scores, in each split that has labels."""
+    for name, split in splits.items():
+        labels = [example.label for example in split.examples if example.label is not None]
+        if labels and task.regression:
+            log(f"{name}: scores from {min(labels):g} to {max(labels):g}")
+        elif labels:
+            counts = collections.Counter(labels)
+            log(f"{name}: {listed(f'{shortened(label)} ({counts[number]:,})' for number, label in enumerate(task.labels))}")
+
+
+def _warn_of_repeated_texts(splits: Mapping[str, TaskSplit], log: Callable[[str], None]) -> None:
+    """Logs the numbers of training examples with the texts of another one, but not its label, and of validation examples with the
+    texts of a training example."""
+    if not {"train", "validation"} <= splits.keys():
+        return
+    first: dict[tuple[str, ...], Example] = {}
+    pairs = [(first.setdefault(example.texts, example), example) for example in splits["train"].examples]
+    contrary = [(earlier, example) for earlier, example in pairs if example.label != earlier.label]
+    if contrary:
+        example_rows = " and ".join(example.where for example in contrary[0])
+        log(f"warning: {len(contrary):,} training examples repeat an earlier one with another label, such as {example_rows}")
+    validation = splits["validation"].examples
+    known = sum(example.texts in first for example in validation)
+    if known:
+        log(f"warning: {known:,} of the {len(validation):,} validation examples have the same texts as a training example")
 
 
 def _subset(examples: list[Example], max_examples: int) -> list[Example]:

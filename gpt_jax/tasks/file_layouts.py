@@ -28,8 +28,8 @@ class FileLayout:
     """A path or a glob below the task's folder, or "name/config:split" in tensorflow-datasets. "{split}" is replaced with the
     name of a split, and then "{group}" with each of `groups`."""
     texts: tuple[str | tuple[str, ...], ...]
-    """Columns of the texts in the order of the input transformation. If one text has several columns, they are joined with
-    spaces."""
+    """Columns of the texts in the order of the input transformation. If one text has several columns, those that are not empty
+    are joined with spaces."""
     label: str = "label"
     """Column of the label. A test split may lack it."""
     split_names: tuple[str, str, str] = ("train", "dev", "test")
@@ -42,6 +42,8 @@ class FileLayout:
     """Names of the task's folder. The user may give this folder or the folder that contains it."""
     articles: bool = False
     """Whether a record is an article with several questions, as in RACE."""
+    superseded: bool = False
+    """Whether the folders of another release also have these files, and the other release is used."""
     held_out: int = 0
     """Number of training rows that form the validation split, if the two splits share a file."""
     drops: tuple[str, ...] = ()

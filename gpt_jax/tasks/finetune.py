@@ -248,7 +248,8 @@ def resolve_config(config: FinetuneConfig, task: Task, source: InitSource) -> Fi
     require(model.kind != "lstm" or blocks <= 0, "init.blocks", "an LSTM is transferred completely (-1) or not at all (0)")
     require(blocks <= layers, "init.blocks", f"the checkpoint has {layers} blocks, not {blocks}")
     sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    labeled = config.task if config.task.name else dataclasses.replace(config.task, labels=task.labels)
+    own_classes = not (config.task.name or task.regression)
+    labeled = dataclasses.replace(config.task, labels=task.labels) if own_classes else config.task
     return FinetuneRunConfig(**sections | {"model": model, "task": labeled})
 
 

@@ -5,18 +5,20 @@ row's location. Only rows with the known defects of a release (`FileLayout.drops
 """
 
 import collections
-import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gpt_jax.config import TaskConfig
-from gpt_jax.errors import UserError, described
-from gpt_jax.tasks import tables
-from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, SPLITS, FileLayout, SplitName
+from gpt_jax.errors import UserError, described, listed, shortened
+from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, FileLayout, SplitName
+from gpt_jax.tasks.labels import HIDDEN, is_missing, label_text, missing_label_fault
+from gpt_jax.tasks.own_tables import read_own_table
 from gpt_jax.tasks.readers_tfds import read_tfds
-from gpt_jax.tasks.registry import Task, label_text
-from gpt_jax.tasks.tables import Record
+from gpt_jax.tasks.registry import Task
+from gpt_jax.tasks.releases import ARTICLE_FIELDS, RecordGroups, open_release
+from gpt_jax.tasks.tables import Record, RowFaults
 
 ID_COLUMNS = ("index", "idx", "id", "pairID", "InputStoryid")
 """Columns that identify a row, in order of preference. Rows without any of them are numbered from 0."""
@@ -47,6 +49,8 @@ class TaskSplit(NamedTuple):
     """Number of rows that were read, including those that were dropped or are not used."""
     dropped: dict[str, int]
     """Numbers of rows that were dropped, by reason."""
+    note: str = ""
+    """What was assumed about the files, for the log; empty if nothing was."""
     dropped_indices: tuple[int, ...] = ()
     """Indices, within their file, of the rows that were dropped and have an index."""
 
@@ -72,94 +76,66 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
         and line: a column is missing, a row has too few or too many columns, a label is not in the label set, a score is not a
         number, a text is empty, the number of answers is wrong, or some bytes are not UTF-8.
     """
-    layout, groups = (_open_named_task if config.name else _open_own_task)(task, config, split)
+    layout, groups, note = (_open_named_task if config.name else _open_own_task)(task, config, split)
     if not groups:
         return None
+    classes = {} if task.regression else {label_text(name): number for number, name in enumerate(task.labels)}
     examples: list[Example] = []
+    faults = RowFaults()
     dropped: collections.Counter[str] = collections.Counter()
     dropped_indices: list[int] = []
     num_rows = 0
     for group, records in groups.items():
         for record in _split_articles(records, task.labels) if layout.articles else records:
             try:
-                examples.append(_parse_example(task, layout, group, record, num_rows, split))
+                texts = _parse_texts(layout, record)
+                label = _parse_label(task, classes, layout, record, split)
+                examples.append(Example(_row_id(record, num_rows), texts, label, record.where, group))
             except _MalformedRow as error:
-                if error.defect not in layout.drops:
-                    raise UserError(f"{record.where}: {error}") from error
-                dropped[error.defect] += 1
+                if error.defect in layout.drops:
+                    dropped[error.defect] += 1
+                else:
+                    faults.add(record.where, str(error))
                 # The second part of a row that is broken at a line end may begin with any number, but an index is never greater
                 # than the number of rows before it.
                 if (index := _row_id(record, num_rows)).isdecimal() and int(index) <= num_rows:
                     dropped_indices.append(int(index))
             num_rows += 1
+    faults.check()
     if not examples:
         field = f"task.{'path' if config.name else split}"
         raise UserError(f"--{field}: the {split} split of {task.title} has no usable rows ({num_rows} read, {num_rows} dropped)")
     if layout.held_out and split != "test":
         examples = _hold_out(examples, layout.held_out, split)
         num_rows = len(examples)
-    return TaskSplit(examples, num_rows, dict(dropped), tuple(dropped_indices))
+    return TaskSplit(examples, num_rows, dict(dropped), note, tuple(dropped_indices))
 
 
 # -- sources ----------------------------------------------------------------------------------------------------------------
 
-RecordGroups = Mapping[str, Iterable[Record]]
-"""The records of a split by group; empty if there is no such split."""
+
+def _open_named_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups, str]:
+    """Returns the layout of a task of the paper, the records of one of its splits, and a note for the log."""
+    if config.path:
+        return open_release(task, Path(config.path), split)
+    layout = task.tfds
+    assert layout is not None
+    hidden_label = "-" if NO_GOLD in layout.drops else None
+    parts = layout.paths(split).items()
+    return layout, {group: read_tfds(path, layout.label, task.labels, hidden_label) for group, path in parts}, ""
 
 
-def _open_named_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups]:
-    """Returns the layout of a task of the paper, and the records of one of its splits."""
-    if not config.path:
-        layout = task.tfds
-        assert layout is not None
-        hidden_label = "-" if NO_GOLD in layout.drops else None
-        parts = layout.paths(split).items()
-        return layout, {group: read_tfds(path, layout.label, task.labels, hidden_label) for group, path in parts}
-    layout, folder = _find_release(task, Path(config.path).expanduser())
-    patterns = layout.paths(split)
-    if split == "validation" and not patterns:
-        in_glue = next(iter(task.files[0].paths(split).values()))
-        raise UserError(
-            f"--task.path: the release of {task.title} in {folder} has no validation split; give the folder of the GLUE "
-            f"download, which has {in_glue}, or leave --task.path out to use tensorflow-datasets"
-        )
-    files = {group: sorted(folder.glob(pattern)) for group, pattern in patterns.items()}
-    if split == "test" and not any(files.values()):
-        return layout, {}
-    for group, paths in files.items():
-        if not paths:
-            raise UserError(f"--task.path: {folder} has no {patterns[group]}, which the {split} split of {task.title} needs")
-        if len(paths) > 1 and not layout.articles:
-            raise UserError(f"--task.path: {folder} has {' and '.join(path.name for path in paths)}; keep one of them")
-    return layout, {group: _read_files(layout, paths, split) for group, paths in files.items()}
-
-
-def _find_release(task: Task, given: Path) -> tuple[FileLayout, Path]:
-    """Returns the layout whose files are in the given folder, or in the task's own folder below it, and that folder."""
-    if not given.is_dir():
-        raise UserError(f"--task.path: there is no folder '{given}'")
-    for layout in task.files:
-        for folder in (given, *(given / name for name in layout.folders)):
-            if any(any(folder.glob(pattern)) for split in SPLITS for pattern in layout.paths(split).values()):
-                return layout, folder
-    wanted = " or ".join(next(iter(layout.paths("train").values())) for layout in task.files)
-    places = ", ".join(dict.fromkeys(str(given / name) for layout in task.files for name in ("", *layout.folders)))
-    raise UserError(f"--task.path: there are no files of {task.title}; looked for {wanted} in {places}")
-
-
-def _read_files(layout: FileLayout, paths: list[Path], split: SplitName) -> Iterator[Record]:
-    assert layout.format != "tfds"
-    required = ARTICLE_FIELDS if layout.articles else layout.text_columns + (() if split == "test" else (layout.label,))
-    for path in paths:
-        yield from tables.read_table(path, layout.format, dict.fromkeys(required, ""), layout.headers.get(split, ()))
-
-
-def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups]:
-    """Returns the layout of a user-defined task, and the records of one of its splits."""
+def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups, str]:
+    """Returns the layout of a user-defined task, the records of one of its splits, and a note for the log."""
     path = getattr(config, split)
-    required = dict.fromkeys(config.texts, "task.texts") | ({} if split == "test" else {config.label: "task.label"})
-    groups = {"": tables.read_own_table(path, f"task.{split}", required)} if path else {}
-    return FileLayout("tsv", path, config.texts, config.label), groups
+    if not path:
+        return FileLayout("tsv", path, config.texts), {}, ""
+    table = read_own_table(path, f"task.{split}", (*config.texts, config.label))
+    texts = tuple(table.find_columns(name, "task.texts") for name in config.texts)
+    # A test split may lack the column, but not have it under a name with other capitals.
+    if split != "test" or config.label.casefold() in map(str.casefold, table.columns):
+        table.require_column(config.label, "task.label")
+    return FileLayout("tsv", path, texts, config.label), {"": table.records}, table.note
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------------
@@ -173,49 +149,73 @@ class _MalformedRow(Exception):
         self.defect = defect
 
 
-def _parse_example(task: Task, layout: FileLayout, group: str, record: Record, number: int, split: SplitName) -> Example:
-    if record.fault:
-        raise _MalformedRow(COLUMNS, record.fault)
-    texts = _parse_texts(layout, record)
-    if JOINED in layout.drops and any("\t" in text for text in texts):
-        raise _MalformedRow(JOINED, "a text contains a tab")
-    label = label_text(record.fields.get(layout.label))
-    if label is None and split != "test":
-        raise _MalformedRow("", "the label is missing, which is only allowed in a test split")
-    return Example(_row_id(record, number), texts, None if label is None else _parse_label(task, label), record.where, group)
-
-
 def _row_id(record: Record, number: int) -> str:
     """Returns the value of the column that identifies a row, or the row's number in the split if there is no such column."""
     return str(next((record.fields[column] for column in ID_COLUMNS if column in record.fields), number))
 
 
 def _parse_texts(layout: FileLayout, record: Record) -> tuple[str, ...]:
-    for column in layout.text_columns:
-        value = record.fields[column]
-        if not isinstance(value, str):
+    if record.fault:
+        raise _MalformedRow(COLUMNS, record.fault)
+    texts = tuple(_join_columns((text,) if isinstance(text, str) else text, record.fields) for text in layout.texts)
+    if JOINED in layout.drops and any("\t" in text for text in texts):
+        raise _MalformedRow(JOINED, "a text contains a tab")
+    return texts
+
+
+def _join_columns(columns: tuple[str, ...], fields: Mapping[str, Any]) -> str:
+    """Returns the text of a column, or those of several columns, of which some may be empty, with spaces between them."""
+    values = [fields.get(column) for column in columns]
+    for column, value in zip(columns, values, strict=True):
+        if not isinstance(value, str) and not (value is None and len(columns) > 1):
             raise _MalformedRow("", f"'{column}' must be a string, not {described(value)}")
-        if not value.strip():
-            raise _MalformedRow(EMPTY, f"'{column}' is empty; every text needs at least one character that is not white space")
-    joined = (record.fields[t] if isinstance(t, str) else " ".join(record.fields[column] for column in t) for t in layout.texts)
-    return tuple(text.strip() for text in joined)
+    text = " ".join(value for value in values if value and value.strip()).strip()
+    if not text:
+        name = "+".join(columns)
+        raise _MalformedRow(EMPTY, f"'{name}' is empty; every text needs at least one character that is not white space")
+    return text
 
 
-def _parse_label(task: Task, label: str) -> float:
-    """Returns the index of a label, or the score of a regression."""
-    if not task.regression:
-        if label not in task.labels:
-            defect = NO_GOLD if label == "-" else ""
-            raise _MalformedRow(defect, f"the label is '{label}'; it must be one of {', '.join(task.labels)}")
-        return float(task.labels.index(label))
-    low, high = float(task.labels[0]), float(task.labels[-1])
+def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, record: Record, split: SplitName) -> float | None:
+    """Returns the index of a label, or the score of a regression; None if it is hidden.
+
+    Args:
+      task: the task.
+      classes: the index of each label by its text; empty if the task is a regression.
+      layout: the layout of the file.
+      record: the row.
+      split: the split, of which a test split may have hidden labels.
+    """
     try:
-        score = float(label)
+        text = label_text(record.fields.get(layout.label))
+    except ValueError as error:
+        raise _MalformedRow("", str(error)) from None
+    label = _parse_score(task, text) if task.regression else classes.get(text)
+    if label is not None:
+        return float(label)
+    if text == "-" and NO_GOLD in layout.drops:
+        raise _MalformedRow(NO_GOLD, "there is no gold label")
+    if is_missing(text):
+        if split == "test":
+            return None
+        raise _MalformedRow("", missing_label_fault(text, own=not task.files))
+    if text == HIDDEN and split == "test":
+        return None
+    if task.regression:
+        hint = f"; write {text.replace(',', '.')}" if re.fullmatch(r"-?[0-9]+,[0-9]+", text) else ""
+        wanted = f"a number from {task.labels[0]} to {task.labels[-1]}{hint}"
+        raise _MalformedRow("", f"the score is '{shortened(text)}'; it must be {wanted}")
+    hint = "; answers are counted from 0" if task.kind == "multiple_choice" and task.labels[0] == "0" else ""
+    raise _MalformedRow("", f"the label is '{shortened(text)}'; it must be one of {listed(task.labels)}{hint}")
+
+
+def _parse_score(task: Task, text: str) -> float | None:
+    """Returns a score, or None if the text is not a number in the task's range."""
+    try:
+        score = float(text)
     except ValueError:
-        score = math.nan
-    if not low <= score <= high:
-        raise _MalformedRow("", f"the score is '{label}'; it must be a number from {low:g} to {high:g}")
-    return score
+        return None
+    return score if float(task.labels[0]) <= score <= float(task.labels[-1]) else None
 
 
 def _hold_out(examples: list[Example], size: int, split: SplitName) -> list[Example]:
@@ -230,9 +230,6 @@ def _hold_out(examples: list[Example], size: int, split: SplitName) -> list[Exam
 
 # -- articles with questions ------------------------------------------------------------------------------------------------
 
-ARTICLE_FIELDS = ("article", "questions", "options", "answers")
-"""Fields of RACE's records: a text, and three lists with one item for each question."""
-
 
 def _split_articles(records: Iterable[Record], letters: tuple[str, ...]) -> Iterator[Record]:
     """Yields a record for each question of each article. Its context is the article followed by the question."""
@@ -245,5 +242,6 @@ def _split_articles(records: Iterable[Record], letters: tuple[str, ...]) -> Iter
         name = record.fields.get("id") or record.fields.get("example_id")
         for number, (question, options, answer) in enumerate(zip(*lists, strict=True)):
             fields = {"id": f"{name}/{number}", "context": f"{article} {question}", "answer": answer}
+            options = options if isinstance(options, list) else [options]
             fault = "" if len(options) == len(letters) else f"{len(options)} options; every question must have {len(letters)}"
             yield Record(f"{record.where} question {number}", fields | dict(zip(letters, options, strict=False)), fault)

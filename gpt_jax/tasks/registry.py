@@ -4,15 +4,17 @@ Tables and sections are those of "Improving Language Understanding by Generative
 """
 
 import dataclasses
-import json
-import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float64
 
 from gpt_jax.config import TaskConfig
-from gpt_jax.errors import UserError, nearest
-from gpt_jax.tasks import tables
+from gpt_jax.errors import UserError, listed, nearest, require
 from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, PAIR, PREMISE, SPLITS, FileLayout, glue, nli, tfds
+from gpt_jax.tasks.labels import MAX_CLASSES, classes_of, label_text
+from gpt_jax.tasks.own_tables import read_own_table
 
 TaskKind = Literal["classification", "entailment", "similarity", "multiple_choice"]
 
@@ -35,6 +37,11 @@ class Task:
     """Names of metrics, as in `metrics.compute_metric`. The first one is the paper's and determines the best checkpoint."""
     regression: bool = False
     """Whether labels are scores rather than members of `labels`."""
+
+    @property
+    def output_values(self) -> Float64[np.ndarray, " outputs"]:
+        """What each output stands for: the score of a regression, or the index of the label."""
+        return np.array(self.labels, np.float64) if self.regression else np.arange(len(self.labels), dtype=np.float64)
 
     @property
     def glue_name(self) -> str:
@@ -63,41 +70,60 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
+METRICS = {"classes": ("accuracy", "f1", "matthews"), "answers": ("accuracy",), "scores": ("pearson", "spearman")}
+"""Metrics of a user-defined task, by what its labels are."""
+
+
 def task_from_config(config: TaskConfig) -> Task:
-    """Returns the task that a config names, or the one that its fields from `kind` to `labels` describe.
+    """Returns the task that a config names, or the one that its fields from `kind` to `metrics` describe.
 
     Raises:
       UserError: no task has that name; the config does not describe a task; there are fewer than two labels, a label occurs
-        twice, or there is not one label for each answer; or the labels cannot be read from the training rows.
+        twice, or there is not one label for each answer; the metrics are not for labels of this kind; or the labels cannot be
+        read from the training rows.
     """
     if config.name:
         return get_task(config.name)
     if not (config.train or config.validation or config.test):
         raise UserError(f"--task.name: name a task ({', '.join(TASKS)}), or give rows of your own with --task.train")
+    kind = "answers" if config.kind == "multiple_choice" else "scores" if config.score_range else "classes"
+    labels = _own_labels(config)
+    metrics = config.metrics or (METRICS[kind] if kind == "scores" else ("accuracy",))
+    for metric in metrics:
+        require(metric in METRICS[kind], "task.metrics", f"'{metric}' is not a metric of {kind}; known: {listed(METRICS[kind])}")
+    require(
+        "f1" not in metrics or len(labels) == 2,
+        "task.metrics",
+        f"f1 is a metric of two labels (and scores the second), not of {len(labels)}; use accuracy or matthews",
+    )
+    return Task("", "own task", config.kind, labels, metrics=metrics, regression=kind == "scores")
+
+
+def _own_labels(config: TaskConfig) -> tuple[str, ...]:
+    """Returns the labels of a user-defined task."""
     answers = len(config.texts) - 1 if config.kind == "multiple_choice" else 0
+    if config.score_range:
+        span = config.score_range[-1] - config.score_range[0] if len(config.score_range) == 2 else 0
+        wanted = f"must be the lowest and the highest score, fewer than {MAX_CLASSES:,} apart, such as 0 5"
+        require(0 < span < MAX_CLASSES, "task.score_range", wanted)
+        require(not answers, "task.score_range", "does not apply to multiple_choice, whose labels are answers")
+        require(not config.labels, "task.labels", "are names of classes; omit them with --task.score-range")
+        return tuple(str(config.score_range[0] + k) for k in range(span + 1))
     labels = config.labels or (tuple(map(str, range(answers))) if answers else _labels_of_rows(config))
-    if len(labels) < 2 or len(set(labels)) < len(labels):
-        raise UserError(f"--task.labels: give two or more different labels, not {', '.join(labels) or 'none'}")
+    if len(labels) < 2 or len(set(map(label_text, labels)) - {""}) < len(labels):
+        raise UserError(f"--task.labels: give two or more different labels, not {listed(labels) or 'none'}")
     if answers and len(labels) != answers:
         raise UserError(f"--task.labels: {len(labels)} labels for the {answers} answers in --task.texts; give one for each")
-    return Task("", "own task", config.kind, labels)
+    return labels
 
 
 def _labels_of_rows(config: TaskConfig) -> tuple[str, ...]:
-    """Returns the labels of the training rows in alphabetical order, or in order of value if all of them are integers."""
+    """Returns the classes of the training rows."""
     if not config.train:
         raise UserError("--task.labels: give the labels, since there are no training rows (--task.train) to read them from")
-    records = tables.read_own_table(config.train, "task.train", {config.label: "task.label"})
-    labels = {label for record in records if (label := label_text(record.fields.get(config.label))) is not None}
-    integers = all(re.fullmatch(r"-?\d+", label) for label in labels)
-    return tuple(sorted(labels, key=int if integers else None))
-
-
-def label_text(value: Any) -> str | None:
-    """Returns a label as a string, since it may be a number in JSON; None if it is missing."""
-    if value is None:
-        return None
-    return value.strip() if isinstance(value, str) else json.dumps(value)
+    table = read_own_table(config.train, "task.train", (*config.texts, config.label))
+    table.require_column(config.label, "task.label")
+    return classes_of(table.records, config.label)
 
 
 # -- the tasks --------------------------------------------------------------------------------------------------------------
@@ -127,7 +153,8 @@ SCITAIL = FileLayout(
 # tensorflow-datasets treats quotes in the file as special characters, so a single quote joins all rows up to the next one. It has
 # 23,097 training rows, while the file has 23,596.
 SCITAIL_TFDS = tfds("sci_tail", PREMISE, drops=(JOINED,))
-# As in the released code, the validation file provides the training data, and 374 of its rows are held out for validation.
+# As in the released code, the validation file provides the training data, and 374 of its rows are held out for validation. In the
+# release of winter 2018, the test file has no labels.
 STORY_CLOZE = FileLayout(
     "csv",
     "cloze_test_{split}__spring2016*.csv",
@@ -136,6 +163,7 @@ STORY_CLOZE = FileLayout(
     split_names=("val", "val", "test"),
     held_out=374,
 )
+STORY_CLOZE_2018 = dataclasses.replace(STORY_CLOZE, path="cloze_test_{split}__winter2018*.csv")
 # The rows are not in the order of the file, so the rows that are held out are not those of the released code.
 STORY_CLOZE_TFDS = tfds(
     "story_cloze/2016", ("context", "endings/0", "endings/1"), ("validation", "validation", "test"), held_out=374
@@ -151,7 +179,7 @@ RACE = FileLayout(
 )
 RACE_TFDS = dataclasses.replace(RACE, format="tfds", path="race/{group}:{split}")
 MRPC = glue("MRPC", ("#1 String", "#2 String"), label="Quality")
-MRPC_ORIGINAL = dataclasses.replace(MRPC, path="msr_paraphrase_{split}.txt", split_names=("train", "", "test"))
+MRPC_ORIGINAL = dataclasses.replace(MRPC, path="msr_paraphrase_{split}.txt", split_names=("train", "", "test"), superseded=True)
 # Earlier releases have rows that are broken at a line end, and every release has a few empty questions.
 QQP = glue("QQP", QQP_TEXTS, label="is_duplicate", drops=(COLUMNS, EMPTY))
 STSB = glue("STS-B", PAIR, label="score")
@@ -163,7 +191,7 @@ _TASKS = (
     Task("qnli", "QNLI", "entailment", BINARY_NLI, (glue("QNLI", QNLI_TEXTS),), tfds("glue/qnli", QNLI_TEXTS)),
     Task("rte", "RTE", "entailment", BINARY_NLI, (glue("RTE", PAIR),), tfds("glue/rte", PAIR)),
     Task("scitail", "SciTail", "entailment", ("entails", "neutral"), (SCITAIL,), SCITAIL_TFDS),
-    Task("story_cloze", "Story Cloze", "multiple_choice", ("1", "2"), (STORY_CLOZE,), STORY_CLOZE_TFDS),
+    Task("story_cloze", "Story Cloze", "multiple_choice", ("1", "2"), (STORY_CLOZE, STORY_CLOZE_2018), STORY_CLOZE_TFDS),
     Task("race", "RACE", "multiple_choice", ("A", "B", "C", "D"), (RACE,), RACE_TFDS),
     Task("mrpc", "MRPC", "similarity", BINARY, (MRPC, MRPC_ORIGINAL), tfds("glue/mrpc", PAIR), ("f1", "accuracy")),
     Task("qqp", "QQP", "similarity", BINARY, (QQP,), tfds("glue/qqp", QQP_TEXTS, drops=(EMPTY,)), ("f1", "accuracy")),

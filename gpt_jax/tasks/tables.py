@@ -1,16 +1,23 @@
-"""Files of labeled rows: tab-separated, comma-separated, JSON lines, and single JSON objects."""
+"""Rows of labeled files, and the files of releases: tab-separated, comma-separated, JSON lines, and single JSON objects.
+
+`own_tables` reads the files of users, which may be written in many more ways.
+"""
 
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError, listed, nearest
+from gpt_jax.inputs.formats import open_file
 from gpt_jax.inputs.json_values import parse_json_object
 
 TableFormat = Literal["tsv", "csv", "jsonl", "json"]
 """`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `jsonl` has
 one object per line, and `json` has one object per file."""
+
+MAX_CELL = 2**31 - 1
+"""Maximum number of characters in a cell. The csv module's own limit is 131,072."""
 
 
 class Record(NamedTuple):
@@ -19,39 +26,49 @@ class Record(NamedTuple):
     where: str
     """The row's location for error messages: "file:line"."""
     fields: Mapping[str, Any]
-    """The values by column. Except in JSON, all of them are strings."""
+    """The values by column. Except in JSON and Parquet, all of them are strings."""
     fault: str = ""
     """A description of the error if the number of cells does not match the columns; empty otherwise."""
 
 
-def read_own_table(path: str, field: str, required: Mapping[str, str]) -> Iterator[Record]:
-    """Yields the rows of a user's own file. Its suffix determines the format.
+class RowFaults:
+    """Rows of a split that cannot be used, by the error in them."""
 
-    Args:
-      path: the file.
-      field: the config field that names the file, for error messages.
-      required: as for `read_table`.
+    def __init__(self) -> None:
+        self._rows: dict[str, list[str]] = {}
 
-    Raises:
-      UserError: there is no such file, its suffix is unknown, or its content is malformed (`read_table`).
-    """
-    file = Path(path).expanduser()
-    formats: dict[str, TableFormat] = {".tsv": "tsv", ".csv": "csv", ".jsonl": "jsonl"}
-    file_format = formats.get(file.suffix.lower())
-    if file_format is None:
-        raise UserError(f"--{field}: '{path}' must end in .tsv, .csv or .jsonl, which determines how the file is read")
-    if not file.is_file():
-        raise UserError(f"--{field}: there is no file '{path}'")
-    yield from read_table(file, file_format, required)
+    def add(self, where: str, message: str) -> None:
+        """Adds a row by its location and a description of its error."""
+        self._rows.setdefault(message, []).append(where)
+
+    def check(self) -> None:
+        """Raises an error if any rows were added.
+
+        Raises:
+          UserError: the message has the first error, its location, the number and the first locations of other rows with the same
+            error, and the number of rows with other errors.
+        """
+        if not self._rows:
+            return
+        message, (first, *more) = next(iter(self._rows.items()))
+        place = first.rpartition(":")[0] + ":"
+        same = (
+            f"; the same error is in {len(more):,} more rows ({listed(where.removeprefix(place) for where in more)})"
+            if more
+            else ""
+        )
+        count = sum(map(len, self._rows.values())) - 1 - len(more)
+        others = f"; {count:,} other rows have other errors" if count else ""
+        raise UserError(f"{first}: {message}{same}{others}")
 
 
-def read_table(path: Path, file_format: TableFormat, required: Mapping[str, str], header: Sequence[str] = ()) -> Iterator[Record]:
-    """Yields the rows of a file in order. Blank lines and a byte-order mark are skipped.
+def read_table(path: Path, file_format: TableFormat, required: Iterable[str], header: Sequence[str] = ()) -> Iterator[Record]:
+    """Yields the rows of a file of a release in order. Blank lines and a byte-order mark are skipped.
 
     Args:
       path: the file.
       file_format: its format.
-      required: columns that must be present, each with the config field that names it, for error messages ("" if none does).
+      required: columns that must be present.
       header: the columns of a table without a header row; empty if the first row names them.
 
     Raises:
@@ -59,60 +76,75 @@ def read_table(path: Path, file_format: TableFormat, required: Mapping[str, str]
         file and the line.
     """
     if file_format in ("jsonl", "json"):
-        objects = _filled_lines(path) if file_format == "jsonl" else [(1, "".join(text for _, text in _lines(path)))]
+        objects = _filled_lines(path) if file_format == "jsonl" else [(1, "".join(read_lines(path)))]
         for line, text in objects:
             fields = parse_json_object(text, path, line)
             _require_columns(required, fields, f"{path}:{line}: no field")
             yield Record(f"{path}:{line}", fields)
         return
-    rows = _parse_csv(path) if file_format == "csv" else ((line, text.split("\t")) for line, text in _filled_lines(path))
+    rows = (
+        parse_csv(read_lines(path), ",", path)
+        if file_format == "csv"
+        else ((line, text.split("\t")) for line, text in _filled_lines(path))
+    )
     columns = [name.strip() for name in header or next(rows, (1, []))[1]]
     _require_columns(required, columns, f"{path}:1: no column")
     for line, cells in rows:
-        fault = f"{len(cells)} columns; there must be {len(columns)}: {', '.join(columns)}" if len(cells) != len(columns) else ""
-        yield Record(f"{path}:{line}", dict(zip(columns, cells, strict=False)), fault)
+        yield make_record(f"{path}:{line}", columns, cells)
 
 
-def _require_columns(required: Mapping[str, str], names: Iterable[str], complaint: str) -> None:
+def make_record(where: str, columns: Sequence[str], cells: Sequence[str]) -> Record:
+    """Returns a row of a table with separators."""
+    fault = f"{len(cells)} columns; there must be {len(columns)}: {listed(columns)}" if len(cells) != len(columns) else ""
+    return Record(where, dict(zip(columns, cells, strict=False)), fault)
+
+
+def _require_columns(required: Iterable[str], names: Iterable[str], complaint: str) -> None:
     names = list(names)
-    for name, field in required.items():
+    for name in required:
         if name not in names:
-            hint = nearest(name, names) if names else "there are none"
-            raise UserError(f"{complaint} '{name}'{f' (--{field})' if field else ''}; {hint}")
+            raise UserError(f"{complaint} '{name}'; {nearest(name, names)}")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines with their numbers and line ends. Only a line feed ends a line, since texts contain other separators."""
-    with path.open("rb") as file:
+def read_lines(path: Path) -> Iterator[str]:
+    """Yields the lines of a file with their line ends. Only a line feed ends a line, since texts contain other separators.
+
+    Raises:
+      UserError: as `formats.open_file`; or some bytes are not UTF-8, or are NUL. The message names the line.
+    """
+    with open_file(path) as file:
         for number, data in enumerate(file, start=1):
             try:
-                yield number, data.decode("utf-8-sig" if number == 1 else "utf-8")
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 where = f"{path}:{number}"
                 raise UserError(f"{where}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file to UTF-8") from error
+            if "\0" in line:
+                raise UserError(f"{path}:{number}: a NUL character; the file is damaged, or it is not text")
+            yield line
 
 
 def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yields the lines that are not empty, with their numbers and without their line ends."""
-    for number, text in _lines(path):
+    for number, text in enumerate(read_lines(path), start=1):
         if line := text.removesuffix("\n").removesuffix("\r"):
             yield number, line
 
 
-def _parse_csv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yields the rows with the number of the line in which each begins. A quoted cell may contain line ends."""
-    consumed: list[int] = []  # the lines of the current row, which has several only inside quotes
+def parse_csv(lines: Iterable[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows with the number of the line in which each begins. A quoted cell may contain line ends.
 
-    def lines() -> Iterator[str]:
-        for number, text in _lines(path):
-            consumed.append(number)
-            yield text
-
+    Raises:
+      UserError: a quote is not closed, or something follows a closing quote.
+    """
+    csv.field_size_limit(MAX_CELL)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    begin = 1
     try:
-        for cells in csv.reader(lines(), strict=True):
+        for cells in rows:
             if cells:
-                yield consumed[0], cells
-            consumed.clear()
+                yield begin, cells
+            begin = rows.line_num + 1
     except csv.Error as error:
-        where = f"{path}:{consumed[0]}"
+        where = f"{path}:{begin}"
         raise UserError(f"{where}: {error}; quote cells that contain commas or quotes, and double those quotes") from error

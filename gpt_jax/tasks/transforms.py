@@ -15,12 +15,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int32, Int64
+from jaxtyping import Float32, Float64, Int32, Int64
 
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.readers import Example
 from gpt_jax.tasks.registry import TaskKind
+from gpt_jax.tasks.tables import RowFaults
 
 Truncation = Literal["longest", "released"]
 
@@ -68,7 +69,7 @@ def encode_examples(
     kind: TaskKind,
     encode_text: Callable[[str], list[int]],
     special: SpecialTokens,
-    num_outputs: int,
+    output_values: Float64[np.ndarray, " K"],
     *,
     max_tokens: int,
     truncation: Truncation,
@@ -81,7 +82,7 @@ def encode_examples(
       kind: determines the transformation.
       encode_text: the tokenizer's `encode`.
       special: ids of the special tokens.
-      num_outputs: K, the number of outputs of the classifier; for multiple choice, the number of answers.
+      output_values: the score or the index of the label that each output of the classifier stands for (`Task.output_values`).
       max_tokens: maximum length of a sequence, including special tokens.
       truncation: `longest` removes tokens from the end of the longest segment (in a tie the first), one at a time, until the
         sequence fits. `released` cuts every segment at `max_tokens // 2 - 2` tokens, as the released code does.
@@ -89,16 +90,17 @@ def encode_examples(
     Raises:
       UserError: a text has no tokens, or `max_tokens` leaves no room for text.
     """
-    sequences = SEGMENTS.get(kind) or tuple((0, 1 + answer) for answer in range(num_outputs))
+    sequences = SEGMENTS.get(kind) or tuple((0, 1 + answer) for answer in range(len(output_values)))
     _check_room(kind, len(sequences[0]), max_tokens, truncation)
     ids_of = functools.cache(lambda text: np.array(encode_text(text), np.int32))
     start, delimiter, extract = np.array(special, np.int32)[:, None]
     pieces: list[np.ndarray] = [np.empty(0, np.int32)]
     lengths = np.empty((len(examples), len(sequences)), np.int32)
     num_truncated = 0
+    faults = RowFaults()
     for number, example in enumerate(examples):
         texts = [ids_of(text) for text in example.texts]
-        _check_tokens(example, texts)
+        _check_tokens(example, texts, faults)
         truncated = False
         for s, segments in enumerate(sequences):
             full = [len(texts[segment]) for segment in segments]
@@ -109,8 +111,9 @@ def encode_examples(
             pieces.append(extract)
             lengths[number, s] = _num_special(len(segments)) + sum(kept)
         num_truncated += truncated
+    faults.check()
     ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
-    labels = label_distributions([example.label for example in examples], num_outputs)
+    labels = label_distributions([example.label for example in examples], output_values)
     return EncodedSplit(np.concatenate(pieces), ends - lengths, lengths, labels, num_truncated)
 
 
@@ -131,8 +134,8 @@ def truncate(lengths: Sequence[int], max_tokens: int, truncation: Truncation) ->
     return [first, min(lengths[1], room - first)]
 
 
-def label_distributions(labels: Sequence[float | None], num_outputs: int) -> Float32[np.ndarray, "n K"]:
-    """Returns labels as distributions over the outputs.
+def label_distributions(labels: Sequence[float | None], output_values: Float64[np.ndarray, " K"]) -> Float32[np.ndarray, "n K"]:
+    """Returns labels as distributions over the outputs, which stand for consecutive whole numbers (`Task.output_values`).
 
     The index of a label becomes a one-hot distribution. A score between two integers is divided between them: 4.2 puts 0.8 on
     output 4 and 0.2 on output 5, so that the expectation equals the score (Tai, Socher and Manning, 2015, section 4.2). The paper
@@ -140,7 +143,7 @@ def label_distributions(labels: Sequence[float | None], num_outputs: int) -> Flo
     zeros.
     """
     scores = np.array([np.nan if label is None else label for label in labels], np.float64)
-    shares = 1 - np.abs(scores[:, None] - np.arange(num_outputs))
+    shares = 1 - np.abs(scores[:, None] - output_values)
     return np.fmax(shares, 0).astype(np.float32)  # fmax turns NaN into 0
 
 
@@ -153,9 +156,8 @@ def _check_room(kind: TaskKind, num_segments: int, max_tokens: int, truncation: 
         )
 
 
-def _check_tokens(example: Example, texts: Sequence[np.ndarray]) -> None:
+def _check_tokens(example: Example, texts: Sequence[np.ndarray], faults: RowFaults) -> None:
     for number, ids in enumerate(texts, 1):
         if not ids.size:
-            raise UserError(
-                f"{example.where}: text {number} of {len(texts)} has no tokens; give it at least one word, or remove the row"
-            )
+            message = f"text {number} of {len(texts)} has no tokens; give it at least one word, or remove the row"
+            faults.add(example.where, message)

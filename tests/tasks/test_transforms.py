@@ -22,7 +22,8 @@ def letters(text):
 
 
 def transform(rows, kind, num_outputs=2, max_tokens=512, truncation="longest", encode_text=letters):
-    return encode_examples(rows, kind, encode_text, SPECIALS, num_outputs, max_tokens=max_tokens, truncation=truncation)
+    outputs = np.arange(num_outputs, dtype=np.float64)
+    return encode_examples(rows, kind, encode_text, SPECIALS, outputs, max_tokens=max_tokens, truncation=truncation)
 
 
 def sequences(encoded):
@@ -153,8 +154,10 @@ def test_classes_and_choices_are_one_hot_and_hidden_labels_zeros():
     assert transform(rows, "multiple_choice").labels.tolist() == [[0, 1], [1, 0]]
 
 
-def test_scores_are_shared_between_neighboring_classes():
-    labels = label_distributions([4.2, 0.0, 5.0, 2.75, 3.0, None], 6)
+@pytest.mark.parametrize("low", [0, 1, -3])
+def test_scores_are_shared_between_neighboring_outputs(low):
+    scores = [None if score is None else low + score for score in (4.2, 0.0, 5.0, 2.75, 3.0, None)]
+    labels = label_distributions(scores, low + np.arange(6.0))
     expected = [
         [0, 0, 0, 0, 0.8, 0.2],
         [1, 0, 0, 0, 0, 0],

@@ -1,0 +1,167 @@
+"""Tables of users, which spreadsheets, pandas and scripts write in different ways.
+
+The extension of a file says whether it has separators, JSON or Parquet. In a table with separators, the first row names the
+columns, and the separator (comma, tab, semicolon or bar) is the one with which the wanted columns appear in it. Cells may be
+quoted, but many tables with tabs are not quoted and have stray quotation marks. `_read_tabs` finds out which is the case.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from gpt_jax.errors import UserError, nearest
+from gpt_jax.inputs.formats import content_suffix
+from gpt_jax.inputs.json_values import parse_json_object
+from gpt_jax.tasks.tables import Record, make_record, parse_csv, read_lines
+
+DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}
+"""Separators by extension, in order of preference."""
+JSON = (".jsonl", ".ndjson", ".json")
+EXTENSIONS = (*DELIMITERS, *JSON, ".parquet")
+
+
+class OwnTable(NamedTuple):
+    """A user's table."""
+
+    path: Path
+    columns: tuple[str, ...]
+    records: list[Record]
+    note: str = ""
+    """What was assumed about the file, for the log; empty if nothing was."""
+
+    def require_column(self, name: str, field: str) -> None:
+        """Checks that there is one column with this name.
+
+        Raises:
+          UserError: there is no such column, or there are several. The message names the config field `field`.
+        """
+        count = self.columns.count(name)
+        if count == 0:
+            raise UserError(f"{self.path}:1: no column '{name}' (--{field}); {nearest(name, self.columns)}")
+        if count > 1:
+            raise UserError(f"{self.path}:1: {count} columns are named '{name}' (--{field}); give them different names")
+
+    def find_columns(self, name: str, field: str) -> tuple[str, ...]:
+        """Returns the column with a name, or the columns whose names it joins with "+"; raises errors as `require_column`."""
+        columns = _split_name(name, self.columns)
+        for column in columns:
+            self.require_column(column, field)
+        return columns
+
+
+def _split_name(name: str, columns: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of columns that a name joins with "+". A column whose own name contains it is preferred."""
+    words = name.split("+")
+    for size in range(len(words), 0, -1):
+        head, rest = "+".join(words[:size]).strip(), "+".join(words[size:])
+        if head in columns:
+            return (head, *(_split_name(rest, columns) if rest else ()))
+    return (words[0].strip(), *(_split_name("+".join(words[1:]), columns) if words[1:] else ()))
+
+
+def read_own_table(path: str, field: str, wanted: Iterable[str]) -> OwnTable:
+    """Reads a user's table.
+
+    Args:
+      path: the file.
+      field: the config field that names the file, for error messages.
+      wanted: names of columns that the task needs, by which the separator is chosen.
+
+    Raises:
+      UserError: there is no such file, its extension is unknown, or its content is malformed. The message names the line.
+    """
+    file = Path(path)
+    extension = content_suffix(file)
+    if extension not in EXTENSIONS:
+        known = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
+        raise UserError(f"--{field}: the name '{path}' must end in {known}, which determines how the file is read")
+    if not file.is_file():
+        raise UserError(f"--{field}: there is no file '{path}'")
+    lines = list(read_lines(file))
+    if len(lines) == 1:  # Carriage returns end the lines, as on old Macs.
+        lines = re.split(r"(?<=\r)(?!\n)", lines[0])
+    if extension in JSON:
+        return _read_json_lines(file, lines)
+    return _read_separated(file, lines, DELIMITERS[extension], tuple(wanted))
+
+
+def _read_json_lines(file: Path, lines: Sequence[str]) -> OwnTable:
+    records = [
+        Record(f"{file}:{number}", parse_json_object(line, file, number))
+        for number, line in enumerate(lines, start=1)
+        if line.strip()
+    ]
+    columns = dict.fromkeys(column for record in records for column in record.fields)
+    return OwnTable(file, tuple(columns), records)
+
+
+# -- tables with separators -------------------------------------------------------------------------------------------------
+
+Rows = list[tuple[int, list[str]]]
+"""Cells of rows, each with the number of the line in which it begins."""
+
+
+def _read_separated(file: Path, lines: list[str], delimiters: str, wanted: Sequence[str]) -> OwnTable:
+    if lines and (told := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):  # Excel obeys and writes this line.
+        delimiters, lines[0] = told[1], "\n"
+    header = next((line for line in lines if line.strip()), "")
+
+    def fit(delimiter: str) -> tuple[int, int]:
+        """Returns the number of wanted columns that the header has, and that of all its columns."""
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        return sum(set(_split_name(name, names)) <= set(names) for name in wanted), len(names)
+
+    delimiter = max(delimiters, key=fit)
+    rows, note = _read_tabs(file, lines) if delimiter == "\t" else (list(parse_csv(lines, delimiter, file)), "")
+    rows = [(line, cells) for line, cells in rows if any(cell.strip() for cell in cells)]
+    columns = tuple(name.strip() for name in rows[0][1]) if rows else ()
+    records = [make_record(f"{file}:{line}", columns, cells) for line, cells in rows[1:]]
+    return OwnTable(file, columns, records, note)
+
+
+def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
+    """Returns the rows of a table with tabs, and a note for the log if it is not certain whether its cells are quoted.
+
+    Cells are quoted if the table has rows of equal length only when they are read in this way, without taking rows for parts of
+    cells. If both readings have rows of equal length, cells are quoted if all names of columns are, or if every cell that begins
+    with a quotation mark needs quotes for the quotation marks in it.
+    """
+    plain = [(number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(lines, start=1)]
+    opened = [cell for _, cells in plain for cell in cells if cell.startswith('"')]
+    if not opened:
+        return plain, ""
+    quoted = _read_quoted_tabs(file, lines)
+    if quoted is None:
+        return plain, ""
+    if not _are_equal(plain):
+        return quoted, ""
+    header = next(cells for _, cells in plain if any(cells))
+    if all(cell.startswith('"') for cell in header) or all('""' in cell[1:-1] for cell in opened):
+        return quoted, ""
+    note = f"{file}: {len(opened):,} cells begin with a quotation mark, which is taken as part of the text"
+    return plain, f"{note}; to have quotation marks around cells removed, name the table .csv"
+
+
+def _read_quoted_tabs(file: Path, lines: Sequence[str]) -> Rows | None:
+    """Returns the rows of a table with tabs and quoted cells; None if its cells cannot be quoted."""
+    try:
+        rows = list(parse_csv(lines, "\t", file))
+    except UserError:
+        return None
+    if not _are_equal(rows):
+        return None
+    width = len(rows[0][1])
+    ends = [line for line, _ in rows[1:]] + [len(lines) + 1]
+    for (begin, _), end in zip(rows, ends, strict=True):
+        whole = [line.count("\t") == width - 1 for line in lines[begin - 1 : end - 1] if line.strip()]
+        # A row over several lines is not one if these are rows themselves. A single line may have the right number of cells.
+        if len(whole) > 1 and (all(whole) or any(whole[1:-1])):
+            return None
+    return rows
+
+
+def _are_equal(rows: Rows) -> bool:
+    """Returns whether all rows that are not blank have the same number of cells."""
+    return len({len(cells) for _, cells in rows if any(cells)}) <= 1
