@@ -16,7 +16,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message))
+        super().__init__(printable(message))
 
 
 class TrainingError(Exception):
@@ -35,6 +35,16 @@ class Preempted(Exception):
     """The process received SIGTERM and has saved its state. Exit code 42, which tells launchers to restart it."""
 
     exit_code = 42
+
+
+def printable(text: str) -> str:
+    """Returns the text with escapes for line ends and other characters that cannot be printed."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: Exception) -> str:
+    """Returns the type and the beginning of the message of another library's error, which may have several lines."""
+    return shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
 
 
 def field_error(field: str, message: str) -> UserError:

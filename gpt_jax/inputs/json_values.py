@@ -26,8 +26,7 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
     """
     try:
         value = json.loads(text.rstrip())  # A line end would move the position of an error to the next line.
-        if _SURROGATE.search(text):
-            require_characters(value)
+        require_characters(value, text, 0, len(text))
     except (ValueError, RecursionError) as error:
         raise json_error(error, path, line) from None
     return value
@@ -45,9 +44,10 @@ def parse_json_object(text: str, path: Path, line: int = 1) -> dict[str, Any]:
     return value
 
 
-def require_characters(value: Any) -> None:
-    """Raises a `UnicodeEncodeError` if a string in a JSON value has a lone surrogate."""
-    json.dumps(value, ensure_ascii=False).encode()
+def require_characters(value: Any, text: str, start: int, end: int) -> None:
+    """Raises a `UnicodeEncodeError` if the JSON value that was parsed from this part of a text has a lone surrogate."""
+    if _SURROGATE.search(text, start, end):
+        json.dumps(value, ensure_ascii=False).encode()
 
 
 def json_error(error: ValueError | RecursionError, path: Path, line: int) -> UserError:
