@@ -1,6 +1,7 @@
 """Labels as they are written in tables: which are the same, which are missing, and which are scores rather than classes."""
 
 import collections
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -11,11 +12,18 @@ from gpt_jax.tasks.tables import Record, RowFaults
 MISSING = frozenset({"", "-", "nan", "-nan", "null", "none", "na", "n/a", "<na>", "#n/a", "#na"})
 """How a table says that there is no label, in lowercase: as an empty cell, as SNLI does, and as pandas and spreadsheets do."""
 
+WORDS = frozenset({"none", "na", "n/a", "null"})
+"""Those of them that may also name a class."""
+
 HIDDEN = "-1"
 """What GLUE and tensorflow-datasets write instead of a label in a test split."""
 
 MAX_CLASSES = 1000
 """Maximum number of classes that are read from training rows, and of outputs of a regression."""
+FEW_CLASSES = 20
+"""Number of classes up to which there may be one for each row."""
+MAX_LENGTH = 200
+"""Maximum number of characters in a class that is read from training rows."""
 
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
 _NUMBER = re.compile(r"[-+]?[0-9]*[.,]?[0-9]+(?:[eE][-+]?[0-9]+)?")
@@ -28,10 +36,12 @@ def label_text(value: Any) -> str:
       value: a string, or any value in JSON; None if the row has no such field.
 
     Raises:
-      ValueError: the value is a list or an object. The message says so.
+      ValueError: the value is a list, an object or infinite. The message says so.
     """
     if isinstance(value, list | dict) and value:
         raise ValueError(f"the label is {described(value)}; it must be one value")
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError("the label is infinite; it must be a class or a score")
     if value is None or value in ([], {}):
         return ""
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
@@ -48,7 +58,7 @@ def is_missing(text: str) -> bool:
 def missing_label_fault(text: str, own: bool) -> str:
     """Returns the description of a missing label, written as `text`, for an error message; `own`: the task is user-defined."""
     written = f" ('{text}')" if text else ""
-    hint = f"; if '{text}' is a class, list the classes in --task.labels" if own and text.isalpha() else ""
+    hint = f"; if '{text}' is a class, list the classes in --task.labels" if own and text.casefold() in WORDS else ""
     return f"the label is missing{written}, which is only allowed in a test split{hint}"
 
 
@@ -70,13 +80,15 @@ def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
         try:
             text = label_text(record.fields.get(column))
         except ValueError as error:
-            faults.add(record.where, str(error))
+            faults.add(record.where, str(error), "not one label")
             continue
-        if is_missing(text):
-            faults.add(record.where, missing_label_fault(text, own=True))
-            continue
-        counts[text] += 1
-        first_rows.setdefault(text, record.where)
+        if record.fault:
+            faults.add(record.where, record.fault, "cells")
+        elif is_missing(text):
+            faults.add(record.where, missing_label_fault(text, own=True), "missing label")
+        else:
+            counts[text] += 1
+            first_rows.setdefault(text, record.where)
     faults.check()
     _require_classes(counts, first_rows, column)
     whole = all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in counts)
@@ -86,18 +98,19 @@ def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
 def _require_classes(counts: collections.Counter[str], first_rows: dict[str, str], column: str) -> None:
     """Checks that labels can be the names of classes."""
     rows = counts.total()
-    numbers = all(map(_NUMBER.fullmatch, counts))
-    real = [text for text in counts if numbers and not float(text.replace(",", ".")).is_integer()]
+    numbers = list(counts) if all(map(_NUMBER.fullmatch, counts)) else []
+    real = [text for text in numbers if not (text.lstrip("+-").isdecimal() or float(text.replace(",", ".")).is_integer())]
     if real:
         raise UserError(
             f"{first_rows[real[0]]}: the label '{shortened(real[0])}' is a real number, so '{column}' holds scores and not "
             "classes; give their range (--task.score-range LOW HIGH) for a regression, or list the classes (--task.labels)"
         )
-    if len(counts) > MAX_CLASSES or (len(counts) > 20 and len(counts) > rows / 2):
+    too_many = len(counts) > MAX_CLASSES or (len(counts) > FEW_CLASSES and len(counts) > rows / 2)
+    if too_many or any(len(text) > MAX_LENGTH for text in counts):
         raise UserError(
             f"--task.label: '{column}' has {len(counts):,} different values in {rows:,} rows ({listed(counts)}), which look like "
-            "identifiers; name the column with the classes, list the classes (--task.labels), or for scores give their range "
-            "(--task.score-range)"
+            "identifiers or texts; name the column with the classes, list the classes (--task.labels), or for scores give their "
+            "range (--task.score-range)"
         )
     alike: dict[str, str] = {}
     for text in counts:

@@ -110,11 +110,11 @@ def _read_separated(file: Path, lines: list[str], delimiters: str, wanted: Seque
 
     def fit(delimiter: str) -> tuple[int, int]:
         """Returns the number of wanted columns that the header has, and that of all its columns."""
-        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])]
         return sum(set(_split_name(name, names)) <= set(names) for name in wanted), len(names)
 
     delimiter = max(delimiters, key=fit)
-    rows, note = _read_tabs(file, lines) if delimiter == "\t" else (list(parse_csv(lines, delimiter, file)), "")
+    rows, note = _read_tabs(file, lines) if delimiter == "\t" else (list(parse_csv(lines, delimiter, file, skip_spaces=True)), "")
     rows = [(line, cells) for line, cells in rows if any(cell.strip() for cell in cells)]
     columns = tuple(name.strip() for name in rows[0][1]) if rows else ()
     records = [make_record(f"{file}:{line}", columns, cells) for line, cells in rows[1:]]
@@ -124,23 +124,22 @@ def _read_separated(file: Path, lines: list[str], delimiters: str, wanted: Seque
 def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
     """Returns the rows of a table with tabs, and a note for the log if it is not certain whether its cells are quoted.
 
-    Cells are quoted if the table has rows of equal length only when they are read in this way, without taking rows for parts of
-    cells. If both readings have rows of equal length, cells are quoted if all names of columns are, or if every cell that begins
-    with a quotation mark needs quotes for the quotation marks in it.
+    Cells are quoted if all names of columns are. Otherwise, they are quoted if rows of equal length result only from reading them
+    in this way, without taking rows for parts of cells. If both readings give rows of equal length, cells are quoted if every
+    cell that begins with a quotation mark needs quotes because of the quotation marks in it.
     """
     plain = [(number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(lines, start=1)]
     opened = [cell for _, cells in plain for cell in cells if cell.startswith('"')]
     if not opened:
         return plain, ""
+    if all(cell.startswith('"') for cell in next(cells for _, cells in plain if any(cells))):
+        return list(parse_csv(lines, "\t", file)), ""
     quoted = _read_quoted_tabs(file, lines)
     if quoted is None:
         return plain, ""
-    if not _are_equal(plain):
+    if not _are_equal(plain) or all('""' in cell[1:-1] for cell in opened):
         return quoted, ""
-    header = next(cells for _, cells in plain if any(cells))
-    if all(cell.startswith('"') for cell in header) or all('""' in cell[1:-1] for cell in opened):
-        return quoted, ""
-    note = f"{file}: {len(opened):,} cells begin with a quotation mark, which is taken as part of the text"
+    note = f"{file}: quotation marks at the beginning of cells ({len(opened):,}) are taken as part of the text"
     return plain, f"{note}; to have quotation marks around cells removed, name the table .csv"
 
 
@@ -155,9 +154,9 @@ def _read_quoted_tabs(file: Path, lines: Sequence[str]) -> Rows | None:
     width = len(rows[0][1])
     ends = [line for line, _ in rows[1:]] + [len(lines) + 1]
     for (begin, _), end in zip(rows, ends, strict=True):
-        whole = [line.count("\t") == width - 1 for line in lines[begin - 1 : end - 1] if line.strip()]
-        # A row over several lines is not one if these are rows themselves. A single line may have the right number of cells.
-        if len(whole) > 1 and (all(whole) or any(whole[1:-1])):
+        complete = [line.count("\t") == width - 1 for line in lines[begin - 1 : end - 1] if line.strip()]
+        # If the lines of a row are rows themselves, the row is not one. Its first or last line may have as many cells by chance.
+        if len(complete) > 1 and (all(complete) or any(complete[1:-1])):
             return None
     return rows
 

@@ -92,10 +92,10 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
                 label = _parse_label(task, classes, layout, record, split)
                 examples.append(Example(_row_id(record, num_rows), texts, label, record.where, group))
             except _MalformedRow as error:
-                if error.defect in layout.drops:
-                    dropped[error.defect] += 1
+                if error.kind in layout.drops:
+                    dropped[error.kind] += 1
                 else:
-                    faults.add(record.where, str(error))
+                    faults.add(record.where, str(error), error.kind)
                 # The second part of a row that is broken at a line end may begin with any number, but an index is never greater
                 # than the number of rows before it.
                 if (index := _row_id(record, num_rows)).isdecimal() and int(index) <= num_rows:
@@ -142,11 +142,11 @@ def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[Fi
 
 
 class _MalformedRow(Exception):
-    """An error in a row. `defect` names the corresponding known defect of releases; it is empty if there is none."""
+    """An error in a row. `kind` is one of the known defects of releases or another phrase, by which errors are counted."""
 
-    def __init__(self, defect: str, message: str):
+    def __init__(self, kind: str, message: str):
         super().__init__(message)
-        self.defect = defect
+        self.kind = kind
 
 
 def _row_id(record: Record, number: int) -> str:
@@ -168,7 +168,7 @@ def _join_columns(columns: tuple[str, ...], fields: Mapping[str, Any]) -> str:
     values = [fields.get(column) for column in columns]
     for column, value in zip(columns, values, strict=True):
         if not isinstance(value, str) and not (value is None and len(columns) > 1):
-            raise _MalformedRow("", f"'{column}' must be a string, not {described(value)}")
+            raise _MalformedRow("not a string", f"'{column}' must be a string, not {described(value)}")
     text = " ".join(value for value in values if value and value.strip()).strip()
     if not text:
         name = "+".join(columns)
@@ -189,7 +189,7 @@ def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, rec
     try:
         text = label_text(record.fields.get(layout.label))
     except ValueError as error:
-        raise _MalformedRow("", str(error)) from None
+        raise _MalformedRow("not one label", str(error)) from None
     label = _parse_score(task, text) if task.regression else classes.get(text)
     if label is not None:
         return float(label)
@@ -198,15 +198,15 @@ def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, rec
     if is_missing(text):
         if split == "test":
             return None
-        raise _MalformedRow("", missing_label_fault(text, own=not task.files))
+        raise _MalformedRow("missing label", missing_label_fault(text, own=not task.files))
     if text == HIDDEN and split == "test":
         return None
     if task.regression:
         hint = f"; write {text.replace(',', '.')}" if re.fullmatch(r"-?[0-9]+,[0-9]+", text) else ""
         wanted = f"a number from {task.labels[0]} to {task.labels[-1]}{hint}"
-        raise _MalformedRow("", f"the score is '{shortened(text)}'; it must be {wanted}")
+        raise _MalformedRow("wrong score", f"the score is '{shortened(text)}'; it must be {wanted}")
     hint = "; answers are counted from 0" if task.kind == "multiple_choice" and task.labels[0] == "0" else ""
-    raise _MalformedRow("", f"the label is '{shortened(text)}'; it must be one of {listed(task.labels)}{hint}")
+    raise _MalformedRow("wrong label", f"the label is '{shortened(text)}'; it must be one of {listed(task.labels)}{hint}")
 
 
 def _parse_score(task: Task, text: str) -> float | None:

@@ -32,34 +32,33 @@ class Record(NamedTuple):
 
 
 class RowFaults:
-    """Rows of a split that cannot be used, by the error in them."""
+    """The rows of a split that cannot be used, by the kind of their error."""
 
     def __init__(self) -> None:
         self._rows: dict[str, list[str]] = {}
+        self._messages: dict[str, str] = {}
 
-    def add(self, where: str, message: str) -> None:
-        """Adds a row by its location and a description of its error."""
-        self._rows.setdefault(message, []).append(where)
+    def add(self, where: str, message: str, kind: str = "") -> None:
+        """Adds a row by its location and a description of its error. Errors with the same message are of one kind by default."""
+        self._messages.setdefault(kind or message, message)
+        self._rows.setdefault(kind or message, []).append(where)
 
     def check(self) -> None:
         """Raises an error if any rows were added.
 
         Raises:
-          UserError: the message has the first error, its location, the number and the first locations of other rows with the same
-            error, and the number of rows with other errors.
+          UserError: the message has the first error and its location, the number and locations of the rows with errors of the
+            same kind (of which only the first are listed), and the number of rows with other errors.
         """
         if not self._rows:
             return
-        message, (first, *more) = next(iter(self._rows.items()))
-        place = first.rpartition(":")[0] + ":"
-        same = (
-            f"; the same error is in {len(more):,} more rows ({listed(where.removeprefix(place) for where in more)})"
-            if more
-            else ""
-        )
-        count = sum(map(len, self._rows.values())) - 1 - len(more)
-        others = f"; {count:,} other rows have other errors" if count else ""
-        raise UserError(f"{first}: {message}{same}{others}")
+        kind, wheres = next(iter(self._rows.items()))
+        text = f"{wheres[0]}: {self._messages[kind]}"
+        if len(wheres) > 1:
+            place = wheres[0].rpartition(":")[0] + ":"
+            text += f"; rows with such errors: {len(wheres):,} ({listed(where.removeprefix(place) for where in wheres)})"
+        others = sum(map(len, self._rows.values())) - len(wheres)
+        raise UserError(text + (f"; rows with other errors: {others:,}" if others else ""))
 
 
 def read_table(path: Path, file_format: TableFormat, required: Iterable[str], header: Sequence[str] = ()) -> Iterator[Record]:
@@ -131,14 +130,20 @@ def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def parse_csv(lines: Iterable[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def parse_csv(lines: Iterable[str], delimiter: str, path: Path, skip_spaces: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Yields the rows with the number of the line in which each begins. A quoted cell may contain line ends.
+
+    Args:
+      lines: the lines, with their line ends.
+      delimiter: the separator of the cells.
+      path: the file, for error messages.
+      skip_spaces: whether spaces at the beginning of a cell are removed, so that a quote may follow them.
 
     Raises:
       UserError: a quote is not closed, or something follows a closing quote.
     """
     csv.field_size_limit(MAX_CELL)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=skip_spaces)
     begin = 1
     try:
         for cells in rows:
