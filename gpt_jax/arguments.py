@@ -19,7 +19,8 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser whose errors are one line, which begins with the name of the option like our other messages."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+        message = re.sub("invalid int value: (.*)", r"\1 is not a whole number", message.removeprefix("argument "))
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

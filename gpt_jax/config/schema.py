@@ -14,33 +14,17 @@ when it is constructed.
 """
 
 import dataclasses
-import math
 import os
 import re
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from gpt_jax.errors import field_error, require
+from gpt_jax.inputs.numbers import AXIS_SIZE, BLOCKS, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, Range
 
 Effect = Literal["result", "input", "speed", "display"]
-
-
-class Range(NamedTuple):
-    """The allowed values of a number, as a phrase for messages and as a function."""
-
-    words: str
-    contains: Callable[[float], bool]
-
-
-POSITIVE = Range("be positive", lambda x: 0 < x < math.inf)
-NOT_NEGATIVE = Range("be at least 0", lambda x: 0 <= x < math.inf)
-FRACTION = Range("be in [0, 1)", lambda x: 0 <= x < 1)
-SEED = Range("be in [0, 2^32)", lambda x: 0 <= x < 2**32)
-AXIS_SIZE = Range("be positive, or -1 for all remaining devices", lambda x: x == -1 or x > 0)
-BLOCKS = Range("be -1 (all) or a number of blocks", lambda x: x >= -1)
 
 
 def field(default: Any, *, affects: Effect, within: Range | None = None) -> Any:
@@ -175,11 +159,17 @@ class DataConfig(PipelineConfig):
     """The text to train on, and the token store that is built from it."""
 
     source: str = field("", affects="input")
-    """Text to read: a text file (.txt, .gz, .jsonl; any other name is read as plain text), a folder, a glob, `tfds:NAME` for a
-    data set from tensorflow-datasets, or `builtin:docs` for the documentation installed on this machine. Empty: use the text of
-    an existing store."""
+    """Text to read: a file, a folder, a glob, `tfds:NAME` for a data set from tensorflow-datasets, or `builtin:docs` for the
+    documentation installed on this machine. Files may be plain text, .jsonl, .ndjson, .json or .parquet, and compressed as .gz or
+    .zst. Empty: use the text of an existing store."""
+    format: Literal["auto", "text", "jsonl", "json", "parquet"] = field("auto", affects="result")
+    """Format of all files of the source. `auto`: decided for each file by its first bytes and its extension; a file whose format
+    is unclear is refused."""
+    allow_skipped: bool = field(False, affects="speed")
+    """Whether to accept that more than 1 % of the files of a folder, or of their bytes, are left out because they contain no text
+    (empty files, pictures, archives). They are counted in any case."""
     text_field: str = field("text", affects="result")
-    """Field that contains the text in a .jsonl object or a tensorflow-datasets example."""
+    """Field that contains the text in a JSON object, in a row of a .parquet file, or in a tensorflow-datasets example."""
     max_bytes: int = field(0, affects="result", within=NOT_NEGATIVE)
     """Maximum number of bytes of text to use. Documents are taken in the order of their hashes, so the sample is uniform.
     0: all."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gpt_jax.errors import shortened
+from gpt_jax.errors import require, shortened
 
 
 class Range(NamedTuple):
@@ -13,6 +13,14 @@ class Range(NamedTuple):
 
     words: str
     contains: Callable[[float], bool]
+
+    def rule(self, number: float) -> str:
+        """Returns the rule that a number outside of the range breaks, for messages."""
+        return "must be finite" if abs(number) == math.inf else f"must {self.words}"
+
+    def check(self, field: str, number: float) -> None:
+        """Raises a `UserError` that names `field` unless the number is in the range."""
+        require(self.contains(number), field, f"{self.rule(number)}, not {number!r}")
 
 
 POSITIVE = Range("be positive", lambda x: 0 < x < math.inf)
@@ -39,7 +47,7 @@ def number(kind: type[int] | type[float], within: Range) -> Callable[[str], floa
             phrase = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"'{shortened(word)}' is not {phrase}") from None
         if not within.contains(value):
-            raise argparse.ArgumentTypeError(f"must {within.words}, not {shortened(word)}")
+            raise argparse.ArgumentTypeError(f"{within.rule(value)}, not {shortened(word)}")
         return value
 
     return convert

@@ -134,28 +134,69 @@ def test_on_a_mesh(params, greedy):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "number", "settings", "message"),
+    ("prompts", "number", "message"),
     [
-        ([], 1, {}, "a prompt is empty"),
-        ([[1], []], 1, {}, "a prompt is empty"),
+        ([], 1, "is empty; the model needs at least one token"),
+        ([[1], []], 1, "is empty; the model needs at least one token"),
         (
             [[1], [1] * 41],
             8,
-            {},
-            "a prompt of 41 plus 8 new tokens exceeds the model's context of 48; ask for at most 7 new tokens ",
+            "prompt 2 has 41 tokens, which with --tokens 8 exceeds the context of 48 by 1 token; "
+            "cut 1 token from it or set --tokens to 7 or less",
         ),
-        ([[1] * 50], 1, {}, "ask for at most 0 new tokens or shorten"),
-        ([[1]], 0, {}, "at least one new token"),
-        ([[1]], 1, {"temperature": -0.1}, "temperature >= 0"),
-        ([[1]], 1, {"top_k": -1}, "top-k >= 0"),
-        ([[1]], 1, {"top_p": 0.0}, "0 < top-p <= 1"),
-        ([[1]], 1, {"top_p": 1.1}, "0 < top-p <= 1"),
+        (
+            [[1]],
+            48,
+            "the prompt has 1 token, which with --tokens 48 exceeds the context of 48 by 1 token; set --tokens to 47 or less",
+        ),
+        (
+            [[1] * 50],
+            8,
+            "the prompt has 50 tokens, which with --tokens 8 exceeds the context of 48 by 10 tokens; cut 10 tokens from it",
+        ),
+        ([[1] * 48], 48, "exceeds the context of 48 by 48 tokens; cut the prompt and lower --tokens"),
     ],
 )
-def test_mistakes(params, prompts, number, settings, message):
-    with pytest.raises(UserError, match=message) as error:
-        generate(TINY, params, prompts, number, **settings)
-    assert "\n" not in str(error.value)
+def test_prompts_that_do_not_fit(params, prompts, number, message):
+    with pytest.raises(UserError) as error:
+        generate(TINY, params, prompts, number)
+    assert str(error.value).startswith("--prompt: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -0.1}, "--temperature: must be at least 0, not -0.1"),
+        ({"temperature": float("nan")}, "--temperature: must be at least 0, not nan"),
+        ({"temperature": float("inf")}, "--temperature: must be finite, not inf"),
+        ({"top_k": -1}, "--top-k: must be positive, not -1"),
+        ({"top_k": 0}, "--top-k: must be positive, not 0"),
+        ({"top_p": 0.0}, "--top-p: must be in (0, 1], not 0.0"),
+        ({"top_p": 1.1}, "--top-p: must be in (0, 1], not 1.1"),
+        ({"top_p": float("nan")}, "--top-p: must be in (0, 1], not nan"),
+        ({"seed": -1}, "--seed: must be in [0, 2^32), not -1"),
+        ({"seed": 2**32}, "--seed: must be in [0, 2^32), not 4294967296"),
+    ],
+)
+def test_settings_out_of_range(params, settings, message):
+    with pytest.raises(UserError) as error:
+        generate(TINY, params, [[1]], 1, **settings)
+    assert str(error.value) == message
+
+
+def test_at_least_one_token_is_generated(params):
+    for number in (0, -1):
+        with pytest.raises(UserError, match="--tokens: must be positive"):
+            generate(TINY, params, [[1]], number)
+
+
+def test_extreme_settings_are_their_limits(params, greedy):
+    """A low temperature is greedy, a high one is uniform, and more tokens than the vocabulary has are all of them."""
+    draw = functools.partial(generate, TINY, params, PROMPTS, NEW, seed=3)
+    assert draw(temperature=1e-37) == draw(temperature=1e-300) == greedy
+    assert draw(temperature=1e30) == draw(temperature=1e300)
+    assert draw(top_k=2**40) == draw(top_k=60) == draw()
 
 
 # -- sampling ---------------------------------------------------------------------------------------------------------------
@@ -204,3 +245,34 @@ def test_sampling(temperature, top_k, top_p, allowed):
         expected = chances(temperature, top_k, top_p)
         assert set(np.flatnonzero(expected)) == allowed
         assert (np.abs(counts - DRAWS * expected) <= 5 * np.sqrt(DRAWS * expected * (1 - expected))).all()
+
+
+# Two tokens share the highest score, three the next one, and two the lowest; their ids are mixed.
+TIED = np.array([1.0, 3.0, 2.0, 2.0, 3.0, 1.0, 2.0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "allowed"),
+    [
+        (1, 1.0, {1}),
+        (2, 1.0, {1, 4}),
+        (3, 1.0, {1, 4, 2}),
+        (4, 1.0, {1, 4, 2, 3}),
+        (6, 1.0, {1, 4, 2, 3, 6, 0}),
+        (7, 1e-6, {1}),
+        (7, 0.4, {1, 4}),  # The probabilities are 0.30 (twice), 0.11 (three times) and 0.04 (twice).
+        (7, 0.65, {1, 4, 2}),
+        (7, 0.75, {1, 4, 2, 3}),
+    ],
+)
+def test_of_equally_likely_tokens_those_with_lower_ids_are_taken(top_k, top_p, allowed):
+    keys = jax.random.split(jax.random.key(0), 100)
+    tokens = sample_many(np.broadcast_to(TIED, (10, 7)), keys, np.float32(1), np.int32(top_k), np.float32(top_p))
+    assert set(np.unique(tokens)) == allowed
+
+
+def test_the_most_likely_one_is_greedy_even_if_it_is_not_alone():
+    keys = jax.random.split(jax.random.key(0), 100)
+    for temperature, top_k in ((0.0, 7), (1.0, 1)):
+        tokens = sample_many(np.broadcast_to(TIED, (10, 7)), keys, np.float32(temperature), np.int32(top_k), np.float32(1))
+        assert (tokens == 1).all()

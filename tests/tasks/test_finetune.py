@@ -237,7 +237,7 @@ def test_perplexity_is_that_of_the_network_without_the_head(pretrained, finished
     run = finished[0] if tuned else pretrained
     text = "abc def gab " * 40
     (tmp_path / "text.txt").write_text(text)
-    scores = evaluate.evaluate_text(run, str(tmp_path / "text.txt"))
+    scores = evaluate.evaluate_text(run, evaluate.text_config(str(tmp_path / "text.txt"), []), print)
     assert scores["bytes"] == 480
     assert scores["perplexity"] == pytest.approx(np.exp(scores["loss"]))
     assert scores["bits_per_byte"] == pytest.approx(scores["loss"] / np.log(2))  # One token a byte; the last one ends the text.
