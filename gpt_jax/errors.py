@@ -91,4 +91,4 @@ def shortened(text: str, length: int = 60) -> str:
 def described(value: Any) -> str:
     """Returns a phrase for the type of a JSON value, for use in a message."""
     words = {str: "a string", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return words.get(type(value), "null")
+    return words.get(type(value), "null" if value is None else f"a value of type {type(value).__name__}")

@@ -7,14 +7,15 @@ quoted, but many tables with tabs are not quoted and have stray quotation marks.
 
 import csv
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gpt_jax.errors import UserError, nearest
-from gpt_jax.inputs.formats import content_suffix
-from gpt_jax.inputs.json_values import parse_json_object
-from gpt_jax.tasks.tables import Record, make_record, parse_csv, read_lines
+from gpt_jax.errors import UserError, nearest, one_line
+from gpt_jax.inputs.archives import max_unpacked_size
+from gpt_jax.inputs.documents import json_lines, json_objects
+from gpt_jax.inputs.formats import BinaryFile, content_suffix, open_file
+from gpt_jax.tasks.tables import ID_COLUMNS, Record, make_record, parse_csv, read_lines
 
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}
 """Separators by extension, in order of preference."""
@@ -79,22 +80,47 @@ def read_own_table(path: str, field: str, wanted: Iterable[str]) -> OwnTable:
         raise UserError(f"--{field}: the name '{path}' must end in {known}, which determines how the file is read")
     if not file.is_file():
         raise UserError(f"--{field}: there is no file '{path}'")
-    lines = list(read_lines(file))
-    if len(lines) == 1:  # Carriage returns end the lines, as on old Macs.
-        lines = re.split(r"(?<=\r)(?!\n)", lines[0])
     if extension in JSON:
-        return _read_json_lines(file, lines)
-    return _read_separated(file, lines, DELIMITERS[extension], tuple(wanted))
+        return _read_json(file, json_objects if extension == ".json" else json_lines)
+    if extension == ".parquet":
+        return _read_parquet(file, tuple(wanted))
+    return _read_separated(file, DELIMITERS[extension], tuple(wanted))
 
 
-def _read_json_lines(file: Path, lines: Sequence[str]) -> OwnTable:
-    records = [
-        Record(f"{file}:{number}", parse_json_object(line, file, number))
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
+def _read_json(file: Path, parse: Callable[[BinaryFile, Path], Iterable[tuple[int, dict[str, Any]]]]) -> OwnTable:
+    with open_file(file) as stream:
+        records = [Record(f"{file}:{line}", fields) for line, fields in parse(stream, file)]
     columns = dict.fromkeys(column for record in records for column in record.fields)
     return OwnTable(file, tuple(columns), records)
+
+
+def _read_parquet(file: Path, wanted: Sequence[str]) -> OwnTable:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            names, limit = table.schema_arrow.names, max_unpacked_size(file)
+            used = {name for spelled in wanted for name in _split_name(spelled, names)} | set(ID_COLUMNS)
+            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+            columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+            if sum(column.total_uncompressed_size for column in columns if column.path_in_schema in used) > limit:
+                raise UserError(f"{file}: unpacks to more than {limit:,} bytes, too many for its size; write it as .jsonl")
+            rows = table.read([name for name in dict.fromkeys(names) if name in used]).to_pylist()
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises exceptions of many types for files that are damaged.
+        raise UserError(f"{file}: cannot be read as a Parquet file: {one_line(error)}") from error
+    records = [Record(f"{file}: row {number}", _decode_bytes(row, file, number)) for number, row in enumerate(rows, start=1)]
+    return OwnTable(file, tuple(names), records)
+
+
+def _decode_bytes(row: dict[str, Any], file: Path, number: int) -> dict[str, Any]:
+    """Decodes the bytes in a row of a Parquet file, as which some programs store strings."""
+    try:
+        return {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
+    except UnicodeDecodeError as error:
+        problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+        raise UserError(f"{file}: row {number}: {problem}; write texts as strings") from error
 
 
 # -- tables with separators -------------------------------------------------------------------------------------------------
@@ -103,7 +129,8 @@ Rows = list[tuple[int, list[str]]]
 """Cells of rows, each with the number of the line in which it begins."""
 
 
-def _read_separated(file: Path, lines: list[str], delimiters: str, wanted: Sequence[str]) -> OwnTable:
+def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTable:
+    lines = list(read_lines(file))
     if lines and (told := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):  # Excel obeys and writes this line.
         delimiters, lines[0] = told[1], "\n"
     header = next((line for line in lines if line.strip()), "")

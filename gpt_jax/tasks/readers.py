@@ -18,10 +18,7 @@ from gpt_jax.tasks.own_tables import read_own_table
 from gpt_jax.tasks.readers_tfds import read_tfds
 from gpt_jax.tasks.registry import Task
 from gpt_jax.tasks.releases import ARTICLE_FIELDS, RecordGroups, open_release
-from gpt_jax.tasks.tables import Record, RowFaults
-
-ID_COLUMNS = ("index", "idx", "id", "pairID", "InputStoryid")
-"""Columns that identify a row, in order of preference. Rows without any of them are numbered from 0."""
+from gpt_jax.tasks.tables import ID_COLUMNS, Record, RowFaults
 
 HELD_OUT_SEED = 3535999445
 """The seed that the released code uses to hold out rows of Story Cloze for validation."""

@@ -4,6 +4,7 @@
 """
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,6 +16,9 @@ from gpt_jax.inputs.json_values import parse_json_object
 TableFormat = Literal["tsv", "csv", "jsonl", "json"]
 """`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `jsonl` has
 one object per line, and `json` has one object per file."""
+
+ID_COLUMNS = ("index", "idx", "id", "pairID", "InputStoryid")
+"""Columns that identify a row, in order of preference. Rows without any of them are numbered from 0."""
 
 MAX_CELL = 2**31 - 1
 """Maximum number of characters in a cell. The csv module's own limit is 131,072."""
@@ -56,7 +60,7 @@ class RowFaults:
         text = f"{wheres[0]}: {self._messages[kind]}"
         if len(wheres) > 1:
             place = wheres[0].rpartition(":")[0] + ":"
-            text += f"; rows with such errors: {len(wheres):,} ({listed(where.removeprefix(place) for where in wheres)})"
+            text += f"; rows with such errors: {len(wheres):,} ({listed(where.removeprefix(place).strip() for where in wheres)})"
         others = sum(map(len, self._rows.values())) - len(wheres)
         raise UserError(text + (f"; rows with other errors: {others:,}" if others else ""))
 
@@ -108,6 +112,8 @@ def _require_columns(required: Iterable[str], names: Iterable[str], complaint: s
 def read_lines(path: Path) -> Iterator[str]:
     """Yields the lines of a file with their line ends. Only a line feed ends a line, since texts contain other separators.
 
+    If there is no line feed, carriage returns end the lines, as on old Macs.
+
     Raises:
       UserError: as `formats.open_file`; or some bytes are not UTF-8, or are NUL. The message names the line.
     """
@@ -120,7 +126,8 @@ def read_lines(path: Path) -> Iterator[str]:
                 raise UserError(f"{where}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file to UTF-8") from error
             if "\0" in line:
                 raise UserError(f"{path}:{number}: a NUL character; the file is damaged, or it is not text")
-            yield line
+            # A first line without a line feed is the whole file.
+            yield from [line] if number > 1 or line.endswith("\n") else re.findall(r"[^\r]*\r|[^\r]+", line)
 
 
 def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:

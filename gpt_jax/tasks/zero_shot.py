@@ -53,9 +53,8 @@ class Probe:
 
     title: str
     choices: Callable[[Example], list[Choice]]
-    """Returns an example's choices in the order of the labels. A threshold decides whether a single choice is accepted."""
-    random: float
-    """The score of random guessing, which normalization maps to 0."""
+    """Returns an example's choices in the order of the labels. Their number may vary. A threshold decides whether a single choice
+    is accepted."""
     best: float | None
     """The score of the best supervised model before the paper, which normalization maps to 1; None if there is none."""
     task: str = ""
@@ -86,12 +85,12 @@ def _substitutions(example: Example) -> list[Choice]:
 
 
 PROBES = {
-    "cola": Probe("CoLA", _sentence, random=0.0, best=0.350, task="cola", splits=("train", "validation"), metric="matthews"),
-    "sst2": Probe("SST-2", _very, random=0.5, best=0.932, task="sst2", splits=("validation",), whole=True),
-    "race": Probe("RACE", _answers, random=0.25, best=0.533, task="race"),
-    "story_cloze": Probe("Story Cloze", _answers, random=0.5, best=0.776, task="story_cloze"),
-    "dprd": Probe("DPRD", _substitutions, random=0.5, best=0.7641),
-    "wsc": Probe("WSC", _substitutions, random=0.5, best=None),
+    "cola": Probe("CoLA", _sentence, best=0.350, task="cola", splits=("train", "validation"), metric="matthews"),
+    "sst2": Probe("SST-2", _very, best=0.932, task="sst2", splits=("validation",), whole=True),
+    "race": Probe("RACE", _answers, best=0.533, task="race"),
+    "story_cloze": Probe("Story Cloze", _answers, best=0.776, task="story_cloze"),
+    "dprd": Probe("DPRD", _substitutions, best=0.7641),
+    "wsc": Probe("WSC", _substitutions, best=None),
 }
 _SOURCES = {
     "cola": "single-task BiLSTM + ELMo + attention, test server (the paper's Table 4)",
@@ -118,8 +117,8 @@ def run_probe(
 
     Returns:
       `probe`, `split`, the metric under its own name, `normalized` (0 for a random guess, 1 for the best supervised model, or
-      None), `random`, `best` and its `source`, `n` (number of examples scored), `truncated` (number of examples that lost their
-      beginning, in all splits), and for CoLA `threshold`.
+      None), `random` (the score of a random guess), `best` and its `source`, `n` (number of examples scored), `truncated` (number
+      of examples that lost their beginning, in all splits), and for CoLA `threshold`.
 
     Raises:
       UserError: there is no such probe; a split is missing, empty or unlabeled; or a split has only one class, but Matthews'
@@ -138,15 +137,17 @@ def run_probe(
     if probe.metric == "matthews":
         threshold["threshold"] = best_threshold(scores["train"][:, 0], labels["train"])
         value = compute_metric("matthews", labels[scored], (scores[scored][:, 0] >= threshold["threshold"]).astype(np.int64))
+        random = 0.0
     else:
         likeliest = scores[scored] == scores[scored].max(axis=1, keepdims=True)
         value = float((likeliest[np.arange(len(likeliest)), labels[scored]] / likeliest.sum(axis=1)).mean())
+        random = float((1 / np.isfinite(scores[scored]).sum(axis=1)).mean())
     return {
         "probe": name,
         "split": scored,
         probe.metric: value,
-        "normalized": None if probe.best is None else (value - probe.random) / (probe.best - probe.random),
-        "random": probe.random,
+        "normalized": None if probe.best is None else (value - random) / (probe.best - random),
+        "random": random,
         "best": probe.best,
         "source": _SOURCES[name],
         "n": len(labels[scored]),
@@ -189,18 +190,26 @@ def _labels(name: str, split: str, content: TaskSplit | None) -> Int64[np.ndarra
 def _score_choices(
     config: ModelConfig, params: Params, tokenizer: Tokenizer, probe: Probe, examples: Sequence[Example]
 ) -> tuple[Float64[np.ndarray, "n choices"], int]:
-    """Returns a score for each choice of each example, and the number of examples that lost their beginning."""
+    """Returns a score for each choice of each example, and the number of examples that lost their beginning.
+
+    If some examples have fewer choices than others, their scores are followed by minus infinity.
+    """
     encode = functools.lru_cache(maxsize=1024)(tokenizer.encode)  # an example's choices share a context or a continuation
     spans = []
-    for example in examples:
-        for context, continuation in probe.choices(example):
+    choices = [probe.choices(example) for example in examples]
+    for example, pairs in zip(examples, choices, strict=True):
+        for context, continuation in pairs:
             ids = encode(continuation)
             if not ids:
                 raise UserError(f"{example.where}: '{continuation.strip()}' has no tokens, so there is nothing to score")
             spans.append(Span([tokenizer.eos_id, *encode(context), *ids], len(ids)))
     scores = score_spans(config, params, spans)
-    values = scores.total if probe.whole else scores.mean
-    return values.reshape(len(examples), -1), int(scores.truncated.reshape(len(examples), -1).any(axis=1).sum())
+    counts = np.array([len(pairs) for pairs in choices])
+    present = np.arange(counts.max()) < counts[:, None]
+    values, truncated = np.full(present.shape, -np.inf), np.zeros(present.shape, bool)
+    values[present] = scores.total if probe.whole else scores.mean
+    truncated[present] = scores.truncated
+    return values, int(truncated.any(axis=1).sum())
 
 
 # -- log-probabilities of spans ---------------------------------------------------------------------------------------------

@@ -58,6 +58,27 @@ def test_a_placeholder_takes_precedence_over_the_pronoun(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_there_are_two_to_five_candidates(tmp_path, count):
+    """The pronoun disambiguation problems of the challenge of 2016 have up to five."""
+    candidates = ["Mrs. March", "the mother", "the children", "Hannah", "the nurse"][:count]
+    (example,) = write_and_read(
+        tmp_path, f"It was late when she came.\nshe\n{', '.join(candidates)}\n{candidates[-1]}\n"
+    ).examples
+    assert example.texts == ("It was late when ", " came.", *candidates)
+    assert example.label == count - 1
+    assert substituted(example) == [f"It was late when {candidate} came." for candidate in candidates]
+
+
+def test_only_line_ends_end_lines(tmp_path):
+    """Texts from the web contain other separators, and files of old Macs have no line feeds."""
+    lines = ["A\u2028b it\x0cc.", "it", "A,b", "A"]
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "schemas.txt").write_bytes(end.join(lines).encode())
+        (example,) = read_winograd(tmp_path / "schemas.txt").examples
+        assert example.texts == ("A b ", " c.", "A", "b")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -65,8 +86,10 @@ def test_a_placeholder_takes_precedence_over_the_pronoun(tmp_path):
         ("A b it c.\nit\nA,b\nA\n\nA b it c.\nit\nA,b\nA\nA b", ":6: .* not 5"),
         ("A bit c.\nit\nA,b\nA\n", ":2: the pronoun 'it' is not a word of the sentence 'A bit c.'"),
         ("A b it\nit\nA,b\nA\n", ":2: nothing follows 'it' in the sentence"),
-        ("A b it c.\nit\nA,b,c\nA\n", ":3: 'A,b,c' must be the two candidates"),
-        ("A b it c.\nit\nA,\nA\n", ":3: 'A,' must be the two candidates"),
+        ("A b it c.\nit\nA,b,c,d,e,f\nA\n", ":3: 'A,b,c,d,e,f' must be two to five candidates, separated by commas$"),
+        ("A b it c.\nit\nA\nA\n", ":3: 'A' must be two to five candidates"),
+        ("A b it c.\nit\nA,,b\nA\n", ":3: 'A,,b' must be two to five candidates"),
+        ("A b it c.\nit\nA,b,a\nA\n", ":3: a candidate occurs twice in 'A,b,a'$"),
         ("\nA b it c.\nit\nA,b\nc\n", ":5: the answer 'c' is not one of the candidates 'A,b'"),
     ],
 )
@@ -80,5 +103,5 @@ def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.txt: No such file"):
         read_winograd(tmp_path / "nowhere.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match=r"latin.txt: the file is not UTF-8; convert it"):
+    with pytest.raises(UserError, match=r"latin.txt:1: byte 0xe9 is not UTF-8; convert"):
         read_winograd(tmp_path / "latin.txt")

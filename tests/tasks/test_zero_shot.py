@@ -277,11 +277,26 @@ def test_a_space_belongs_to_the_word_that_follows_it():
         assert pieces.encode(context) + pieces.encode(continuation) == pieces.encode(context + continuation)
 
 
-@pytest.mark.parametrize(("name", "texts"), [("cola", 1), ("sst2", 1), ("race", 5), ("story_cloze", 3), ("dprd", 4), ("wsc", 4)])
-def test_the_score_of_guessing_follows_from_the_number_of_choices(name, texts):
-    chosen = PROBES[name]
-    choices = chosen.choices(Example("0", ("Text.",) * texts, 0.0, "made:1"))
-    assert (chosen.metric, chosen.random) == (("matthews", 0) if len(choices) == 1 else ("accuracy", 1 / len(choices)))
+@pytest.mark.parametrize(
+    ("name", "texts", "random"),
+    [("sst2", 1, 1 / 2), ("race", 5, 1 / 4), ("story_cloze", 3, 1 / 2), ("dprd", 4, 1 / 2), ("wsc", 7, 1 / 5)],
+)
+def test_the_score_of_guessing_follows_from_the_number_of_choices(params, name, texts, random):
+    content = split_of([(("Text.",) * texts, 0)])
+    result = run_probe(name, TINY, params, Bytes(), dict.fromkeys(("validation", "test"), content))
+    assert result["random"] == pytest.approx(random)
+    if name != "sst2":
+        assert result["accuracy"] == pytest.approx(random), "all choices are the same"
+
+
+def test_examples_may_have_different_numbers_of_candidates(params, tmp_path):
+    sentence, candidates = "Late at night it fell.\nit\n", ["the cup", "the jug", "a tray", "the pan", "the knife"]
+    path = tmp_path / "pdp.txt"
+    path.write_text("\n".join(f"{sentence}{','.join(candidates[:count])}\nthe cup\n" for count in (2, 5, 3)))
+    means = [mean_after(params, f"Late at night {candidate}", " fell.") for candidate in candidates]
+    result = run_probe("wsc", TINY, params, Bytes(), {"test": read_winograd(path)})
+    assert result["accuracy"] == pytest.approx(np.mean([np.argmax(means[:count]) == 0 for count in (2, 5, 3)]))
+    assert result["random"] == pytest.approx(np.mean([1 / 2, 1 / 5, 1 / 3]))
 
 
 @pytest.mark.parametrize(("name", "gain"), [("cola", 10.4), ("race", 5.7), ("story_cloze", 8.9)])
