@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from gpt_jax.config import TokenizerConfig
+from gpt_jax.data.english import EnglishWords
 from gpt_jax.errors import UserError, nearest
 from gpt_jax.runtime.rundir import installed_versions, read_json, write_atomic
 
@@ -149,12 +150,9 @@ class Bytes(Tokenizer):
 
 # -- the released encoder ---------------------------------------------------------------------------------------------------
 
-PUNCTUATION = re.compile(r'([-~!";?+,)(/*\[\]}{|_])\1*')
-"""Runs of one character that are surrounded with spaces before spaCy splits the text. The backslash is not one of the characters,
-because it only escapes the next character in the released pattern."""
-PLAIN = str.maketrans({"\u2014": "-", "\u2013": "-", "\u2015": "-", "\u2026": "...", "\u00b4": "'"})
-"""Replacements for dashes, the ellipsis and the acute accent, as in the released code."""
 NEWLINE = "\n</w>"
+MAX_CACHED = 64
+"""Maximum number of characters of a string whose ids are kept. It bounds the memory, to about 50 MB."""
 
 
 class GPT1(Tokenizer):
@@ -193,7 +191,7 @@ class GPT1(Tokenizer):
             if len(pair) != 2:
                 raise UserError(f"{self.files[1]}:{line}: must be two symbols with a space between them")
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
-        self._word_ids = functools.lru_cache(maxsize=1 << 17)(self._merge)
+        self._cached_ids = functools.lru_cache(maxsize=1 << 17)(self._part_ids)
 
     @classmethod
     def read(cls, folder: Path, field: str = "data.tokenizer.path") -> Self:
@@ -211,39 +209,28 @@ class GPT1(Tokenizer):
             raise UserError(f"--{field}: {folder}/{error}") from None
 
     def encode(self, text: str) -> list[int]:
-        return list(itertools.chain.from_iterable(self._word_ids(word) for word in self._words(text)))
+        parts = self._english.parts(text)
+        return [id for part in parts for id in (self._cached_ids(part) if len(part) <= MAX_CACHED else self._part_ids(part))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return "".join(self.entries[i] for i in ids).replace("</w>", " ")
 
     @functools.cached_property
-    def _words(self) -> Callable[[str], list[str]]:
-        """The function that splits text into lowercase words, as in the released code."""
-        try:
-            import ftfy
-            import spacy
-        except ModuleNotFoundError as error:
-            raise UserError(f"the gpt1 tokenizer needs {error.name}: pip install 'gpt_jax[gpt1]'") from None
-        english = spacy.blank("en")
+    def _english(self) -> EnglishWords:
+        return EnglishWords()
 
-        def words(text: str) -> list[str]:
-            text = PUNCTUATION.sub(r" \g<0> ", ftfy.fix_text(text).translate(PLAIN))
-            text = re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", " \n ", text)).strip()
-            # The text is split as one string because spaCy's exceptions span spaces, and in a memory zone because spaCy would
-            # otherwise keep every word of the corpus in memory.
-            with english.memory_zone():
-                return [word.text.lower() for word in english.tokenizer(text)]
-
-        return words
+    def _part_ids(self, part: str) -> tuple[int, ...]:
+        return tuple(id for word in self._english.words(part) for id in self._merge(word))
 
     def _merge(self, word: str) -> tuple[int, ...]:
         """Returns the ids of a word after merging the adjacent pair with the lowest rank until no pair has a rank."""
         if word.isspace():  # For a newline, spaCy returns "\n ".
             return (self.eos_id,)
+        ranks, unranked = self.ranks, len(self.ranks)
         symbols = [*word[:-1], word[-1] + "</w>"]
         while len(symbols) > 1:
-            best = min(itertools.pairwise(symbols), key=lambda pair: self.ranks.get(pair, len(self.ranks)))
-            if best not in self.ranks:
+            best = min(itertools.pairwise(symbols), key=lambda pair: ranks.get(pair, unranked))
+            if best not in ranks:
                 break
             i = 0
             while i < len(symbols) - 1:

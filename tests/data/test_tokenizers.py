@@ -149,6 +149,17 @@ def test_ids_do_not_depend_on_what_was_read_before(english, tiny):
         assert tiny.encode(text) == fresh
 
 
+def test_ids_of_short_strings_are_kept_and_those_of_long_ones_are_not(english, tiny, monkeypatch):
+    tokenizer, long = GPT1(*tiny.contents), "low" * 1000
+    text = f"low lower {long} nn"
+    ids = tokenizer.encode(text)
+    read: list[str] = []
+    words = tokenizer._english.words
+    monkeypatch.setattr(tokenizer._english, "words", lambda part: read.append(part) or words(part))
+    assert tokenizer.encode(text) == ids
+    assert read == [long]
+
+
 @pytest.mark.parametrize("library", ["ftfy", "spacy"])
 def test_a_missing_library_is_named_and_decoding_needs_none(tmp_path, monkeypatch, library):
     folder = write_released(tmp_path, "lo", ["l o"])
