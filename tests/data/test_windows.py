@@ -256,6 +256,23 @@ def test_evaluation_scores_every_next_token_once(total, batch_size):
     assert batches[-1]["loss_weights"].any()
 
 
+@pytest.mark.parametrize("stride", range(1, 9))
+@pytest.mark.parametrize("total", [9, 10, 16, 17, 18, 25, 40])
+def test_windows_that_overlap_score_every_next_token_once(total, stride):
+    """Every target has all tokens before it as context, or at least 8 - stride + 1 of them."""
+    windows = EvaluationWindows(Numbered(total), 8, 4, limit=0, stride=stride)
+    batches = [windows.batch_at(step, np.arange(4)) for step in range(windows.num_batches)]
+    tokens, targets, counted = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("tokens", "targets", "loss_weights")
+    )
+    assert (targets == tokens + 1).all()
+    assert targets[counted == 1].tolist() == list(range(1, total))
+    assert (counted.sum(axis=1) > 0).sum() == windows.num_windows
+    context = np.broadcast_to(np.arange(1, 9), counted.shape)[counted == 1]
+    assert (context >= np.minimum(np.arange(1, total), 8 - stride + 1)).all()
+    assert (counted.sum(axis=1)[1:] <= stride).all()
+
+
 def test_evaluation_stops_at_its_limit():
     windows = EvaluationWindows(Numbered(1000), 8, 4, limit=6)
     assert (windows.num_windows, windows.num_batches) == (6, 2)
