@@ -30,6 +30,8 @@ def parse(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
       UserError: an argument is unknown, missing, or out of range.
     """
     options, overrides = _parser().parse_known_args(words)
+    if options.verb == "generate":  # Before Python 3.13, argparse turns the value "--" into an empty list.
+        options.prompt = ["--" if prompt == [] else prompt for prompt in options.prompt]
     if overrides and not options.takes_overrides:
         raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax {options.verb} (see gpt-jax {options.verb} --help)")
     return options, overrides
