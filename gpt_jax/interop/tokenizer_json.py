@@ -14,7 +14,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gpt_jax.data.tokenizers import GPT1, PUNCTUATION, SPACE, Bytes, SentencePiece, Tokenizer
+from gpt_jax.data.english import PUNCTUATION
+from gpt_jax.data.tokenizers import GPT1, SPACE, Bytes, SentencePiece, Tokenizer
 from gpt_jax.errors import UserError
 
 END = "</s>"
