@@ -112,7 +112,7 @@ def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:
 
     if not config.data.store and options.workdir is None:
         raise UserError("--data.store: name the folder for the token store (or --workdir RUN, for RUN/store)")
-    prepare(config, Path(config.data.store) if config.data.store else options.workdir / "store", say)
+    prepare(config, Path(config.data.store) if config.data.store else options.workdir / "store", say, options.workdir)
 
 
 def _pretrain(options: argparse.Namespace, overrides: list[str]) -> None:

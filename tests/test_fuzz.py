@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TaskConfig, TokenizerConfig
-from gpt_jax.data.prepare import check_recipe, prepare
+from gpt_jax.data.prepare import prepare
+from gpt_jax.data.recipe import check_recipe
 from gpt_jax.data.sources import open_source
 from gpt_jax.data.store import Store, index_digest
 from gpt_jax.data.tokenizers import GPT1, Bytes, SentencePiece, create_tokenizer, load_tokenizer

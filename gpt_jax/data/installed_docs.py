@@ -91,7 +91,8 @@ def _texts(path: Path) -> Iterator[str]:
             return
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)
-    except (OSError, SyntaxError, ValueError):  # Listed files may be missing, and some library files are invalid on purpose.
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        # Listed files may be missing, and some library files are invalid or nested too deeply on purpose.
         return
     yield from _docstrings(tree)
     for statement in tree.body:

@@ -26,14 +26,28 @@ import numpy as np
 from jaxtyping import Int64, UInt
 
 from gpt_jax.config import DataConfig, PretrainConfig
-from gpt_jax.config.load import flatten_config, upgrade_field
 from gpt_jax.data.dedup import PROGRESS_SECONDS, TABLE, DistinctDocuments, DocumentSpans, write_documents
+from gpt_jax.data.recipe import OTHER_STORE, check_inputs, check_recipe, check_text, recipe_fields, require_outside
 from gpt_jax.data.sources import TextSource, open_source
-from gpt_jax.data.store import INDEX, OFFSET_DTYPE, PARTIAL, SPLITS, TOKENIZER, Store, check_files, token_dtype, write_index
+from gpt_jax.data.store import (
+    INDEX,
+    OFFSET_DTYPE,
+    PARTIAL,
+    RECIPE,
+    SHARD,
+    SPLITS,
+    TOKENIZER,
+    Store,
+    check_files,
+    token_dtype,
+    write_index,
+)
 from gpt_jax.data.tokenizers import MANIFEST, Tokenizer, create_tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.inputs.json_shapes import mismatch
+from gpt_jax.inputs.text_files import TextFiles
 from gpt_jax.runtime.console import Log, ProgressLine
-from gpt_jax.runtime.rundir import explain_full_disk, read_json, write_atomic
+from gpt_jax.runtime.rundir import explain_disk_errors, read_json, write_atomic
 
 PART_BYTES = 1 << 18
 """Approximate bytes of text that a process tokenizes at a time. The number is small, so that even a small text occupies every
@@ -42,8 +56,8 @@ core and the slowest tokenizer (gpt1, about 0.1 MB/s per core) shows progress.""
 PARTS_AHEAD = 32
 """Number of parts per process that can be encoded before the first of them is written."""
 
-RECIPE = "recipe.json"
-OTHER_STORE = "give another --data.store or delete that folder"
+
+RECIPE_FILE = "recipe.json"
 
 Part = tuple[str, DocumentSpans]
 """The name of a shard and some of its documents, which are encoded together."""
@@ -51,31 +65,34 @@ EncodedPart = tuple[str, UInt[np.ndarray, " tokens"], Int64[np.ndarray, " docume
 """The name of a shard, the tokens of some of its documents with a separator after each, and each document's number of tokens."""
 
 
-def prepare(config: PretrainConfig, store_folder: Path, log: Log) -> Store:
+def prepare(config: PretrainConfig, store_folder: Path, log: Log, workdir: Path | None = None) -> Store:
     """Builds the token store that `config.data` and `config.model.vocab_size` describe, or continues an unfinished one.
 
-    A finished store is verified and not changed. The free disk space must be about the size of the text plus the size of the
-    tokens.
+    A finished store is verified and not changed, even if its text is missing by now. The free disk space must be about the size
+    of the text plus the size of the tokens.
 
     Args:
       config: the run's config.
       store_folder: the folder of the store. It is created if necessary.
       log: receives the lines that report progress.
+      workdir: the run's folder, if there is one.
 
     Raises:
       UserError: the source cannot be read or has too little text; the store in the folder was made from other text or with other
-        settings; a shard was altered; another process is preparing the store; the disk is full (the next call continues).
+        settings; the store or the run's folder is inside the source; a shard was altered; another process is preparing the store;
+        the disk is full (the next call continues).
     """
     try:
-        with explain_full_disk(store_folder):
+        with explain_disk_errors(store_folder):
             if not (store_folder / INDEX).exists():
-                source = open_source(config.data)
-                if store_folder.resolve().is_relative_to(Path(config.data.source).resolve()):
-                    raise UserError(f"--data.store: '{store_folder}' is inside --data.source; give a folder outside")
+                source = open_source(config.data, log)
+                if isinstance(source, TextFiles):
+                    require_outside(source, store_folder, workdir)
+                    source.formats  # noqa: B018 - Files that are not text are reported before any long work.
                 with _lock(store_folder):
                     if not (store_folder / INDEX).exists():  # Another process may have finished it in the meantime.
                         return _build(config, store_folder, source, log)
-            return _reopen(config, store_folder, log)
+            return _reopen(config, store_folder, log, workdir)
     except OSError as error:
         raise UserError(f"{error.filename or config.data.source}: {error.strerror or error}") from error
     except BrokenProcessPool as error:
@@ -94,12 +111,12 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _reopen(config: PretrainConfig, folder: Path, log: Log) -> Store:
+def _reopen(config: PretrainConfig, folder: Path, log: Log, workdir: Path | None) -> Store:
     """Verifies a finished store and checks that it is the one that `config` describes."""
     store = Store.open(folder)
     store.tokenizer()
-    identity = open_source(config.data).identity() if config.data.source else None
-    check_recipe(folder, store.index["recipe"], config, identity)
+    check_recipe(folder, store.index["recipe"], config)
+    check_inputs(store, config, log, workdir, checksums=True)
     shutil.rmtree(folder / PARTIAL, ignore_errors=True)  # It is left over if the last call was killed just before it finished.
     log(f"{folder}: already finished, checksums verified, nothing to do: {_summary(store)}")
     return store
@@ -109,14 +126,17 @@ def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -
     """Builds the store, or continues from the contents of `partial/`."""
     data, partial = config.data, folder / PARTIAL
     log(f"{folder}: preparing the text of {data.source}")
-    recipe = {"fields": _recipe_fields(config), "source": source.identity()}
-    recorded = read_json(partial / RECIPE) if (partial / RECIPE).exists() else None
+    recipe = {"fields": recipe_fields(config), "source": source.identity()}
+    recorded = read_json(partial / RECIPE_FILE) if (partial / RECIPE_FILE).exists() else None
     if recorded is not None and any(partial.glob("*-?????.json")):
-        check_recipe(folder, recorded, config, recipe["source"])
+        if problem := mismatch(recorded, RECIPE):
+            raise UserError(f"{partial / RECIPE_FILE}: altered since it was written: {problem}; {OTHER_STORE}")
+        check_recipe(folder, recorded, config)
+        check_text(folder, recorded, recipe["source"])
     elif recorded != recipe:  # No shard is finished, so little is lost by starting over.
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         (partial / TABLE).unlink(missing_ok=True)
-        write_atomic(partial / RECIPE, json.dumps(recipe, indent=1))
+        write_atomic(partial / RECIPE_FILE, json.dumps(recipe, indent=1))
 
     @functools.cache
     def documents() -> DistinctDocuments:
@@ -154,37 +174,6 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# -- the recipe -------------------------------------------------------------------------------------------------------------
-
-
-def _recipe_fields(config: PretrainConfig) -> dict[str, Any]:
-    """Returns the config's fields that affect the contents of a store, by their dotted names."""
-    fields = {name: value for name, (value, affects) in flatten_config(config.data, "data.").items() if affects == "result"}
-    return {**fields, "model.vocab-size": config.model.vocab_size}
-
-
-def check_recipe(folder: Path, recipe: dict[str, Any], config: PretrainConfig, identity: dict[str, Any] | None = None) -> None:
-    """Checks, without reading any text, that the recorded recipe of a store is that of `config`.
-
-    If `config.data.source` is empty, only the tokenizer's kind and size are compared. Unless `identity` is None, it must be the
-    identity of the text that the store was made from.
-
-    Raises:
-      UserError: fields differ, or the text has changed. The message has both values.
-    """
-    fields = _recipe_fields(config)
-    if not config.data.source:
-        fields = {name: fields[name] for name in ("data.tokenizer.kind", "model.vocab-size")}
-    recorded = dict(upgrade_field(name, value) for name, value in recipe["fields"].items())
-    differing = [name for name in fields if name in recorded and recorded[name] != fields[name]]
-    if differing:
-        differences = "; ".join(f"{name} {recorded[name]!r}, not {fields[name]!r}" for name in differing)
-        raise UserError(f"{folder}: made with {differences}; {OTHER_STORE}")
-    if identity is not None and identity != recipe["source"]:
-        change = f"from {recipe['source']} to {identity}"
-        raise UserError(f"{folder}: the text of --data.source has changed {change} since this store was started; {OTHER_STORE}")
-
-
 # -- shards -----------------------------------------------------------------------------------------------------------------
 
 
@@ -199,8 +188,9 @@ def _write_splits(documents: DistinctDocuments, folder: Path, tokenizer: Tokeniz
     for shard in shards:
         with contextlib.suppress(UserError):  # The shard has no entry yet, or its files are damaged.
             entry = read_json(folder / PARTIAL / f"{shard}.json")
-            check_files(folder, [entry], verify=True)
-            entries[shard] = entry
+            if not mismatch(entry, SHARD):
+                check_files(folder, [entry], verify=True)
+                entries[shard] = entry
     if entries:
         log(f"{folder}: continuing; {len(entries)} of {len(shards)} shards are finished")
     parts: list[Part] = [

@@ -21,11 +21,13 @@ Documents are in the order of the SHA-256 of their text, so any sequence of cons
 
 import bisect
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -34,7 +36,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, shortened
+from gpt_jax.inputs.json_shapes import mismatch
 from gpt_jax.runtime.rundir import read_json, sha256, write_atomic
 
 FORMAT = "gpt_jax token store"
@@ -46,6 +49,18 @@ PARTIAL = "partial"
 SPLITS: tuple[Literal["train", "validation"], ...] = ("train", "validation")
 OFFSET_DTYPE = np.dtype("<u8")
 REMEDY = "restore it or prepare the store again"
+
+
+FILE_NAME = re.compile(r"(train|validation)-\d{5,}\.(bin|offsets)")
+FILE = {"file": str, "size": int, "sha256": str}
+SHARD = {**FILE, "tokens": int, "documents": int, "offsets": FILE}
+SPLIT = {"tokens": int, "documents": int, "text_bytes": int, "shards": [SHARD]}
+RECIPE = {"fields": dict, "source": dict}
+SHAPE = {
+    "tokenizer": {"kind": str, "fingerprint": str, "vocab_size": int, "separator": int},
+    **{"recipe": RECIPE, "dropped": {str: int}, "splits": {"train": SPLIT, "validation": SPLIT}},
+}
+"""The fields of index.json and their types, as in the description of the format above."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -87,10 +102,11 @@ class Store:
             actual = f"format '{index.get('format')}', version {index.get('version')}"
             raise UserError(f"{path}: cannot read {actual}; must be '{FORMAT}', version {VERSION}")
         digest = index.pop("digest", "")
-        if digest != index_digest(index):
-            raise UserError(f"{path}: altered since it was written (its digest differs); {REMEDY}")
-        check_files(folder, [shard for name in SPLITS for shard in index["splits"][name]["shards"]], verify)
-        return cls(folder, index, digest)
+        with contextlib.suppress(RecursionError):
+            if digest == index_digest(index):
+                check_files(folder, _shards(path, index), verify)
+                return cls(folder, index, digest)
+        raise UserError(f"{path}: altered since it was written (its digest differs); {REMEDY}")
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer that made the tokens.
@@ -110,6 +126,25 @@ class Store:
         split = self.index["splits"][name]
         files = [self.folder / shard["file"] for shard in split["shards"]]
         return TokenArray(files, token_dtype(self.index["tokenizer"]["vocab_size"]), split["text_bytes"])
+
+
+def _shards(path: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the entries of all shards.
+
+    Raises:
+      UserError: the index is not as the format says, although its digest is right.
+    """
+    if problem := mismatch(index, SHAPE):
+        raise UserError(f"{path}: not the index of a token store: {problem}; {REMEDY}")
+    shards = [shard for name in SPLITS for shard in index["splits"][name]["shards"]]
+    item_size = token_dtype(index["tokenizer"]["vocab_size"]).itemsize
+    for shard in shards:
+        for name in (shard["file"], shard["offsets"]["file"]):
+            if not FILE_NAME.fullmatch(name):
+                raise UserError(f"{path}: '{shortened(name)}' is not the name of a file of a token store; {REMEDY}")
+        if not 0 < shard["size"] == shard["tokens"] * item_size:
+            raise UserError(f"{path}: {shard['file']} cannot have {shard['size']} bytes and {shard['tokens']} tokens; {REMEDY}")
+    return shards
 
 
 def write_index(folder: Path, tokenizer: Tokenizer, **values: Any) -> None:
@@ -134,7 +169,7 @@ def check_files(folder: Path, shards: Iterable[dict[str, Any]], verify: bool) ->
     """
     files = {folder / file["file"]: file for shard in shards for file in (shard, shard["offsets"])}
     for path, file in files.items():
-        if not path.exists():
+        if not path.is_file():
             raise UserError(f"{path}: missing from the token store; {REMEDY}")
         if path.stat().st_size != file["size"]:
             raise UserError(f"{path}: has {path.stat().st_size} bytes instead of {file['size']}; {REMEDY}")

@@ -91,7 +91,7 @@ def _checked_pieces(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
                 yield piece
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
         where = f" after {size:,} bytes of content" if size else ""
-        raise UserError(f"{path}: damaged {kind} archive{where}: {error}") from error
+        raise UserError(f"{path}: broken {kind} archive{where}: {error}") from error
 
 
 def _gzip_pieces(file: BinaryIO) -> Iterable[bytes]:

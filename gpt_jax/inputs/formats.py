@@ -136,7 +136,15 @@ def _checked_head(path: Path, file: BinaryFile, compression: str) -> str:
     return next((kind for first_bytes, kind in SIGNATURES.items() if head.startswith(first_bytes)), "")
 
 
-def detect_format(path: Path, wanted: TextFormat | Literal["auto"] = "auto") -> TextFormat:
+class Detected(NamedTuple):
+    """The format of a file of a corpus."""
+
+    format: TextFormat
+    is_json_in_txt: bool = False
+    """Whether the content is JSON although the extension says plain text, which decides."""
+
+
+def detect_format(path: Path, wanted: TextFormat | Literal["auto"] = "auto") -> Detected:
     """Returns the format of a file of a corpus.
 
     Known first bytes decide, or else a known extension. A file without either is text, unless its first `HEAD_BYTES` bytes are
@@ -162,16 +170,17 @@ def detect_format(path: Path, wanted: TextFormat | Literal["auto"] = "auto") -> 
     if head.startswith(PARQUET) and wanted in ("auto", "parquet"):
         if compressed:
             raise UserError(f"{path}: a Parquet file that is compressed as a whole; decompress it first (gzip -d or zstd -d)")
-        return "parquet"
+        return Detected("parquet")
     if claimed == "parquet":
         raise UserError(f"{path}: not a Parquet file (its first bytes are not PAR1); --data.format names another format")
     _refuse_binary(path, head)
-    if claimed is not None:
-        return claimed
-    if looks_like_json(head.decode(errors="replace"), complete):
+    if claimed is not None and (claimed != "text" or wanted == "text"):
+        return Detected(claimed)
+    is_json = looks_like_json(head.decode(errors="replace"), complete)
+    if is_json and claimed is None:
         hint = "--data.format jsonl or json reads its text field, --data.format text all of it as plain text"
         raise UserError(f"{path}: the content is JSON, but the extension is not .json or .jsonl; {hint}")
-    return "text"
+    return Detected("text", is_json)
 
 
 CONTROLS = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
@@ -192,3 +201,21 @@ def _refuse_binary(path: Path, head: bytes) -> None:
             codecs.getincrementaldecoder("utf-8")().decode(head)  # The last character may be cut off.
         except UnicodeDecodeError:
             raise NotTextError(f"{path}: a binary file (control characters, and not UTF-8), not text", "binary files") from None
+
+
+def decode_text(data: bytes, path: Path, line: int) -> str:
+    """Returns text that begins in the given line of a file.
+
+    Raises:
+      UserError: it is not UTF-8. The message names the line.
+    """
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise encoding_error(error, path, line) from error
+
+
+def encoding_error(error: UnicodeDecodeError, path: Path, line: int) -> UserError:
+    """Returns the error for bytes, of which the first are in the given line of a file, that are not UTF-8."""
+    line += error.object.count(b"\n", 0, error.start)
+    return UserError(f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file to UTF-8")

@@ -31,7 +31,7 @@ from gpt_jax.train.restore import load_model
 
 BATCH_SIZE = 8
 """Number of windows of text that each shard of the batch scores at once."""
-READING_FIELDS = ("text_field",)
+READING_FIELDS = ("format", "text_field", "allow_skipped")
 """Names of the `--data.*` fields that determine how a source is read, and that also apply to a text to evaluate."""
 
 

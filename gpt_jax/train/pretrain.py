@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 
 from gpt_jax.config import ModelConfig, PretrainConfig, RunConfig
 from gpt_jax.data.pipeline import DatasetFn
-from gpt_jax.data.prepare import check_recipe, prepare
+from gpt_jax.data.prepare import prepare
+from gpt_jax.data.recipe import check_inputs, check_recipe
 from gpt_jax.data.store import Store
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import EvaluationWindows, Windows
@@ -95,10 +96,13 @@ def open_store(config: PretrainConfig, workdir: Path, log: console.Log) -> Store
     """
     folder = Path(config.data.store) if config.data.store else workdir / "store"
     with distributed.primary_first("the token store", log):
-        if distributed.is_primary() and not (folder / "index.json").exists():
-            prepare(config, folder, log)
+        made = distributed.is_primary() and not (folder / "index.json").exists()
+        if made:
+            prepare(config, folder, log, workdir)
         store = Store.open(folder, config.data.verify)
         check_recipe(folder, store.index["recipe"], config)
+        if distributed.is_primary() and not made:
+            check_inputs(store, config, log, workdir, checksums=False)
     return store
 
 

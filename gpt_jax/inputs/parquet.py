@@ -1,0 +1,77 @@
+"""Columns of strings in Parquet files, read a few rows at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.errors import UserError, nearest, one_line, shortened
+from gpt_jax.inputs.archives import max_unpacked_size
+
+ROWS_AT_ONCE = 16
+"""Number of rows that are read at a time. A file can repeat one long string in all of its rows, so a small number bounds the
+memory; larger numbers are hardly faster."""
+
+
+def parquet_texts(path: Path, column: str) -> Iterator[str | None]:
+    """Yields the strings in a column of a Parquet file, in which nulls are None.
+
+    Raises:
+      UserError: the file is damaged, would unpack to more than `archives.max_unpacked_size`, or has no such column of strings.
+    """
+    size, limit = 0, max_unpacked_size(path)
+    for row, data in enumerate(_read_column(path, column, limit), start=1):
+        size += len(data or b"")
+        if size > limit:
+            raise _too_large(path, limit)
+        try:
+            yield None if data is None else data.decode()
+        except UnicodeDecodeError as error:
+            problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+            raise UserError(f"{path}: row {row} of the column '{column}': {problem}") from error
+
+
+def _read_column(path: Path, column: str, limit: int) -> Iterator[bytes | None]:
+    """Yields the strings of a column in UTF-8."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
+            schema = table.schema_arrow
+            if schema.names.count(column) != 1:
+                hint = nearest(column, schema.names) if column not in schema.names else "there are several of this name"
+                raise UserError(f"{path}: no column '{column}' (--data.text-field); {hint}")
+            kind = schema.field(column).type
+            if not _contains_strings(kind):
+                raise UserError(f"{path}: the column '{column}' contains {shortened(str(kind))}, not strings")
+            if _unpacked_size(table.metadata, column) > limit:
+                raise _too_large(path, limit)
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
+                values = batch.column(column)
+                values = values.dictionary_decode() if pyarrow.types.is_dictionary(values.type) else values
+                yield from (value.as_py() for value in values.cast(pyarrow.large_binary()))
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises exceptions of many types for files that are damaged.
+        raise UserError(f"{path}: cannot be read as a Parquet file: {one_line(error)}") from error
+
+
+def _contains_strings(kind: Any) -> bool:
+    """Returns whether a column of this type of pyarrow's contains strings, or bytes, as which some programs store strings."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    texts = (types.is_string, types.is_large_string, types.is_string_view)
+    return any(test(kind) for test in (*texts, types.is_binary, types.is_large_binary, types.is_binary_view))
+
+
+def _unpacked_size(metadata: Any, column: str) -> int:
+    """Returns the size in bytes of a column of a Parquet file before compression, according to the file."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
+
+
+def _too_large(path: Path, limit: int) -> UserError:
+    return UserError(f"{path}: its texts take more than {limit:,} bytes, too many for its size (see the limit for archives)")

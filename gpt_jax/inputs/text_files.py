@@ -1,0 +1,187 @@
+"""The text files that a path or a glob means: which of them contain text, what is left out, and their documents."""
+
+import collections
+import functools
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from gpt_jax.errors import UserError, nearest, require
+from gpt_jax.inputs.documents import read_documents
+from gpt_jax.inputs.folders import FileList
+from gpt_jax.inputs.formats import NotTextError, TextFormat, detect_format
+from gpt_jax.inputs.tally import Tally
+
+MAX_SKIPPED = 0.01
+"""Maximum share of the files, and of their bytes, that may be left out because they contain no text."""
+
+
+class MissingSourceError(UserError):
+    """There is nothing to read where a source was named. A finished token store does without it."""
+
+
+class TextFiles:
+    """A file, all files below a folder except hidden ones, or the files that match a glob.
+
+    Files without text are left out of a folder and counted. A single file must have text.
+
+    Args:
+      source: the path or glob, as in `--data.source`.
+      file_format: the format of all files; "auto" if it is decided for each of them.
+      text_field: the field of a JSON object, or the column of a Parquet file, that contains the text.
+      allow_skipped: whether more than `MAX_SKIPPED` of the files may be without text.
+      log: receives lines about what is left out.
+
+    Raises:
+      UserError: a folder cannot be read.
+      MissingSourceError: there is no file. The message lists similar names that exist.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        file_format: TextFormat | Literal["auto"],
+        text_field: str,
+        allow_skipped: bool,
+        log: Callable[[str], None],
+    ):
+        self._source = source
+        self._format = file_format
+        self._text_field = text_field
+        self._allow_skipped = allow_skipped
+        self._log = log
+        try:
+            self._list = _list_files(source)
+        except OSError as error:
+            raise UserError(f"--data.source: {error.filename}: {error.strerror}") from error
+        self._single = Path(source) in self._list.files
+        if not self._list.files:
+            others = "".join(f"; {kind}: {tally}" for kind, tally in self._list.skipped.items())
+            raise MissingSourceError(f"--data.source: '{source}' contains no files to read{others}")
+
+    def size(self) -> dict[str, int]:
+        """Returns the part of the identity that needs no reading: the number of files, and their total size as stored."""
+        return {"files": len(self._list.files), "bytes": sum(status.st_size for status in self._list.files.values())}
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the size and a checksum of the names, sizes and checksums of all files, also of those without text."""
+        digest = hashlib.sha256()
+        for path, status in self._list.files.items():
+            with path.open("rb") as file:
+                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            # A name need not be UTF-8.
+            digest.update(f"{checksum} {status.st_size} {self._name(path)}\n".encode("utf-8", "surrogateescape"))
+        return {**self.size(), "sha256": digest.hexdigest()}
+
+    def require_outside(self, folder: Path, field: str) -> None:
+        """Checks that files written into `folder`, which the option `field` names, do not become part of the source.
+
+        Raises:
+          UserError: they would.
+        """
+        reason = "the text would change with every file written there; give a folder outside"
+        require(not self._list.reaches(folder), field, f"'{folder}' is inside --data.source '{self._source}': {reason}")
+
+    def documents(self) -> Iterator[str]:
+        """Yields the documents of all files, in the order of their paths.
+
+        Raises:
+          UserError: a file is not in the format that its name implies, or changes while it is read; or too many files contain no
+            text. The message names the file and, if possible, the line.
+        """
+        missing = Tally()
+        for path, file_format in self.formats.items():
+            self._require_unchanged(path)
+            yield from read_documents(path, file_format, self._text_field, missing)
+            self._require_unchanged(path)
+        if missing.count:
+            self._log(f"{self._source}: left out rows whose text is null: {missing}")
+
+    def _require_unchanged(self, path: Path) -> None:
+        before, now = self._list.files[path], path.stat()
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise UserError(f"{path}: changed while the text was read; run the command again when nothing writes to it")
+
+    @functools.cached_property
+    def formats(self) -> dict[Path, TextFormat]:
+        """The formats of the files with text, by path. What is left out is logged.
+
+        Raises:
+          UserError: a file's format is unclear or not supported, or more than `MAX_SKIPPED` of the files contain no text.
+          NotTextError: a single file contains no text.
+        """
+        formats: dict[Path, TextFormat] = {}
+        skipped = collections.defaultdict(Tally, self._list.skipped)
+        misnamed = Tally()
+        for path, status in self._list.files.items():
+            try:
+                detected = detect_format(path, self._format)
+            except NotTextError as error:
+                if self._single:
+                    raise
+                skipped[error.kind].add(self._name(path), status.st_size)
+                continue
+            formats[path] = detected.format
+            if detected.is_json_in_txt:
+                misnamed.add(self._name(path))
+        self._report_skipped(skipped)
+        if not formats:
+            raise UserError(f"--data.source: '{self._source}' contains no text")
+        if misnamed.count:
+            hint = "--data.format jsonl reads only their text field"
+            self._log(f"{self._source}: read as plain text, although the content is JSON: {misnamed}; {hint}")
+        return formats
+
+    def _report_skipped(self, skipped: dict[str, Tally]) -> None:
+        """Logs what is left out.
+
+        Raises:
+          UserError: it is too much.
+        """
+        source, size = self._source, self.size()
+        for kind, tally in (
+            ("hidden files and folders", self._list.hidden),
+            ("folders that match the glob", self._list.unread_folders),
+        ):
+            if tally.count:
+                self._log(f"{source}: left out {kind}: {tally}")
+        if not skipped:
+            return
+        count, num_bytes = (sum(getattr(tally, name) for tally in skipped.values()) for name in ("count", "bytes"))
+        total = size["files"] + sum(tally.count for tally in self._list.skipped.values())
+        share = num_bytes / max(size["bytes"], 1)
+        kinds = "; ".join(f"{kind}: {tally}" for kind, tally in skipped.items())
+        summary = f"{count:,} of {total:,} files, with {share:.1%} of the bytes, contain no text ({kinds})"
+        if max(count / total, share) > MAX_SKIPPED and not self._allow_skipped:
+            hint = "remove them, name only the others with a glob, or add --data.allow-skipped True"
+            raise UserError(f"--data.source: {summary}; {hint}")
+        self._log(f"{source}: left out: {summary}")
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self._list.root).as_posix()
+
+
+def _list_files(source: str) -> FileList:
+    """Returns the files that a path or a glob means."""
+    path = Path(source)
+    if path.is_dir():
+        return FileList(path)
+    if path.exists():
+        return FileList(path.parent, (glob.escape(path.name),))
+    fixed = next((number for number, part in enumerate(path.parts) if glob.has_magic(part)), None)
+    root = path if fixed is None else Path(*path.parts[:fixed])
+    if not root.is_dir():
+        raise MissingSourceError(f"--data.source: {_describe_missing(root)}")
+    return FileList(root, path.parts[fixed:])
+
+
+def _describe_missing(path: Path) -> str:
+    """Returns a message that a path does not exist, with names from the nearest folder that does exist."""
+    if path.is_symlink():
+        return f"'{path}' is a link to '{os.readlink(path)}', which does not exist"
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return f"'{path}' does not exist; in {folder}: {nearest(path.relative_to(folder).parts[0], names)}"
