@@ -18,7 +18,7 @@ Shape = Any
     {"name": shape, ...}   an object with these fields and perhaps others; a field whose name ends with "?" may be missing
 """
 
-_WORDS = {
+_WORDS: dict[Any, str] = {
     int: "a whole number of at least 0",
     float: "a floating-point number",
     str: "a string",

@@ -3,13 +3,16 @@
 A run's `checkpoints/STEP/` holds Orbax's files (the state as nested dictionaries of arrays), `config.json`, `tokenizer/`
 and, written last, `manifest.json`, one JSON object of format version 2:
 
-    format_version, step, config_digest, data_digest, mask_version, permutation_version, metrics {name: number},
-    selection_metric (number, lower is better, or null), process_count, device_count, device_kind,
+    format_version, step, config_digest, config_digest_version, data_digest, mask_version, permutation_version,
+    metrics {name: number}, selection_metric (number, lower is better, or null), process_count, device_count, device_kind,
     files {relative path: {size, sha256}} of every other file in the folder,
     sha256 of this object without this entry, as JSON with sorted keys
 
 Version 1 can still be read. Its state has the optimizer's own tree in place of `moments`, and its selection metric is the
 metric "rank" if there is one, otherwise "loss".
+
+The manifest says which checkpoint a folder is. A copy of the folder is the same checkpoint, wherever it is and whatever it is
+called; so is a link to it. In RUN/checkpoints, only folders that are named by their step are ever deleted.
 
 Orbax loads a corrupted file without raising an error, hence the checksums. A folder without a manifest is a save that was cut
 short ("incomplete"); one that differs from its manifest is "damaged". Neither is ever restored.
@@ -37,16 +40,34 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from gpt_jax.config import RunConfig
-from gpt_jax.config.load import config_digest, config_from_dict, config_to_dict
+from gpt_jax.config.load import DIGEST_VERSION, config_digest, config_from_dict, config_to_dict
 from gpt_jax.data.windows import PERMUTATION_VERSION
 from gpt_jax.errors import UserError, require
+from gpt_jax.inputs.json_shapes import mismatch
+from gpt_jax.inputs.json_values import parse_json_object
 from gpt_jax.model.dropout import MASK_VERSION
 from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.rundir import read_json, sha256, write_atomic
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
-VERSIONS = {"format_version": FORMAT_VERSION, "mask_version": MASK_VERSION, "permutation_version": PERMUTATION_VERSION}
+ORBAX_METADATA = "_CHECKPOINT_METADATA"
+"""A file that Orbax writes into every checkpoint."""
+VERSIONS = {
+    "format_version": FORMAT_VERSION,
+    "config_digest_version": DIGEST_VERSION,
+    "mask_version": MASK_VERSION,
+    "permutation_version": PERMUTATION_VERSION,
+}
+MANIFEST_SHAPE = {
+    "format_version": int,
+    "step": int,
+    "config_digest": str,
+    "data_digest": str,
+    "metrics": {str: float},
+    "selection_metric?": (float, None),
+    "files": {str: {"size": int, "sha256": str}},
+}
 
 Leaves = dict[tuple[str, ...], Any]
 """Arrays, or their shapes and dtypes, keyed by their path in a nested dictionary."""
@@ -59,6 +80,7 @@ class CheckpointInfo(NamedTuple):
     """One checkpoint on disk."""
 
     step: int
+    """The step in the manifest, or the name of a folder without a sound one; -1 if neither is a step."""
     path: Path
     state: Literal["sound", "incomplete", "damaged"]
     problem: str
@@ -70,6 +92,13 @@ class CheckpointInfo(NamedTuple):
     selection_metric: float | None = None
     """Selects the best checkpoint; lower is better. None if the checkpoint was not scored."""
     format_version: int = FORMAT_VERSION
+    fingerprint: str = ""
+    """The manifest's checksum, which differs between any two checkpoints; empty unless the checkpoint is sound."""
+
+    @property
+    def named_by_step(self) -> bool:
+        """Whether this is a folder as a run writes it: not renamed, and not a link."""
+        return self.path.name == str(self.step) and not self.path.is_symlink()
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -98,6 +127,10 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._clear_unfinished()
+            for info in list_checkpoints(self._folder, checksums=False):
+                if _step_in_name(info.path) not in (-1, info.step):
+                    reason = f"is checkpoint {info.step}, and the run may have to save another one under this name; rename it"
+                    raise UserError(f"{info.path}: {reason}")
 
     def save(self, step: int, state: dict[str, Any], metrics: dict[str, float], selection_metric: float | None = None) -> None:
         """Starts saving `state`, whose arrays may be donated or deleted as soon as this returns.
@@ -237,6 +270,7 @@ def best_checkpoints(infos: Sequence[CheckpointInfo], count: int) -> list[Checkp
 
 
 def _discard(infos: list[CheckpointInfo], keep_latest: int, keep_best: int) -> list[CheckpointInfo]:
+    infos = [info for info in infos if info.named_by_step]
     sound = [info for info in infos if info.state == "sound"]
     kept = {info.path for info in (*sound[-keep_latest:], *best_checkpoints(sound, keep_best))}
     doomed = [info for info in infos if sound and info.step <= sound[-1].step and info.path not in kept]
@@ -255,16 +289,17 @@ def _delete(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInfo]:
-    """Returns all checkpoints of a run, by ascending step.
+    """Returns all checkpoints of a run by ascending step, among them copies and links; of the same step, those before the original.
 
     Args:
-      folder: RUN or RUN/checkpoints.
+      folder: RUN or RUN/checkpoints; any folder of checkpoints; or a single checkpoint.
       checksums: if True, read every file and compare its SHA-256; if False, check only manifests and file sizes.
 
     Raises:
       UserError: a checkpoint was written by a newer gpt_jax.
     """
-    return [inspect_checkpoint(path, checksums) for path in _step_folders(folder)]
+    infos = [inspect_checkpoint(path, checksums) for path in _checkpoint_folders(folder)]
+    return sorted(infos, key=lambda info: (info.step, info.named_by_step, info.path.name))
 
 
 def newest_checkpoint(folder: Path, log: Log) -> CheckpointInfo | None:
@@ -278,16 +313,17 @@ def newest_checkpoint(folder: Path, log: Log) -> CheckpointInfo | None:
       UserError: no checkpoint is sound and at least one is damaged.
     """
     unusable: list[CheckpointInfo] = []
-    for path in reversed(_step_folders(folder)):
-        info = inspect_checkpoint(path, checksums=True)
+    for listed in reversed(list_checkpoints(folder, checksums=False)):
+        info = inspect_checkpoint(listed.path, checksums=True) if listed.state == "sound" else listed
         if info.state == "sound":
             for other in unusable:
                 log(f"checkpoint {other.path.name} is {other.state} ({other.problem}); using {info.path.name}")
             return info
         unusable.append(info)
     if any(info.state == "damaged" for info in unusable):
-        listed = "; ".join(f"{info.path.name} is {info.state} ({info.problem})" for info in unusable)
-        raise UserError(f"{folder}: no sound checkpoint: {listed}; restore one from a backup, or start over in an empty folder")
+        listed_problems = "; ".join(f"{info.path.name} is {info.state} ({info.problem})" for info in unusable)
+        hint = "restore one from a backup, or start over in an empty folder"
+        raise UserError(f"{folder}: no sound checkpoint: {listed_problems}; {hint}")
     return None
 
 
@@ -295,7 +331,7 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
     """Verifies and returns the checkpoint that a CHECKPOINT argument refers to.
 
     Args:
-      path: a run's folder, which stands for its newest sound checkpoint, or the folder of one checkpoint.
+      path: a run's folder, which stands for its newest sound checkpoint, or the folder of one checkpoint, whatever it is called.
       log: receives a line for each newer checkpoint that cannot be used.
 
     Raises:
@@ -304,7 +340,7 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
     hint = "give a run's folder or a checkpoint's folder (RUN/checkpoints/STEP)"
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; {hint}")
-    if path.absolute().name.isdecimal() and not (path / "checkpoints").is_dir():
+    if is_checkpoint(path):
         return _require_sound(inspect_checkpoint(path.absolute(), checksums=True))
     newest = newest_checkpoint(path, log)
     if newest is None:
@@ -314,31 +350,51 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
     return newest
 
 
+def find_step(run: Path, step: int) -> CheckpointInfo:
+    """Verifies and returns the checkpoint of one step of a run, whatever its folder is called.
+
+    Raises:
+      UserError: there is none, or it is not sound.
+    """
+    found = [info for info in list_checkpoints(run, checksums=False) if info.step == step]
+    if not found:
+        raise UserError(f"{run}: checkpoint {step} no longer exists")
+    return _require_sound(inspect_checkpoint(found[-1].path, checksums=True))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Returns whether a folder is one checkpoint, finished or not, rather than a run's folder. Its name does not matter."""
+    return not (path / "checkpoints").is_dir() and any((path / name).is_file() for name in (MANIFEST, ORBAX_METADATA))
+
+
 def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     """Compares a checkpoint's folder with its manifest; see `list_checkpoints` for `checksums` and the errors raised."""
-    step, size = int(path.name), _folder_size(path)
+    size, step = _folder_size(path), _step_in_name(path)
     damaged = functools.partial(CheckpointInfo, step, path, "damaged", size=size, metrics={})
     try:
         raw = (path / MANIFEST).read_bytes()
-        manifest = json.loads(raw)
+        manifest = parse_json_object(raw.decode(), path / MANIFEST)
+        if raw != _encode_manifest(manifest):
+            return damaged(f"file {MANIFEST}: checksum differs")
     except FileNotFoundError:
         return CheckpointInfo(step, path, "incomplete", f"file {MANIFEST}: missing, so its save was cut short", size, {})
-    except (OSError, ValueError):
+    except (OSError, UserError, UnicodeDecodeError, RecursionError):
         return damaged(f"file {MANIFEST}: not readable as JSON")
-    if not isinstance(manifest, dict) or raw != _encode_manifest(manifest):
-        return damaged(f"file {MANIFEST}: checksum differs")
-    if (version := manifest["format_version"]) > FORMAT_VERSION:
+    version = manifest.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f"{path}: has format version {version}, but this gpt_jax reads only up to {FORMAT_VERSION}; update it")
-    if manifest["step"] != step:
-        return damaged(f"file {MANIFEST}: belongs to checkpoint {manifest['step']}")
+    if problem := mismatch(manifest, MANIFEST_SHAPE):
+        return damaged(f"file {MANIFEST}: {problem}")
     with ThreadPoolExecutor() as pool:
         results = pool.map(functools.partial(_file_problem, path, checksums), manifest["files"].items())
         problems = [problem for problem in results if problem]
     if problems:
-        return damaged(", ".join(problems))
+        return damaged(", ".join(problems))._replace(step=manifest["step"])
     metrics = dict(manifest["metrics"])
-    selection_metric = metrics.pop("rank", metrics.get("loss")) if version == 1 else manifest["selection_metric"]
-    return CheckpointInfo(step, path, "sound", "", size, metrics, selection_metric, version)
+    metric = metrics.pop("rank", metrics.get("loss")) if version == 1 else manifest.get("selection_metric")
+    if metric is not None and not math.isfinite(metric):
+        metric = None
+    return CheckpointInfo(manifest["step"], path, "sound", "", size, metrics, metric, version, manifest["sha256"])
 
 
 def read_config(info: CheckpointInfo) -> RunConfig:
@@ -351,12 +407,25 @@ def read_manifest(info: CheckpointInfo) -> dict[str, Any]:
     return read_json(info.path / MANIFEST)
 
 
-def _step_folders(folder: Path) -> list[Path]:
-    """Returns the folders of a run's checkpoints by ascending step."""
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    """Returns the folders of the checkpoints in a folder (see `list_checkpoints`), in no particular order.
+
+    In RUN/checkpoints, every folder counts except another run's, so that an unfinished or damaged one is not left out.
+    """
     folder = folder.absolute()
+    if is_checkpoint(folder):
+        return [folder]
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
-    return sorted((path for path in folder.glob("*") if path.name.isdecimal() and path.is_dir()), key=lambda p: int(p.name))
+    paths = [path for path in folder.glob("[!.]*") if ".orbax-checkpoint-tmp" not in path.name]
+    if folder.name == "checkpoints":
+        return [path for path in paths if (path.is_dir() or path.is_symlink()) and not (path / "checkpoints").is_dir()]
+    return [path for path in paths if is_checkpoint(path)]
+
+
+def _step_in_name(path: Path) -> int:
+    """Returns the step that a folder is named by, or -1 if its name is not that of a step."""
+    return int(path.name) if re.fullmatch("0|[1-9][0-9]*", path.name) else -1
 
 
 def _folder_size(path: Path) -> int:
@@ -370,12 +439,14 @@ def _file_problem(path: Path, checksums: bool, entry: tuple[str, dict[str, Any]]
     """Returns the problem with the file of one manifest entry of the checkpoint at `path`; empty if there is none."""
     name, expected = entry
     try:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"file {name}: outside of the checkpoint"
         size = (path / name).stat().st_size
         if size != expected["size"]:
             return f"file {name}: {size} bytes instead of {expected['size']}"
         return f"file {name}: checksum differs" if checksums and sha256(path / name) != expected["sha256"] else ""
-    except OSError as error:
-        return f"file {name}: {error.strerror or error}"
+    except (OSError, ValueError) as error:  # A name with a NUL character is a ValueError.
+        return f"file {name}: {getattr(error, 'strerror', None) or error}"
 
 
 def _require_sound(info: CheckpointInfo) -> CheckpointInfo:

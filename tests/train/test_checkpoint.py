@@ -156,6 +156,7 @@ def test_the_manifest_lists_every_file(tmp_path):
         "format_version": 2,
         "step": 40,
         "config_digest": config_digest(CONFIG),
+        "config_digest_version": 2,
         "data_digest": "d0",
         "mask_version": 1,
         "permutation_version": 1,
@@ -395,10 +396,170 @@ def test_the_folder_of_one_step_means_that_checkpoint(tmp_path):
         checkpoint.restore(damaged, abstract(state(30)))
     with pytest.raises(UserError, match="no such folder"):
         checkpoint.find_checkpoint(tmp_path / "elsewhere", fail)
-    shutil.copytree(tmp_path / "checkpoints" / "40", tmp_path / "checkpoints" / "50")
+
+
+# -- copies, other names, links ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["best-model", "latest", "0020", "20", "step 20", "２０", "checkpoint-99", ".hidden"])
+@pytest.mark.parametrize("place", ["elsewhere", "inside"])
+def test_a_copied_renamed_or_linked_checkpoint_is_the_same_checkpoint(tmp_path, name, place):
+    save(tmp_path / "run", 10, 20)
+    original = tmp_path / "run" / "checkpoints" / "20"
+    copy = (tmp_path if place == "elsewhere" else tmp_path / "run") / name
+    if name == "latest":
+        copy.symlink_to(original)
+    elif name == "step 20":
+        original.rename(copy)
+    else:
+        shutil.copytree(original, copy)
+    info = checkpoint.find_checkpoint(copy, fail)
+    assert (info.step, info.state, info.path) == (20, "sound", copy)
+    assert_holds(info, 20)
+    assert [(other.step, other.path) for other in checkpoint.list_checkpoints(copy)] == [(20, copy)]
+    assert checkpoint.read_config(info).train.seed == 3
+
+
+def test_a_damaged_or_unfinished_copy_is_refused(tmp_path, monkeypatch):
+    save(tmp_path / "run", 20)
+    crash_before_seal(tmp_path / "run", 30, monkeypatch)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for name, step, message in (
+        ("best-model", "20", f"{tmp_path}/best-model: is damaged (file config.json: checksum differs); "),
+        ("unfinished", "30", f"{tmp_path}/unfinished: is incomplete (file manifest.json: missing, so its save was cut short); "),
+    ):
+        shutil.copytree(checkpoints / step, tmp_path / name)
+        flip(tmp_path / name / "config.json") if step == "20" else None
+        with pytest.raises(UserError) as error:
+            checkpoint.find_checkpoint(tmp_path / name, fail)
+        assert str(error.value).startswith(message)
+
+
+def test_a_runs_folder_whose_name_is_a_number_is_not_a_step(tmp_path):
+    for run in (tmp_path / "2024", tmp_path / "checkpoints" / "2025"):
+        run.mkdir(parents=True)
+        (run / "config.json").write_text("{}")
+        with pytest.raises(UserError, match=f"{run}: contains no finished checkpoint; give a run's folder or"):
+            checkpoint.find_checkpoint(run, fail)
+        assert checkpoint.list_checkpoints(run) == []
+        save(run, 10)
+        assert_holds(checkpoint.find_checkpoint(run, fail), 10)
+    assert checkpoint.list_checkpoints(tmp_path) == []
+
+
+def test_folders_of_other_names_in_a_run_are_listed_and_used_but_never_deleted(tmp_path):
+    """A checkpoint that was renamed or copied is usually one that somebody wants to keep."""
+    save(tmp_path, 10, 20, 30, keep_latest=3)
+    folder = tmp_path / "checkpoints"
+    (folder / "30").rename(folder / "best")
+    shutil.copytree(folder / "10", folder / "0010")
+    (folder / "latest").symlink_to("20")
+    (folder / "gone").symlink_to("nowhere")
+    (folder / "plots").mkdir()
+    (folder / "notes.txt").write_text("")
+    listed = [(info.step, info.path.name, info.state) for info in checkpoint.list_checkpoints(tmp_path)]
+    assert listed == [
+        (-1, "gone", "incomplete"),
+        (-1, "plots", "incomplete"),
+        (10, "0010", "sound"),
+        (10, "10", "sound"),
+        (20, "latest", "sound"),
+        (20, "20", "sound"),
+        (30, "best", "sound"),
+    ]
+    assert checkpoint.find_checkpoint(tmp_path, fail).path == folder / "best"
+    assert checkpoint.find_step(tmp_path, 30).path == folder / "best"
+    assert checkpoint.find_step(tmp_path, 20).path == folder / "20"
+    with pytest.raises(UserError, match="checkpoint 40 no longer exists"):
+        checkpoint.find_step(tmp_path, 40)
+
+    assert [info.path.name for info in checkpoint.prune(tmp_path, keep_latest=1, keep_best=0)] == ["10"]
+    save(tmp_path, 40, 50, keep_latest=1)
+    assert {path.name for path in folder.iterdir()} == {"0010", "50", "best", "gone", "latest", "notes.txt", "plots"}
+    assert_holds(checkpoint.find_checkpoint(folder / "best", fail), 30)
+
+
+def test_a_checkpoint_that_was_moved_to_another_disk_is_not_deleted_through_its_link(tmp_path):
+    save(tmp_path, 10, 20)
+    (tmp_path / "checkpoints" / "10").rename(tmp_path / "ten")
+    (tmp_path / "checkpoints" / "10").symlink_to(tmp_path / "ten")
+    assert states(tmp_path) == [(10, "sound"), (20, "sound")]
+    save(tmp_path, 30, keep_latest=1)
+    assert states(tmp_path) == [(10, "sound"), (30, "sound")]
+    assert_holds(checkpoint.find_checkpoint(tmp_path / "ten", fail), 10)
+
+
+def test_a_name_that_a_save_may_need_is_refused_before_training(tmp_path):
+    save(tmp_path, 10, 20)
+    (tmp_path / "checkpoints" / "20").rename(tmp_path / "checkpoints" / "30")
+    assert checkpoint.find_checkpoint(tmp_path, fail).step == 20
+    message = f"{tmp_path}/checkpoints/30: is checkpoint 20, and the run may have to save another one under this name; rename it"
+    with pytest.raises(UserError) as error:
+        open_writer(tmp_path)
+    assert str(error.value) == message
+    (tmp_path / "checkpoints" / "30").rename(tmp_path / "checkpoints" / "good")
+    save(tmp_path, 30)
+    assert states(tmp_path) == [(10, "sound"), (20, "sound"), (30, "sound")]
+
+
+# -- manifests with bad values ----------------------------------------------------------------------------------------------
+
+BAD_MANIFESTS = [
+    ({"step": "40"}, "'step' is a string, not a whole number of at least 0"),
+    ({"step": -1}, "'step' is a number, not a whole number of at least 0"),
+    ({"step": 10**400}, "'step' is a number, not a whole number of at least 0"),
+    ({"step": None}, "'step' is null, not a whole number of at least 0"),
+    ({"format_version": "2"}, "'format_version' is a string, not a whole number of at least 0"),
+    ({"format_version": True}, "'format_version' is true or false, not a whole number of at least 0"),
+    ({"metrics": [1]}, "'metrics' is a list, not an object"),
+    ({"metrics": {"loss": "low"}}, "'metrics.loss' is a string, not a floating-point number"),
+    ({"metrics": {"loss": 10**400}}, "'metrics.loss' is a number, not a floating-point number"),
+    ({"selection_metric": "best"}, "'selection_metric' is a string, not a floating-point number"),
+    ({"data_digest": 5}, "'data_digest' is a number, not a string"),
+    ({"files": None}, "'files' is null, not an object"),
+    ({"files": {"config.json": 5}}, "'files.config.json' is a number, not an object"),
+    ({"files": {"config.json": {"size": 5}}}, "'files.config.json.sha256' is missing"),
+    ({"files": {"config.json": {"size": -5, "sha256": ""}}}, "'files.config.json.size' is a number, not a whole number"),
+    ({"files": {"/etc/hostname": {"size": 5, "sha256": ""}}}, "file /etc/hostname: outside of the checkpoint"),
+    ({"files": {"state/../../40/config.json": {"size": 5, "sha256": ""}}}, "outside of the checkpoint"),
+    ({"files": {"a\0b": {"size": 5, "sha256": ""}}}, "embedded null byte"),
+    ({"files": {"x" * 300: {"size": 5, "sha256": ""}}}, "File name too long"),
+    ({"files": {"": {"size": 4096, "sha256": ""}}}, "file : "),
+    ({"files": {"missing": {"size": 5, "sha256": ""}}}, "file missing: No such file or directory"),
+]
+
+
+@pytest.mark.parametrize(("entries", "problem"), BAD_MANIFESTS, ids=[problem for _, problem in BAD_MANIFESTS])
+def test_a_manifest_with_a_bad_value_is_a_damaged_checkpoint(tmp_path, entries, problem):
+    """The checksum is right, as a program of somebody else's would write it."""
+    save(tmp_path, 30, 40)
+    rewrite_manifest(checkpoint.find_checkpoint(tmp_path, fail), **entries)
+    *_, info = checkpoint.list_checkpoints(tmp_path)
+    assert (info.step, info.state) == (40, "damaged")
+    assert problem in info.problem
     lines = []
-    assert checkpoint.find_checkpoint(tmp_path, lines.append).step == 40
-    assert lines == ["checkpoint 50 is damaged (file manifest.json: belongs to checkpoint 40); using 40"]
+    assert checkpoint.find_checkpoint(tmp_path, lines.append).step == 30
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("name", ["format_version", "step", "config_digest", "data_digest", "metrics", "files"])
+def test_a_manifest_that_lacks_a_value_is_a_damaged_checkpoint(tmp_path, name):
+    save(tmp_path, 40)
+    rewrite_manifest(checkpoint.find_checkpoint(tmp_path, fail), without=[name])
+    [info] = checkpoint.list_checkpoints(tmp_path)
+    assert (info.state, info.problem) == ("damaged", f"file manifest.json: '{name}' is missing")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"5", b"null", b"{", b"\xff\xfe{", b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}"]
+)
+def test_a_manifest_that_is_no_object_is_a_damaged_checkpoint(tmp_path, content):
+    save(tmp_path, 40)
+    (tmp_path / "checkpoints" / "40" / "manifest.json").write_bytes(content)
+    assert states(tmp_path) == [(40, "damaged")]
+    nested = b'{"a": ' * 900 + b"5" + b"}" * 900  # It can be read, but not written in our format.
+    (tmp_path / "checkpoints" / "40" / "manifest.json").write_bytes(nested)
+    assert states(tmp_path) == [(40, "damaged")]
 
 
 # -- formats ----------------------------------------------------------------------------------------------------------------
