@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from gpt_jax.errors import UserError, nearest, one_line
 from gpt_jax.inputs.archives import max_unpacked_size
-from gpt_jax.inputs.documents import json_lines, json_objects
 from gpt_jax.inputs.formats import BinaryFile, content_suffix, open_file
+from gpt_jax.inputs.json_rows import json_lines, json_objects
 from gpt_jax.tasks.tables import ID_COLUMNS, Record, make_record, parse_csv, read_lines
 
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}
@@ -58,7 +58,7 @@ def _split_name(name: str, columns: Sequence[str]) -> tuple[str, ...]:
     for size in range(len(words), 0, -1):
         head, rest = "+".join(words[:size]).strip(), "+".join(words[size:])
         if head in columns:
-            return (head, *(_split_name(rest, columns) if rest else ()))
+            return (head, *(_split_name(rest, columns) if words[size:] else ()))
     return (words[0].strip(), *(_split_name("+".join(words[1:]), columns) if words[1:] else ()))
 
 
@@ -145,6 +145,8 @@ def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTa
     rows = [(line, cells) for line, cells in rows if any(cell.strip() for cell in cells)]
     columns = tuple(name.strip() for name in rows[0][1]) if rows else ()
     records = [make_record(f"{file}:{line}", columns, cells) for line, cells in rows[1:]]
+    if note:
+        records = [record._replace(fault=record.fault and f"{record.fault} ({note})") for record in records]
     return OwnTable(file, columns, records, note)
 
 
@@ -163,9 +165,14 @@ def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
         return list(parse_csv(lines, "\t", file)), ""
     quoted = _read_quoted_tabs(file, lines)
     if quoted is None:
-        return plain, ""
-    if not _are_equal(plain) or all('""' in cell[1:-1] for cell in opened):
+        return plain, "" if _are_equal(plain) else f"{file}: quotation marks are taken as part of the text"
+    if not _are_equal(plain):
         return quoted, ""
+    if all('""' in cell[1:-1] for cell in opened):
+        return (
+            quoted,
+            f"{file}: quotation marks around cells ({len(opened):,}) are removed, because those in the cells are doubled",
+        )
     note = f"{file}: quotation marks at the beginning of cells ({len(opened):,}) are taken as part of the text"
     return plain, f"{note}; to have quotation marks around cells removed, name the table .csv"
 

@@ -56,7 +56,7 @@ def open_release(task: Task, given: Path, split: SplitName) -> tuple[FileLayout,
         if len(paths) > 1 and not layout.articles:
             raise UserError(f"--task.path: {folder} has {' and '.join(path.name for path in paths)}; keep one of them")
     hidden = [path for paths in files.values() for path in _hidden_siblings(paths[0])] if layout.articles else []
-    note = f"{len(hidden):,} hidden files are not read, such as {hidden[0]}" if hidden else ""
+    note = f"hidden files are not read ({len(hidden):,}, such as {hidden[0]})" if hidden else ""
     return layout, {group: _read_files(layout, paths, split) for group, paths in files.items()}, note
 
 

@@ -1,6 +1,7 @@
 """Tests of the readers on small files in the exact layouts of the releases, with valid and malformed rows."""
 
 import collections
+import gzip
 import json
 import os
 import subprocess
@@ -216,6 +217,36 @@ def test_story_cloze_holds_out_the_rows_that_the_released_code_does(tmp_path, na
     assert [row.label for row in validation.examples] == [float(number % 2) for number in order[:374]]
 
 
+@pytest.mark.parametrize("suffix", ["", "-cloze_test_ALL_val - 1 - 1"])
+def test_story_cloze_of_2018_is_read_like_that_of_2016_and_has_a_hidden_test(tmp_path, suffix):
+    """These are the names of the released file and of tensorflow-datasets. The test file lacks the column of the answer."""
+    rows = [STORY_HEADER, *(story(number, number % 2 + 1) for number in range(1571))]
+    write(tmp_path / f"cloze_test_val__winter2018{suffix}.csv", *rows)
+    train, validation = split_of("story_cloze", tmp_path), split_of("story_cloze", tmp_path, "validation")
+    order = np.random.RandomState(3535999445).permutation(1571)
+    assert [row.id for row in validation.examples] == [f"id-{number}" for number in order[:374]]
+    assert (train.num_rows, validation.num_rows) == (1197, 374)
+    assert split_of("story_cloze", tmp_path, "test") is None
+    test = [line.rpartition(",")[0] for line in (STORY_HEADER, story(0), story(1))]
+    write(tmp_path / f"cloze_test_test__winter2018{suffix.replace('val - 1', 'test')}.csv", *test)
+    texts = ('One, 0. Two.  He said "three". Four.', "Good end.", "Bad end.")
+    assert contents(examples_of("story_cloze", tmp_path, "test"))[0] == (texts, None)
+
+
+def test_two_releases_in_one_folder_are_refused(tmp_path):
+    write(tmp_path / "cloze_test_val__spring2016.csv", STORY_HEADER, story(0))
+    write(tmp_path / "cloze_test_test__winter2018.csv", STORY_HEADER, story(0))
+    assert error_of("story_cloze", tmp_path) == (
+        f"--task.path: {tmp_path} has 2 releases of Story Cloze, with cloze_test_val__spring2016.csv and "
+        "cloze_test_test__winter2018.csv; keep the files of one"
+    )
+    write(tmp_path / "MNLI" / "train.tsv", "sentence1\tsentence2\tgold_label", "A.\tB.\tneutral")
+    write(tmp_path / "multinli_1.0" / "multinli_1.0_train.jsonl", nli("neutral", 1))
+    message = f"{tmp_path} has 2 releases of MultiNLI, with MNLI/train.tsv and multinli_1.0/multinli_1.0_train.jsonl; keep the"
+    assert message in error_of("mnli", tmp_path)
+    assert len(examples_of("mnli", tmp_path / "MNLI")) == len(examples_of("mnli", tmp_path / "multinli_1.0")) == 1
+
+
 def test_story_cloze_tests_on_the_test_file(tmp_path):
     write(tmp_path / "cloze_test_test__spring2016.csv", STORY_HEADER, story(0, 2))
     assert [row.label for row in examples_of("story_cloze", tmp_path, "test")] == [1]
@@ -325,6 +356,25 @@ def test_malformed_json_lines_are_refused(tmp_path):
         assert error_of("snli", tmp_path) == f"{path}{message}"
 
 
+def test_malformed_rows_of_a_file_are_counted(tmp_path):
+    rows = ["A.\tB.\tentailment"] * 2 + ["A.\tB.\t"] * 20 + ["A.\tB.\tneutral"] * 2 + ["A.\tB.\tNaN", "A.\t\tentailment"]
+    write(tmp_path / "train.tsv", "sentence1\tsentence2\tlabel", *rows)
+    assert error_of("rte", tmp_path) == (
+        f"{tmp_path}/train.tsv:4: the label is missing, which is only allowed in a test split; rows with such errors: 21 "
+        "(4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 9 more); rows with other errors: 3"
+    )
+
+
+@pytest.mark.parametrize("label", ["", "-1", "-", "NaN", "null", "None", "-1.0"])
+def test_labels_of_a_test_split_may_be_hidden_in_any_way(tmp_path, label):
+    write(tmp_path / "train.tsv", "sentence1\tsentence2\tscore", "A\tB\t1.0")
+    write(tmp_path / "test.tsv", "sentence1\tsentence2\tscore", f"A\tB\t{label}")
+    assert [row.label for row in examples_of("stsb", tmp_path, "test")] == [None]
+    write(tmp_path / "train.tsv", "sentence\tlabel", "A\t1")
+    write(tmp_path / "test.tsv", "sentence\tlabel", f"A\t{label}", "B\t1")
+    assert [row.label for row in examples_of("sst2", tmp_path, "test")] == [None, 1]
+
+
 def test_files_of_another_task_are_refused(tmp_path):
     write(tmp_path / "train.tsv", "index\tsentence1\tsentence2\tlabel", "0\tA.\tB.\tentailment")
     assert error_of("qqp", tmp_path).startswith(f"{tmp_path}/train.tsv:1: no column 'question1'; ")
@@ -342,6 +392,45 @@ def test_missing_files_are_refused(tmp_path):
     assert error_of("rte", tmp_path, "validation").endswith("has no dev.tsv, which the validation split of RTE needs")
     assert error_of("rte", tmp_path) == "--task.path: the train split of RTE has no usable rows (0 read, 0 dropped)"
     assert split_of("rte", tmp_path, "test") is None
+
+
+# -- folders of releases ----------------------------------------------------------------------------------------------------
+
+
+def test_names_are_compared_without_case_and_files_may_be_compressed(tmp_path):
+    rows = b"sentence\tlabel\nfine\t1\n"
+    for folder, name, pack in [("sst-2", "Train.TSV", bytes), ("SST-2", "train.tsv.gz", gzip.compress), ("a", "x", bytes)]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / name).write_bytes(pack(rows))
+    for given in (tmp_path / "sst-2", tmp_path / "SST-2"):
+        assert contents(examples_of("sst2", given)) == [(("fine",), 1)]
+    (tmp_path / "sst-2" / "train.tsv.zst").write_bytes(b"")
+    assert (
+        error_of("sst2", tmp_path / "sst-2") == f"--task.path: {tmp_path}/sst-2 has Train.TSV and train.tsv.zst; keep one of them"
+    )
+
+
+def test_hidden_files_are_not_read_and_links_are(tmp_path):
+    """macOS puts files with metadata into archives, which are named like the files that they belong to."""
+    for group in ("middle", "high"):
+        passage(tmp_path / "train" / group, 1)
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        passage(tmp_path / "elsewhere", 2)
+        (tmp_path / "train" / group / "2.txt").symlink_to(tmp_path / "elsewhere" / "2.txt")
+    (tmp_path / "train" / "high" / "._1.txt").write_bytes(b"\0\x05\x16\x07")
+    split = split_of("race", tmp_path)
+    assert [row.id for row in split.examples] == ["1.txt/0", "1.txt/1", "2.txt/0", "2.txt/1"] * 2
+    assert split.note == f"hidden files are not read (1, such as {tmp_path}/train/high/._1.txt)"
+    write(tmp_path / "train" / "._train.tsv", "")
+    assert error_of("rte", tmp_path / "train").startswith("--task.path: there are no files of RTE")
+
+
+def test_what_is_not_a_file_is_refused(tmp_path):
+    (tmp_path / "train.tsv").mkdir()
+    assert error_of("rte", tmp_path) == f"{tmp_path}/train.tsv: a folder, not a file"
+    (tmp_path / "train.tsv").rmdir()
+    (tmp_path / "train.tsv").symlink_to("nowhere.tsv")
+    assert error_of("rte", tmp_path) == f"{tmp_path}/train.tsv: No such file or directory"
 
 
 # -- own files --------------------------------------------------------------------------------------------------------------
@@ -381,6 +470,76 @@ def test_own_multiple_choice(tmp_path):
     assert contents(own_split(**fields).examples) == [(("It rains.", "Wet.", "Dry.", "Red."), 2)]
     with pytest.raises(UserError, match=r"train.jsonl:1: the label is '2'; it must be one of a, b, c$"):
         own_split(**fields, labels=("a", "b", "c"))
+
+
+def test_own_texts_may_join_columns_of_which_some_are_empty(tmp_path):
+    write(tmp_path / "train.jsonl", '{"title": "A ", "body": "b", "label": 1}', '{"title": null, "body": "c", "label": 0}')
+    fields = {"train": str(tmp_path / "train.jsonl"), "texts": ("title+body",)}
+    assert contents(own_split(**fields).examples) == [(("A  b",), 1), (("c",), 0)]
+    write(tmp_path / "train.csv", "title,body,label", "A,b,1", ",c,0", '"d",,1')
+    fields = {"train": str(tmp_path / "train.csv"), "kind": "entailment", "texts": ("body+title", "title+body")}
+    assert [row.texts for row in own_split(**fields).examples] == [("b A", "A b"), ("c", "c"), ("d", "d")]
+    write(tmp_path / "train.csv", "title,body,label", "A,b,1", " ,,0")
+    with pytest.raises(UserError, match=r"train.csv:3: 'title\+body' is empty; every text needs"):
+        own_split(train=str(tmp_path / "train.csv"), texts=("title+body",))
+    write(tmp_path / "train.jsonl", '{"title": "A ", "body": 5, "label": 1}', '{"title": null, "body": "c", "label": 0}')
+    with pytest.raises(UserError, match=r"train.jsonl:1: 'body' must be a string, not a number$"):
+        own_split(train=str(tmp_path / "train.jsonl"), texts=("title+body",))
+
+
+def test_own_scores_in_any_range(tmp_path):
+    write(tmp_path / "train.csv", "text,label", "a,-1", "b,0.25", "c, 1.0 ")
+    split = own_split(train=str(tmp_path / "train.csv"), score_range=(-1, 1))
+    assert [row.label for row in split.examples] == [-1, 0.25, 1]
+    for score, hint in (("1.5", ""), ("abc", ""), ("1e999", ""), ('"0,5"', "; write 0.5")):
+        write(tmp_path / "train.csv", "text,label", "a,0", f"b,{score}")
+        with pytest.raises(UserError) as error:
+            own_split(train=str(tmp_path / "train.csv"), score_range=(-1, 1))
+        score = score.strip('"')
+        message = f"the score is '{score}'; it must be a number from -1 to 1{hint}"
+        assert str(error.value) == f"{tmp_path}/train.csv:3: {message}"
+
+
+def test_own_labels_of_a_test_split_may_be_hidden_in_any_way(tmp_path):
+    write(tmp_path / "train.csv", "text,label", "a,-1", "b,1")
+    write(tmp_path / "test.jsonl", '{"text": "a"}', '{"text": "b", "label": null}', '{"text": "c", "label": NaN}')
+    files = {"train": str(tmp_path / "train.csv"), "test": str(tmp_path / "test.jsonl")}
+    assert [row.label for row in own_split("test", **files).examples] == [None] * 3
+    write(tmp_path / "test.jsonl", '{"text": "a", "label": -1}', '{"text": "b", "label": "1.0"}')
+    assert [row.label for row in own_split("test", **files).examples] == [0, 1], "-1 is a class here"
+    assert [row.label for row in own_split("test", **files, labels=("0", "1")).examples] == [None, 1]
+    write(tmp_path / "test.csv", "text,Label", "a,1")
+    with pytest.raises(UserError, match=r"test.csv:1: no column 'label' \(--task.label\); did you mean Label\?$"):
+        own_split("test", train=files["train"], test=str(tmp_path / "test.csv"))
+
+
+def test_labels_are_the_same_in_files_of_different_formats(tmp_path):
+    write(tmp_path / "train.jsonl", '{"text": "a", "label": 1}', '{"text": "b", "label": 0.0}')
+    write(tmp_path / "dev.csv", "text,label", "a,1.0", "b, 0 ")
+    files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "dev.csv")}
+    assert [row.label for row in own_split("validation", **files).examples] == [1, 0]
+    assert [row.label for row in own_split("validation", **files, labels=("1.0", "0")).examples] == [0, 1]
+    write(tmp_path / "train.jsonl", '{"text": "a", "label": true}', '{"text": "b", "label": false}')
+    write(tmp_path / "dev.csv", "text,label", "a,True", "b,False")
+    assert [row.label for row in own_split("validation", **files).examples] == [1, 0]
+
+
+def test_a_label_that_no_training_row_has_is_refused(tmp_path):
+    write(tmp_path / "train.csv", "text,label", *(f"{number},class {number % 15}" for number in range(60)))
+    write(tmp_path / "dev.csv", "text,label", "a,class 1", "b,other", "c,another")
+    with pytest.raises(UserError) as error:
+        own_split("validation", train=str(tmp_path / "train.csv"), validation=str(tmp_path / "dev.csv"))
+    listed = ", ".join(sorted(f"class {number}" for number in range(15))[:12])
+    message = f"the label is 'other'; it must be one of {listed} and 3 more; rows with such errors: 2 (3, 4)"
+    assert str(error.value) == f"{tmp_path}/dev.csv:3: {message}"
+
+
+def test_answers_that_are_counted_from_1_are_refused_with_a_hint(tmp_path):
+    write(tmp_path / "train.csv", "c,x,y,label", "a,b,c,1", "a,b,c,2")
+    fields = {"train": str(tmp_path / "train.csv"), "kind": "multiple_choice", "texts": ("c", "x", "y")}
+    with pytest.raises(UserError, match=r":3: the label is '2'; it must be one of 0, 1; answers are counted from 0$"):
+        own_split(**fields)
+    assert [row.label for row in own_split(**fields, labels=("1", "2")).examples] == [0, 1]
 
 
 def test_malformed_own_files_are_refused(tmp_path):

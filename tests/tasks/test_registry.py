@@ -164,6 +164,67 @@ def test_answers_are_numbered_from_0(tmp_path):
     assert task.labels == ("0", "1", "2")
 
 
+def test_scores_have_an_output_for_each_whole_number(tmp_path):
+    task = own(tmp_path, "text\tlabel\n", score_range=(-1, 2))
+    assert (task.labels, task.metrics, task.regression) == (("-1", "0", "1", "2"), ("pearson", "spearman"), True)
+    assert task.output_values.tolist() == [-1, 0, 1, 2]
+    task = own(tmp_path, "text\tlabel\n", labels=("-1", "0"))
+    assert (task.regression, task.output_values.tolist()) == (False, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "metrics"),
+    [
+        ({}, ("accuracy",)),
+        ({"metrics": ("f1", "accuracy")}, ("f1", "accuracy")),
+        ({"metrics": ("matthews",)}, ("matthews",)),
+        ({"score_range": (0, 5), "metrics": ("spearman",)}, ("spearman",)),
+        ({"kind": "multiple_choice", "texts": ("c", "a", "b")}, ("accuracy",)),
+    ],
+)
+def test_metrics_have_defaults_by_the_kind_of_label(tmp_path, fields, metrics):
+    assert own(tmp_path, "text\tlabel\na\tx\nb\ty\n", **fields).metrics == metrics
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"metrics": ("f1_score",)}, "--task.metrics: 'f1_score' is not a metric of classes; known: accuracy, f1, matthews"),
+        ({"metrics": ("pearson",)}, "--task.metrics: 'pearson' is not a metric of classes; known: accuracy, f1, matthews"),
+        (
+            {"metrics": ("accuracy",), "score_range": (0, 5)},
+            "--task.metrics: 'accuracy' is not a metric of scores; known: pearson, spearman",
+        ),
+        (
+            {"metrics": ("f1",), "kind": "multiple_choice", "texts": ("c", "a", "b")},
+            "--task.metrics: 'f1' is not a metric of answers; known: accuracy",
+        ),
+        (
+            {"metrics": ("f1",), "labels": ("a", "b", "c")},
+            "--task.metrics: f1 is a metric of two labels (and scores the second), not of 3; use accuracy or matthews",
+        ),
+        *(
+            (
+                {"score_range": score_range},
+                "--task.score-range: must be the lowest and the highest score, fewer than 1,000 apart, such as 0 5",
+            )
+            for score_range in ((5,), (5, 0), (1, 1), (0, 1, 2), (0, 1000))
+        ),
+        (
+            {"score_range": (0, 5), "kind": "multiple_choice", "texts": ("c", "a", "b")},
+            "--task.score-range: does not apply to multiple_choice, whose labels are answers",
+        ),
+        ({"score_range": (0, 5), "labels": ("0", "1")}, "--task.labels: are names of classes; omit them with --task.score-range"),
+        ({"labels": ("0", "0.0")}, "--task.labels: give two or more different labels, not 0, 0.0"),
+        ({"labels": ("a", " ")}, "--task.labels: give two or more different labels, not a,  "),
+    ],
+)
+def test_metrics_and_ranges_that_do_not_fit_are_refused(tmp_path, fields, message):
+    with pytest.raises(UserError) as error:
+        own(tmp_path, "text\tlabel\na\tx\nb\ty\n", **fields)
+    assert str(error.value) == message
+
+
 @pytest.mark.parametrize(
     ("content", "fields", "message"),
     [
@@ -174,6 +235,7 @@ def test_answers_are_numbered_from_0(tmp_path):
             {"kind": "multiple_choice", "texts": ("c", "a", "b"), "labels": ("1", "2", "3")},
             r"^--task.labels: 3 labels for the 2 answers in --task.texts",
         ),
+        ("text\tlabel\n", {}, r"^--task.train: .*my.tsv has no rows$"),
         ("text\tclass\na\tx\n", {}, r"my.tsv:1: no column 'label' \(--task.label\); known: text, class$"),
     ],
 )
