@@ -15,6 +15,7 @@ from gpt_jax.errors import UserError, nearest, one_line
 from gpt_jax.inputs.archives import max_unpacked_size
 from gpt_jax.inputs.formats import BinaryFile, content_suffix, open_file
 from gpt_jax.inputs.json_rows import json_lines, json_objects
+from gpt_jax.inputs.parquet import ROWS_AT_ONCE
 from gpt_jax.tasks.tables import ID_COLUMNS, Record, make_record, parse_csv, read_lines
 
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}
@@ -95,17 +96,22 @@ def _read_json(file: Path, parse: Callable[[BinaryFile, Path], Iterable[tuple[in
 
 
 def _read_parquet(file: Path, wanted: Sequence[str]) -> OwnTable:
+    """Reads those columns of a Parquet file that the task can need."""
     import pyarrow.parquet
 
+    limit, size = max_unpacked_size(file), 0
+    rows: list[dict[str, Any]] = []
     try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            names, limit = table.schema_arrow.names, max_unpacked_size(file)
-            used = {name for spelled in wanted for name in _split_name(spelled, names)} | set(ID_COLUMNS)
-            groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
-            columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-            if sum(column.total_uncompressed_size for column in columns if column.path_in_schema in used) > limit:
-                raise UserError(f"{file}: unpacks to more than {limit:,} bytes, too many for its size; write it as .jsonl")
-            rows = table.read([name for name in dict.fromkeys(names) if name in used]).to_pylist()
+        with file.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            names = table.schema_arrow.names
+            needed = {*ID_COLUMNS, *(name for spelled in wanted for name in _split_name(spelled, names))}
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name for name in dict.fromkeys(names) if name in needed]):
+                new = batch.to_pylist()
+                # The batch may have a string once that is in all of its rows.
+                size += batch.nbytes + sum(len(value) for row in new for value in row.values() if isinstance(value, str))
+                if size > limit:
+                    raise UserError(f"{file}: its rows take more than {limit:,} bytes, too many for its size; write it as .jsonl")
+                rows += new
     except UserError:
         raise
     except Exception as error:  # pyarrow raises exceptions of many types for files that are damaged.

@@ -9,7 +9,7 @@ import pytest
 from gpt_jax.errors import UserError
 from gpt_jax.tasks import metrics
 from gpt_jax.tasks.readers import Example
-from gpt_jax.tasks.registry import TASKS
+from gpt_jax.tasks.registry import TASKS, Task
 
 
 def examples_of(labels, groups=None):
@@ -29,6 +29,12 @@ def test_the_likeliest_label_is_predicted():
 def test_a_regression_predicts_the_expectation_of_its_labels():
     probabilities = np.array([[0, 0, 0, 0.25, 0.75, 0], [0.5, 0, 0, 0, 0, 0.5], [0, 0, 0, 0, 0, 1]], np.float32)
     assert metrics.predict(TASKS["stsb"], probabilities).tolist() == [3.75, 2.5, 5.0]
+
+
+def test_a_regression_in_another_range_predicts_scores_in_this_range():
+    task = Task("", "own task", "classification", ("-1", "0", "1", "2"), regression=True)
+    probabilities = np.array([[1, 0, 0, 0], [0, 0, 0, 1], [0.5, 0, 0.5, 0], [0, 0.25, 0.75, 0]], np.float32)
+    assert metrics.predict(task, probabilities).tolist() == [-1, 2, 0, 0.75]
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------------

@@ -248,6 +248,15 @@ def test_parquet_columns_that_are_not_wanted_are_not_read(tmp_path):
     assert table.records[0].fields == {"text": "a", "label": 1.0, "id": 7}
 
 
+def test_parquet_that_would_unpack_to_too_much_is_refused(tmp_path):
+    """A dictionary stores a long string once, however many rows have it."""
+    text = pyarrow.array(["x" * 1_000_000]).dictionary_encode().dictionary
+    table = pyarrow.table({"text": pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000), text)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a.parquet: its rows take more than 67,108,864 bytes, too many for its size; write"):
+        read_own_table(str(tmp_path / "a.parquet"), "task.train", ("text",))
+
+
 def test_parquet_strings_may_be_stored_as_bytes_or_categories(tmp_path):
     categories = pyarrow.array(["x", "y", "x"]).dictionary_encode()
     table = pyarrow.table({"text": pyarrow.array([b"a", b"b", b"\xc3\xa9"]), "label": categories})
