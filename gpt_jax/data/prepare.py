@@ -51,7 +51,7 @@ from gpt_jax.runtime.rundir import explain_disk_errors, read_json, write_atomic
 
 PART_BYTES = 1 << 18
 """Approximate bytes of text that a process tokenizes at a time. The number is small, so that even a small text occupies every
-core and the slowest tokenizer (gpt1, about 0.1 MB/s per core) shows progress."""
+core and the slowest tokenizer (gpt1, about 1 MB/s per core) shows progress."""
 
 PARTS_AHEAD = 32
 """Number of parts per process that can be encoded before the first of them is written."""
