@@ -181,9 +181,10 @@ def best_checkpoint(path: Path) -> Path:
 
 
 def _describe_outputs(task: Task) -> str:
-    """Returns a phrase with the number and the kind of a head's outputs."""
-    kind = "answers" if task.kind == "multiple_choice" else "classes of a score" if task.regression else "classes"
-    return f"{len(task.labels)} {kind}"
+    """Returns a phrase with the number and the kind of a head's outputs, or with the range of their scores."""
+    if task.regression:
+        return f"scores from {task.labels[0]} to {task.labels[-1]}"
+    return f"{len(task.labels)} {'answers' if task.kind == 'multiple_choice' else 'classes'}"
 
 
 def sound_checkpoints(run: Path) -> list[CheckpointInfo]:

@@ -105,6 +105,12 @@ def test_rows_without_groups_have_every_metric_once():
     assert scores == pytest.approx({"pearson": 1, "spearman": 1})
 
 
+def test_an_own_task_has_the_metrics_that_it_names():
+    task = Task("", "own task", "classification", ("low", "high"), metrics=("f1", "matthews"))
+    scores = metrics.score(task, examples_of(GOLD.astype(float).tolist()), PREDICTED)
+    assert scores == pytest.approx({"f1": 6 / 9, "matthews": (3 * 4 - 1 * 2) / math.sqrt(4 * 5 * 6 * 5)})
+
+
 def test_a_split_of_one_class_is_refused_if_a_metric_needs_two():
     message = r"^dev\.tsv:1 to dev\.tsv:3: the split has only one class, '1', from which CoLA's matthews cannot be [^\n]*$"
     with pytest.raises(UserError, match=message):
