@@ -44,7 +44,7 @@ from gpt_jax.train.checkpoint import (
     read_config,
     restore_params,
 )
-from gpt_jax.train.loop import Scores, resolve_schedule, run_training, start_run
+from gpt_jax.train.loop import Schedule, Scores, resolve_schedule, run_training, start_run
 from gpt_jax.train.step import State, abstract_state, init_state, jit_evaluation, state_shardings
 
 RELEASED_EVALS = (1000, 2000, 4000, 8000, 16_000, 32_000)
@@ -88,9 +88,6 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         head = make_head(dataset.task, resolved)
         scorer = TaskScorer(resolved, mesh, head, dataset)
         examples = dataset.splits["train"].examples
-        schedule = resolve_schedule(resolved, None, batches.steps_per_epoch * batch_size)
-        if train.eval_in_first_epoch:
-            schedule = schedule._replace(extra_evals=frozenset(s for s in RELEASED_EVALS if s <= batches.steps_per_epoch))
 
         def evaluate(step: int, params: Params) -> Scores:
             metrics = scorer.scores(scorer.log_probabilities(params, "validation"), "validation")
@@ -118,7 +115,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
             mesh,
             head.trainable_model(),
             batches,
-            schedule,
+            _schedule(resolved, batches.steps_per_epoch),
             tokenizer=source.tokenizer,
             data_digest=dataset.digest,
             title=f"{dataset.task.title}: {len(examples):,} examples",
@@ -132,6 +129,13 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         )
         ctx.log(f"done: {workdir}: {_describe_result(result)}")
         return result
+
+
+def _schedule(config: FinetuneRunConfig, steps_per_epoch: int) -> Schedule:
+    """Returns the length and the intervals of a run, including the released code's evaluations if they are wanted."""
+    schedule = resolve_schedule(config, None, steps_per_epoch * config.train.batch_size)
+    wanted = RELEASED_EVALS if config.train.eval_in_first_epoch else ()
+    return schedule._replace(extra_evals=frozenset(step for step in wanted if step <= steps_per_epoch))
 
 
 def _describe_result(result: dict[str, Any]) -> str:
