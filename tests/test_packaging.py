@@ -326,6 +326,7 @@ ACROSS_MODULES = {
     "test_fixture": "the runs of earlier versions in fixtures/",
     "test_fuzz": "the readers of files from outside the project",
     "test_packaging": "all of the project",
+    "test_released": "the released code beside ours",
     "train/test_processes": "several processes of a pre-training",
     "train/test_resume": "pre-trainings that were killed",
 }
