@@ -1,9 +1,10 @@
-"""Fine-tuning with the paper's settings on a task of your own, in tables (.tsv, .csv or .jsonl) with named columns.
+"""Fine-tuning with the paper's settings on a task of your own, in tables (.csv, .tsv, .jsonl, .parquet, ...) with named columns.
 
     gpt-jax finetune finetune/own --init.from RUN --workdir OUT \\
         --task.texts review --task.label stars --task.train my.tsv --task.validation held_out.tsv
 
-This task classifies the texts in the column `review`. --task.kind chooses another kind of task, such as entailment.
+This task classifies the texts in the column `review`. --task.kind chooses another kind of task, such as entailment, and
+--task.score-range 1 5 makes it a regression. --task.texts title+review joins two columns into one text.
 
 Time: not measured; about the time of pre-training on three times as many tokens as the rows contain.
 Expect: not measured; the result is the score of the best of three epochs. `--seeds 5` shows how it varies.

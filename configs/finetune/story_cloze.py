@@ -2,9 +2,10 @@
 
     gpt-jax finetune finetune/story_cloze --init.from RUN --task.path FOLDER --workdir OUT
 
-FOLDER contains the two files of the 2016 release. Without --task.path, tensorflow-datasets provides the rows (story_cloze/2016)
-if these files are in its folder for manual downloads. As in the released code, 374 of the 1,871 rows of the validation file are
-held out, and the other 1,497 are the training split. docs/paper.md lists the intended differences from the paper.
+FOLDER contains the two files of the 2016 release, or those of 2018, whose test file has no labels. Without --task.path,
+tensorflow-datasets provides the rows (story_cloze/2016) if these files are in its folder for manual downloads. As in the released
+code, 374 of the 1,871 rows of the validation file are held out, and the other 1,497 are the training split. docs/paper.md lists
+the intended differences from the paper.
 
 Time: not measured.
 Expect: not measured; the paper reports 86.5 accuracy on the test split (Table 3).

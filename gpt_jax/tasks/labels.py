@@ -10,13 +10,13 @@ from gpt_jax.errors import UserError, described, listed, shortened
 from gpt_jax.tasks.tables import Record, RowFaults
 
 MISSING = frozenset({"", "-", "nan", "-nan", "null", "none", "na", "n/a", "<na>", "#n/a", "#na"})
-"""How a table says that there is no label, in lowercase: as an empty cell, as SNLI does, and as pandas and spreadsheets do."""
+"""Texts that stand for a missing label, in lowercase: an empty cell, that of SNLI, and those of pandas and spreadsheets."""
 
 WORDS = frozenset({"none", "na", "n/a", "null"})
-"""Those of them that may also name a class."""
+"""Members of `MISSING` that may also be the name of a class."""
 
 HIDDEN = "-1"
-"""What GLUE and tensorflow-datasets write instead of a label in a test split."""
+"""Number that GLUE and tensorflow-datasets write instead of a label in a test split."""
 
 MAX_CLASSES = 1000
 """Maximum number of classes that are read from training rows, and of outputs of a regression."""

@@ -31,7 +31,7 @@ class OwnTable(NamedTuple):
     columns: tuple[str, ...]
     records: list[Record]
     note: str = ""
-    """What was assumed about the file, for the log; empty if nothing was."""
+    """Line for the log about an assumption that was made about the file; empty if there was none."""
 
     def require_column(self, name: str, field: str) -> None:
         """Checks that there is one column with this name.

@@ -47,7 +47,7 @@ class TaskSplit(NamedTuple):
     dropped: dict[str, int]
     """Numbers of rows that were dropped, by reason."""
     note: str = ""
-    """What was assumed about the files, for the log; empty if nothing was."""
+    """Line for the log about files that were not read, or an assumption that was made about a file; empty if there is none."""
     dropped_indices: tuple[int, ...] = ()
     """Indices, within their file, of the rows that were dropped and have an index."""
 

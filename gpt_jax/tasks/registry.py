@@ -40,7 +40,7 @@ class Task:
 
     @property
     def output_values(self) -> Float64[np.ndarray, " outputs"]:
-        """What each output stands for: the score of a regression, or the index of the label."""
+        """The score that each output of a regression stands for, or the index of each label."""
         return np.array(self.labels, np.float64) if self.regression else np.arange(len(self.labels), dtype=np.float64)
 
     @property
