@@ -46,7 +46,7 @@ def open_source(config: DataConfig, log: Log = say) -> TextSource:
 
 def is_named(source: str) -> bool:
     """Returns whether a source is a name ("tfds:NAME", "builtin:docs") and not a path."""
-    return source.partition(":")[0] in ("tfds", "builtin")
+    return source.startswith(("tfds:", "builtin:"))
 
 
 # -- tensorflow-datasets ----------------------------------------------------------------------------------------------------

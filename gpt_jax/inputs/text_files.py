@@ -166,6 +166,9 @@ class TextFiles:
 
 def _list_files(source: str) -> FileList:
     """Returns the files that a path or a glob means."""
+    if "://" in source:
+        hint = "download the text, or mount the bucket (docs/launch.md), and give the path"
+        raise UserError(f"--data.source: '{source}' is not a path on this machine; {hint}")
     path = Path(source)
     if path.is_dir():
         return FileList(path)

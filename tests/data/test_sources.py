@@ -1,8 +1,5 @@
-"""Sources of text: pieces of plain text, rows, folders, installed documentation, and every kind of bad input."""
+"""Sources of text: files, data sets of tensorflow-datasets, installed documentation."""
 
-import gzip
-import hashlib
-import json
 import os
 import re
 import subprocess
@@ -20,136 +17,17 @@ def read(source: Path | str, **fields) -> list[str]:
     return list(sources.open_source(DataConfig(source=str(source), **fields)).documents())
 
 
-def rows(path: Path, *texts: str, field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({field: text, "id": 7}) + "\n" for text in texts))
-    return path
+# -- files ------------------------------------------------------------------------------------------------------------------
 
 
-# -- plain text -------------------------------------------------------------------------------------------------------------
-
-
-def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path):
-    paragraphs = [f"Paragraph {i}: " + "word " * (i % 200) + "\n" + "second " * (i % 200) for i in range(1000)]
-    text = "\n\n".join(paragraphs) + "\n"
-    (tmp_path / "book").write_text(text)
-    pieces = read(tmp_path / "book")
-    assert "".join(pieces) == text
-    assert min(len(piece) for piece in pieces[:-1]) > 16 * 1024
-    assert max(len(piece) for piece in pieces) <= 32 * 1024
-    assert all(piece.endswith("\n\n") and piece.startswith("Paragraph") for piece in pieces[:-1])
-
-
-def test_text_without_blank_lines_is_cut_at_line_ends(tmp_path):
-    text = "".join(f"line {i} of one long paragraph\n" for i in range(5000))
-    (tmp_path / "book.txt").write_text(text)
-    pieces = read(tmp_path / "book.txt")
-    assert "".join(pieces) == text
-    assert len(pieces) == -(-len(text) // (32 * 1024))
-    assert all(piece.endswith("\n") for piece in pieces)
-
-
-@pytest.mark.parametrize("unit", ["two words ", "é", "日本", "a😀"])
-def test_one_endless_line_is_cut_between_words_or_characters(tmp_path, unit):
-    text = unit * (200_000 // len(unit.encode()))
-    (tmp_path / "line").write_text(text)
-    pieces = read(tmp_path / "line")
-    assert "".join(pieces) == text
-    assert all(32 * 1024 - 20 < len(piece.encode()) <= 32 * 1024 for piece in pieces[:-1])
-    if " " in unit:
-        assert all(piece.endswith(" ") for piece in pieces)
-
-
-def test_line_ends_are_kept_and_a_byte_order_mark_is_not(tmp_path):
-    (tmp_path / "windows.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n")
-    assert read(tmp_path / "windows.txt") == ["one\r\n\r\ntwo\r\n"]
-
-
-def test_compressed_text_reads_like_plain_text(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"some text\n" * 9000))
-    assert "".join(read(tmp_path / "a.txt.gz")) == "some text\n" * 9000
-
-
-# -- rows, folders, globs ---------------------------------------------------------------------------------------------------
-
-
-def test_each_json_line_is_a_document(tmp_path):
-    path = rows(tmp_path / "a.jsonl", "first\nwith two lines", "", "x" * 100_000, field="body")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'\n{"body": "caf\\u00e9"}\n'))
-    assert read(path, text_field="body") == ["first\nwith two lines", "", "x" * 100_000]
-    assert read(tmp_path / "b.jsonl.gz", text_field="body") == ["café"]
-
-
-def test_a_folder_is_read_whole_in_order_and_a_glob_in_part(tmp_path):
-    (tmp_path / "sub" / "deep").mkdir(parents=True)
-    (tmp_path / ".hidden").mkdir()
-    for name in ("z.txt", "sub/b.txt", "sub/deep/a.txt", ".hidden/no.txt", ".no"):
-        (tmp_path / name).write_text(name)
-    rows(tmp_path / "rows.jsonl", "row")
-    assert read(tmp_path) == ["row", "sub/b.txt", "sub/deep/a.txt", "z.txt"]
-    assert read(tmp_path / "**" / "*.txt") == ["sub/b.txt", "sub/deep/a.txt", "z.txt"]
-    assert read(tmp_path / "s*" / "?.txt") == ["sub/b.txt"]
-
-
-def test_identity_follows_names_and_contents_but_not_the_place(tmp_path):
-    def identity(folder: Path) -> dict:
-        return sources.open_source(DataConfig(source=str(folder))).identity()
-
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.txt").write_text("text")
-    first = identity(tmp_path / "one")
-    line = f"{hashlib.sha256(b'text').hexdigest()} 4 a.txt\n"
-    assert first == {"files": 1, "bytes": 4, "sha256": hashlib.sha256(line.encode()).hexdigest()}
-    assert identity(tmp_path / "two") == first
-    (tmp_path / "two" / "a.txt").write_text("tex7")
-    assert identity(tmp_path / "two") != first
-    (tmp_path / "one" / "a.txt").rename(tmp_path / "one" / "b.txt")
-    assert identity(tmp_path / "one") != first
-
-
-# -- mistakes ---------------------------------------------------------------------------------------------------------------
-
-BAD_FILES = {
-    "empty.txt": (b"", "empty.txt: the file is empty"),
-    "empty.jsonl": (b"", "empty.jsonl: the file is empty"),
-    "empty.txt.gz": (gzip.compress(b""), "empty.txt.gz: the file is empty"),
-    "mark.txt": (b"\xef\xbb\xbf", "mark.txt: the file is empty"),
-    "program": (b"\x7fELF\0\0\0", "program: a binary file"),
-    "latin.txt": (b"fine\nfine\ncaf\xe9\n", "latin.txt:3: byte 0xe9 is not UTF-8"),
-    "late.txt": (b"fine line\n" * 200_000 + b"\xff", "late.txt:200001: byte 0xff is not UTF-8"),
-    "bad.jsonl": (b'{"text": "a"}\n{"text": \n', "bad.jsonl:2: not valid JSON"),
-    "list.jsonl": (b'["text"]\n', "list.jsonl:1: a list, not a JSON object with named fields"),
-    "field.jsonl": (
-        b'{"text": "a"}\n\n{"txt": "b"}\n',
-        r"field.jsonl:3: no field 'text' \(--data.text-field\); did you mean txt\?",
-    ),
-    "number.jsonl": (b'{"text": 3}\n', "number.jsonl:1: the field 'text' is a number, not a string"),
-    "latin.jsonl": (b'{"text": "caf\xe9"}\n', "latin.jsonl:1: byte 0xe9 is not UTF-8"),
-    "not.gz": (b"plain", "not.gz: broken gzip archive"),
-    "short.gz": (gzip.compress(os.urandom(1000).hex().encode())[:-500], "short.gz: broken gzip archive"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_named_with_its_line(tmp_path, name):
-    content, message = BAD_FILES[name]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
-        read(tmp_path / name)
-    assert str(tmp_path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_path_comes_with_the_nearest_names(tmp_path):
-    (tmp_path / "novels.txt").write_text("x")
-    with pytest.raises(UserError, match=r"novel.txt' does not exist; in .*: did you mean novels.txt\?"):
-        read(tmp_path / "novel.txt")
-    with pytest.raises(UserError, match=r"novel/a.txt' does not exist; in .*: did you mean novels.txt\?"):
-        read(tmp_path / "novel" / "a.txt")
-    for i in range(300):
-        (tmp_path / f"{i}").touch()
-    with pytest.raises(UserError, match=r"does not exist; in .*: 301 other names$"):
-        read(tmp_path / "zzzzzzzz")
+def test_files_are_read_as_the_config_says(tmp_path):
+    (tmp_path / "rows").write_text('{"body": "one"}\n{"body": "two"}\n')
+    (tmp_path / "empty").touch()
+    lines: list[str] = []
+    config = DataConfig(source=str(tmp_path), format="jsonl", text_field="body", allow_skipped=True)
+    assert list(sources.open_source(config, lines.append).documents()) == ["one", "two"]
+    assert len(lines) == 1
+    assert "left out" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -158,19 +36,27 @@ def test_a_missing_path_comes_with_the_nearest_names(tmp_path):
         ("", "--data.source: name a file, a folder, a glob, tfds:NAME, or builtin:docs"),
         ("builtin:novels", "there is no built-in text 'novels'; write builtin:docs"),
         ("{tmp}", "contains no files to read"),
-        ("{tmp}/*.txt", r"\*.txt' contains no files to read"),
+        ("{tmp}/novel.txt", r"novel.txt' does not exist; in .*: did you mean novels\?"),
     ],
 )
 def test_a_source_without_text_is_refused(tmp_path, source, message):
-    (tmp_path / "subfolder").mkdir()
+    (tmp_path / "novels").mkdir()
     with pytest.raises(UserError, match=message):
         read(source.format(tmp=tmp_path))
+
+
+def test_names_are_told_apart_from_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a:b.txt").write_text("text")
+    assert read("a:b.txt") == ["text"]
+    names = {"tfds:wiki40b/en": True, "builtin:docs": True, "tfds": False, "texts/tfds:x": False, "C:x": False, "": False}
+    assert {name: sources.is_named(name) for name in names} == names
 
 
 # -- tensorflow-datasets ----------------------------------------------------------------------------------------------------
 
 TFDS_SCRIPT = """
-import sys
+import pathlib, sys
 import numpy as np
 import tensorflow_datasets as tfds
 from gpt_jax.config import DataConfig
@@ -187,9 +73,20 @@ tfds.dataset_builders.store_as_tfds_dataset(
     name="test_only", version="1.0.0", data_dir=sys.argv[1], features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
     split_datasets={"test": [(0, {"text": "held out"})]},
 )
+tfds.dataset_builders.store_as_tfds_dataset(
+    name="latin", version="1.0.0", data_dir=sys.argv[1], features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+    split_datasets={"train": [(0, {"text": b"fine"}), (1, {"text": b"caf\\xe9"})]},
+)
+tfds.dataset_builders.store_as_tfds_dataset(
+    name="cut", version="1.0.0", data_dir=sys.argv[1], features=tfds.features.FeaturesDict({"text": tfds.features.Text()}),
+    split_datasets={"train": [(0, {"text": "first"}), (1, {"text": "second"})]},
+)
+for path in pathlib.Path(sys.argv[1], "cut").rglob("*.tfrecord*"):
+    path.write_bytes(path.read_bytes()[:-5])
 source = sources.open_source(DataConfig(source="tfds:tiny", text_field="story"))
 print(source.identity(), sorted(source.documents()))
-for name, field in (("tiny", "text"), ("tinny", "text"), ("tiny", "label"), ("test_only", "text")):
+wrong = [("tiny", "text"), ("tinny", "text"), ("tiny", "label"), ("test_only", "text"), ("latin", "text"), ("cut", "text")]
+for name, field in wrong:
     try:
         print(list(sources.open_source(DataConfig(source=f"tfds:{name}", text_field=field)).documents()))
     except UserError as error:
@@ -210,12 +107,14 @@ def test_the_training_split_of_a_tensorflow_data_set_is_read(tmp_path):
     command = [sys.executable, "-c", TFDS_SCRIPT, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    good, field, name, label, split = done.stdout.splitlines()[-5:]
+    good, field, name, label, split, latin, cut = done.stdout.splitlines()[-7:]
     assert good == "{'tfds': 'tiny/1.2.3'} ['first café', 'second']"
     assert field.startswith("--data.text-field: tfds:tiny has no 'text'; ")
     assert name.startswith("--data.source: cannot open tfds:tinny (DatasetNotFoundError: ")
     assert label.startswith("--data.text-field: 'label' is a ")
     assert re.match(r"--data.source: cannot read tfds:test_only \(ValueError: Unknown split [\"']train[\"']", split)
+    assert re.fullmatch("tfds:latin: example [12] of the split train: byte 0xe9 of its 'text' is not UTF-8", latin)
+    assert cut.startswith("--data.source: cannot read tfds:cut (DataLossError: ")
 
 
 def test_without_tensorflow_datasets_the_message_names_it(monkeypatch):
