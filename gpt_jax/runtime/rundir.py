@@ -22,10 +22,12 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.config.load import CONFIG_VERSION, config_digest, config_from_dict, config_to_dict, flatten_config
+from gpt_jax.config.load import CONFIG_VERSION, DIGEST_VERSION, config_digest, config_from_dict, config_to_dict, flatten_config
 from gpt_jax.errors import UserError
+from gpt_jax.inputs.json_shapes import Shape, mismatch
 from gpt_jax.inputs.json_values import parse_json_object
 from gpt_jax.runtime.git_info import find_checkout
+from gpt_jax.runtime.lock import require_held
 
 PACKAGES = (
     *("gpt_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "sentencepiece"),
@@ -36,11 +38,17 @@ PACKAGES = (
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes a file atomically: syncs it under a temporary name in the same folder and then renames it."""
+    """Writes a file atomically: syncs it under a temporary name in the same folder and then renames it.
+
+    Raises:
+      UserError: the disk is full, or cannot be written for another reason.
+      LockLost: this process has lost the lock of a folder.
+    """
+    require_held()
     temporary = path.with_name(f".{path.name}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
-        with explain_full_disk(path):
+        with explain_disk_errors(path):
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -50,15 +58,21 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+"""The errors of a disk, a quota or a file server, rather than of a path."""
+
+
 @contextlib.contextmanager
-def explain_full_disk(path: Path) -> Iterator[None]:
-    """Raises a `UserError` that names `path` if the body runs out of disk space."""
+def explain_disk_errors(path: Path) -> Iterator[None]:
+    """Raises a `UserError` that names `path` if the body cannot write to the disk, most often because it is full."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_ERRORS:
             raise
-        raise UserError(f"{path}: no space left on the device; free some space and run the same command again") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "no space left on the device; free some space" if full else f"{error.strerror}; check the disk"
+        raise UserError(f"{path}: {reason} and run the same command again") from error
 
 
 def sha256(path: Path) -> str:
@@ -67,11 +81,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_json(path: Path, shape: Shape = dict) -> dict[str, Any]:
+    """Reads a JSON object that has the given shape.
 
     Raises:
-      UserError: the file cannot be read or does not contain a JSON object.
+      UserError: the file cannot be read or does not contain such an object.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -79,7 +93,17 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not JSON: byte {error.start} is not UTF-8") from None
-    return parse_json_object(text, path)
+    values = parse_json_object(text, path)
+    if problem := mismatch(values, shape):
+        raise UserError(f"{path}: {problem}; it was changed since it was written")
+    return values
+
+
+RECORD_SHAPE = {"kind": str, "step": int, "attempt": int}
+START_SHAPE = {"step": int, "fingerprint": str, "config_digest": str, "data_digest": str}
+CONFIG_SHAPE = {"config": dict, "data_digest": str, "init?": (START_SHAPE, None)}
+RESULT_SHAPE = {"step": int, "loss?": float, "test?": {str: float}}
+INTENDED = "Use another --workdir, or add --allow-changes if this is intended"
 
 
 class RunDir:
@@ -94,6 +118,8 @@ class RunDir:
         self._config = path / "config.json"
         self._record = path / "metrics.jsonl"
         self.attempt = 1
+        self.start: dict[str, Any] | None = None
+        """What identifies the checkpoint that the run started from (`restore.describe_start`), if any; recorded by `open`."""
         self._primary = primary
         self._metrics: Any = None
 
@@ -101,21 +127,42 @@ class RunDir:
         """Checks that any run in this folder has the same config. A folder without a training run passes.
 
         Raises:
-          UserError: `result` fields differ and `allow_changes` is off (the fields are named), or there is no config.json.
+          UserError: `result` fields differ and `allow_changes` is off (the fields are named), or config.json cannot be read.
         """
-        if not self._trained():
+        stored = self.stored()
+        if not stored or allow_changes:
             return
-        if not self._config.exists():
-            raise UserError(f"{self.path} contains a run but no config.json; use another --workdir")
-        old = flatten_config(config_from_dict(read_json(self._config).get("config", {}), self._config))
+        old = flatten_config(config_from_dict(stored["config"], self._config))
         changed = [
             f"--{name} {value!r} (was {old[name][0]!r})"
             for name, (value, affects) in flatten_config(config).items()
             if affects == "result" and name in old and value != old[name][0]
         ]
-        if changed and not allow_changes:
-            hint = "Use another --workdir, or add --allow-changes if this is intended"
-            raise UserError(f"{self.path} contains a run with a different config; it differs in {', '.join(changed)}. {hint}")
+        if changed:
+            raise UserError(f"{self.path} contains a run with a different config; it differs in {', '.join(changed)}. {INTENDED}")
+
+    def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
+        """Checks that the run was trained on the same data.
+
+        Raises:
+          UserError: the data differ and `allow_changes` is off.
+        """
+        stored = self.stored().get("data_digest", data_digest)
+        if stored != data_digest and not allow_changes:
+            problem = f"{self.path} was trained on different data (digest {stored[:12]}, now {data_digest[:12]})"
+            raise UserError(f"{problem}; use the original data or another --workdir")
+
+    def stored(self) -> dict[str, Any]:
+        """Returns the contents of config.json, or nothing if the folder does not contain a training run.
+
+        Raises:
+          UserError: the folder contains a run, and config.json is missing or damaged.
+        """
+        if not any(self.checkpoints.glob("*")) and not any(record["kind"] == "train" for record in self.records()):
+            return {}
+        if not self._config.exists():
+            raise UserError(f"{self.path} contains a run but no config.json; use another --workdir")
+        return read_json(self._config, CONFIG_SHAPE)
 
     def require_not_imported(self) -> None:
         """Checks that the folder's model was not imported, because an imported checkpoint lacks optimizer state.
@@ -127,23 +174,13 @@ class RunDir:
             hint = f"use another --workdir with --init.from {self.path}"
             raise UserError(f"{self.path} contains a model imported from {source}; {hint}")
 
-    def check_data(self, data_digest: str, allow_changes: bool = False) -> None:
-        """Checks that the run was trained on the same data.
-
-        Raises:
-          UserError: the data differ and `allow_changes` is off.
-        """
-        stored = read_json(self._config).get("data_digest", "") if self._trained() else data_digest
-        if stored != data_digest and not allow_changes:
-            problem = f"{self.path} was trained on different data (digest {stored[:12]}, now {data_digest[:12]})"
-            raise UserError(f"{problem}; use the original data or another --workdir")
-
     def open(self, config: Any, data_digest: str, **facts: Any) -> None:
         """Starts an attempt: writes config.json, which also contains `facts`, and uncommitted.diff."""
         if not self._primary:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        facts |= {"config_version": CONFIG_VERSION, "digest": config_digest(config), "data_digest": data_digest}
+        facts |= {"config_version": CONFIG_VERSION, "digest_version": DIGEST_VERSION, "digest": config_digest(config)}
+        facts |= {"data_digest": data_digest, "init": self.start}
         facts |= environment() | {"config": config_to_dict(config)}
         write_atomic(self._config, json.dumps(facts, indent=1) + "\n")
         if diff := find_checkout().diff:
@@ -153,34 +190,32 @@ class RunDir:
         self.attempt = 1 + max((record["attempt"] for record in self.records()), default=0)
         self._record.touch()
 
-    def _trained(self) -> bool:
-        return any(self.checkpoints.glob("*")) or any(record["kind"] == "train" for record in self.records())
-
     def supersede(self, step: int) -> None:
         """Moves incomplete lines and records after `step`, where training continues, to metrics.superseded.jsonl."""
         if not self._primary:
             return
-        kept: list[str] = []
-        moved: list[str] = []
-        before = self._record.read_text(encoding="utf-8")
+        kept: list[bytes] = []
+        moved: list[bytes] = []
+        before = self._record.read_bytes()
         for line in before.splitlines():
             record = _parse(line)
-            (kept if record is not None and record["step"] <= step else moved).append(line + "\n")
+            (kept if record is not None and record["step"] <= step else moved).append(line + b"\n")
         if moved:
             superseded = self.path / "metrics.superseded.jsonl"
-            earlier = superseded.read_text(encoding="utf-8") if superseded.exists() else ""
-            write_atomic(superseded, earlier + "".join(moved))
-        if "".join(kept) != before:  # A missing final newline also counts as a difference.
+            earlier = superseded.read_bytes() if superseded.exists() else b""
+            write_atomic(superseded, earlier + b"".join(moved))
+        if b"".join(kept) != before:  # A missing final newline also counts as a difference.
             self.sync()
-            write_atomic(self._record, "".join(kept))
+            write_atomic(self._record, b"".join(kept))
 
     def record(self, kind: str, step: int, **values: Any) -> None:
         """Appends one line to metrics.jsonl."""
         if self._primary:
+            require_held()
             head = {"kind": kind, "step": step, "time": round(time.time(), 3), "attempt": self.attempt}
-            if self._metrics is None:
-                self._metrics = open(self._record, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-            with explain_full_disk(self._record):
+            with explain_disk_errors(self._record):
+                if self._metrics is None:
+                    self._metrics = open(self._record, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
                 self._metrics.write(json.dumps(head | values) + "\n")
 
     def sync(self) -> None:
@@ -194,7 +229,7 @@ class RunDir:
         """
         if self._metrics is not None:
             metrics, self._metrics = self._metrics, None
-            with explain_full_disk(self._record), metrics:
+            with explain_disk_errors(self._record), metrics:
                 metrics.flush()
                 os.fsync(metrics.fileno())
 
@@ -202,8 +237,17 @@ class RunDir:
 
     def records(self) -> list[dict[str, Any]]:
         """Returns all complete records so far."""
-        lines = self._record.read_text(encoding="utf-8").splitlines() if self._record.exists() else []
+        lines = self._record.read_bytes().splitlines() if self._record.exists() else []
         return [record for record in map(_parse, lines) if record is not None]
+
+    def read_result(self, of_checkpoint: bool) -> dict[str, Any]:
+        """Reads result.json. With `of_checkpoint`, the scores in it must be those of the best checkpoint.
+
+        Raises:
+          UserError: there is no such file, or entries are missing or have the wrong types.
+        """
+        scored = {"best_step": int, "validation": {str: float}} if of_checkpoint else {}
+        return read_json(self.result, RESULT_SHAPE | scored)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes result.json, the run's final scores, after the record is durable. A run that has this file is finished."""
@@ -228,8 +272,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError):  # A process killed while writing leaves a partial line.
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the record in a line; None if it is not one, because a process that was killed while writing cut it off."""
+    with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line)
-        return record if isinstance(record, dict) and "step" in record else None
+        return None if mismatch(record, RECORD_SHAPE) else record
     return None

@@ -40,11 +40,14 @@ from gpt_jax.train.checkpoint import (
     CheckpointInfo,
     best_checkpoints,
     find_checkpoint,
+    find_step,
     list_checkpoints,
+    newest_checkpoint,
     read_config,
     restore_params,
 )
 from gpt_jax.train.loop import Schedule, Scores, resolve_schedule, run_training, start_run
+from gpt_jax.train.restore import check_start, describe_start
 from gpt_jax.train.step import State, abstract_state, init_state, jit_evaluation, state_shardings
 
 RELEASED_EVALS = (1000, 2000, 4000, 8000, 16_000, 32_000)
@@ -65,9 +68,10 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
     with start_run(config, workdir) as ctx:
         require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} contains runs of several seeds; use another folder")
         task = task_from_config(config.task)  # A misspelled task is reported before the checkpoint is read.
-        source = find_init(config.init, ctx.log)
-        resolved = resolve_config(config, task, source)
         ctx.run.require_not_imported()
+        check_start(ctx.run, config.init.from_, allow_changes)
+        source = find_init(config.init, ctx.log, ctx.run)
+        resolved = resolve_config(config, task, source)
         ctx.run.check_config(resolved, allow_changes)
         train, batch_size = resolved.train, resolved.train.batch_size
         mesh = make_mesh(resolved.mesh)
@@ -120,7 +124,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
             data_digest=dataset.digest,
             title=f"{dataset.task.title}: {len(examples):,} examples",
             unit="examples",
-            initialize=lambda: _initial_state(resolved, mesh, head, source),
+            initialize=lambda: _initial_state(resolved, mesh, head, source, ctx.run),
             evaluate=evaluate,
             batch_provenance=lambda step: {"examples": [examples[i].where for i in batches.example_numbers(step)]},
             summarize=summarize,
@@ -169,7 +173,8 @@ def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_chan
     collected: dict[str, Any] = {"task": config.task.name, "seeds": numbers, "init": config.init.from_}
     for split in ("validation", "test"):
         if split in results[0]:
-            collected[split] = {name: spread([result[split][name] for result in results]) for name in results[0][split]}
+            names = [name for name in results[0][split] if all(name in result.get(split, ()) for result in results)]
+            collected[split] = {name: spread([result[split][name] for result in results]) for name in names}
     if distributed.is_primary():
         write_atomic(workdir / "config.json", (workdir / f"seed-{numbers[0]}" / "config.json").read_bytes())
         write_atomic(workdir / "result.json", json.dumps(collected, indent=1) + "\n")
@@ -201,8 +206,10 @@ class InitSource(NamedTuple):
     """The checkpoint with the parameters; None: the parameters are random."""
 
 
-def find_init(init: TransferConfig, log: Log) -> InitSource:
+def find_init(init: TransferConfig, log: Log, run: RunDir | None = None) -> InitSource:
     """Finds the model that `--init.from` and `--init.like` name.
+
+    If it cannot be read (any more), a run that has a checkpoint of its own continues from that one, which contains all it needs.
 
     Raises:
       UserError: there is no checkpoint, its tokenizer does not fit its model, or the architecture or the tokenizer is not given.
@@ -210,9 +217,20 @@ def find_init(init: TransferConfig, log: Log) -> InitSource:
     require(bool(init.from_), "init.from", "name the run or checkpoint to fine-tune, or write none for random parameters")
     origin = init.like if init.from_ == "none" else init.from_
     require(bool(origin), "init.like", "name the run, checkpoint or config whose architecture the random parameters have")
+    try:
+        return _read_source(init, origin, log)
+    except UserError as error:
+        own = newest_checkpoint(run.checkpoints, log) if run else None
+        if own is None:
+            raise
+        log(f"continuing with the model and the tokenizer of {own.path} ({error})")
+        return _read_checkpoint(own)._replace(info=None)
+
+
+def _read_source(init: TransferConfig, origin: str, log: Log) -> InitSource:
     if init.from_ != "none" or Path(origin).is_dir():
         require(not init.tokenizer, "init.tokenizer", "leave it out; a checkpoint has its own tokenizer")
-        source = _read_checkpoint(Path(origin), log)
+        source = _read_checkpoint(find_checkpoint(Path(origin), log))
         return source._replace(info=None) if init.from_ == "none" else source
     config = load_config(origin)
     if not isinstance(config, PretrainConfig):
@@ -224,8 +242,7 @@ def find_init(init: TransferConfig, log: Log) -> InitSource:
     return InitSource(config.model, tokenizer, None)
 
 
-def _read_checkpoint(path: Path, log: Log) -> InitSource:
-    info = find_checkpoint(path, log)
+def _read_checkpoint(info: CheckpointInfo) -> InitSource:
     model = read_config(info).model
     tokenizer = load_tokenizer(info.path / "tokenizer")
     if model.vocab_size - tokenizer.vocab_size not in (0, len(SpecialTokens._fields)):  # The latter was fine-tuned before.
@@ -257,7 +274,7 @@ def resolve_config(config: FinetuneConfig, task: Task, source: InitSource) -> Fi
     return FinetuneRunConfig(**sections | {"model": model, "task": labeled})
 
 
-def _initial_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: InitSource) -> tuple[State, str]:
+def _initial_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: InitSource, run: RunDir) -> tuple[State, str]:
     """Returns a state with the source's parameters, if there are any, and a line for the log that describes its origin."""
     model = head.trainable_model()
     state = init_state(config, mesh, model)
@@ -269,6 +286,7 @@ def _initial_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: In
     move = functools.partial(transfer, blocks=config.init.blocks, entries=entries)
     with jax.set_mesh(mesh):
         params = jax.jit(move, out_shardings=state_shardings(config, mesh, model)["params"])(state["params"], pretrained)
+    run.start = describe_start(source.info)
     blocks = "" if config.init.blocks == -1 else f"embeddings and the first {config.init.blocks} blocks of "
     return state | {"params": params}, f"starting from {blocks}{source.info.path}"
 
@@ -334,5 +352,5 @@ def _best_params(run: RunDir, config: FinetuneRunConfig, mesh: Mesh, head: Head,
     step = distributed.broadcast(best[0].step if best else -1)
     if step in (-1, int(state["step"])):
         return int(state["step"]), state["params"]
-    info = find_checkpoint(run.checkpoints / str(step), lambda line: None)
+    info = find_step(run.checkpoints, step)
     return step, restore_params(info, abstract_state(config, mesh, head.trainable_model())["params"])

@@ -289,7 +289,7 @@ def _delete(path: Path) -> None:
 
 
 def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInfo]:
-    """Returns all checkpoints of a run by ascending step, among them copies and links; of the same step, those before the original.
+    """Returns all checkpoints of a run by ascending step, among them copies and links, which come before the original.
 
     Args:
       folder: RUN or RUN/checkpoints; any folder of checkpoints; or a single checkpoint.
@@ -380,7 +380,7 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
         return CheckpointInfo(step, path, "incomplete", f"file {MANIFEST}: missing, so its save was cut short", size, {})
     except (OSError, UserError, UnicodeDecodeError, RecursionError):
         return damaged(f"file {MANIFEST}: not readable as JSON")
-    version = manifest.get("format_version")
+    version: Any = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise UserError(f"{path}: has format version {version}, but this gpt_jax reads only up to {FORMAT_VERSION}; update it")
     if problem := mismatch(manifest, MANIFEST_SHAPE):

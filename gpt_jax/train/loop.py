@@ -61,17 +61,22 @@ Evaluate = Callable[[int, transformer.Params], Scores]
 
 @contextlib.contextmanager
 def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
-    """Joins the run's other processes, and handles signals until the block exits, so that no save is cut short.
+    """Joins the run's other processes, locks its folder, and handles signals until the block exits, so that no save is cut short.
 
     Raises:
-      UserError: the processes differ in code, devices or settings.
+      UserError: the processes differ in code, devices or settings; or another run uses the folder.
       TrainingError: the other processes did not connect in time.
-      Preempted: a stop was requested, but too late to interrupt the run, which is finished.
+      Preempted: a stop was requested while waiting for the folder, or too late to interrupt the run, which is finished.
     """
     distributed.start(config.distributed, console.say)
     distributed.require_agreement(_facts(config, workdir), console.say)
     primary = distributed.is_primary()
-    with distributed.StopRequest() as stop, contextlib.closing(rundir.RunDir(workdir, primary)) as run:
+    with (
+        distributed.locked(workdir, console.say),
+        distributed.StopRequest() as stop,
+        contextlib.closing(rundir.RunDir(workdir, primary)) as run,
+        distributed.exit_if_peer_lost(),
+    ):
         yield RunContext(run, stop, console.say if primary else lambda line: None)
         if stop.count:
             raise Preempted(f"stop requested; {workdir} is already finished")
@@ -152,23 +157,24 @@ def run_training(
     """
     started = time.monotonic()
     run, log, total = ctx.run, ctx.log, schedule.total_steps
-    run.check_data(data_digest, allow_changes)
     newest = _newest_checkpoint(run, log)
+    if newest:
+        require_tokenizer(newest, tokenizer, "--workdir")
+    run.check_data(data_digest, allow_changes)
     step = newest.step if newest else 0
     if step > total:
         raise UserError(f"{run.path}: checkpoint {step} is beyond --train.duration ({total} steps)")
-    if step == total and run.result.exists() and (result := rundir.read_json(run.result)).get("step") == step:
+    if step == total and run.result.exists() and (result := run.read_result(save_evaluated)).get("step") == step:
         log(f"{run.path}: already finished at step {step}; nothing to do")
         return result
+    if newest:
+        state, origin = checkpoint.restore(newest, abstract_state(config, mesh, model)), f"resuming at step {step}"
+    else:
+        state, origin = initialize()
     device = mesh.devices.flat[0]
     run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
     if distributed.is_primary():
         tokenizer.save(run.tokenizer)
-    if newest:
-        require_tokenizer(newest, tokenizer, "--workdir")
-        state, origin = checkpoint.restore(newest, abstract_state(config, mesh, model)), f"resuming at step {step}"
-    else:
-        state, origin = initialize()
     run.supersede(step)
     log(_header(config, mesh, title, total))
     log(f"{origin}; compiling")
@@ -177,7 +183,7 @@ def run_training(
     progress = ProgressLogger(config, mesh, total, unit, run.tensorboard, log if distributed.is_primary() else None)
     rows, data = sharding.host_rows(mesh, config.train.batch_size), config.data
     batches = iterate_batches(source, step, total, rows, kind=data.pipeline, prefetch=data.prefetch, dataset_fn=dataset_fn)
-    with contextlib.closing(progress), contextlib.closing(batches), distributed.exit_if_peer_lost():
+    with contextlib.closing(progress), contextlib.closing(batches):
         with CheckpointWriter(run.checkpoints, config, data_digest, run.tokenizer) as writer:
             state, scores = train_loop(
                 ctx, config, mesh, model, schedule, state, batches, evaluate, batch_provenance, writer, progress, save_evaluated
@@ -195,7 +201,7 @@ def _newest_checkpoint(run: rundir.RunDir, log: console.Log) -> CheckpointInfo |
     newest = checkpoint.newest_checkpoint(run.checkpoints, log) if distributed.is_primary() else None
     step = distributed.broadcast(newest.step if newest else -1)
     if newest is None and step >= 0:
-        newest = checkpoint.find_checkpoint(run.checkpoints / str(step), log)
+        newest = checkpoint.find_step(run.checkpoints, step)
     return newest
 
 

@@ -23,7 +23,8 @@ from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import console, distributed, sharding
 from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.train import checkpoint
-from gpt_jax.train.loop import Evaluate, Scores, require_tokenizer, resolve_schedule, run_training, start_run
+from gpt_jax.train.loop import Evaluate, RunContext, Scores, require_tokenizer, resolve_schedule, run_training, start_run
+from gpt_jax.train.restore import check_start, describe_start
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
 
 
@@ -50,12 +51,13 @@ def pretrain(
     with start_run(config, workdir) as ctx:
         ctx.run.require_not_imported()
         ctx.run.check_config(config, allow_changes)
+        check_start(ctx.run, config.init.from_, allow_changes)
         train, context_length = config.train, config.model.context_length
         mesh = sharding.make_mesh(config.mesh)
         check_batch(mesh.shape, train.batch_size, train.grad_accum_steps)
         check_model(mesh.shape, config.model)
 
-        store = open_store(config, workdir, ctx.log)
+        store = open_store(config, workdir, ctx.log, allow_changes)
         tokenizer = store.tokenizer()
         text = store.split("train")
         windows = Windows(text, context_length, train.batch_size, train.seed)
@@ -76,7 +78,7 @@ def pretrain(
             data_digest=digest,
             title=f"{schedule.total_steps * tokens_per_step:,} tokens from a text of {text.num_tokens:,}",
             unit="tokens",
-            initialize=lambda: initial_state(config, mesh, tokenizer, ctx.log),
+            initialize=lambda: initial_state(config, mesh, tokenizer, ctx),
             evaluate=make_evaluation(config, mesh, store, tokenizer, ctx.log),
             batch_provenance=windows.provenance,
             summarize=lambda state, scores: {"tokens": int(state["step"]) * tokens_per_step, **scores.metrics},
@@ -88,8 +90,10 @@ def pretrain(
         return result
 
 
-def open_store(config: PretrainConfig, workdir: Path, log: console.Log) -> Store:
+def open_store(config: PretrainConfig, workdir: Path, log: console.Log, allow_changes: bool = False) -> Store:
     """Opens the config's token store, which process 0 creates if it does not exist yet.
+
+    With `allow_changes`, the text and the tokenizer that the store was made from may have changed since.
 
     Raises:
       UserError: see `prepare`; or the store was made from a different source or with a different tokenizer.
@@ -101,19 +105,20 @@ def open_store(config: PretrainConfig, workdir: Path, log: console.Log) -> Store
             prepare(config, folder, log, workdir)
         store = Store.open(folder, config.data.verify)
         check_recipe(folder, store.index["recipe"], config)
-        if distributed.is_primary() and not made:
+        if distributed.is_primary() and not made and not allow_changes:
             check_inputs(store, config, log, workdir, checksums=False)
     return store
 
 
-def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, log: console.Log) -> tuple[State, str]:
+def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, ctx: RunContext) -> tuple[State, str]:
     """Returns a state with random parameters or those of another run (`--init.from`), and a line that says which."""
     state = init_state(config, mesh)
     if not config.init.from_:
         return state, "starting from random parameters"
-    info = checkpoint.find_checkpoint(Path(config.init.from_), log)
+    info = checkpoint.find_checkpoint(Path(config.init.from_), ctx.log)
     require_tokenizer(info, tokenizer, "--init.from")
     params = checkpoint.restore_params(info, abstract_state(config, mesh)["params"])
+    ctx.run.start = describe_start(info)
     return state | {"params": params}, f"starting from the parameters of {info.path}"
 
 

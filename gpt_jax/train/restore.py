@@ -1,18 +1,30 @@
-"""Loading a trained model from a checkpoint."""
+"""Loading a trained model from a checkpoint, and recognizing the checkpoint that a run started from."""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
 from gpt_jax.config import MeshConfig, ModelConfig, RunConfig
+from gpt_jax.config.load import config_digest, config_from_dict
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
+from gpt_jax.errors import UserError
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import console, sharding
-from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, read_config, restore_params
+from gpt_jax.runtime.rundir import INTENDED, RunDir
+from gpt_jax.train.checkpoint import (
+    CheckpointInfo,
+    find_checkpoint,
+    is_checkpoint,
+    list_checkpoints,
+    read_config,
+    read_manifest,
+    restore_params,
+)
 from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel, abstract_state
 
 
@@ -49,3 +61,68 @@ def local_mesh(model: ModelConfig) -> Mesh:
     """Returns a mesh that shards the parameters over as many of this machine's devices as the model's width allows."""
     spread = math.gcd(model.embed_dim, jax.device_count())
     return sharding.make_mesh(MeshConfig(data=1, fsdp=spread), jax.devices()[:spread])
+
+
+# -- what a run starts from -------------------------------------------------------------------------------------------------
+
+RANDOM = ("", "none")
+"""The values of `--init.from` that stand for random parameters."""
+
+
+def describe_start(info: CheckpointInfo) -> dict[str, Any]:
+    """Returns what identifies a checkpoint that a run starts from, and its training, wherever they are moved."""
+    digests = {"config_digest": config_digest(read_config(info)), "data_digest": read_manifest(info)["data_digest"]}
+    return {"step": info.step, "fingerprint": info.fingerprint, **digests}
+
+
+def check_start(run: RunDir, path: str, allow_changes: bool) -> None:
+    """Checks that `--init.from` leads to the checkpoint that a run in the folder started from, whatever the path is.
+
+    A run's folder may by now contain only later checkpoints of the same training. If nothing is found at the path, nothing is
+    compared, because the run continues from its own checkpoints.
+
+    Args:
+      run: the folder. Its `start` is set to what it has recorded, or to what is found at the path if changes are allowed.
+      path: the value of `--init.from`.
+      allow_changes: whether the checkpoint may be another one.
+
+    Raises:
+      UserError: it is another one.
+    """
+    stored = run.stored()
+    if not stored:
+        return
+    before = config_from_dict(stored["config"], run.path / "config.json").init.from_
+    # Earlier versions recorded only the path.
+    run.start = stored.get("init") or next(reversed(_find_starts(before)), None)
+    found = _find_starts(path)
+    if path in RANDOM or before in RANDOM:
+        same = path in RANDOM and before in RANDOM
+    else:
+        same = not found or run.start is None or any(_leads_to(path, other, run.start) for other in found)
+    if not same and not allow_changes:
+        now, then = _name_start(path, found[-1] if found else None), _name_start(before, run.start)
+        raise UserError(f"{run.path} contains a run that started from {then}, and --init.from is {now}. {INTENDED}")
+    if not same:
+        run.start = found[-1] if found else None
+
+
+def _find_starts(path: str) -> list[dict[str, Any]]:
+    """Returns the descriptions of all sound checkpoints at a path, oldest first; none if nothing can be read there."""
+    with contextlib.suppress(UserError, OSError):
+        infos = [] if path in RANDOM else list_checkpoints(Path(path), checksums=False)
+        return [describe_start(info) for info in infos if info.state == "sound"]
+    return []
+
+
+def _leads_to(path: str, found: dict[str, Any], start: dict[str, Any]) -> bool:
+    """Returns whether a checkpoint found at a path is the one that a run started from, or later in the folder of its run."""
+    if found["step"] > start["step"] and not is_checkpoint(Path(path)):
+        return all(found[name] == start[name] for name in ("config_digest", "data_digest"))
+    return found["fingerprint"] == start["fingerprint"]
+
+
+def _name_start(path: str, start: dict[str, Any] | None) -> str:
+    if path in RANDOM:
+        return "random parameters"
+    return f"{path} (checkpoint {start['step']}, fingerprint {start['fingerprint'][:12]})" if start else path
