@@ -45,8 +45,10 @@ def check_recipe(folder: Path, recipe: dict[str, Any], config: PretrainConfig) -
         raise UserError(f"{folder}: made with {differences}; {OTHER_STORE}")
 
 
-def check_text(folder: Path, recipe: dict[str, Any], identity: dict[str, Any]) -> None:
+def check_text(folder: Path, recipe: dict[str, Any], identity: dict[str, Any], hint: str = OTHER_STORE) -> None:
     """Checks that the text of a store is the text with this identity, or with this part of an identity.
+
+    `hint` says what to do if it is not.
 
     Raises:
       UserError: it is not.
@@ -54,7 +56,7 @@ def check_text(folder: Path, recipe: dict[str, Any], identity: dict[str, Any]) -
     recorded = {name: recipe["source"].get(name) for name in identity}
     if recorded != identity:
         change = f"from {_described(recorded)} to {_described(identity)}"
-        raise UserError(f"{folder}: the text of --data.source has changed {change} since this store was started; {OTHER_STORE}")
+        raise UserError(f"{folder}: the text of --data.source has changed {change} since this store was started; {hint}")
 
 
 def _described(identity: dict[str, Any]) -> str:
@@ -86,9 +88,9 @@ def check_inputs(store: Store, config: PretrainConfig, log: Log, workdir: Path |
         return
     if isinstance(source, TextFiles):
         require_outside(source, store.folder, workdir)
-        check_text(store.folder, store.index["recipe"], source.identity() if checksums else source.size())
-    else:
-        check_text(store.folder, store.index["recipe"], source.identity())
+    identity = source.size() if isinstance(source, TextFiles) and not checksums else source.identity()
+    hint = f"{OTHER_STORE}, or use the store as it is: --data.source ''"
+    check_text(store.folder, store.index["recipe"], identity, hint)
 
 
 def require_outside(source: TextFiles, store_folder: Path, workdir: Path | None) -> None:

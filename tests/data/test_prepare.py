@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
-from gpt_jax.config.load import RENAMED_FIELDS, Renamed, config_from_dict, config_to_dict
+from gpt_jax.config.load import config_to_dict
 from gpt_jax.data.dedup import is_held_out
-from gpt_jax.data.prepare import check_recipe, prepare
+from gpt_jax.data.installed_docs import InstalledDocs
+from gpt_jax.data.prepare import prepare
 from gpt_jax.data.store import Store
 from gpt_jax.data.tokenizers import create_tokenizer
 from gpt_jax.errors import UserError
@@ -139,9 +140,10 @@ def test_duplicates_and_empty_texts_are_dropped_and_counted(tmp_path):
     assert "21 duplicates and 2 empty dropped" in lines[-1]
 
 
-def test_a_lone_surrogate_becomes_a_question_mark(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "before \\ud800 after"}\n')
-    store = prepare(make_config(tmp_path / "rows.jsonl", validation_share=0.0), tmp_path / "store", ignore)
+def test_a_lone_surrogate_of_a_source_becomes_a_question_mark(tmp_path, monkeypatch):
+    """Files cannot contain one, but docstrings of installed packages can."""
+    monkeypatch.setattr(InstalledDocs, "passages", [("python", "before \ud800 after")])
+    store = prepare(make_config("builtin:docs", validation_share=0.0), tmp_path / "store", ignore)
     assert stored_texts(store, "train") == ["before ? after"]
 
 
@@ -417,10 +419,23 @@ def test_too_few_documents_are_refused(tmp_path, texts, fields, message):
         prepare(make_config(tmp_path / "rows.jsonl", **fields), tmp_path / "store", ignore)
 
 
-def test_a_store_inside_its_own_source_is_refused(source, tmp_path):
-    with pytest.raises(UserError, match=r"--data.store: .* is inside --data.source"):
-        prepare(make_config(tmp_path), tmp_path / "store", ignore)
-    assert not (tmp_path / "store").exists()
+@pytest.mark.parametrize("spelling", ["texts", "texts/**/*.jsonl", "link", "."])
+def test_a_store_or_run_inside_its_own_source_is_refused(tmp_path, monkeypatch, spelling):
+    (tmp_path / "texts").mkdir()
+    write_rows(tmp_path / "texts" / "rows.jsonl", TEXTS[:50])
+    (tmp_path / "link").symlink_to("texts")
+    monkeypatch.chdir(tmp_path)
+    config = make_config(spelling)
+    before = contents(tmp_path)
+    for store_folder, workdir, field in (
+        (Path("texts/store"), None, "data.store"),
+        (Path("texts/run/store"), Path("texts/run"), "workdir"),
+        (tmp_path / "store", Path("texts/run"), "workdir"),
+    ):
+        folder = store_folder if field == "data.store" else workdir
+        with pytest.raises(UserError, match=rf"^--{field}: '{folder}' is inside --data.source '{re.escape(spelling)}': "):
+            prepare(config, store_folder, ignore, workdir)
+    assert contents(tmp_path) == before
 
 
 def test_a_source_that_cannot_be_read_or_a_store_that_cannot_be_made_is_named(source, tmp_path):
@@ -433,44 +448,68 @@ def test_a_source_that_cannot_be_read_or_a_store_that_cannot_be_made_is_named(so
         prepare(make_config(source), tmp_path / "file" / "store", ignore)
 
 
-def check(store, config):
-    """Checks that a store was made as `config` describes."""
-    check_recipe(store.folder, store.index["recipe"], config)
-
-
-def test_the_recipe_is_checked_without_the_text(source, tmp_path):
-    config = make_config(source)
-    store = prepare(config, tmp_path / "store", ignore)
-    source.unlink()
-    check(store, config)
-    check(store, make_config("", shard_bytes=7, max_bytes=9))
-    same = config_from_dict(config_to_dict(config) | {"train": {"batch_size": 8}})
-    check(store, dataclasses.replace(same, data=dataclasses.replace(same.data, processes=7, store="elsewhere", prefetch=9)))
-    for other, message in (
-        (make_config("elsewhere.txt"), rf"data.source '{source}', not 'elsewhere.txt'"),
-        (make_config(source, text_field="body"), "data.text-field 'text', not 'body'"),
-        (make_config("", "sentencepiece", 257), "data.tokenizer.kind 'bytes', not 'sentencepiece'"),
-        (make_config("", "sentencepiece", 300), "'sentencepiece'; model.vocab-size 257, not 300"),
-    ):
-        with pytest.raises(UserError, match=message):
-            check(store, other)
-
-
-def test_recipes_of_earlier_versions_are_read(shared_source, whole, monkeypatch):
-    store = Store.open(whole)
-    fields = store.index["recipe"]["fields"]
-    fields["data.shard-size"] = fields.pop("data.shard-bytes")
-    fields["data.gone"] = 7
-    monkeypatch.setitem(RENAMED_FIELDS, "data.shard-size", Renamed("data.shard-bytes", {20_000: 30_000}))
-    check(store, make_config(shared_source, shard_bytes=30_000))
-    with pytest.raises(UserError, match=r"data.shard-bytes 30000, not 20000"):
-        check(store, make_config(shared_source))
-
-
 def test_an_existing_store_is_enough_where_no_source_is_named(source, tmp_path):
     store = prepare(make_config(source), tmp_path / "store", ignore)
     source.unlink()
     assert prepare(make_config(""), tmp_path / "store", ignore).digest == store.digest
+
+
+def test_a_finished_store_does_without_its_text_and_says_so(source, tmp_path):
+    store = prepare(make_config(source), tmp_path / "store", ignore)
+    source.rename(tmp_path / "moved.jsonl")
+    lines: list[str] = []
+    assert prepare(make_config(source), tmp_path / "store", lines.append).digest == store.digest
+    assert re.search(r"this finished store is used without its text \(--data.source: '.*rows.jsonl' does not exist; ", lines[0])
+    (tmp_path / "store" / "index.json").unlink()
+    with pytest.raises(UserError, match=r"rows.jsonl' does not exist"):
+        prepare(make_config(source), tmp_path / "store", ignore)
+
+
+def test_the_store_does_not_depend_on_how_its_source_is_written(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    write_rows(tmp_path / "texts" / "rows.jsonl", TEXTS[:50])
+    (tmp_path / "latest").symlink_to("texts")
+    monkeypatch.chdir(tmp_path)
+    first = prepare(make_config(tmp_path / "texts"), tmp_path / "store", ignore)
+    for number, spelling in enumerate(("texts", "texts/", "./latest", "texts/*.jsonl", "texts/rows.jsonl")):
+        assert prepare(make_config(spelling), tmp_path / "store", ignore).digest == first.digest
+        assert prepare(make_config(spelling), tmp_path / f"store{number}", ignore).digest == first.digest
+        assert contents(tmp_path / f"store{number}") == contents(tmp_path / "store")
+    shutil.move(tmp_path / "texts", tmp_path / "elsewhere")
+    assert prepare(make_config("elsewhere"), tmp_path / "store", ignore).digest == first.digest
+
+
+def test_an_unfinished_store_continues_under_another_spelling_of_its_source(source, tmp_path, unfinished, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines: list[str] = []
+    prepare(make_config("rows.jsonl"), unfinished, lines.append)
+    assert any("continuing; 3 of " in line for line in lines)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "train-00001.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"fields": [], "source": 1}'])
+def test_damaged_notes_of_an_unfinished_store_are_refused_or_made_again(source, tmp_path, unfinished, name, content):
+    (unfinished / "partial" / name).write_text(content)
+    if name == "recipe.json":
+        with pytest.raises(UserError, match=r"partial/recipe.json.*: "):
+            prepare(make_config(source), unfinished, ignore)
+        return
+    prepare(make_config(source), unfinished, ignore)
+    prepare(make_config(source), tmp_path / "whole", ignore)
+    assert contents(unfinished) == contents(tmp_path / "whole")
+
+
+def test_files_without_text_are_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "texts").mkdir()
+    write_rows(tmp_path / "texts" / "rows.jsonl", TEXTS[:50])
+    (tmp_path / "texts" / "empty").touch()
+    with pytest.raises(UserError, match=r"1 of 2 files, .* contain no text .*add --data.allow-skipped True$"):
+        prepare(make_config(tmp_path / "texts"), tmp_path / "store", ignore)
+    assert not (tmp_path / "store").exists()
+    lines: list[str] = []
+    prepare(make_config(tmp_path / "texts", allow_skipped=True), tmp_path / "store", lines.append)
+    assert any("left out: 1 of 2 files" in line for line in lines)
+    prepare(make_config(tmp_path / "texts"), tmp_path / "store", ignore)
 
 
 # -- the whole preparation --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 
 from gpt_jax.config import DataConfig, ModelConfig, PretrainConfig, TokenizerConfig
 from gpt_jax.data.prepare import prepare
-from gpt_jax.data.store import Store, token_dtype
+from gpt_jax.data.store import Store, index_digest, token_dtype
 from gpt_jax.errors import UserError
 
 TEXTS = [f"Document {i}: " + " ".join(str(i * k) for k in range(i % 23 + 1)) for i in range(300)]
@@ -137,6 +137,53 @@ def test_a_folder_that_is_not_a_store_is_refused(copy, tmp_path):
     ):
         (copy / "index.json").write_text(content)
         with pytest.raises(UserError, match=message):
+            Store.open(copy)
+
+
+WRONG_INDEXES = {
+    "splits": ({}, "'splits.train' is missing"),
+    "recipe": ([], "'recipe' is a list, not an object"),
+    "recipe.fields": (None, "'recipe.fields' is null, not an object"),
+    "dropped.empty": ("2", "'dropped.empty' is a string, not a whole number"),
+    "tokenizer.vocab_size": (-1, "'tokenizer.vocab_size' is a number, not a whole number"),
+    "splits.train.shards": ({}, "'splits.train.shards' is an object, not a list"),
+    "splits.train.shards.0.offsets": ("x", "'splits.train.shards.0.offsets' is a string, not an object"),
+    "splits.train.shards.0.file": ("../../etc/passwd", "'../../etc/passwd' is not the name of a file of a token store"),
+    "splits.train.shards.0.offsets.file": ("a\0b", r"'a\\x00b' is not the name of a file of a token store"),
+    "splits.train.shards.0.tokens": (7, "train-00000.bin cannot have .* bytes and 7 tokens"),
+    "splits.train.shards.0.size": (2**62, "train-00000.bin cannot have"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_INDEXES)
+def test_an_index_that_another_program_wrote_wrong_is_refused(copy, name):
+    """Its digest is right, so only its contents can tell."""
+    value, message = WRONG_INDEXES[name]
+    index = json.loads((copy / "index.json").read_text())
+    part = index
+    *parents, last = (int(key) if key.isdigit() else key for key in name.split("."))
+    for key in parents:
+        part = part[key]
+    part[last] = value
+    del index["digest"]
+    (copy / "index.json").write_text(json.dumps({**index, "digest": index_digest(index)}))
+    with pytest.raises(UserError, match=rf"index.json: .*{message}.*; restore it or prepare the store again$"):
+        Store.open(copy)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"format": ' + "9" * 5000 + "}", '{"format": "\\ud800"}', b"\xff", b"\0"])
+def test_an_index_that_no_parser_reads_is_one_line(copy, content):
+    (copy / "index.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"^\S*index.json:"):
+        Store.open(copy)
+
+
+def test_brackets_nested_as_deeply_as_the_parser_allows_are_an_altered_index(copy):
+    index = json.loads((copy / "index.json").read_text())
+    content = json.dumps({"x": "DEEP", **index})
+    for depth in range(800, 1000):
+        (copy / "index.json").write_text(content.replace('"DEEP"', "[" * depth + "]" * depth))
+        with pytest.raises(UserError, match=r"index.json(: altered|:1: not readable)"):
             Store.open(copy)
 
 
