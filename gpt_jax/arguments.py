@@ -146,7 +146,7 @@ def _add_training(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_checkpoint(sub: argparse.ArgumentParser, **options: Any) -> None:
-    text = "a run's folder, or one of its checkpoints/STEP"
+    text = "a run's folder, or the folder of a checkpoint: one of its checkpoints/STEP, or a copy"
     sub.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", **{"help": text} | options)
 
 
@@ -212,7 +212,9 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
 def _add_checkpoint_verb(sub: argparse.ArgumentParser) -> None:
     text = "list them, verify every file, or delete all but the newest and best"
     sub.add_argument("action", choices=("list", "verify", "prune"), help=text)
-    sub.add_argument("run_folder", type=_path, metavar="RUN")
+    sub.add_argument(
+        "run_folder", type=_path, metavar="RUN", help="a run's folder; also a single checkpoint, to list or verify it"
+    )
     text = "prune: number of newest checkpoints to keep (default: 1)"
     sub.add_argument("--keep-latest", type=number(int, POSITIVE), help=text)
     text = "prune: number of best checkpoints to keep (default: 1)"

@@ -229,11 +229,13 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
-    from gpt_jax.train.checkpoint import list_checkpoints, prune
+    from gpt_jax.train.checkpoint import is_checkpoint, list_checkpoints, prune
 
     run = options.run_folder
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; give a run's folder")
+    if options.action == "prune" and is_checkpoint(run):
+        raise UserError(f"{run}: is a single checkpoint; give a run's folder")
     keep = {name: value for name in ("keep_latest", "keep_best") if (value := getattr(options, name)) is not None}
     if options.action == "prune":
         for info in prune(run, **{"keep_latest": 1, "keep_best": 1} | keep):
@@ -245,8 +247,11 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     if not infos:
         raise UserError(f"{run}: has no checkpoints")
     for info in infos:
+        step = "?" if info.step < 0 else info.step
         scores = "  ".join(f"{name} {value:.4f}" for name, value in info.metrics.items())
-        print(f"{info.step:>9}  {info.size / 1e6:9.1f} MB  {info.state:<10}  {info.problem or scores}")
+        link = f" -> {info.path.readlink()}" if info.path.is_symlink() else ""
+        name = "" if info.named_by_step else f"  (in {info.path.name}{link})"
+        print(f"{step:>9}  {info.size / 1e6:9.1f} MB  {info.state:<10}  {info.problem or scores}{name}")
     return UserError.exit_code if any(info.state == "damaged" for info in infos) else 0
 
 

@@ -25,7 +25,7 @@ from gpt_jax.tasks.readers import TaskSplit, read_split
 from gpt_jax.tasks.registry import Task, get_task, task_from_config
 from gpt_jax.tasks.winograd import read_winograd
 from gpt_jax.tasks.zero_shot import PROBES, run_probe
-from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, list_checkpoints, read_config
+from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, find_step, is_checkpoint, list_checkpoints, read_config
 from gpt_jax.train.pretrain import language_model_metrics, make_window_scorer
 from gpt_jax.train.restore import load_model
 
@@ -169,15 +169,11 @@ def best_checkpoint(path: Path) -> Path:
     file = path / "result.json"
     if not file.is_file():
         return path
-    result = read_json(file)
+    result = read_json(file, {"seeds?": [int], "best_step?": int})
     if "seeds" in result:
-        raise UserError(f"{path} contains runs of several seeds; name one of them, {path}/seed-{result['seeds'][0]}")
-    if "best_step" not in result:
-        return path
-    best = path / "checkpoints" / str(result["best_step"])
-    if not best.is_dir():
-        raise UserError(f"{best}: the best checkpoint no longer exists; use another one in {best.parent}")
-    return best
+        first = f"{path}/seed-{min(result['seeds'], default=0)}"
+        raise UserError(f"{path} contains runs of several seeds; name one of them, such as {first}")
+    return find_step(path, result["best_step"], checksums=False).path if "best_step" in result else path
 
 
 def _describe_outputs(task: Task) -> str:
@@ -188,15 +184,16 @@ def _describe_outputs(task: Task) -> str:
 
 
 def sound_checkpoints(run: Path) -> list[CheckpointInfo]:
-    """Returns the sound checkpoints of a run after step 0, in the order of their steps.
+    """Returns the sound checkpoints of a run after step 0, one of each step, in the order of their steps.
 
     Raises:
       UserError: there are none.
     """
-    sound = [info for info in list_checkpoints(run) if info.state == "sound" and info.step]
+    infos = [] if is_checkpoint(run) else list_checkpoints(run)
+    sound = {info.step: info for info in infos if info.state == "sound" and info.step}
     if not sound:
         raise UserError(f"{run}: no run with sound checkpoints; give a run's folder, not a checkpoint's")
-    return sound
+    return list(sound.values())
 
 
 def zero_shot(paths: Sequence[Path], sources: Mapping[str, str], every_checkpoint: bool, log: Log) -> list[dict[str, Any]]:

@@ -350,16 +350,16 @@ def find_checkpoint(path: Path, log: Log) -> CheckpointInfo:
     return newest
 
 
-def find_step(run: Path, step: int) -> CheckpointInfo:
-    """Verifies and returns the checkpoint of one step of a run, whatever its folder is called.
+def find_step(run: Path, step: int, checksums: bool = True) -> CheckpointInfo:
+    """Returns the sound checkpoint of one step of a run, whatever its folder is called; see `list_checkpoints` for `checksums`.
 
     Raises:
       UserError: there is none, or it is not sound.
     """
-    found = [info for info in list_checkpoints(run, checksums=False) if info.step == step]
-    if not found:
-        raise UserError(f"{run}: checkpoint {step} no longer exists")
-    return _require_sound(inspect_checkpoint(found[-1].path, checksums=True))
+    paths = [info.path for info in list_checkpoints(run, checksums=False) if info.step == step]
+    if not paths:
+        raise UserError(f"{run}: checkpoint {step} no longer exists; name the folder of another one")
+    return _require_sound(inspect_checkpoint(paths[-1], checksums))
 
 
 def is_checkpoint(path: Path) -> bool:
