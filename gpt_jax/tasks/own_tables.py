@@ -21,6 +21,10 @@ from gpt_jax.tasks.tables import ID_COLUMNS, Record, make_record, parse_csv, rea
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}
 """Separators by extension, in order of preference."""
 JSON = (".jsonl", ".ndjson", ".json")
+INNER_RETURN = re.compile(r"\r(?!\n?\Z)")
+"""A carriage return that does not end a line."""
+MASK = "\ufdd0"
+"""A code point that is not a character in any text."""
 EXTENSIONS = (*DELIMITERS, *JSON, ".parquet")
 
 
@@ -147,13 +151,23 @@ def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTa
         return sum(set(_split_name(name, names)) <= set(names) for name in wanted), len(names)
 
     delimiter = max(delimiters, key=fit)
-    rows, note = _read_tabs(file, lines) if delimiter == "\t" else (list(parse_csv(lines, delimiter, file, skip_spaces=True)), "")
+    rows, note = _read_tabs(file, lines) if delimiter == "\t" else (_read_quoted(file, lines, delimiter), "")
     rows = [(line, cells) for line, cells in rows if any(cell.strip() for cell in cells)]
     columns = tuple(name.strip() for name in rows[0][1]) if rows else ()
     records = [make_record(f"{file}:{line}", columns, cells) for line, cells in rows[1:]]
     if note:
         records = [record._replace(fault=record.fault and f"{record.fault} ({note})") for record in records]
     return OwnTable(file, columns, records, note)
+
+
+def _read_quoted(file: Path, lines: Sequence[str], delimiter: str) -> Rows:
+    """Returns the rows of a table whose cells may be quoted.
+
+    Python's csv module, and so pandas, writes carriage returns without quotes, but does not read them.
+    """
+    masked = (INNER_RETURN.sub(MASK, line) for line in lines)
+    rows = parse_csv(masked, delimiter, file, skip_spaces=delimiter != "\t")
+    return [(line, [cell.replace(MASK, "\r") for cell in cells]) for line, cells in rows]
 
 
 def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
@@ -168,37 +182,32 @@ def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
     if not opened:
         return plain, ""
     if all(cell.startswith('"') for cell in next(cells for _, cells in plain if any(cells))):
-        return list(parse_csv(lines, "\t", file)), ""
-    quoted = _read_quoted_tabs(file, lines)
-    if quoted is None:
-        return plain, "" if _are_equal(plain) else f"{file}: quotation marks are taken as part of the text"
-    if not _are_equal(plain):
+        return _read_quoted(file, lines, "\t"), ""
+    try:
+        quoted = _read_quoted(file, lines, "\t")
+    except UserError:
+        quoted = []
+    possible = bool(quoted) and _are_equal(quoted)
+    likely = possible and not _takes_rows_for_cells(quoted, lines)
+    if likely and not _are_equal(plain):
         return quoted, ""
-    if all('""' in cell[1:-1] for cell in opened):
-        return (
-            quoted,
-            f"{file}: quotation marks around cells ({len(opened):,}) are removed, because those in the cells are doubled",
-        )
+    if likely and all('""' in cell[1:-1] for cell in opened):
+        note = f"{file}: quotation marks around cells ({len(opened):,}) are removed, because those in the cells are doubled"
+        return quoted, note
+    if not possible and _are_equal(plain) and not any(cell.endswith('"', 1) for cell in opened):
+        return plain, ""
     note = f"{file}: quotation marks at the beginning of cells ({len(opened):,}) are taken as part of the text"
     return plain, f"{note}; to have quotation marks around cells removed, name the table .csv"
 
 
-def _read_quoted_tabs(file: Path, lines: Sequence[str]) -> Rows | None:
-    """Returns the rows of a table with tabs and quoted cells; None if its cells cannot be quoted."""
-    try:
-        rows = list(parse_csv(lines, "\t", file))
-    except UserError:
-        return None
-    if not _are_equal(rows):
-        return None
-    width = len(rows[0][1])
-    ends = [line for line, _ in rows[1:]] + [len(lines) + 1]
-    for (begin, _), end in zip(rows, ends, strict=True):
-        complete = [line.count("\t") == width - 1 for line in lines[begin - 1 : end - 1] if line.strip()]
-        # If the lines of a row are rows themselves, the row is not one. Its first or last line may have as many cells by chance.
+def _takes_rows_for_cells(quoted: Rows, lines: Sequence[str]) -> bool:
+    """Returns whether the lines of some row are rows themselves; its first or last line may have as many cells by chance."""
+    ends = [line for line, _ in quoted[1:]] + [len(lines) + 1]
+    for (begin, cells), end in zip(quoted, ends, strict=True):
+        complete = [line.count("\t") == len(cells) - 1 for line in lines[begin - 1 : end - 1] if line.strip()]
         if len(complete) > 1 and (all(complete) or any(complete[1:-1])):
-            return None
-    return rows
+            return True
+    return False
 
 
 def _are_equal(rows: Rows) -> bool:

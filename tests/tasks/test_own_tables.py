@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.own_tables import OwnTable, read_own_table
@@ -123,7 +126,10 @@ def test_only_line_feeds_end_lines_if_there_are_any(tmp_path):
     text = "a\u2028b\x0bc\x0cd\x85e\x1cf"
     assert rows_of(read(tmp_path, "a.tsv", f"text\tlabel\n{text}\t1\n")) == [(text, "1")]
     assert rows_of(read(tmp_path, "a.csv", f"text,label\n{text},1\n")) == [(text, "1")]
-    assert rows_of(read(tmp_path, "a.tsv", "text\tlabel\na\rb\t1\n")) == [("a\rb", "1")]
+    for name in ("a.tsv", "a.csv"):  # Before Python 3.13, the csv module does not quote carriage returns.
+        cells = [["text", "label"], ["a\rb", "1"], ["\rc\t,\r", "0"]]
+        content = written(cells, delimiter="\t" if name == "a.tsv" else ",", lineterminator="\n")
+        assert rows_of(read(tmp_path, name, content)) == [("a\rb", "1"), ("\rc\t,\r", "0")]
 
 
 def test_rows_with_too_few_or_too_many_cells_have_a_fault(tmp_path):
@@ -141,19 +147,22 @@ def test_rows_with_too_few_or_too_many_cells_have_a_fault(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "texts"),
+    ("content", "texts", "noted"),
     [
-        ('text\tlabel\n"A\t1\nB."\t0\n', ['"A', 'B."']),  # stray
-        ('text\tlabel\nHe said "so.\t1\nb\t0\n', ['He said "so.', "b"]),
-        ('text\tlabel\n"A" b"" c."\t1\nd\t0\n', ['"A" b"" c."', "d"]),
-        ('text\tlabel\n"x\tyes\ny"\tno\nz\t"\n', ['"x', 'y"', "z"]),  # read as quoted, the first two rows would be one
-        ('text\tlabel\n"x\tyes\n1\tno\n2\tno\ny"\tno\n', ['"x', "1", "2", 'y"']),
+        ('text\tlabel\nHe said "so.\t1\nb\t0\n', ['He said "so.', "b"], False),
+        ('text\tlabel\n"x\tyes\ny"\tno\nz\t"\n', ['"x', 'y"', "z"], False),  # The last one is not closed.
+        ('text\tlabel\n"A\t1\nB."\t0\n', ['"A', 'B."'], True),  # If this were a quoted cell, two rows would be one.
+        ('text\tlabel\n"x\tyes\n1\tno\n2\tno\ny"\tno\n', ['"x', "1", "2", 'y"'], True),
+        ('text\tlabel\n"A" b"" c."\t1\nd\t0\n', ['"A" b"" c."', "d"], True),
     ],
 )
-def test_stray_quotation_marks_are_text(tmp_path, content, texts):
+def test_stray_quotation_marks_are_text_with_a_note_if_they_could_enclose_cells(tmp_path, content, texts, noted):
     table = read(tmp_path, "a.tsv", content)
     assert [text for text, _ in rows_of(table)] == texts
-    assert table.note == ""
+    note = (
+        f"{tmp_path}/a.tsv: quotation marks at the beginning of cells (1) are taken as part of the text; to have quotation marks"
+    )
+    assert table.note == (f"{note} around cells removed, name the table .csv" if noted else "")
 
 
 def test_quotation_marks_around_whole_cells_are_kept_with_a_note(tmp_path):
@@ -176,20 +185,45 @@ def test_quotation_marks_that_were_doubled_are_removed_with_a_note(tmp_path):
 
 def test_a_broken_row_among_quoted_cells_is_named(tmp_path):
     table = read(tmp_path, "a.tsv", 'text\tlabel\n"a\tb"\t1\nc\t0\nd\te\tf\n')
-    fault = f"3 columns; there must be 2: text, label ({tmp_path}/a.tsv: quotation marks are taken as part of the text)"
-    assert [record.fault for record in table.records] == [fault, "", fault]
+    fault = f"3 columns; there must be 2: text, label ({tmp_path}/a.tsv: quotation marks at the beginning of cells (1) are taken"
+    assert [record.fault.startswith(fault) for record in table.records] == [True, False, True]
     assert error_of(tmp_path, "a.tsv", '"text"\t"label"\n"a"\t"1"\n"b\t"0"\n') == (
         f"{tmp_path}/a.tsv:3: '\\t' expected after '\"'; quote cells that contain commas or quotes, and double those quotes"
     )
 
 
+properties = settings(max_examples=200, derandomize=True, database=None, deadline=None)
+"""Many small tables, of which a few are read differently from how they were written, or refused."""
+
+
+def check_texts(table: str, rows: list[tuple[str, ...]], columns: list[str]) -> None:
+    """Checks that a table is read as it was written, refused, or read differently with a note."""
+    with tempfile.TemporaryDirectory() as folder:
+        read_back = read(Path(folder), "a.tsv", table, tuple(columns))
+    if not any(record.fault for record in read_back.records) and not read_back.note:
+        expected = [[cell.strip() for cell in row] for row in rows]  # A carriage return at the end of a row is a line end.
+        assert [[record.fields[column].strip() for column in columns] for record in read_back.records] == list(
+            filter(any, expected)
+        )
+
+
+@pytest.mark.parametrize("columns", [["text"], ["text", "label"], ["text", "label", "more"]])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
-def test_any_texts_survive_quoting(tmp_path, quoting):
-    """Every combination of characters that have a meaning, as three cells of one row; short cells make the most trouble."""
-    cells = ["", '"', '""', 'a"', '"a', "\t", "\n", '\n"', '"\t"', "a\tb", 'a\n"b"', "a"]
-    rows = [["text", "label", "more"], *([first, second, "x"] for first in cells for second in cells)]
-    table = read(tmp_path, "a.tsv", written(rows, delimiter="\t", quoting=quoting, lineterminator="\n"))
-    assert rows_of(table, "text", "label", "more") == [tuple(row) for row in rows[1:]]
+@properties
+@given(data=st.data())
+def test_quoted_texts_are_not_changed_in_silence(columns, quoting, data):
+    cells = st.tuples(*[st.text('"\t\n\rab ,', max_size=6)] * len(columns))
+    rows = data.draw(st.lists(cells, max_size=6))
+    check_texts(written([columns, *rows], delimiter="\t", quoting=quoting, lineterminator="\n"), rows, columns)
+
+
+@pytest.mark.parametrize("columns", [["text"], ["text", "label"], ["text", "label", "more"]])
+@properties
+@given(data=st.data())
+def test_texts_without_quoting_are_not_changed_in_silence(columns, data):
+    cells = st.tuples(*[st.text('"ab ,', max_size=6)] * len(columns))
+    rows = data.draw(st.lists(cells, max_size=6))
+    check_texts("".join("\t".join(row) + "\n" for row in [columns, *rows]), rows, columns)
 
 
 # -- JSON, Parquet and compressed files -------------------------------------------------------------------------------------
@@ -326,7 +360,6 @@ def test_a_table_without_a_header_is_refused_in_a_short_line(tmp_path):
         ("a.csv", b"text,label\na\0b,1\n", ":2: a NUL character; the file is damaged, or it is not text"),
         ("a.csv", b'text,label\na,1\n"b,2\n', ":3: unexpected end of data; quote cells that contain commas or quotes, and"),
         ("a.csv", b'text,label\n"a" b,1\n', ":2: ',' expected after '\"'; quote cells"),
-        ("a.csv", b"text,label\na\rb,1\n", ":2: new-line character seen in unquoted field"),
         ("a.txt", "text\tlabel\n".encode("utf-16"), ": UTF-16 text, which is not read; use iconv"),
         ("a.csv", b"PK\x03\x04....", ": a zip archive, which is not read; use unzip"),  # an .xlsx under another name
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', ":2: not valid JSON: Expecting ',' delimiter"),
