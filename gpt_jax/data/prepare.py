@@ -101,14 +101,27 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log, workdir: Path 
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Locks the store while this process prepares it. The lock ends with the process, even if the process is killed."""
+    """Locks the store while this process prepares it. The lock ends with the process, even if the process is killed.
+
+    If there is a mistake in the text or in the settings, nothing remains, unless there is something to continue from.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
     with (folder / PARTIAL / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another process is preparing it; wait, or give another --data.store") from None
-        yield
+        try:
+            yield
+        except UserError:
+            if not (folder / PARTIAL / TABLE).exists():
+                shutil.rmtree(folder / PARTIAL)
+                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
+                with contextlib.suppress(OSError):  # Something else is in the folder.
+                    for path in created:
+                        path.rmdir()
+            raise
 
 
 def _reopen(config: PretrainConfig, folder: Path, log: Log, workdir: Path | None) -> Store:

@@ -40,7 +40,7 @@ PARQUET = b"PAR1"
 
 
 class NotTextError(UserError):
-    """A file does not contain text at all, for example a picture. `kind` is what such files are called in a count of them."""
+    """A file does not contain text at all, for example a picture. `kind` is the name for such files in a count of them."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -55,7 +55,7 @@ class Signature(NamedTuple):
     name: str
     command: str
     kind: str = ""
-    """What such files are called if they need not contain text; empty if the file is text in another form."""
+    """Name for such files in a count of them, if they need not contain text; empty if they are text in another form."""
 
 
 REFUSED = (

@@ -438,6 +438,18 @@ def test_a_store_or_run_inside_its_own_source_is_refused(tmp_path, monkeypatch, 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_a_mistake_in_the_text_leaves_nothing_behind(source, tmp_path, kind):
+    with source.open("a") as file:
+        file.write('{"text": \n')
+    (tmp_path / "there").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for folder in (tmp_path / "store", tmp_path / "a" / "b" / "store", tmp_path / "there"):
+        with pytest.raises(UserError, match=r"rows.jsonl:1501: not valid JSON"):
+            prepare(make_config(source, kind, 257 if kind == "bytes" else 300), folder, ignore)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_source_that_cannot_be_read_or_a_store_that_cannot_be_made_is_named(source, tmp_path):
     with pytest.raises(UserError, match=r"missing.jsonl' does not exist"):
         prepare(make_config(tmp_path / "missing.jsonl"), tmp_path / "store", ignore)
