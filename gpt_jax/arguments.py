@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--workdir", type=_path, help="the study's folder")
     text = "fine-tuning runs of each variant (default: 1)"
     sub.add_argument("--seeds", type=number(int, POSITIVE), default=1, help=text)
-    sub.add_argument("--lstm", type=_source, default="", metavar="RUN", help="a pre-trained LSTM, for the study 'ablations'")
+    sub.add_argument("--lstm", type=_source, metavar="RUN", help="a pre-trained LSTM, for the study 'ablations'")
 
     sub = verb("report", "print measured scores beside the paper's figures")
     sub.add_argument("--paper", action="store_true", required=True, help="compare with the figures of the paper")

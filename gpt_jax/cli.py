@@ -190,7 +190,7 @@ def _study(options: argparse.Namespace, overrides: list[str]) -> None:
         raise field_error("name", "name a study: layers, ablations or steps")
     from gpt_jax.experiments.studies import study
 
-    study(options.name, config, workdir, options.seeds, options.lstm)
+    study(options.name, config, workdir, options.seeds, options.lstm or "")
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> None:

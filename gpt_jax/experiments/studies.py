@@ -4,8 +4,8 @@
     ablations   the full method; without pre-training; without the auxiliary loss; an LSTM instead of the Transformer (Table 5)
     steps       every checkpoint that a pre-training run has kept (`--train.keep-latest` of that run limits their number)
 
-A study's folder contains a run for each variant and seed, NAME.json with all scores, and NAME.png. Repeating the command resumes
-the study.
+A study's folder contains a run for each variant and seed, NAME-variants.json with the settings of each variant, NAME.json with
+all scores, and NAME.png. Repeating the command resumes the study, even if the pre-trained runs are gone by then.
 """
 
 import dataclasses
@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gpt_jax.config import FinetuneConfig, ModelConfig, TransferConfig
-from gpt_jax.config.load import config_to_dict
-from gpt_jax.errors import require
+from gpt_jax.config.load import config_from_dict, config_to_dict
+from gpt_jax.errors import UserError, require
 from gpt_jax.experiments.plots import Curve, plot_curves, require_matplotlib
 from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.runtime import distributed
 from gpt_jax.runtime.console import Log, say
-from gpt_jax.runtime.rundir import write_atomic
+from gpt_jax.runtime.rundir import read_json, write_atomic
 from gpt_jax.tasks.evaluate import sound_checkpoints
 from gpt_jax.tasks.finetune import find_init, finetune_seeds, resolve_config
-from gpt_jax.tasks.registry import task_from_config
+from gpt_jax.tasks.registry import Task, task_from_config
 
 StudyName = Literal["layers", "ablations", "steps"]
 
@@ -117,12 +117,7 @@ def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, ls
     task = task_from_config(config.task)
     distributed.start(config.distributed, say)
     log: Log = say if distributed.is_primary() else lambda line: None
-    makers: dict[StudyName, Callable[[FinetuneConfig, Log], list[Variant]]]
-    makers = {"layers": layer_variants, "ablations": functools.partial(ablation_variants, lstm=lstm), "steps": step_variants}
-    variants = makers[name](config, log)
-    find_source = functools.cache(lambda init: find_init(init, log))
-    for variant in variants:
-        resolve_config(variant.config, task, find_source(dataclasses.replace(variant.config.init, blocks=-1)))
+    variants = find_variants(name, config, task, workdir / f"{name}-variants.json", lstm, log)
     rows: list[dict[str, Any]] = []
     for number, variant in enumerate(variants, 1):
         log(f"{name}: {variant.name} ({number} of {len(variants)})")
@@ -138,6 +133,34 @@ def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, ls
         _show(result, workdir / f"{name}.png", f"{task.title}, validation; {of_seeds}")
         print(f"{workdir / name}.json, {workdir / name}.png")
     return result
+
+
+def find_variants(name: StudyName, config: FinetuneConfig, task: Task, file: Path, lstm: str, log: Log) -> list[Variant]:
+    """Returns the variants of a study after checking that their settings fit their checkpoints, and records them in a file.
+
+    If checkpoints cannot be read (any more), the variants are those in the file, because runs that have begun do not need them.
+
+    Raises:
+      UserError: a checkpoint cannot be read or does not fit, and the study has not begun.
+    """
+    makers: dict[StudyName, Callable[[FinetuneConfig, Log], list[Variant]]]
+    makers = {"layers": layer_variants, "ablations": functools.partial(ablation_variants, lstm=lstm), "steps": step_variants}
+    try:
+        variants = makers[name](config, log)
+        find_source = functools.cache(lambda init: find_init(init, log))
+        for variant in variants:
+            resolve_config(variant.config, task, find_source(dataclasses.replace(variant.config.init, blocks=-1)))
+    except UserError as error:
+        if not file.exists():
+            raise
+        log(f"continuing with the variants in {file} ({error})")
+        rows = read_json(file, {"variants": [{"variant": str, "x": float, "config": dict}]})["variants"]
+        return [Variant(row["variant"], row["x"], _with_settings_of(row["config"], config, file)) for row in rows]
+    if distributed.is_primary():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"variant": variant.name, "x": variant.x, "config": config_to_dict(variant.config)} for variant in variants]
+        write_atomic(file, json.dumps({"variants": rows}, indent=1) + "\n")
+    return variants
 
 
 def _show(result: dict[str, Any], figure: Path, title: str) -> None:
@@ -158,6 +181,14 @@ def _pin_checkpoint(config: FinetuneConfig, log: Log) -> tuple[FinetuneConfig, M
     source = find_init(config.init, log)
     assert source.info is not None
     return _replace_init(config, from_=str(source.info.path)), source.model
+
+
+def _with_settings_of(recorded: dict[str, Any], config: FinetuneConfig, file: Path) -> FinetuneConfig:
+    """Returns the config with the settings that distinguish a variant in a study's file."""
+    variant = config_from_dict(recorded, file)
+    if not isinstance(variant, FinetuneConfig):
+        raise UserError(f"{file}: contains a config of a pre-training; it was changed since it was written")
+    return dataclasses.replace(config, init=variant.init, task=dataclasses.replace(config.task, lm_weight=variant.task.lm_weight))
 
 
 def _random_init(config: FinetuneConfig) -> FinetuneConfig:

@@ -232,7 +232,10 @@ def _read_source(init: TransferConfig, origin: str, log: Log) -> InitSource:
         require(not init.tokenizer, "init.tokenizer", "leave it out; a checkpoint has its own tokenizer")
         source = _read_checkpoint(find_checkpoint(Path(origin), log))
         return source._replace(info=None) if init.from_ == "none" else source
-    config = load_config(origin)
+    try:
+        config = load_config(origin)
+    except UserError as error:
+        raise UserError(f"--init.like: there is no folder '{origin}', and {error}") from None
     if not isinstance(config, PretrainConfig):
         raise UserError(f"--init.like: '{origin}' is a fine-tuning config, which has no architecture")
     kind = config.data.tokenizer.kind

@@ -7,10 +7,12 @@ import shutil
 import pytest
 
 from gpt_jax.cli import main
-from gpt_jax.config import FinetuneConfig, TransferConfig
-from gpt_jax.config.load import load_config
+from gpt_jax.config import FinetuneConfig, PretrainConfig, TransferConfig
+from gpt_jax.config.load import config_to_dict, load_config
+from gpt_jax.errors import UserError
 from gpt_jax.experiments import studies
 from gpt_jax.tasks.finetune import spread
+from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train.checkpoint import newest_checkpoint
 from gpt_jax.train.pretrain import pretrain
 from tests.tiny import replace_fields
@@ -153,9 +155,38 @@ def test_the_scores_of_several_seeds_are_written_printed_and_plotted(
     assert files == f"{out / name}.json, {out / name}.png"
 
 
+@pytest.mark.parametrize("name", ["layers", "ablations", "steps"])
+def test_the_variants_of_a_study_are_known_when_the_pretrained_run_is_gone(config_file, pretrained, tmp_path, name):
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    config, file = dataclasses.replace(load_config(config_file), init=TransferConfig(str(run))), tmp_path / "study" / "file.json"
+    task = task_from_config(config.task)
+    before = studies.find_variants(name, config, task, file, "", quiet)
+    assert len(before) >= 3
+    run.rename(tmp_path / "moved")
+    lines = []
+    assert studies.find_variants(name, config, task, file, "", lines.append) == before
+    assert lines[-1].startswith(f"continuing with the variants in {file} ({run}")
+    # A study that has not begun needs the run.
+    with pytest.raises(UserError, match=f"{run}"):
+        studies.find_variants(name, config, task, tmp_path / "other.json", "", quiet)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"variants": [{"variant": "a", "x": 1}]}', '{"variants": 5}', "\udcff"])
+def test_a_damaged_file_of_variants_is_one_line(config_file, tmp_path, content):
+    config, file = dataclasses.replace(load_config(config_file), init=TransferConfig("gone")), tmp_path / "file.json"
+    file.write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=f"^{file}"):
+        studies.find_variants("layers", config, task_from_config(config.task), file, "", quiet)
+    variants = [{"variant": "a", "x": 1, "config": config_to_dict(PretrainConfig())}]
+    file.write_text(json.dumps({"variants": variants}))
+    with pytest.raises(UserError, match=f"^{file}: contains a config of a pre-training; "):
+        studies.find_variants("layers", config, task_from_config(config.task), file, "", quiet)
+
+
 @pytest.mark.slow
 def test_a_study_fine_tunes_its_variants_and_does_not_repeat_finished_ones(config_file, pretrained, tmp_path, capsys):
     out = tmp_path / "study"
+    pretrained = shutil.copytree(pretrained, tmp_path / "pretrained")
     command = ["study", config_file, "--name", "layers", "--init.from", str(pretrained), "--workdir", str(out)]
     assert main(command) == 0
     rows = json.loads((out / "layers.json").read_text())["variants"]
@@ -174,3 +205,16 @@ def test_a_study_fine_tunes_its_variants_and_does_not_repeat_finished_ones(confi
     assert main(command) == 0  # all variants are finished already
     assert (out / "layers.json").read_bytes() == before
     assert "nothing to do" in capsys.readouterr().err
+    shutil.rmtree(pretrained)
+    shutil.rmtree(out / "nothing" / "seed-0" / "checkpoints")
+    assert main(command) == 2  # This run would have to begin anew.
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .startswith(f"gpt-jax: --init.like: there is no folder '{pretrained}/checkpoints/2', and no config is named ")
+    )
+    shutil.rmtree(out / "nothing")
+    variants = json.loads((out / "layers-variants.json").read_text())["variants"]
+    (out / "layers-variants.json").write_text(json.dumps({"variants": variants[1:]}))
+    assert main(command) == 0  # The other variants are finished.
+    assert json.loads((out / "layers.json").read_text())["variants"] == rows[1:]
