@@ -74,7 +74,7 @@ def load_dataset(
       tokenizer: encodes the texts.
       context_length: maximum number of tokens that the model processes at once.
       batch_size: examples in a batch, for which the lengths are chosen.
-      log: receives a line for each split.
+      log: receives lines about the splits once all of them are read.
       splits: the splits to read. If there are several, "test" may be missing from the data.
 
     Raises:
@@ -108,9 +108,10 @@ def load_dataset(
             max_tokens=config.max_tokens or context_length,
             truncation=config.truncation,
         )
-        log(f"{task.title} {name}: {split.describe_counts()}; {encoded[name].num_truncated:,} truncated")
-        if split.note:
-            log(split.note)
+    for title, content in loaded.items():
+        log(f"{task.title} {title}: {content.describe_counts()}; {encoded[title].num_truncated:,} truncated")
+        if content.note:
+            log(content.note)
     if not config.name:
         _describe_labels(task, loaded, log)
         _warn_of_repeated_texts(loaded, log)

@@ -77,8 +77,8 @@ def require_scorable(task: Task, examples: Sequence[Example]) -> None:
     """
     hidden = [example for example in examples if example.label is None]
     if hidden:
-        some = len(hidden) < len(examples)
-        remedy = "label all of its rows, or none" if some else "predictions can be written with --out FOLDER"
+        some = f"label all of its rows, or none ({len(hidden):,} of {len(examples):,} are hidden)"
+        remedy = some if len(hidden) < len(examples) else "predictions can be written with --out FOLDER"
         raise UserError(f"{hidden[0].where}: the label is hidden, so this split cannot be scored; {remedy}")
     needs_two = " and ".join(metric for metric in task.metrics if metric != "accuracy")
     only = examples[0].label
