@@ -17,7 +17,7 @@ from gpt_jax.config.load import config_from_dict, flatten_config
 from gpt_jax.errors import UserError
 from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.model.transformer import compute_dtype
-from gpt_jax.runtime.rundir import read_json
+from gpt_jax.runtime.rundir import START_SHAPE, read_json
 from gpt_jax.tasks import metrics
 from gpt_jax.tasks.registry import ABLATION_AVERAGES, ABLATIONS, GLUE_AVERAGE, TASKS, Task
 from gpt_jax.tasks.transforms import SpecialTokens
@@ -25,6 +25,8 @@ from gpt_jax.tasks.transforms import SpecialTokens
 WIDTH = 130
 FULL = "Transformer w/ aux LM (full)"
 SPLITS = {"validation": "dev split", "test": "test split"}
+SCORE = (float, {"values": [float]})
+"""The shape of a score in result.json, of one seed and of several."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ class FinishedRun:
 
     path: Path
     config: FinetuneRunConfig
+    origin: str
+    """Fingerprint of the pre-trained checkpoint, or its path in runs of earlier versions, or "none"."""
     platform: str | None
     """Platform on which the run was last started ("cpu", "gpu" or "tpu"); None: unknown."""
     num_seeds: int
@@ -84,8 +88,9 @@ def print_paper_table(paths: Sequence[Path]) -> None:
 def _load_run(path: Path) -> FinishedRun:
     if not (path / "result.json").is_file():
         raise UserError(f"{path}: has no result.json; --paper takes the folders of finished fine-tuning runs")
-    stored, result = read_json(path / "config.json"), read_json(path / "result.json")
-    config = config_from_dict(stored.get("config", {}), path / "config.json")
+    stored = read_json(path / "config.json", {"config": dict, "platform?": (str, None), "init?": (START_SHAPE, None)})
+    result = read_json(path / "result.json", {f"{split}?": {str: SCORE} for split in SPLITS} | {"seeds?": [int]})
+    config = config_from_dict(stored["config"], path / "config.json")
     if not isinstance(config, FinetuneRunConfig):
         raise UserError(f"{path}: is a pre-training run; --paper takes the folders of finished fine-tuning runs")
     if config.task.name not in TASKS:
@@ -93,9 +98,12 @@ def _load_run(path: Path) -> FinishedRun:
     scores: dict[str, dict[str, list[float]]] = {split: {} for split in SPLITS if split in result}
     for split in scores:
         for metric, value in result[split].items():
-            if metric.partition("/")[0] in TASKS[config.task.name].metrics:
-                scores[split][metric] = value["values"] if isinstance(value, dict) else [value]
-    return FinishedRun(path, config, stored.get("platform"), len(result.get("seeds", [0])), scores)
+            values = value["values"] if isinstance(value, dict) else [value]
+            if values and metric.partition("/")[0] in TASKS[config.task.name].metrics:
+                scores[split][metric] = values
+    start = stored.get("init")
+    origin = start["fingerprint"] if start else config.init.from_
+    return FinishedRun(path, config, origin, stored.get("platform"), len(result.get("seeds", [0])), scores)
 
 
 def _published(run: FinishedRun, metric: str) -> float | None:
@@ -116,8 +124,8 @@ def _averages(runs: Sequence[FinishedRun]) -> Iterator[str]:
 
     There is no average if two of these runs have the same task, because it is not clear which run to use.
     """
-    for origin, row, split in dict.fromkeys((run.config.init.from_, run.row, split) for run in runs for split in run.scores):
-        group = [run for run in runs if (run.config.init.from_, run.row) == (origin, row) and split in run.scores]
+    for origin, row, split in dict.fromkeys((run.origin, run.row, split) for run in runs for split in run.scores):
+        group = [run for run in runs if (run.origin, run.row) == (origin, row) and split in run.scores]
         scores = {run.task.name: {metric: median(values) for metric, values in run.scores[split].items()} for run in group}
         if len(scores) < len(group):
             continue
@@ -131,7 +139,7 @@ def _averages(runs: Sequence[FinishedRun]) -> Iterator[str]:
 
 
 # Fields that are not settings but describe the task, the row or the seed, and fields that only one architecture uses.
-NOT_COMPARED = {"model.kind", "init.from", "init.like", "init.tokenizer", "task.name", "train.seed"}
+NOT_COMPARED = {"model.kind", "task.name", "train.seed"}
 TRANSFORMER_FIELDS = {"model.num-layers", "model.num-heads", "model.mlp-dim", "model.layer-norm-epsilon"}
 LSTM_FIELDS = {"model.lstm-units"}
 VALUE_NAMES = {("init.blocks", -1): "all", ("task.max-train", 0): "all", ("task.max-tokens", 0): "the context"}

@@ -158,6 +158,48 @@ def test_averages_are_printed_where_every_part_was_measured(tmp_path, capsys):
     assert not [line for line in shown(capsys, *runs[1:]) if " mean " in f" {line}"]
 
 
+def test_the_same_pretrained_model_is_recognized_under_any_path(tmp_path, capsys):
+    """Runs record the fingerprint of the checkpoint that they started from; earlier versions recorded only its path."""
+
+    def means(fingerprint):
+        folder = tmp_path / fingerprint("name")
+        runs = [
+            write_run(folder / name, name, {"validation": scores}, init=f"runs/{name}/gpt1") for name, scores in EIGHT.items()
+        ]
+        for run in runs:
+            stored = json.loads((run / "config.json").read_text())
+            start = {"step": 9, "fingerprint": fingerprint(run.name), "config_digest": "c", "data_digest": "d"}
+            (run / "config.json").write_text(json.dumps(stored | {"init": start}))
+        return [line for line in shown(capsys, *runs) if " mean " in f" {line}"]
+
+    assert len(means(lambda name: "same")) == 2
+    assert not means(lambda name: name)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "problem"),
+    [
+        ("result.json", {"validation": []}, "'validation' is a list, not an object"),
+        ("result.json", {"validation": {"matthews": "high"}}, "'validation.matthews' is a string, not a floating-point number"),
+        ("result.json", {"validation": {"matthews": {"values": 5}}}, "'validation.matthews' is an object, not a floating-point"),
+        ("result.json", {"seeds": 5}, "'seeds' is a number, not a list"),
+        ("result.json", [], ":1: a list, not a JSON object"),
+        ("config.json", {}, "'config' is missing"),
+        ("config.json", {"config": []}, "'config' is a list, not an object"),
+        ("config.json", {"config": {}, "platform": 5}, "'platform' is a number, not a string"),
+        ("config.json", {"config": {"task": 5}}, ": no config field is named 'task'"),
+        ("config.json", {"config": {}, "init": {"step": 5}}, "'init.fingerprint' is missing"),
+    ],
+)
+def test_a_file_with_bad_values_is_one_line(tmp_path, file, content, problem):
+    run = write_run(tmp_path / "run", "cola", {"validation": {"matthews": 0.5}})
+    (run / file).write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        print_paper_table([run])
+    assert str(error.value).startswith(f"{run / file}:")
+    assert problem in str(error.value)
+
+
 def test_no_average_is_taken_over_two_runs_of_one_task(tmp_path, capsys):
     """Either of them could be meant."""
     runs = [write_run(tmp_path / name, name, {"validation": scores}) for name, scores in EIGHT.items()]
