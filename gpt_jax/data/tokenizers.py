@@ -6,7 +6,6 @@ Any text is accepted; a lone surrogate, which is not a character, is replaced.
 """
 
 import abc
-import contextlib
 import functools
 import hashlib
 import io
@@ -20,6 +19,7 @@ from typing import Any, ClassVar, Self
 from gpt_jax.config import TokenizerConfig
 from gpt_jax.data.english import EnglishWords
 from gpt_jax.errors import UserError, nearest
+from gpt_jax.inputs.json_values import parse_json
 from gpt_jax.runtime.rundir import installed_versions, read_json, write_atomic
 
 MANIFEST = "tokenizer.json"
@@ -124,6 +124,19 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return kinds[kind](*contents)
 
 
+def _decode(content: bytes, name: str) -> str:
+    """Returns the text of a tokenizer's file.
+
+    Raises:
+      UserError: it is not UTF-8.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name}:{line}: byte {error.start} of the file is not UTF-8") from None
+
+
 def _fingerprint(kind: str, contents: Sequence[bytes]) -> str:
     digest = hashlib.sha256(kind.encode())
     for content in contents:
@@ -177,19 +190,20 @@ class GPT1(Tokenizer):
 
     def __init__(self, vocabulary: bytes, merges: bytes):
         super().__init__(vocabulary, merges)
-        valid = False
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            self.ids: dict[str, int] = json.loads(vocabulary)
-            self.entries = sorted(self.ids, key=self.ids.__getitem__)
-            valid = NEWLINE in self.ids and sorted(self.ids.values()) == list(range(len(self.ids)))
-        if not valid:
+        self.ids: dict[str, int] = parse_json(_decode(vocabulary, self.files[0]), Path(self.files[0]))
+        ids = list(self.ids.values()) if isinstance(self.ids, dict) else []
+        if not all(type(id) is int for id in ids) or sorted(ids) != list(range(len(ids))) or NEWLINE not in self.ids:
             raise UserError(f"{self.files[0]}: must map entries, including a newline followed by </w>, to the ids 0, 1, 2, ...")
+        self.entries = sorted(self.ids, key=self.ids.__getitem__)
         self.vocab_size = len(self.entries)
         self.eos_id = self.ids[NEWLINE]
-        pairs = [tuple(line.split(" ")) for line in merges.decode("utf-8", "replace").rstrip("\n").split("\n")[1:]]
-        for line, pair in enumerate(pairs, start=2):
-            if len(pair) != 2:
-                raise UserError(f"{self.files[1]}:{line}: must be two symbols with a space between them")
+        version, *lines = _decode(merges, self.files[1]).replace("\r\n", "\n").rstrip("\n").split("\n")
+        if not version.startswith("#version"):
+            raise UserError(f"{self.files[1]}:1: must be '#version: 0.2', with the merges in the following lines")
+        pairs = [tuple(line.split(" ")) for line in lines]
+        for number, pair in enumerate(pairs, start=2):
+            if len(pair) != 2 or not all(pair):
+                raise UserError(f"{self.files[1]}:{number}: must be two symbols with a space between them")
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self._cached_ids = functools.lru_cache(maxsize=1 << 17)(self._part_ids)
 
@@ -224,7 +238,7 @@ class GPT1(Tokenizer):
 
     def _merge(self, word: str) -> tuple[int, ...]:
         """Returns the ids of a word after merging the adjacent pair with the lowest rank until no pair has a rank."""
-        if word.isspace():  # For a newline, spaCy returns "\n ".
+        if word == "\n":
             return (self.eos_id,)
         ranks, unranked = self.ranks, len(self.ranks)
         symbols = [*word[:-1], word[-1] + "</w>"]

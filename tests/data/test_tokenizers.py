@@ -177,13 +177,40 @@ def test_missing_and_malformed_released_files_are_named(tmp_path):
     with pytest.raises(UserError, match=f"data.tokenizer.path.*lacks {VOCABULARY} and {MERGES}"):
         create_tokenizer(config, 40_478, list)
     write_released(tmp_path, "ab", ["a b"])
-    (tmp_path / MERGES).write_text("#version: 0.2\na b\nabc\n")
-    with pytest.raises(UserError, match=f"{tmp_path}/{MERGES}:3: must be two symbols"):
-        create_tokenizer(config, 40_478, list)
-    for content in ("{", "[]", '{"a": 0}', '{"a": 1, "\\n</w>": 2}', '{"a": "x", "\\n</w>": 0}'):
-        (tmp_path / VOCABULARY).write_text(content)
-        with pytest.raises(UserError, match=f"{tmp_path}/{VOCABULARY}: must map"):
+    for content, problem in (
+        (b"#version: 0.2\na b\nabc\n", "3: must be two symbols"),
+        (b"#version: 0.2\na \n", "2: must be two symbols"),
+        (b"a b\n", "1: must be '#version: 0.2'"),
+        (b"", "1: must be '#version: 0.2'"),
+        (b"#version: 0.2\na b\na \xff\n", "3: byte 20 of the file is not UTF-8"),
+    ):
+        (tmp_path / MERGES).write_bytes(content)
+        with pytest.raises(UserError, match=f"{tmp_path}/{MERGES}:{problem}"):
             create_tokenizer(config, 40_478, list)
+    wanted = ": must map entries"
+    for vocabulary, problem in (
+        ("{", ":1: not valid JSON"),
+        ("[" * 100_000, ":1: not readable: its brackets are nested too deeply"),
+        ('{"a": ' + "1" * 5000 + "}", ":1: not readable: a number has more than"),
+        ('{"\\ud800": 0, "\\n</w>": 1}', r":1: \\ud800 is half of a surrogate pair"),
+        ("[]", wanted),
+        ("{}", wanted),
+        ('{"a": 0}', wanted),
+        ('{"a": 1, "\\n</w>": 2}', wanted),
+        ('{"a": "x", "\\n</w>": 0}', wanted),
+        ('{"a": 0.0, "\\n</w>": 1}', wanted),
+        ('{"a": true, "\\n</w>": 0}', wanted),
+        ('{"a": null, "\\n</w>": 0}', wanted),
+    ):
+        (tmp_path / VOCABULARY).write_text(vocabulary)
+        with pytest.raises(UserError, match=f"{tmp_path}/{VOCABULARY}{problem}"):
+            create_tokenizer(config, 40_478, list)
+
+
+def test_line_ends_of_windows_in_the_merges(english, tiny, tmp_path):
+    """Git may write them when it checks out the released file."""
+    merges = tiny.contents[1].replace(b"\n", b"\r\n")
+    assert GPT1(tiny.contents[0], merges).encode("lower low") == tiny.encode("lower low")
 
 
 # -- SentencePiece and bytes ------------------------------------------------------------------------------------------------
