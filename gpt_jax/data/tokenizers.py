@@ -191,8 +191,8 @@ class GPT1(Tokenizer):
     def __init__(self, vocabulary: bytes, merges: bytes):
         super().__init__(vocabulary, merges)
         self.ids: dict[str, int] = parse_json(_decode(vocabulary, self.files[0]), Path(self.files[0]))
-        ids = list(self.ids.values()) if isinstance(self.ids, dict) else []
-        if not all(type(id) is int for id in ids) or sorted(ids) != list(range(len(ids))) or NEWLINE not in self.ids:
+        ids: list[Any] = list(self.ids.values()) if isinstance(self.ids, dict) and NEWLINE in self.ids else [None]
+        if not all(type(id) is int for id in ids) or sorted(ids) != list(range(len(ids))):
             raise UserError(f"{self.files[0]}: must map entries, including a newline followed by </w>, to the ids 0, 1, 2, ...")
         self.entries = sorted(self.ids, key=self.ids.__getitem__)
         self.vocab_size = len(self.entries)

@@ -194,6 +194,7 @@ def test_missing_and_malformed_released_files_are_named(tmp_path):
         ('{"a": ' + "1" * 5000 + "}", ":1: not readable: a number has more than"),
         ('{"\\ud800": 0, "\\n</w>": 1}', r":1: \\ud800 is half of a surrogate pair"),
         ("[]", wanted),
+        ("5", wanted),
         ("{}", wanted),
         ('{"a": 0}', wanted),
         ('{"a": 1, "\\n</w>": 2}', wanted),
