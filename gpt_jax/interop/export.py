@@ -3,6 +3,8 @@
 All files are written into a hidden folder next to the final one. They are loaded with the target framework and compared with the
 checkpoint, and the folder is renamed. A failure leaves nothing behind. In addition to the format's own files, an export contains
 
+    README.md       a card that describes the model and shows how to use it (`cards`)
+    labels.json     the meaning of the outputs of a fine-tuned model (`cards`)
     parity.json     the results of the comparison
     gpt_jax/        files from which `gpt-jax import` restores the same checkpoint: config.json, tokenizer/, head.npz for a
                     fine-tuned model, and manifest.json, which has the SHA-256 of every file that an import reads
@@ -11,7 +13,6 @@ checkpoint, and the folder is renamed. A failure leaves nothing behind. In addit
 import importlib
 import importlib.util
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -25,8 +26,9 @@ from jax.sharding import Mesh
 from gpt_jax.config import FinetuneRunConfig, RunConfig
 from gpt_jax.data import tokenizers
 from gpt_jax.data.tokenizers import Tokenizer
-from gpt_jax.errors import UserError, VerificationError, nearest
-from gpt_jax.interop import huggingface, import_, param_map, parity, tensor_files, tokenizer_json
+from gpt_jax.errors import UserError, VerificationError, field_error, nearest
+from gpt_jax.inputs.numbers import BYTES
+from gpt_jax.interop import cards, huggingface, import_, param_map, parity, tensor_files, tokenizer_json
 from gpt_jax.interop.import_ import RUN_FILES
 from gpt_jax.interop.onnx import load_onnx, write_onnx
 from gpt_jax.interop.parity import Computation, ExportedFunction
@@ -93,7 +95,7 @@ class ExportedModel(NamedTuple):
 
 
 def export(
-    path: Path, format_: str, out: Path, log: Log, *, dtype: Dtype = "float32", shard_bytes: float = SHARD_BYTES
+    path: Path, format_: str, out: Path, log: Log, *, dtype: Dtype = "float32", shard_bytes: float | None = None
 ) -> dict[str, Any]:
     """Writes a checkpoint in another format and returns the contents of parity.json.
 
@@ -104,7 +106,7 @@ def export(
       format_: one of FORMATS.
       out: the folder to create. It may already exist if it is empty.
       dtype: type of the stored numbers, if the format supports several types.
-      shard_bytes: size above which a huggingface file is split.
+      shard_bytes: size above which a huggingface file is split; None: `SHARD_BYTES`.
 
     Raises:
       UserError: there is no sound checkpoint; the format cannot represent this model or type, or its framework is not installed;
@@ -114,22 +116,25 @@ def export(
     require_format(format_)
     if dtype not in FORMATS[format_].dtypes:
         raise UserError(f"--dtype: {format_} is written in {' or '.join(FORMATS[format_].dtypes)}, not {dtype}")
-    if not 1 <= shard_bytes < math.inf:
-        raise UserError(f"--shard-bytes: must be a number of bytes, 1 or more, not {shard_bytes:g}")
+    if shard_bytes is not None:
+        BYTES.check("shard_bytes", shard_bytes)
+        if format_ != "huggingface":
+            raise field_error("shard_bytes", f"only huggingface files are split, not {format_}; leave it out")
     with staged_folder(out, "out") as folder:
         exported = load_checkpoint(path, format_, log)
         log(f"writing {format_} ({dtype}) from {exported.info.path}")
         if write := FORMATS[format_].write:
             write(folder, exported.function, exported.function.named_parameters(exported.params))
         else:
-            _write_tensors(exported, format_, folder, dtype, shard_bytes)
+            _write_tensors(exported, format_, folder, dtype, shard_bytes or SHARD_BYTES)
+        _write_descriptions(exported, format_, folder, dtype)
         _write_run_files(exported, folder)
         report = _verify(exported, format_, folder, dtype, log)
-        (folder / "parity.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        _write_json(folder / "parity.json", report)
         # The manifest lists the files that an import reads. Users may change the other files, such as the model card.
         read = [file for pattern in import_.IMPORTED_PATTERNS for file in sorted(folder.glob(pattern)) if file.is_file()]
         checksums = {str(file.relative_to(folder)): sha256(file) for file in read}
-        (folder / RUN_FILES / "manifest.json").write_text(json.dumps(checksums, indent=1) + "\n", encoding="utf-8")
+        _write_json(folder / RUN_FILES / "manifest.json", checksums)
     log(f"done: {out}")
     return report
 
@@ -206,16 +211,26 @@ def _write_huggingface(exported: ExportedModel, folder: Path, dtype: Dtype) -> N
         ("tokenizer.json", tokenizer_json.convert(tokenizer, names)),
         ("tokenizer_config.json", tokenizer_json.tokenizer_config(tokenizer, names, exported.config.model.context_length)),
     ):
-        (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    card = huggingface.model_card(exported.info, config, tokenizer, task, head, dtype)
+        _write_json(folder / name, content)
+
+
+def _write_descriptions(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype) -> None:
+    info, config, tokenizer, task = exported.info, exported.config, exported.tokenizer, exported.task
+    card = cards.card(format_, info, config, tokenizer, task, exported.function, dtype)
     (folder / "README.md").write_text(card, encoding="utf-8")
+    if task is not None:
+        _write_json(folder / cards.LABELS, cards.labels_json(task, tokenizer))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_run_files(exported: ExportedModel, folder: Path) -> None:
     run_files = folder / RUN_FILES
     run_files.mkdir()
     shutil.copyfile(exported.info.path / "config.json", run_files / "config.json")
-    shutil.copytree(exported.info.path / "tokenizer", run_files / "tokenizer")
+    exported.tokenizer.save(run_files / "tokenizer")
     if exported.head is not None:
         maps = param_map.head_maps("npz", exported.config.model, exported.head)
         tensor_files.save_npz(run_files / "head.npz", param_map.to_tensors(maps, exported.params, "float32"))

@@ -1,4 +1,4 @@
-"""The Hugging Face format of a model: config.json, the weights of the classifier, the model card, and the model in transformers.
+"""The Hugging Face format of a model: config.json, the weights of the classifier, and the model in transformers.
 
 Three `openai-gpt` classes in transformers are used. `OpenAIGPTLMHeadModel` is the language model. `OpenAIGPTDoubleHeadsModel`
 scores each choice of a question with a linear layer that has a bias, as we do. `OpenAIGPTForSequenceClassification` has a linear
@@ -7,7 +7,6 @@ pair, which none of these classes does. Because the layer is linear, adding the 
 the model card explains.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.config import ModelConfig, RunConfig
-from gpt_jax.config.load import config_to_dict
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.interop import tokenizer_json
@@ -23,7 +21,6 @@ from gpt_jax.interop.parity import Computation
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.registry import Task
 from gpt_jax.tasks.transforms import SpecialTokens
-from gpt_jax.train.checkpoint import CheckpointInfo, read_manifest
 
 MODEL_TYPE = "openai-gpt"
 LANGUAGE_MODEL = "OpenAIGPTLMHeadModel"
@@ -35,8 +32,6 @@ SCORE = "score.weight"
 """Name of the tensor with the weights of the classifier."""
 LARGEST_ADDITION = 10.0
 """Largest number that folding the bias may add to a weight. Larger numbers would cause rounding errors of 1e-5 and more."""
-PAD = 0
-"""Id of the padding token. The Hugging Face classifier uses the last token with a different id, which is the extract token."""
 
 # Name, type and default value in config.json of each of our fields. A field without a default is required.
 FIELDS: dict[str, tuple[str, Any, Any]] = {
@@ -70,10 +65,11 @@ def to_config_json(config: RunConfig, tokenizer: Tokenizer, task: Task | None, h
         "tie_word_embeddings": True,
         "dtype": dtype,
         "eos_token_id": tokenizer.eos_id,
+        # The Hugging Face classifier uses the last token with a different id, which is the extract token.
+        "pad_token_id": tokenizer_json.pad_id(tokenizer),
     }
     if task is None or head is None:
         return values
-    values["pad_token_id"] = PAD
     if not head.choices:
         id2label = {str(number): label for number, label in enumerate(task.labels)}
         return values | {"id2label": id2label, "label2id": {label: number for number, label in enumerate(task.labels)}}
@@ -140,46 +136,6 @@ def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: 
             "the last layer norm shifts too little; use npz, stablehlo, onnx or savedmodel"
         )
     return (kernel + np.outer(1 / gain, bias) / constant).T.astype(np.float32)
-
-
-# -- the model card ---------------------------------------------------------------------------------------------------------
-
-INPUTS = {
-    "similarity": "Score a pair in both orders: tokenize (a, b) and (b, a), and add the two scores before the softmax. Each "
-    "score includes half of the classifier's bias. tokenizer.json adds the special tokens.",
-    "multiple_choice": "Tokenize (context, answer) for each answer, and set `mc_token_ids` to the position of each <extract>; "
-    "`mc_logits` are the scores of the choices. tokenizer.json adds the special tokens.",
-}
-OTHER_INPUTS = "tokenizer.json adds the special tokens around one text or between two texts; the scores are read at <extract>."
-
-
-def model_card(
-    info: CheckpointInfo, config: RunConfig, tokenizer: Tokenizer, task: Task | None, head: Head | None, dtype: str
-) -> str:
-    """Returns the contents of README.md."""
-    model = config.model
-    scores = [f"- {name}: {value:.4f}" for name, value in info.metrics.items()] or ["No scores were measured."]
-    manifest = read_manifest(info)
-    origin = [f"- {name}: {manifest[name]}" for name in ("step", "config_digest", "data_digest") if manifest[name] != ""]
-    paragraphs = [
-        "---\nlibrary_name: transformers\n---",
-        f"# GPT-1, fine-tuned on {task.title}" if task else "# GPT-1, language model",
-        f"Trained with gpt_jax and exported in {dtype}. The model has {model.num_layers} layers of width {model.embed_dim} with "
-        f"{model.num_heads} heads, {model.vocab_size:,} tokens and a context of {model.context_length}. Architecture and "
-        'training follow "Improving Language Understanding by Generative Pre-Training" (2018).',
-        f"    model = transformers.{architecture(head)}.from_pretrained(FOLDER)",
-        *([INPUTS.get(task.kind, OTHER_INPUTS)] if task else []),
-        "## Scores",
-        "\n".join(scores),
-        "## Origin",
-        "\n".join(origin),
-        "parity.json contains the results of comparing this export with the original model.",
-        "## Tokenizer",
-        "\n".join(f"- {sentence}" for sentence in tokenizer_json.differences(tokenizer)),
-        "## Configuration",
-        f"```json\n{json.dumps(config_to_dict(config), indent=1)}\n```",
-    ]
-    return "\n\n".join(paragraphs) + "\n"
 
 
 # -- the model in transformers ----------------------------------------------------------------------------------------------

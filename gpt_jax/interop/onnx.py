@@ -94,6 +94,16 @@ class _Graph:
         kernel = self.parameter(f"{path}/kernel", layer, (-1, width))
         return self("Add", self("MatMul", x, kernel), self.parameter(f"{path}/bias", layer, (width,)))
 
+    def index(self, name: str, size: str | list[int]) -> str:
+        """Adds an input of indices in int64, with `size` in place of negative ones.
+
+        The operators would count negative indices from the end. `size` is out of range, which ONNX Runtime reports as an error.
+        """
+        from onnx import TensorProto
+
+        indices = self("Cast", name, to=TensorProto.INT64)
+        return self("Where", self("Less", indices, [0]), size, indices)
+
     def _constant(self, value: float | list[int]) -> str:
         dtype = np.int64 if isinstance(value, list) else np.float32
         return self.tensor(f"constant_{len(self.tensors)}", np.array(value, dtype))
@@ -101,17 +111,16 @@ class _Graph:
 
 def _add_function(graph: _Graph, function: ExportedFunction) -> str:
     """Adds the complete function and returns the name of its output."""
-    from onnx import TensorProto
-
     model, head = function.model, function.head
-    tokens, table = "tokens", graph.parameter("embedding/tokens", None, (model.vocab_size, model.embed_dim))
+    table = graph.parameter("embedding/tokens", None, (model.vocab_size, model.embed_dim))
+    tokens = graph.index("tokens", [model.vocab_size])
     if head is not None:  # The sequences are folded into the batch axis.
-        tokens = graph("Reshape", "tokens", graph("Concat", [-1], graph("Shape", "tokens", start=2), axis=0))
+        tokens = graph("Reshape", tokens, graph("Concat", [-1], graph("Shape", "tokens", start=2), axis=0))
     x = graph("Gather", table, tokens)
     hidden = _add_lstm(graph, model, x) if model.kind == "lstm" else _add_transformer(graph, model, x)
     if head is None:
         return graph("MatMul", hidden, graph("Transpose", table, perm=[1, 0]))
-    position = graph("Reshape", graph("Cast", "extract", to=TensorProto.INT64), [-1, 1])
+    position = graph("Reshape", graph.index("extract", graph("Shape", "tokens", start=2)), [-1, 1])
     extracted = graph("GatherND", hidden, position, batch_dims=1)
     examples = graph("Reshape", extracted, graph("Concat", graph("Shape", "extract"), [model.embed_dim], axis=0))
     if head.choices:

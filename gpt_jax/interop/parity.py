@@ -9,7 +9,8 @@ and a fine-tuned model computes
     tokens int32 [batch, sequences, time], extract int32 [batch, sequences] -> log_probabilities float32 [batch, outputs]
 
 where `extract` contains the positions of the extract tokens. The sizes of the axes `batch` and `time` are free, except that the
-time of a Transformer cannot exceed its context length. All arithmetic is in float32, regardless of the config.
+time of a Transformer cannot exceed its context length. All arithmetic is in float32, regardless of the config. If an id or a
+position of an example is out of range, the outputs of the example are NaN, because XLA would use the nearest entry instead.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from jaxtyping import Int
 from gpt_jax.config import ModelConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import VerificationError
+from gpt_jax.interop.tokenizer_json import pad_id
 from gpt_jax.model import transformer
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params
@@ -60,10 +62,15 @@ class ExportedFunction:
         model = dataclasses.replace(
             self.model, compute_dtype="float32", matmul_precision="highest", attention="plain", remat="off"
         )
+        valid = _in_range(tokens, model.vocab_size)
         if self.head is None:
-            return transformer.logits(model, params, network(model).apply(model, params, tokens))
-        labels = jnp.zeros((tokens.shape[0], self.head.outputs), jnp.float32)  # Only the shape of the labels is used.
-        return self.head.log_probabilities(model, params, {"tokens": tokens, "extract": extract[0], "labels": labels})
+            output = transformer.logits(model, params, network(model).apply(model, params, tokens))
+        else:
+            valid &= _in_range(extract[0], tokens.shape[-1])
+            labels = jnp.zeros((tokens.shape[0], self.head.outputs), jnp.float32)  # Only the shape of the labels is used.
+            batch = {"tokens": tokens, "extract": extract[0], "labels": labels}
+            output = self.head.log_probabilities(model, params, batch)
+        return jnp.where(jnp.expand_dims(valid, range(1, output.ndim)), output, jnp.nan)
 
     def bind(self, params: Params) -> Computation:
         """Returns the compiled function of the inputs alone."""
@@ -99,6 +106,11 @@ class ExportedFunction:
         return arrays | {"params/embedding/tokens": arrays["params/embedding/tokens"][: self.model.vocab_size]}
 
 
+def _in_range(indices: jax.Array, size: Any) -> jax.Array:
+    """Returns for each example whether all of its indices are in [0, size)."""
+    return ((indices >= 0) & (indices < size)).all(axis=tuple(range(1, indices.ndim)))
+
+
 # -- comparing --------------------------------------------------------------------------------------------------------------
 
 
@@ -121,7 +133,7 @@ def windows(tokenizer: Tokenizer, model: ModelConfig) -> Iterator[tuple[Int[np.n
 def examples(
     tokenizer: Tokenizer, model: ModelConfig, sequences: int
 ) -> tuple[Int[np.ndarray, "batch sequences time"], Int[np.ndarray, "batch sequences"]]:
-    """Returns inputs for a fine-tuned model: padded sequences of different lengths, and the positions of the extract tokens.
+    """Returns inputs for a fine-tuned model: sequences of different lengths, padded, and the positions of the extract tokens.
 
     Each sequence consists of a start token, text and an extract token.
     """
@@ -129,7 +141,7 @@ def examples(
     longest = min(model.context_length, 64)
     rng = np.random.default_rng(0)
     lengths = rng.integers(3, longest, size=(EXAMPLES, sequences), endpoint=True)
-    tokens = np.zeros((EXAMPLES, sequences, longest), np.int32)
+    tokens = np.full((EXAMPLES, sequences, longest), pad_id(tokenizer), np.int32)
     text = _read_tokens(tokenizer, tokens.size).reshape(tokens.shape)
     inside = np.arange(longest) < lengths[..., None] - 1
     tokens[inside] = text[inside]

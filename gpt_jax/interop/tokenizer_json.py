@@ -55,12 +55,14 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
         names["unk_token"] = _unknown(tokenizer)
     if specials:
         names |= dict(zip(("bos_token", "sep_token", "cls_token"), specials, strict=True))
-        if "unk_token" in names:  # It has id 0, which pads the batches for the classifier.
-            names["pad_token"] = names["unk_token"]
     return {
         # The library's class for this model type would use only the vocabulary and split text in its own way.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
+        # An entry of the vocabulary pads batches, so that no id changes. What it says does not matter: it is masked.
+        "pad_token": names.get("unk_token", END),
+        # A text is continued from its last token, which must therefore be at the end of the row.
+        "padding_side": "right" if specials else "left",
         # Token types are left out, because the model in transformers would add token embeddings for them.
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
@@ -68,6 +70,11 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
         "split_special_tokens": True,
         **names,
     }
+
+
+def pad_id(tokenizer: Tokenizer) -> int:
+    """Returns the id that pads batches: that of the unknown entry, or of the end of a text in `bytes`, which knows every byte."""
+    return tokenizer.eos_id if isinstance(tokenizer, Bytes) else 0
 
 
 def differences(tokenizer: Tokenizer) -> tuple[str, ...]:

@@ -14,14 +14,17 @@ TEXTS = {
     "entailment": ("first", "second"),
     "similarity": ("first", "second"),
     "multiple_choice": ("context", "a", "b", "c"),
+    "regression": ("first", "second"),
 }
+"""The text columns of each kind of task; a regression is a similarity task with scores from 1 to 3."""
+CLASSES = ("no", "yes", "maybe")
 STEP = 6
 
 
 def write_task(kind: str, folder: Path) -> TaskConfig:
     """Writes the rows of a task with three labels and returns its config."""
     rng = random.Random(2)
-    texts, labels = TEXTS[kind], ("0", "1", "2") if kind == "multiple_choice" else ("no", "yes", "maybe")
+    texts, labels = TEXTS[kind], {"multiple_choice": ("0", "1", "2"), "regression": ("1", "2", "3")}.get(kind, CLASSES)
     files = {}
     for split in ("train", "validation"):
         rows = ["\t".join([*texts, "label"])]
@@ -29,7 +32,8 @@ def write_task(kind: str, folder: Path) -> TaskConfig:
         rows += ["\t".join(["word."] * len(texts) + [label]) for label in labels]
         files[split] = str(folder / f"{kind}-{split}.tsv")
         Path(files[split]).write_text("\n".join(rows) + "\n")
-    return TaskConfig(kind=kind, texts=texts, labels=labels, **files, num_length_buckets=1)
+    fields = {"kind": "similarity", "score_range": (1, 3)} if kind == "regression" else {"kind": kind, "labels": labels}
+    return TaskConfig(texts=texts, **fields, **files, num_length_buckets=1)
 
 
 def random_params(model, head):

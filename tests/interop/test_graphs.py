@@ -120,6 +120,61 @@ def test_more_tokens_than_positions_are_an_error(format_: str, tmp_path: Path) -
         compute(*random_inputs(LANGUAGE_MODEL, 1, LANGUAGE_MODEL.model.context_length + 1))
 
 
+PAIR = FUNCTIONS["classes of a pair"]
+
+
+@pytest.mark.parametrize(
+    ("format_", "function", "change"),
+    [
+        pytest.param(format_, function, change, id=f"{format_}, {name}", marks=[pytest.mark.slow] * (format_ == "savedmodel"))
+        for format_ in GRAPHS
+        for name, function, change in (
+            ("ids", LANGUAGE_MODEL, [("tokens", 257), ("tokens", -1), ("tokens", -257), ("tokens", 10**6)]),
+            ("ids and positions", PAIR, [("tokens", 257), ("tokens", -1), ("extract", 5), ("extract", -1)]),
+        )
+    ],
+)
+def test_an_index_out_of_range_is_never_taken_for_another_one(
+    format_: str, function: ExportedFunction, change: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    """ONNX Runtime refuses it, and in the other graphs the outputs of its example are NaN; those of other examples are right."""
+    params = random_params(function)
+    write(format_, tmp_path, function, params)
+    compute = FORMATS[format_].load(tmp_path)
+    inputs = dict(zip(function.inputs, random_inputs(function, 2, 5), strict=True))
+    expected = compute(*inputs.values())
+    assert np.isfinite(expected).all()
+    for name, index in change:
+        changed = inputs | {name: inputs[name].copy()}
+        changed[name][1, ..., 0] = index
+        if format_ == "onnx":
+            with pytest.raises(Exception, match=r"out of data bounds|invalid index"):
+                compute(*changed.values())
+        else:
+            output = compute(*changed.values())
+            np.testing.assert_array_equal(output[0], expected[0])
+            assert np.isnan(output[1]).all()
+
+
+@pytest.mark.parametrize("format_", ["onnx", pytest.param("savedmodel", marks=pytest.mark.slow)])
+def test_ids_of_another_type_are_refused(format_: str, tmp_path: Path) -> None:
+    """The cards of these formats say so."""
+    write(format_, tmp_path, LANGUAGE_MODEL, random_params(LANGUAGE_MODEL))
+    (tokens,) = random_inputs(LANGUAGE_MODEL, 1, 3)
+    if format_ == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        with pytest.raises(Exception, match=r"tensor\(int64\).*expected: \(tensor\(int32\)\)"):
+            session.run(None, {"tokens": tokens.astype(np.int64)})
+    else:
+        import tensorflow as tf
+
+        serve = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+        with pytest.raises(Exception, match="expected to be a int32 tensor but is a int64 tensor"):
+            serve(tokens=tf.constant(tokens.astype(np.int64)))
+
+
 ALONE = {
     "stablehlo": """
 block("gpt_jax", "flax", "tensorflow")

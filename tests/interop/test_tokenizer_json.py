@@ -7,6 +7,7 @@ import string
 
 import pytest
 
+from gpt_jax.data.english import EnglishWords
 from gpt_jax.data.tokenizers import GPT1, Bytes, SentencePiece, Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.interop import tokenizer_json
@@ -191,7 +192,8 @@ def theirs_spelling(spelling):
     ],
 )
 def test_words_of_the_released_encoder(english, spelling, theirs_spelling, text, expected):
-    ours = ["\n" if word.isspace() else word for word in spelling._words(text)]
+    split = EnglishWords()
+    ours = ["\n" if word.isspace() else word for part in split.parts(text) for word in split.words(part)]
     assert words(theirs_spelling, text) == ours == expected.split(" ") * bool(expected)
     assert theirs_spelling.encode(text).ids == spelling.encode(text)
 
@@ -313,7 +315,17 @@ def test_config(spelling):
     assert config["unk_token"] == config["pad_token"] == "<unk>"
     assert "eos_token" not in config  # It is the newline, which decoding must not remove.
     assert tokenizer_config(Bytes(), (), 8)["eos_token"] == "</s>"
-    assert "pad_token" not in tokenizer_config(spelling, (), 512)
+
+
+def test_batches_are_padded_with_an_entry_of_the_vocabulary(spelling):
+    """A language model continues the end of a row, and a classifier has its extract token there."""
+    pieces = SentencePiece.train(DOCUMENTS, 370, "identity")
+    for tokenizer, name in ((spelling, "<unk>"), (pieces, "<unk>"), (Bytes(), "</s>")):
+        for specials, side in (((), "left"), (SPECIALS, "right")):
+            config, converted = tokenizer_config(tokenizer, specials, 16), convert(tokenizer, specials)
+            assert (config["pad_token"], config["padding_side"]) == (name, side)
+            ids = converted["model"]["vocab"] | {token["content"]: token["id"] for token in converted["added_tokens"]}
+            assert ids[name] == tokenizer_json.pad_id(tokenizer)
 
 
 @pytest.mark.parametrize("specials", [(), SPECIALS])
@@ -341,6 +353,12 @@ def test_transformers_loads_the_folder(kind, specials, spelling, tmp_path, monke
         n, the, no = tokenizer.vocab_size, tokenizer.ids["the</w>"], tokenizer.ids["not</w>"]
         batch = theirs(["the", "the"], ["not", "the not"], padding=True)
         assert batch["input_ids"] == [[n, the, n + 1, no, n + 2, 0], [n, the, n + 1, the, no, n + 2]]
+    batch = theirs(["the", "the cat"], padding=True)
+    sizes = [sum(mask) for mask in batch["attention_mask"]]
+    shorter, missing = batch["input_ids"][0], sizes[1] - sizes[0]
+    padding = shorter[-missing:] if specials else shorter[:missing]
+    assert padding == [tokenizer_json.pad_id(tokenizer)] * missing != []
+    assert len(theirs) == tokenizer.vocab_size + len(specials)
     full = theirs("the " * 30, truncation=True)["input_ids"]
     assert len(full) == 16
     assert (full[-1] == tokenizer.vocab_size + 2) == bool(specials)
