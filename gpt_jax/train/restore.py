@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,14 +72,16 @@ RANDOM = ("", "none")
 
 def describe_start(info: CheckpointInfo) -> dict[str, Any]:
     """Returns what identifies a checkpoint that a run starts from, and its training, wherever they are moved."""
-    digests = {"config_digest": config_digest(read_config(info)), "data_digest": read_manifest(info)["data_digest"]}
-    return {"step": info.step, "fingerprint": info.fingerprint, **digests}
+    config, data_digest = read_config(info), read_manifest(info)["data_digest"]
+    training = hashlib.sha256(f"{config_digest(config)} {data_digest} {config.init.from_}".encode()).hexdigest()
+    # An imported model was not trained here, so another one may have the same config.
+    return {"step": info.step, "fingerprint": info.fingerprint, "training": training if data_digest else info.fingerprint}
 
 
 def check_start(run: RunDir, path: str, allow_changes: bool) -> None:
     """Checks that `--init.from` leads to the checkpoint that a run in the folder started from, whatever the path is.
 
-    A run's folder may by now contain only later checkpoints of the same training. If nothing is found at the path, nothing is
+    A run's folder may by now contain only other checkpoints of the same training. If nothing is found at the path, nothing is
     compared, because the run continues from its own checkpoints.
 
     Args:
@@ -93,18 +96,17 @@ def check_start(run: RunDir, path: str, allow_changes: bool) -> None:
     if not stored:
         return
     before = config_from_dict(stored["config"], run.path / "config.json").init.from_
-    # Earlier versions recorded only the path.
-    run.start = stored.get("init") or next(reversed(_find_starts(before)), None)
-    found = _find_starts(path)
+    then = [stored["init"]] if stored.get("init") else _find_starts(before)  # Earlier versions recorded only the path.
+    now = _find_starts(path)
     if path in RANDOM or before in RANDOM:
         same = path in RANDOM and before in RANDOM
     else:
-        same = not found or run.start is None or any(_leads_to(path, other, run.start) for other in found)
+        name = "fingerprint" if is_checkpoint(Path(path)) else "training"
+        same = not (then and now) or any(found[name] == start[name] for found in now for start in then)
     if not same and not allow_changes:
-        now, then = _name_start(path, found[-1] if found else None), _name_start(before, run.start)
-        raise UserError(f"{run.path} contains a run that started from {then}, and --init.from is {now}. {INTENDED}")
-    if not same:
-        run.start = found[-1] if found else None
+        starts = f"started from {_name_start(before, then)}, and --init.from is {_name_start(path, now)}"
+        raise UserError(f"{run.path} contains a run that {starts}. {INTENDED}")
+    run.start = stored.get("init") if same else next(reversed(now), None)
 
 
 def _find_starts(path: str) -> list[dict[str, Any]]:
@@ -115,14 +117,6 @@ def _find_starts(path: str) -> list[dict[str, Any]]:
     return []
 
 
-def _leads_to(path: str, found: dict[str, Any], start: dict[str, Any]) -> bool:
-    """Returns whether a checkpoint found at a path is the one that a run started from, or later in the folder of its run."""
-    if found["step"] > start["step"] and not is_checkpoint(Path(path)):
-        return all(found[name] == start[name] for name in ("config_digest", "data_digest"))
-    return found["fingerprint"] == start["fingerprint"]
-
-
-def _name_start(path: str, start: dict[str, Any] | None) -> str:
-    if path in RANDOM:
-        return "random parameters"
-    return f"{path} (checkpoint {start['step']}, fingerprint {start['fingerprint'][:12]})" if start else path
+def _name_start(path: str, starts: list[dict[str, Any]]) -> str:
+    details = [f" (checkpoint {start['step']}, fingerprint {start['fingerprint'][:12]})" for start in starts[-1:]]
+    return "random parameters" if path in RANDOM else path + "".join(details)

@@ -168,7 +168,7 @@ def test_the_same_pretrained_model_is_recognized_under_any_path(tmp_path, capsys
         ]
         for run in runs:
             stored = json.loads((run / "config.json").read_text())
-            start = {"step": 9, "fingerprint": fingerprint(run.name), "config_digest": "c", "data_digest": "d"}
+            start = {"step": 9, "fingerprint": fingerprint(run.name), "training": "t"}
             (run / "config.json").write_text(json.dumps(stored | {"init": start}))
         return [line for line in shown(capsys, *runs) if " mean " in f" {line}"]
 
