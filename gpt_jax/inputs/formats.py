@@ -58,6 +58,7 @@ class Signature(NamedTuple):
     """Name for such files in a count of them, if they need not contain text; empty if they are text in another form."""
 
 
+_TAR = Signature(257, b"ustar", "a tar archive", "tar -xf {file} -C FOLDER", "archives")
 REFUSED = (
     Signature(0, codecs.BOM_UTF32_LE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {file} > NEW"),
     Signature(0, codecs.BOM_UTF32_BE, "UTF-32 text", "iconv -f UTF-32 -t UTF-8 {file} > NEW"),
@@ -67,7 +68,7 @@ REFUSED = (
     Signature(0, b"/annex/objects/", "a placeholder of git-annex for a file", "git annex get {file}"),
     Signature(0, b"PK\x03\x04", "a zip archive", "unzip {file} -d FOLDER", "archives"),
     Signature(0, b"PK\x05\x06", "an empty zip archive", "unzip {file} -d FOLDER", "archives"),
-    Signature(257, b"ustar", "a tar archive", "tar -xf {file} -C FOLDER", "archives"),
+    _TAR,
     Signature(0, b"BZh", "compressed with bzip2", "bzip2 -dk {file}", "archives"),
     Signature(0, b"\xfd7zXZ\0", "compressed with xz", "xz -dk {file}", "archives"),
     Signature(0, b"\x04\x22\x4d\x18", "compressed with lz4", "lz4 -d {file} NEW", "archives"),
@@ -77,6 +78,7 @@ REFUSED = (
     Signature(0, b"%PDF-", "a PDF document", "pdftotext {file} NEW", "documents"),
 )
 """Formats that are recognized and not read. UTF-32 precedes UTF-16, whose mark is the beginning of its own."""
+_FIRST_BYTES = tuple(signature.bytes for signature in REFUSED if not signature.position)
 
 
 def content_suffix(path: Path) -> str:
@@ -126,14 +128,16 @@ def _checked_head(path: Path, file: BinaryFile, compression: str) -> str:
       compression: the compression of the file from which this content was unpacked; empty if it is the file's own.
     """
     head = file.peek(HEAD_BYTES)
-    for signature in REFUSED:
+    suspicious = head.startswith(_FIRST_BYTES) or head.startswith(_TAR.bytes, _TAR.position)
+    for signature in REFUSED if suspicious else ():
         if head.startswith(signature.bytes, signature.position):
             command = signature.command.format(file=shlex.quote(str(path)))
-            if compression and signature.name != "a tar archive":
+            if compression and signature is not _TAR:
                 command = f"{unpack_command(compression, path)} first"
             message = f"{path}: {signature.name}, which is not read; use {command}"
             raise NotTextError(message, signature.kind) if signature.kind else UserError(message)
-    return next((kind for first_bytes, kind in SIGNATURES.items() if head.startswith(first_bytes)), "")
+    compressed = head.startswith(tuple(SIGNATURES))
+    return next(kind for first_bytes, kind in SIGNATURES.items() if head.startswith(first_bytes)) if compressed else ""
 
 
 class Detected(NamedTuple):

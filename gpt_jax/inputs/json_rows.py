@@ -34,7 +34,7 @@ def json_lines(file: BinaryFile, path: Path) -> Iterator[tuple[int, dict[str, An
             continue
         if len(data) > MAX_JSON_BYTES:
             raise _too_long(path, line)
-        yield line, parse_json_object(decode_text(data, path, line).removeprefix("\ufeff"), path, line)
+        yield line, parse_json_object(decode_text(data.rstrip(), path, line).removeprefix("\ufeff"), path, line)
 
 
 def _too_long(path: Path, line: int) -> UserError:

@@ -25,7 +25,7 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
       UserError: the text is not JSON, is nested too deeply, or has a number with too many digits or a lone surrogate.
     """
     try:
-        value = json.loads(text.rstrip())  # A line end would move the position of an error to the next line.
+        value = _DECODER.decode(text.rstrip())  # A line end would move the position of an error to the next line.
         require_characters(value, text, 0, len(text))
     except (ValueError, RecursionError) as error:
         raise json_error(error, path, line) from None
@@ -46,7 +46,7 @@ def parse_json_object(text: str, path: Path, line: int = 1) -> dict[str, Any]:
 
 def require_characters(value: Any, text: str, start: int, end: int) -> None:
     """Raises a `UnicodeEncodeError` if the JSON value that was parsed from this part of a text has a lone surrogate."""
-    if _SURROGATE.search(text, start, end):
+    if text.find("\\", start, end) >= 0 and _SURROGATE.search(text, start, end):
         json.dumps(value, ensure_ascii=False).encode()
 
 
