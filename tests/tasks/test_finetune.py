@@ -172,7 +172,7 @@ def test_evaluations_in_the_first_epoch_and_the_first_of_equal_checkpoints(confi
     assert [info.step for info in list_checkpoints(tmp_path)] == [1, 10]
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(finished, config, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one_although_its_source_is_gone(finished, config, tmp_path, capsys):
     run, result = finished
     again = tmp_path / "again"
     shutil.copytree(run, again)
@@ -180,10 +180,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(finished, config, tmp_path):
         if info.step > 8:
             shutil.rmtree(info.path)
     (again / "result.json").unlink()
-    resumed = finetune(config, again)
+    gone = TransferConfig(str(tmp_path / "gone"))
+    resumed = finetune(dataclasses.replace(config, init=gone), again)
+    assert f"continuing with the model and the tokenizer of {again}/checkpoints/8 ({tmp_path}/gone: no such folder; " in (
+        capsys.readouterr().err
+    )
+    start = json.loads((run / "config.json").read_text())["init"]
+    assert json.loads((again / "config.json").read_text())["init"] == start
     assert resumed == read_result(again)
     assert trajectory(again) == trajectory(run)
-    timeless = lambda scores: {k: v for k, v in scores.items() if "second" not in k}  # noqa: E731
+    timeless = lambda scores: {k: v for k, v in scores.items() if "second" not in k and k != "init"}  # noqa: E731
     assert timeless(resumed) == timeless(result)
     superseded = (again / "metrics.superseded.jsonl").read_text().splitlines()
     assert min(json.loads(line)["step"] for line in superseded) == 9
@@ -205,6 +211,78 @@ def test_a_finished_run_is_left_as_it_is(finished, config):
     before = {path: path.read_bytes() for path in (run / "config.json", run / "metrics.jsonl", run / "result.json")}
     assert finetune(replace_fields(config, train={"keep_latest": 8}), run) == result
     assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize("change", ["moved", "gone", "its tokenizer is gone", "all was moved", "its checkpoint was copied out"])
+def test_a_finished_run_shows_its_result_wherever_its_source_is(finished, pretrained, config_file, tmp_path, capsys, change):
+    """The labels, the special tokens, the architecture and the tokenizer are those of the run's own checkpoint."""
+    run, result = finished
+    source = shutil.copytree(pretrained, tmp_path / "source")
+    if change == "gone":
+        shutil.rmtree(source)
+    elif change == "its tokenizer is gone":
+        for folder in (source, *(source / "checkpoints").iterdir()):
+            shutil.rmtree(folder / "tokenizer")
+    elif change == "all was moved":
+        run = shutil.copytree(run, tmp_path / "run")
+    elif change == "its checkpoint was copied out":
+        source = (source / "checkpoints" / "2").rename(tmp_path / "best-model")
+    before = {path: path.read_bytes() for path in run.rglob("*.json")}
+    assert main(["finetune", str(config_file), "--init.from", str(source), "--workdir", str(run)]) == 0
+    log = capsys.readouterr().err.splitlines()
+    assert log[-2:] == [f"{run}: already finished at step 20; nothing to do", f"done: {run}: {describe(result)}"]
+    assert any(line.startswith(f"continuing with the model and the tokenizer of {run}/checkpoints/20") for line in log) == (
+        "gone" in change
+    )
+    assert {path: path.read_bytes() for path in run.rglob("*.json")} == before
+
+
+def describe(result):
+    scores = [f"{split} accuracy {result[split]['accuracy']:.4f}" for split in ("validation", "test")]
+    return f"checkpoint {result['best_step']} is the best: {'; '.join(scores)}"
+
+
+def test_another_source_is_refused_although_its_architecture_is_the_same(finished, pretrained, config, tmp_path):
+    run, _ = finished
+    before = (run / "config.json").read_bytes()
+    other = dataclasses.replace(config, init=TransferConfig(str(pretrained / "checkpoints" / "1")))
+    message = error_of(finetune, other, run)
+    assert message.startswith(f"{run} contains a run that started from {pretrained} (checkpoint 2, fingerprint ")
+    assert f"), and --init.from is {pretrained}/checkpoints/1 (checkpoint 1, fingerprint " in message
+    assert message.endswith("Use another --workdir, or add --allow-changes if this is intended")
+    random = dataclasses.replace(config, init=TransferConfig("none", like=str(pretrained)))
+    assert "), and --init.from is random parameters. " in error_of(finetune, random, run)
+    assert (run / "config.json").read_bytes() == before
+    assert finetune(other, run, allow_changes=True) == read_result(run)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ({"step": "20"}, "'step' is a string, not a whole number of at least 0"),
+        ({"best_step": "../20"}, "'best_step' is a string, not a whole number of at least 0"),
+        ({"validation": []}, "'validation' is a list, not an object"),
+        ({"validation": {"accuracy": "high"}}, "'validation.accuracy' is a string, not a floating-point number"),
+        ({"test": {"accuracy": [1]}}, "'test.accuracy' is a list, not a floating-point number"),
+    ],
+)
+def test_a_result_with_bad_values_is_one_line(finished, config, tmp_path, content, problem):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    (run / "result.json").write_text(json.dumps(finished[1] | content))
+    assert error_of(finetune, config, run) == f"{run}/result.json: {problem}; it was changed since it was written"
+    if "best_step" in content:
+        assert problem in error_of(evaluate.best_checkpoint, run)
+
+
+def test_a_renamed_best_checkpoint_is_still_the_best(finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "run")
+    best = run / "checkpoints" / str(finished[1]["best_step"])
+    assert evaluate.best_checkpoint(run) == best
+    best.rename(run / "checkpoints" / "best")
+    assert evaluate.best_checkpoint(run) == run / "checkpoints" / "best"
+    shutil.rmtree(run / "checkpoints" / "best")
+    message = f"{run}: checkpoint {best.name} no longer exists; name the folder of another one"
+    assert error_of(evaluate.best_checkpoint, run) == message
 
 
 @pytest.mark.parametrize(("examples", "rates"), [(2490, [0.0, 1.0]), (8551, [0.0, 1 / 1.602])])
@@ -332,6 +410,11 @@ def test_seeds_are_runs_of_their_own_with_one_summary(own_task, pretrained, tmp_
     assert result["validation"]["loss"]["median"] == pytest.approx(np.mean(losses))
     assert result["validation"]["loss"]["std"] == pytest.approx(np.std(losses, ddof=1))
     assert read_result(tmp_path) == result
+    # Runs that have begun do not need the model that they started from.
+    gone = dataclasses.replace(replace_fields(config, **PLAIN), init=TransferConfig("none", like=str(tmp_path / "gone")))
+    assert finetune_seeds(gone, tmp_path, 2)["validation"] == result["validation"]
+    assert f"--init.like: there is no folder '{tmp_path}/gone', and no config " in error_of(finetune_seeds, gone, tmp_path, 3)
+    assert not (tmp_path / "seed-2").exists()
 
 
 def test_one_seed_and_several_do_not_share_a_folder(finished, config, tmp_path):
