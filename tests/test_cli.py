@@ -12,7 +12,7 @@ from gpt_jax.arguments import parse
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
 from gpt_jax.train.checkpoint import list_checkpoints
-from tests.tiny import tiny_config, write_config, write_text
+from tests.tiny import tiny_config, trajectory, write_config, write_text
 
 
 def write_tiny(folder):
@@ -307,6 +307,37 @@ def test_a_workdir_of_another_config_is_refused(mistake, finished):
     assert contents(run) == before
 
 
+def test_a_run_resumes_after_it_and_its_text_were_moved(mistake, finished, tmp_path, monkeypatch, capsys):
+    """Its token store is inside its folder. Only what the text contains matters."""
+    config_file, original = finished
+    run = shutil.copytree(original, tmp_path / "moved")
+    shutil.rmtree(run / "checkpoints" / "8")
+    (run / "result.json").unlink()
+    (tmp_path / "texts").mkdir()
+    shutil.copy(original.parent / "text.jsonl", tmp_path / "texts")
+    monkeypatch.chdir(tmp_path)
+    assert main(["pretrain", str(config_file), "--workdir", "moved/", "--data.source", "./texts//text.jsonl"]) == 0
+    assert "resuming at step 4" in capsys.readouterr().err
+    assert trajectory(run) == trajectory(original)
+    stored = json.loads((run / "config.json").read_text())
+    assert (stored["digest_version"], stored["config"]["data"]["source"]) == (2, "./texts//text.jsonl")
+    assert stored["digest"] == json.loads((original / "config.json").read_text())["digest"]
+    manifest = json.loads((run / "checkpoints" / "8" / "manifest.json").read_text())
+    assert (manifest["config_digest"], manifest["config_digest_version"]) == (stored["digest"], 2)
+
+    # The text is gone, and then another one is there.
+    (tmp_path / "texts").rename("elsewhere")
+    assert main(["pretrain", str(config_file), "--workdir", "moved", "--data.source", "texts/text.jsonl"]) == 0
+    assert "already finished at step 8" in capsys.readouterr().err
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "text.jsonl").write_text('{"text": "another"}\n' * 60)
+    before = contents(run)
+    message = mistake("pretrain", config_file, "--workdir", "moved", "--data.source", "texts/text.jsonl", after_log=True)
+    assert message.startswith("moved/store: the text of --data.source has changed from ")
+    assert contents(run) == before
+    assert main(["pretrain", str(config_file), "--workdir", "moved", "--data.source", "texts", "--allow-changes"]) == 0
+
+
 def test_a_run_without_a_sound_checkpoint_is_refused(mistake, finished, tmp_path):
     config_file, run = finished
     run = shutil.copytree(run, tmp_path / "run")
@@ -320,6 +351,47 @@ def test_a_run_without_a_sound_checkpoint_is_refused(mistake, finished, tmp_path
     assert contents(run / "checkpoints") == before
     records = (run / "metrics.jsonl").read_text().splitlines()
     assert sum(json.loads(line)["kind"] == "train" for line in records) == 8
+
+
+def test_every_command_takes_a_checkpoint_that_was_copied_renamed_or_linked(mistake, finished, tmp_path, monkeypatch, capsys):
+    config_file, run = finished
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "checkpoints" / "8", "best-model")
+    shutil.copytree("best-model", "0008")
+    os.symlink("best-model", "latest")
+    continued = []
+    for name in ("best-model", "0008", "latest"):
+        capsys.readouterr()
+        assert main(["generate", name, "--prompt", "ab", "--tokens", "4", "--temperature", "0"]) == 0
+        continued.append(capsys.readouterr().out)
+        for action in ("list", "verify"):
+            assert main(["checkpoint", action, name]) == 0
+            shown = capsys.readouterr().out
+            assert shown.split()[:1] == ["8"]
+            assert f"(in {name}{' -> best-model' if name == 'latest' else ''})" in shown
+    assert len(set(continued)) == 1
+    assert mistake("checkpoint", "prune", "latest") == "latest: is a single checkpoint; give a run's folder"
+    assert mistake("evaluate", "latest").startswith("latest is a pre-trained model")
+    assert main(["evaluate", "0008", "--text", str(config_file)]) == 0
+    assert main(["export", "latest", "--format", "npz", "--out", "exported"]) == 0
+
+
+def test_a_renamed_checkpoint_inside_a_run_is_listed_and_kept(finished, tmp_path, capsys):
+    run = shutil.copytree(finished[1], tmp_path / "run")
+    (run / "checkpoints" / "4").rename(run / "checkpoints" / "best")
+    (run / "checkpoints" / "newest").symlink_to("8")
+    (run / "checkpoints" / "plots").mkdir()
+    for action in ("list", "prune", "verify"):
+        capsys.readouterr()
+        assert main(["checkpoint", action, str(run)]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        if action != "prune":
+            assert [line[0] for line in lines] == ["?", "4", "8", "8"]
+            assert [line[3] for line in lines] == ["incomplete", "sound", "sound", "sound"]
+            assert [line[-2:] for line in lines[:2]] == [["(in", "plots)"], ["(in", "best)"]]
+            assert lines[2][-4:] == ["(in", "newest", "->", "8)"]
+        else:
+            assert lines == []
 
 
 def test_verify_names_a_damaged_checkpoint(finished, tmp_path, capsys):
