@@ -38,7 +38,10 @@ def read_documents(path: Path, file_format: TextFormat, text_field: str, missing
             yield from text_documents(file, path)
             return
         for line, row in json_lines(file, path) if file_format == "jsonl" else json_objects(file, path):
-            yield _text_of(row, text_field, path, line, missing)
+            text = _text_of(row, text_field, f"{path}:{line}")
+            if text is None:
+                missing.add(f"{path.name}:{line}")
+            yield text or ""
 
 
 # -- plain text -------------------------------------------------------------------------------------------------------------
@@ -82,17 +85,15 @@ def _cut_position(text: bytes) -> int:
 # -- rows -------------------------------------------------------------------------------------------------------------------
 
 
-def _text_of(row: dict[str, Any], text_field: str, path: Path, line: int, missing: Tally) -> str:
-    """Returns the text of a JSON object."""
+def _text_of(row: dict[str, Any], text_field: str, where: str) -> str | None:
+    """Returns the text of a JSON object, or None if it is null."""
     if text_field not in row:
         hint = nearest(text_field, row)
         if tables := [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]:
             hint += f"; if the texts are in the list '{shortened(tables[0])}', write its objects on lines of their own (.jsonl)"
-        raise UserError(f"{path}:{line}: no field '{text_field}' (--data.text-field); {hint}")
+        hint += "; --data.format text reads the files of a source as plain text"
+        raise UserError(f"{where}: no field '{text_field}' (--data.text-field); {hint}")
     text = row[text_field]
-    if text is None:
-        missing.add(f"{path.name}:{line}")
-        return ""
-    if not isinstance(text, str):
-        raise UserError(f"{path}:{line}: the field '{text_field}' is {described(text)}, not a string")
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: the field '{text_field}' is {described(text)}, not a string")
     return text

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import fnmatch
 import glob
 import heapq
@@ -47,11 +48,13 @@ class FileList:
         self.hidden = Tally()
         self.unread_folders = Tally()
         self.skipped: dict[str, Tally] = collections.defaultdict(Tally)
+        # Two of these parts, one after the other, mean the same as one, but take much longer.
+        pattern = tuple(part for part, before in zip(pattern, ("", *pattern), strict=False) if {part, before} != {RECURSIVE})
         self._pattern = pattern
         self._hidden: set[Path] = set()
         self._searched: dict[FolderId, set[Pattern]] = collections.defaultdict(set)
         try:
-            self._above = {_folder_id(folder) for folder in root.resolve().parents}
+            self._above = {_folder_id(folder) for folder in _real_path(root).parents}
             paths = sorted(set(self._match(root, pattern)))
             self.files = {path: status for path in paths if (status := self._status(path)) is not None}
         except OSError as error:
@@ -61,7 +64,7 @@ class FileList:
 
     def reaches(self, folder: Path) -> bool:
         """Returns whether a file that is created in `folder`, which need not exist, could become part of the list."""
-        folder = folder.resolve()
+        folder = _real_path(folder)
         for parent in (folder, *folder.parents):
             with contextlib.suppress(OSError):
                 names = folder.relative_to(parent).parts
@@ -106,7 +109,8 @@ class FileList:
     def _entries(self, folder: Path, part: str) -> Iterator[Path]:
         """Yields the paths in a folder whose names match one part of a pattern."""
         if not glob.has_magic(part):
-            if os.path.lexists(folder / part):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                (folder / part).lstat()
                 yield folder / part
             return
         with os.scandir(folder) as entries:
@@ -121,8 +125,8 @@ class FileList:
         """Returns the properties of a file; counts anything else."""
         try:
             status = path.stat()
-        except OSError:
-            if not path.is_symlink():
+        except OSError as error:
+            if not path.is_symlink() or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
             self.skipped["broken links"].add(self._name(path))
             return None
@@ -141,6 +145,10 @@ class FileList:
 def _folder_id(path: Path) -> FolderId:
     status = path.stat()
     return status.st_dev, status.st_ino
+
+
+def _real_path(path: Path) -> Path:
+    return Path(os.path.realpath(path))  # Path.resolve raises an error if there is a loop of links.
 
 
 def _is_folder(path: Path) -> bool:

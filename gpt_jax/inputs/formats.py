@@ -66,6 +66,8 @@ REFUSED = (
     Signature(0, codecs.BOM_UTF16_BE, "UTF-16 text", "iconv -f UTF-16 -t UTF-8 {file} > NEW"),
     Signature(0, b"version https://git-lfs.github.com/spec/", "a placeholder of Git LFS for a file", "git lfs pull"),
     Signature(0, b"/annex/objects/", "a placeholder of git-annex for a file", "git annex get {file}"),
+    Signature(0, b"ARROW1", "an Arrow file", "datasets.load_from_disk(FOLDER).to_parquet(NEW) in Python"),
+    Signature(0, b"\xff\xff\xff\xff", "an Arrow stream", "datasets.load_from_disk(FOLDER).to_parquet(NEW) in Python"),
     Signature(0, b"PK\x03\x04", "a zip archive", "unzip {file} -d FOLDER", "archives"),
     Signature(0, b"PK\x05\x06", "an empty zip archive", "unzip {file} -d FOLDER", "archives"),
     _TAR,
@@ -188,23 +190,36 @@ def detect_format(path: Path, wanted: TextFormat | Literal["auto"] = "auto") -> 
 
 
 CONTROLS = re.compile(rb"[\x01-\x08\x0e-\x1a\x1c-\x1f]")
-"""Control characters that do not occur in text of any encoding that extends ASCII."""
+"""Control characters other than NUL that do not occur in text of any encoding that extends ASCII."""
+MAX_NULS = 0.001
+"""Maximum share of NUL bytes in what is otherwise text. Some text from the web has single ones."""
 
 
 def _refuse_binary(path: Path, head: bytes) -> None:
-    """Refuses content with NUL bytes, or with control characters where it is not UTF-8 either."""
+    """Refuses content with NUL bytes, or with control characters where it is not UTF-8 either.
+
+    Raises:
+      NotTextError: it is binary.
+      UserError: it is text, but in UTF-16 or with single NUL bytes.
+    """
+    for encoding, (upper, lower) in {"UTF-16LE": (head[1::2], head[::2]), "UTF-16BE": (head[::2], head[1::2])}.items():
+        # The upper bytes of most characters of western languages are 0.
+        if upper.count(0) > 0.7 * len(upper) and lower.count(0) < 0.1 * len(lower):
+            command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW"
+            raise UserError(f"{path}: looks like {encoding} text, which is not read; use {command}")
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # The last character may be cut off.
+        is_text = head.count(0) <= MAX_NULS * len(head) and not (b"\0" in head and CONTROLS.search(head))
+    except UnicodeDecodeError:
+        is_text = b"\0" not in head and not CONTROLS.search(head)
+    if not is_text:
+        reason = "it has NUL bytes" if b"\0" in head else "control characters, and not UTF-8"
+        raise NotTextError(f"{path}: a binary file ({reason}), not text", "binary files")
     if b"\0" in head:
-        for encoding, halves in {"UTF-16LE": (head[1::2], head[::2]), "UTF-16BE": (head[::2], head[1::2])}.items():
-            zeros, others = halves  # The upper bytes of most characters in western languages are 0.
-            if zeros.count(0) > 0.7 * len(zeros) and others.count(0) < 0.1 * len(others):
-                command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW"
-                raise UserError(f"{path}: looks like {encoding} text, which is not read; use {command}")
-        raise NotTextError(f"{path}: a binary file (it has NUL bytes), not text", "binary files")
-    if CONTROLS.search(head):
-        try:
-            codecs.getincrementaldecoder("utf-8")().decode(head)  # The last character may be cut off.
-        except UnicodeDecodeError:
-            raise NotTextError(f"{path}: a binary file (control characters, and not UTF-8), not text", "binary files") from None
+        line = 1 + head.count(b"\n", 0, head.index(0))
+        raise UserError(
+            f"{path}:{line}: a NUL byte in a text; remove it, for example: tr -d '\\0' < {shlex.quote(str(path))} > NEW"
+        )
 
 
 def decode_text(data: bytes, path: Path, line: int) -> str:

@@ -32,10 +32,10 @@ def parquet_texts(path: Path, column: str) -> Iterator[str | None]:
 
 def _read_column(path: Path, column: str, limit: int) -> Iterator[bytes | None]:
     """Yields the strings of a column in UTF-8."""
-    import pyarrow
-    import pyarrow.parquet
-
     try:
+        import pyarrow
+        import pyarrow.parquet
+
         with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
             schema = table.schema_arrow
             if schema.names.count(column) != 1:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt_jax.errors import UserError, nearest, require
+from gpt_jax.errors import UserError, nearest, printable, require
 from gpt_jax.inputs.documents import read_documents
 from gpt_jax.inputs.folders import FileList
 from gpt_jax.inputs.formats import NotTextError, TextFormat, detect_format
@@ -52,7 +52,7 @@ class TextFiles:
         self._format = file_format
         self._text_field = text_field
         self._allow_skipped = allow_skipped
-        self._log = log
+        self._log = lambda line: log(printable(line))
         try:
             self._list = _list_files(source)
         except OSError as error:

@@ -99,15 +99,18 @@ def test_the_text_field_of_each_object_is_a_document(tmp_path, file_format):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"txt": "b"}, r"rows:3: no field 'text' \(--data.text-field\); did you mean txt\?$"),
+        (
+            {"txt": "b"},
+            r"rows:3: no field 'text' \(--data.text-field\); did you mean txt\?; --data.format text reads .* plain text$",
+        ),
         ({"text": 3}, r"rows:3: the field 'text' is a number, not a string$"),
         ({"text": ["a"]}, r"rows:3: the field 'text' is a list, not a string$"),
-        ({}, r"rows:3: no field 'text' \(--data.text-field\); there are none$"),
+        ({}, r"rows:3: no field 'text' \(--data.text-field\); there are none; --data.format text"),
         (
             {"version": 1, "data": [{"text": "a"}]},
             r"rows:3: no field 'text' .*known: version, data; if the texts are in the list 'data', write its objects on lines of",
         ),
-        ({f"column {i}": 0 for i in range(1000)}, r"rows:3: no field 'text' .*known: column 0, .* and 988 more$"),
+        ({f"column {i}": 0 for i in range(1000)}, r"rows:3: no field 'text' .*known: column 0, .* and 988 more; "),
     ],
 )
 def test_a_row_without_a_text_is_named(tmp_path, file_format, row, message):

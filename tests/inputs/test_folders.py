@@ -3,6 +3,7 @@
 import glob
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,27 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, pattern
         FileList(tmp_path, pattern)
 
 
+@pytest.mark.parametrize("pattern", [ALL, ("*",), ("*", "sub", "*"), ("*", "sub", "a.txt")])
+def test_a_link_or_path_through_a_closed_folder_is_an_error_and_not_missing(tmp_path, monkeypatch, pattern):
+    make(tmp_path, "a.txt", "link -> closed/a.txt", "b/sub/a.txt")
+    for name in ("stat", "lstat"):
+        call = getattr(Path, name)
+
+        def refuse(path, *arguments, call=call, **options):
+            if path in (tmp_path / "link", tmp_path / "b" / "sub") and "_is_folder" not in sys._getframe(1).f_code.co_name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, name, refuse)
+    with pytest.raises(UserError, match=rf"^--data.source: cannot read {tmp_path}/(link|b/sub): Permission denied$"):
+        FileList(tmp_path, pattern)
+
+
+def test_patterns_with_many_recursive_parts_take_no_longer(tmp_path):
+    make(tmp_path, *(f"{a}/{b}/{c}.txt" for a in "abc" for b in "abc" for c in "abc"))
+    assert names(tmp_path, ("**",) * 2000 + ("*.txt",)) == names(tmp_path)
+
+
 def test_a_file_that_disappears_while_it_is_listed_is_an_error(tmp_path, monkeypatch):
     make(tmp_path, "a.txt", "b.txt")
     match = FileList._match
@@ -223,3 +245,5 @@ def test_relative_and_linked_spellings_of_a_folder_inside_are_recognized(tmp_pat
         for run in (Path("texts/run"), Path("way/run"), Path("./texts/../texts/run"), tmp_path / "way" / "run"):
             assert FileList(root).reaches(run)
         assert not FileList(root).reaches(Path("run"))
+    make(tmp_path, "texts/loop -> loop")
+    assert FileList(Path("texts")).reaches(Path("texts/loop/run"))

@@ -156,6 +156,13 @@ def test_json_named_txt_is_text_as_its_name_says_but_marked(tmp_path):
         ("a.jsonl", b"/annex/objects/SHA256E-s5--ab.jsonl\n", r"a placeholder of git-annex .* git annex get \S*a.jsonl$"),
         ("a.gz", pack(pack(PROSE)), r"a.gz: compressed twice; decompress it once: gzip -dc \S*/a.gz > NEW$"),
         ("a.gz", pack(zstandard.compress(PROSE)), "compressed twice"),
+        (
+            "a.txt",
+            PROSE[:6800] + b"a\0b\n",
+            r"a.txt:101: a NUL byte in a text; remove it, for example: tr -d '\\0' < \S*/a.txt > NEW$",
+        ),
+        ("data.arrow", b"\xff\xff\xff\xff\x70\x01\0\0", "an Arrow stream, which is not read; use datasets.load_from_disk"),
+        ("data.arrow", b"ARROW1\0\0", "an Arrow file"),
         ("a.parquet", ROWS, "a.parquet: not a Parquet file"),
         ("a.parquet.gz", pack(PARQUET), "a Parquet file that is compressed as a whole; decompress it first"),
         ("a.txt.gz", pack(PROSE[:50])[:-3], "a.txt.gz: broken gzip archive"),
@@ -187,7 +194,8 @@ TAR = io.BytesIO(b"name.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(247)).ge
         (b"\xff\xd8\xff\xe1\x10\x05Exif", "binary files", r"a binary file \(control characters, and not UTF-8\)"),
         (b"\x7fELF\2\1\1\0", "binary files", "a binary file"),
         (b"%PDF-1.4\n1 0 obj\n", "documents", r"a PDF document, .* pdftotext \S*/file NEW"),
-        (PROSE[:60_000] + b"\0", "binary files", "a binary file"),
+        (PROSE[:60_000] + bytes(100), "binary files", "a binary file"),
+        (b"SQLite format 3\0" + bytes(500), "binary files", "a binary file"),
     ],
 )
 @pytest.mark.parametrize("wanted", ["auto", "text", "jsonl"])
