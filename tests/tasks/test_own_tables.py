@@ -165,6 +165,12 @@ def test_stray_quotation_marks_are_text_with_a_note_if_they_could_enclose_cells(
     assert table.note == (f"{note} around cells removed, name the table .csv" if noted else "")
 
 
+def test_rows_are_not_taken_for_a_part_of_a_quoted_cell_because_one_of_them_is_broken(tmp_path):
+    table = read(tmp_path, "a.tsv", 'text\tlabel\n"x\tyes\na\tb\tc\n1\tno\ny"\tno\n')
+    assert [record.fields["text"] for record in table.records] == ['"x', "a", "1", 'y"']
+    assert [bool(record.fault) for record in table.records] == [False, True, False, False]
+
+
 def test_quotation_marks_around_whole_cells_are_kept_with_a_note(tmp_path):
     """Neither pandas nor a table without quoting would write this cell differently if its text had quotation marks."""
     table = read(tmp_path, "a.tsv", 'text\tlabel\n"Great film!"\t1\nbad\t0\n"So so."\t0\n')
@@ -181,6 +187,9 @@ def test_quotation_marks_that_were_doubled_are_removed_with_a_note(tmp_path):
     table = read(tmp_path, "a.tsv", written([["text", "label"], ['"A" b', "1"], ["c", "0"]], delimiter="\t"))
     assert rows_of(table) == [('"A" b', "1"), ("c", "0")]
     assert table.note == f"{tmp_path}/a.tsv: quotation marks around cells (1) are removed, because those in the cells are doubled"
+    table = read(tmp_path, "a.tsv", 'text\tlabel\n"""A"" b"\t1\n"Great film!"\t0\n')
+    assert rows_of(table) == [('"""A"" b"', "1"), ('"Great film!"', "0")]
+    assert "(2) are taken as part of the text" in table.note
 
 
 def test_a_broken_row_among_quoted_cells_is_named(tmp_path):

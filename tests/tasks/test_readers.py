@@ -479,6 +479,9 @@ def test_own_texts_may_join_columns_of_which_some_are_empty(tmp_path):
     write(tmp_path / "train.csv", "title,body,label", "A,b,1", ",c,0", '"d",,1')
     fields = {"train": str(tmp_path / "train.csv"), "kind": "entailment", "texts": ("body+title", "title+body")}
     assert [row.texts for row in own_split(**fields).examples] == [("b A", "A b"), ("c", "c"), ("d", "d")]
+    write(tmp_path / "train.csv", "a,b,c,label", "x,,z,1", "x, ,,0")
+    fields = {"train": str(tmp_path / "train.csv"), "texts": ("a+b+c",)}
+    assert contents(own_split(**fields).examples) == [(("x z",), 1), (("x",), 0)]
     write(tmp_path / "train.csv", "title,body,label", "A,b,1", " ,,0")
     with pytest.raises(UserError, match=r"train.csv:3: 'title\+body' is empty; every text needs"):
         own_split(train=str(tmp_path / "train.csv"), texts=("title+body",))
