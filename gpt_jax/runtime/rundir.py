@@ -260,7 +260,8 @@ def environment() -> dict[str, Any]:
     """Returns the commit, the versions of installed packages, the compiler flags and the command of this run."""
     versions = {"python": platform.python_version(), **installed_versions(PACKAGES)}
     flags = {"xla_flags": os.environ.get("XLA_FLAGS", ""), "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", "")}
-    return {"commit": find_checkout().version, "versions": versions, **flags, "command": sys.argv}
+    command = [word.encode(errors="backslashreplace").decode() for word in sys.argv]  # A path need not be UTF-8.
+    return {"commit": find_checkout().version, "versions": versions, **flags, "command": command}
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

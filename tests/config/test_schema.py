@@ -190,6 +190,15 @@ def test_the_home_folder_is_expanded_in_every_path(name, monkeypatch):
     assert error_of(lambda: kept("a\0b")).startswith(f"--{name}: 'a\\x00b' is not a path, because it contains a NUL character")
 
 
+@pytest.mark.parametrize("name", sorted(TEXTS.keys() - {"train.duration"}))
+def test_what_is_not_utf8_is_refused_because_no_json_could_record_it(name):
+    section, field = TEXTS[name]
+    value = ("caf\udce9",) if isinstance(field.default, tuple) else "caf\udce9"  # as Python decodes an argument in Latin-1
+    message = error_of(lambda: section(**{field.name: value}))
+    assert message.startswith(f"--{name}: ")
+    assert "udce9" in message
+
+
 @pytest.mark.parametrize("name", sorted(TEXTS.keys() & {"data.text-field", "task.label"}))
 def test_other_texts_keep_a_tilde(name):
     section, field = TEXTS[name]

@@ -62,6 +62,13 @@ def test_the_environment_has_the_versions_of_the_packages_that_drive_accelerator
     assert versions == {package: "1.2.3"}
 
 
+def test_a_command_that_is_not_utf8_is_recorded_so_that_it_can_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gpt-jax", "pretrain", "--workdir", "caf\udce9"])  # as Python decodes an argument in Latin-1
+    attempt(tmp_path, steps=[1])
+    assert read_json(tmp_path / "config.json")["command"][-1] == "caf\\udce9"
+    assert attempt(tmp_path, steps=[2], from_step=1) == 2
+
+
 def test_records_carry_kind_step_time_and_attempt(tmp_path):
     assert attempt(tmp_path, steps=[1, 2]) == 1
     assert attempt(tmp_path, steps=[3], from_step=2) == 2
