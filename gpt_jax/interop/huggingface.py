@@ -7,6 +7,7 @@ pair, which none of these classes does. Because the layer is linear, adding the 
 the model card explains.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.data.tokenizers import Tokenizer
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, shortened
 from gpt_jax.interop import tokenizer_json
 from gpt_jax.interop.parity import Computation
 from gpt_jax.tasks.head import Head
@@ -32,6 +33,9 @@ SCORE = "score.weight"
 """Name of the tensor with the weights of the classifier."""
 LARGEST_ADDITION = 10.0
 """Largest number that folding the bias may add to a weight. Larger numbers would cause rounding errors of 1e-5 and more."""
+
+LARGEST = 2**31 - 1
+"""Largest number in config.json that is plausible."""
 
 # Name, type and default value in config.json of each of our fields. A field without a default is required.
 FIELDS: dict[str, tuple[str, Any, Any]] = {
@@ -95,9 +99,9 @@ def from_config_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
     """
     kind = values.get("model_type")
     if kind != MODEL_TYPE:
-        raise UserError(f"{path}: the model type is '{kind}', but only GPT-1 ('{MODEL_TYPE}') can be imported")
+        raise UserError(f"{path}: the model type is '{shortened(str(kind))}', but only GPT-1 ('{MODEL_TYPE}') can be imported")
     if values.get("afn", "gelu") not in ("gelu", "gelu_new"):
-        raise UserError(f"{path}: the activation (afn) is '{values['afn']}', but GPT-1 has gelu")
+        raise UserError(f"{path}: the activation (afn) is '{shortened(str(values['afn']))}', but GPT-1 has gelu")
     if values.get("tie_word_embeddings") is False:
         raise UserError(
             f"{path}: the output layer has its own weights (tie_word_embeddings false), but GPT-1 uses its embeddings"
@@ -107,9 +111,18 @@ def from_config_json(values: Mapping[str, Any], path: Path) -> ModelConfig:
         value = values.get(name, default)
         if isinstance(value, bool) or not isinstance(value, kind):
             number = "a whole number" if kind is int else "a number"
-            raise UserError(f"{path}: {name} must be {number}, " + ("but is missing" if value is None else f"not {value!r}"))
+            problem = "but is missing" if value is None else f"not {shortened(repr(value))}"
+            raise UserError(f"{path}: {name} must be {number}, {problem}")
+        if not abs(value) <= LARGEST:
+            raise UserError(f"{path}: {name} must be a number of at most {LARGEST:,}, not {shortened(str(value))}")
         fields[field] = value
-    return ModelConfig(**fields, mlp_dim=4 * fields["embed_dim"])
+    try:
+        return ModelConfig(**fields, mlp_dim=4 * fields["embed_dim"])
+    except UserError as error:
+        message = str(error)
+        for field, (name, _, _) in FIELDS.items():
+            message = re.sub(rf"(--)?model\.{field.replace('_', '-')}\b", name, message)
+        raise UserError(f"{path}: {message}") from None
 
 
 def score_weight(kernel: np.ndarray, bias: np.ndarray, gain: np.ndarray, shift: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Imports (`gpt-jax import`): turns a model in another format into a run with one checkpoint, which can be loaded on any mesh."""
 
 import contextlib
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from jax.sharding import Mesh
 from gpt_jax.config import DataConfig, FinetuneRunConfig, ModelConfig, PretrainConfig, RunConfig, TokenizerConfig
 from gpt_jax.config.load import config_from_dict
 from gpt_jax.data.tokenizers import GPT1, MANIFEST, Tokenizer, load_tokenizer
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, shortened
 from gpt_jax.interop import huggingface, param_map, tensor_files
 from gpt_jax.interop.staging import staged_folder
 from gpt_jax.interop.tensor_files import Tensors
@@ -71,8 +72,8 @@ def import_(
       trust_pickle: whether to read a pytorch_model.bin, which is a pickle, with torch's restricted loader.
 
     Raises:
-      UserError: the format is unknown; a file is damaged; names, shapes or types do not fit (all of them are listed); the model
-        has another architecture; the tokenizer is missing or does not fit; the workdir is in use.
+      UserError: the format is unknown; a file is damaged; names, shapes or types do not fit (the first of them are listed); the
+        model has another architecture; the tokenizer is missing or does not fit; the workdir is in use.
     """
     with staged_folder(workdir, "workdir") as staging:
         foreign = inspect_folder(folder, config, tokenizer)
@@ -120,22 +121,35 @@ def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: b
     """Reads the parameters in a folder and shards them over a mesh.
 
     Raises:
-      UserError: a file is damaged, or tensors do not fit. The message lists all differences in one line.
+      UserError: a file is damaged, or tensors do not fit. The message lists the first differences in one line.
     """
     format_, model, head = foreign.format_, foreign.config.model, foreign.head
-    maps = param_map.tensor_maps(format_, model, head)
     if format_ == "openai":
-        tensors = tensor_files.load_openai(folder, [m.name for m in maps])
+        arrays = tensor_files.load_openai(folder)
+        tensors = {f"array {number}": array for number, array in enumerate(arrays)}
     elif format_ == "npz":
         tensors = tensor_files.load_npz(folder / "params.npz")
     else:
         in_file = tensor_files.load_safetensors(folder) if _has_safetensors(folder) else _load_pickle(folder, trust_pickle)
         tensors = _standard_names(folder, in_file)
-        if head is not None and not head.choices:  # Hugging Face's classifier has no bias, so our head is in a separate file.
-            tensors.pop(huggingface.SCORE, None)
-            tensors |= tensor_files.load_npz(folder / RUN_FILES / "head.npz")
-            maps += param_map.head_maps("npz", model, head)
+    _require_numbers(folder, model, tensors)
+    maps = param_map.tensor_maps(format_, model, head)
+    if format_ == "openai":  # Its arrays have an order, but no names.
+        tensors |= {m.name: tensors.pop(name) for m, name in zip(maps, list(tensors), strict=False)}
+    if format_ == "huggingface" and head is not None and not head.choices:
+        # Hugging Face's classifier has no bias, so our head is in a separate file.
+        tensors.pop(huggingface.SCORE, None)
+        tensors |= tensor_files.load_npz(folder / RUN_FILES / "head.npz")
+        maps += param_map.head_maps("npz", model, head)
     return param_map.to_params(folder, tensors, maps, foreign.config, mesh, head)
+
+
+def _require_numbers(folder: Path, model: ModelConfig, tensors: Tensors) -> None:
+    """Raises an error if a model is much larger than its file, before anything of the model's size is made."""
+    numbers = sum(tensor.size for tensor in tensors.values())
+    if model.num_parameters > 2 * numbers:
+        size = shortened(f"{model.num_parameters:,}")
+        raise UserError(f"{folder}: the config describes a model of {size} parameters, but the files have {numbers:,} numbers")
 
 
 # -- the contents of a folder -----------------------------------------------------------------------------------------------
@@ -171,14 +185,16 @@ def _check_manifest(folder: Path) -> None:
         return
     problems = []
     for name, checksum in read_json(manifest).items():
-        if not (folder / name).is_file():
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+            problems.append(f"'{name}' is not a file in the folder")
+        elif not (folder / name).is_file():
             problems.append(f"{name} is missing")
         elif sha256(folder / name) != checksum:
             problems.append(f"{name} was truncated or altered")
     if problems:
         raise UserError(
-            f"{folder}: differs from what was exported: {', '.join(problems)}; export it again, or delete {manifest} if the "
-            "change is intended"
+            f"{folder}: differs from what was exported: {param_map.first_problems(problems)}; export it again, or delete "
+            f"{manifest} if the change is intended"
         )
 
 
@@ -191,11 +207,11 @@ def _load_tokenizer(folder: Path, given: Path | None) -> Tokenizer:
             if all((place / name).is_file() for name in names):
                 try:
                     return GPT1(*((place / name).read_bytes() for name in names))
-                except UserError:
-                    raise UserError(
-                        f"{place}: {' and '.join(names)} are not the vocabulary and the merges of a byte-pair encoding like the "
-                        "released one"
-                    ) from None
+                except UserError as error:  # It names the released files.
+                    message = str(error)
+                    for released, name in zip(GPT1.files, names, strict=True):
+                        message = message.replace(released, name)
+                    raise UserError(f"{place}/{message}") from None
     raise UserError(
         f"{given or folder}: has no tokenizer; use --tokenizer with a run's tokenizer folder, or with a folder that has "
         f"{' and '.join(GPT1.files)}"
@@ -248,11 +264,13 @@ def _load_pickle(folder: Path, trusted: bool) -> Tensors:
     except ModuleNotFoundError:
         raise UserError(f"{path}: needs torch: pip install 'gpt_jax[huggingface]'") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Files of torch before 1.6 are not zip archives, and cannot be mapped into memory.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        arrays = {str(name): tensor.detach() for name, tensor in state.items()}
         # NumPy has no bfloat16 of its own, so torch cannot convert it.
         return {
-            str(name): x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
-            for name, x in state.items()
+            name: x.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if x.dtype == torch.bfloat16 else x.numpy()
+            for name, x in arrays.items()
         }
     except Exception as error:  # A damaged or hostile file causes errors of many types.
         raise UserError(f"{path}: truncated, altered, or not a dictionary of tensors ({type(error).__name__})") from error

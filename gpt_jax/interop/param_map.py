@@ -22,7 +22,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from gpt_jax.config import ModelConfig, RunConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import LISTED, UserError, shortened
 from gpt_jax.model.transformer import Params
 from gpt_jax.tasks.head import Head
 from gpt_jax.train.step import LANGUAGE_MODEL, abstract_state
@@ -165,7 +165,8 @@ def to_params(
       folder: the folder of the tensors, for messages.
 
     Raises:
-      UserError: names, shapes or types differ from what the model needs (all differences are listed), or a number is not finite.
+      UserError: names, shapes or types differ from what the model needs (the first differences are listed), or a number is not
+        finite.
     """
     _check_fit(folder, tensors, maps)
     trainable = head.trainable_model() if head else LANGUAGE_MODEL
@@ -181,13 +182,19 @@ def to_params(
 
 def _check_fit(folder: Path, tensors: Mapping[str, np.ndarray], maps: Sequence[TensorMap]) -> None:
     expected = {m.name: m.shape for m in maps}
-    problems = [f"{name} {list(shape)} is missing" for name, shape in expected.items() if name not in tensors]
+    problems = []
     for name, tensor in tensors.items():
-        if name not in expected:
-            problems.append(f"{name} {list(tensor.shape)} is unknown")
-        elif tensor.shape != expected[name]:
+        if tensor.shape != expected.get(name, tensor.shape):
             problems.append(f"{name} is {list(tensor.shape)}, not {list(expected[name])}")
         elif tensor.dtype.name not in ("float32", "bfloat16", "float16"):
-            problems.append(f"{name} is {tensor.dtype}, not float32, bfloat16 or float16")
+            problems.append(f"{shortened(name)} is {tensor.dtype}, not float32, bfloat16 or float16")
+    problems += [f"{name} {list(shape)} is missing" for name, shape in expected.items() if name not in tensors]
+    problems += [f"{shortened(name)} {list(tensor.shape)} is unknown" for name, tensor in tensors.items() if name not in expected]
     if problems:
-        raise UserError(f"{folder}: does not fit the model: {'; '.join(problems)}")
+        raise UserError(f"{folder}: does not fit the model: {first_problems(problems)}")
+
+
+def first_problems(problems: Sequence[str]) -> str:
+    """Returns the problems as one phrase; of many, the first ones and the number of the others."""
+    more = f"; and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
+    return "; ".join(problems[:LISTED]) + more

@@ -10,13 +10,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401  It registers bfloat16 with NumPy.
 import numpy as np
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, shortened
+from gpt_jax.inputs.json_shapes import mismatch
+from gpt_jax.inputs.json_values import parse_json
+from gpt_jax.runtime.rundir import read_json
 
 Tensors = dict[str, np.ndarray]
 
@@ -79,12 +82,15 @@ def load_safetensors(folder: Path) -> Tensors:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            if not all(isinstance(name, str) and Path(name).name == name for name in names):
-                raise ValueError("a name that is not a file of this folder")
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: is not an index of safetensors files") from None
+        values = read_json(index)
+        if problem := mismatch(values, {"weight_map": {str: str}}):
+            raise UserError(f"{index}: is not an index of safetensors files: {problem}")
+        names = sorted(set(values["weight_map"].values()))
+        for name in names:
+            if Path(name).name != name or name in ("", "..") or len(name) > 255:
+                raise UserError(
+                    f"{index}: '{shortened(name)}' is not a file in this folder; only the folder's own files are read"
+                )
     tensors: Tensors = {}
     for name in names:
         with _explain_damage(folder / name):
@@ -130,22 +136,19 @@ def save_openai(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
         (folder / f"params_{index}.npy").write_bytes(buffer.getbuffer())  # On a full disk np.save raises no error number.
 
 
-def load_openai(folder: Path, names: Sequence[str]) -> Tensors:
+def load_openai(folder: Path) -> list[np.ndarray]:
     """Reads the tensors of the released files, which have shapes and an order but no names.
-
-    Args:
-      names: names of the tensors in the order of the files. Any further tensors are called "array N".
 
     Raises:
       UserError: a file is missing, truncated or altered, or has pickled objects; or the shapes do not match the number of values.
     """
     shapes_file = folder / "params_shapes.json"
-    try:
-        shapes = [tuple(shape) for shape in json.loads(shapes_file.read_text(encoding="utf-8"))]
-        if not shapes or not all(type(size) is int and size > 0 for shape in shapes for size in shape):
-            raise ValueError("it must be a list of lists of whole numbers above 0")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{shapes_file}: is not a list of shapes ({error})") from None
+    with _explain_damage(shapes_file):
+        text = shapes_file.read_text(encoding="utf-8")
+    shapes = parse_json(text, shapes_file)
+    problem = mismatch(shapes, [[int]])
+    if problem or not shapes or not all(size for shape in shapes for size in shape):
+        raise UserError(f"{shapes_file}: is not a list of shapes, which are lists of whole numbers above 0")
     parts = []
     for number in range(OPENAI_FILES):
         path = folder / f"params_{number}.npy"
@@ -156,10 +159,9 @@ def load_openai(folder: Path, names: Sequence[str]) -> Tensors:
     numbers = np.concatenate(parts)
     ends = list(itertools.accumulate(math.prod(shape) for shape in shapes))
     if numbers.size != ends[-1]:
-        raise UserError(f"{folder}: params_*.npy have {numbers.size:,} numbers, but params_shapes.json describes {ends[-1]:,}")
-    all_names = [*names[: len(shapes)], *(f"array {number}" for number in range(len(names), len(shapes)))]
-    pieces = zip(all_names, np.split(numbers, ends[:-1]), shapes, strict=True)
-    return {name: piece.reshape(shape) for name, piece, shape in pieces}
+        described = shortened(f"{ends[-1]:,}")
+        raise UserError(f"{folder}: params_*.npy have {numbers.size:,} numbers, but params_shapes.json describes {described}")
+    return [piece.reshape(shape) for piece, shape in zip(np.split(numbers, ends[:-1]), shapes, strict=True)]
 
 
 @contextlib.contextmanager

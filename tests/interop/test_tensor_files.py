@@ -33,7 +33,9 @@ def save(format_, folder, tensors):
 def load(format_, folder):
     if format_ == "huggingface":
         return load_safetensors(folder)
-    return load_openai(folder, list(SHAPES)) if format_ == "openai" else load_npz(folder / "params.npz")
+    if format_ == "openai":  # The arrays have an order, but no names.
+        return dict(zip(SHAPES, load_openai(folder), strict=True))
+    return load_npz(folder / "params.npz")
 
 
 @pytest.mark.parametrize("format_", ["huggingface", "openai", "npz"])
@@ -150,12 +152,21 @@ def test_released_files_that_do_not_add_up_are_an_error(tensors, tmp_path):
         load("openai", tmp_path)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "[[0]]", '[["a"]]', "[3]", '{"a": 1}'])
-def test_a_wrong_list_of_shapes_is_an_error(content, tensors, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (content, ": is not a list of shapes")
+        for content in ("[]", "[[0]]", "[[-1]]", '[["a"]]', "[3]", '{"a": 1}', "[[1.5]]", "[[true]]")
+    ]
+    + [("", ":1: not valid JSON"), ("[" * 100_000, "nested too deeply"), ("[[" + "9" * 5000 + "]]", "a number has more than")],
+)
+def test_a_wrong_list_of_shapes_is_an_error(content, message, tensors, tmp_path):
     save_openai(tmp_path, tensors)
     (tmp_path / "params_shapes.json").write_text(content)
-    with pytest.raises(UserError, match=r"params_shapes.json: is not a list of shapes"):
+    with pytest.raises(UserError) as error:
         load("openai", tmp_path)
+    assert "params_shapes.json:" in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("damage", [truncate, empty, alter_header])
@@ -185,8 +196,37 @@ def test_a_safetensors_file_with_another_type_is_an_error(tmp_path):
         load("huggingface", tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": 1}}'])
-def test_a_wrong_index_of_safetensors_files_is_an_error(content, tmp_path):
+OUTSIDE = "is not a file in this folder; only the folder's own files are read"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[]", "a list, not a JSON object"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "its brackets are nested too deeply"),
+        ("{}", "is not an index of safetensors files: 'weight_map' is missing"),
+        ('{"weight_map": []}', "is not an index of safetensors files: 'weight_map' is a list, not an object"),
+        ('{"weight_map": {"a": 1}}', "is not an index of safetensors files: 'weight_map.a' is a number, not a string"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', f"'../b.safetensors' {OUTSIDE}"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', f"'/etc/passwd' {OUTSIDE}"),
+        ('{"weight_map": {"a": ".."}}', f"'..' {OUTSIDE}"),
+        ('{"weight_map": {"a": "a/b.safetensors"}}', f"'a/b.safetensors' {OUTSIDE}"),
+        ('{"weight_map": {"a": ""}}', "'' is not a file in this folder"),
+        ('{"weight_map": {"a": "' + "x" * 9000 + '"}}', "...' is not a file in this folder"),
+        ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', "model-00001-of-00002.safetensors: no such file"),
+        ('{"weight_map": {"a": "\\u0000"}}', "\\x00: no such file"),
+    ],
+)
+def test_a_wrong_index_of_safetensors_files_is_an_error(content, message, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match="is not an index of safetensors files"):
+    with pytest.raises(UserError) as error:
+        load("huggingface", tmp_path)
+    assert message in str(error.value)
+    assert str(error.value).startswith(str(tmp_path))
+
+
+def test_an_index_that_is_not_utf_8_is_an_error(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(b'{"weight_map": "\xff"}')
+    with pytest.raises(UserError, match="is not UTF-8"):
         load("huggingface", tmp_path)
