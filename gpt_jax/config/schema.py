@@ -69,7 +69,7 @@ class Section:
             name = f"{self.section}.{spec.name.rstrip('_')}".lstrip(".")
             fits, phrase = check_type(value, kind)
             require(fits, name, f"{value!r} is not {phrase}")
-            text = "".join(value) if isinstance(value, tuple) else str(value)
+            text = "".join(map(str, value)) if isinstance(value, tuple) else str(value)
             require(text.encode(errors="ignore").decode() == text, name, f"{value!r} is not UTF-8")
             if spec.metadata.get("affects") == "input":
                 require("\0" not in value, name, f"{value!r} is not a path, because it contains a NUL character")
