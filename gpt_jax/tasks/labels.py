@@ -9,11 +9,11 @@ from typing import Any
 from gpt_jax.errors import UserError, described, listed, shortened
 from gpt_jax.tasks.tables import Record, RowFaults
 
-MISSING = frozenset({"", "-", "nan", "-nan", "null", "none", "na", "n/a", "<na>", "#n/a", "#na"})
-"""Texts that stand for a missing label, in lowercase: an empty cell, that of SNLI, and those of pandas and spreadsheets."""
-
 WORDS = frozenset({"none", "na", "n/a", "null"})
-"""Members of `MISSING` that may also be the name of a class."""
+"""Words for a missing label, in lowercase, that may also be the name of a class."""
+
+MISSING = WORDS | {"", "-", "nan", "-nan", "<na>", "#n/a", "#na", "#value!", "#ref!", "#name?", "#div/0!", "#num!", "#null!"}
+"""Texts for a missing label, in lowercase: an empty cell, that of SNLI, those of pandas, and the errors of spreadsheets."""
 
 HIDDEN = "-1"
 """Number that GLUE and tensorflow-datasets write instead of a label in a test split."""
@@ -27,6 +27,7 @@ MAX_LENGTH = 200
 
 _WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
 _NUMBER = re.compile(r"[-+]?[0-9]*[.,]?[0-9]+(?:[eE][-+]?[0-9]+)?")
+"""A number, perhaps with a decimal comma as in European spreadsheets."""
 
 
 def label_text(value: Any) -> str:
@@ -48,6 +49,11 @@ def label_text(value: Any) -> str:
     if whole := _WHOLE.fullmatch(text):
         return whole[1] if whole[1] != "-0" else "0"
     return text.casefold() if text.casefold() in ("true", "false") else text
+
+
+def score_of(text: str) -> float | None:
+    """Returns the number that a label's text is; None if it is not a number, or has a decimal comma."""
+    return float(text) if _NUMBER.fullmatch(text) and "," not in text else None
 
 
 def is_missing(text: str) -> bool:

@@ -155,9 +155,15 @@ def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTa
     rows = [(line, cells) for line, cells in rows if any(cell.strip() for cell in cells)]
     columns = tuple(name.strip() for name in rows[0][1]) if rows else ()
     records = [make_record(f"{file}:{line}", columns, cells) for line, cells in rows[1:]]
-    if note:
-        records = [record._replace(fault=record.fault and f"{record.fault} ({note})") for record in records]
-    return OwnTable(file, columns, records, note)
+    return OwnTable(file, columns, [_complete_fault(record, columns, note) for record in records], note)
+
+
+def _complete_fault(record: Record, columns: tuple[str, ...], note: str) -> Record:
+    """Returns the record with a fault also for a second header, and with the note about the table in its fault."""
+    fault = record.fault and record.fault + (f" ({note})" if note else "")
+    if len(columns) > 1 and tuple(record.fields.values()) == columns:
+        fault = "the names of the columns again; remove this row"
+    return record._replace(fault=fault)
 
 
 def _read_quoted(file: Path, lines: Sequence[str], delimiter: str) -> Rows:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gpt_jax.config import TaskConfig
 from gpt_jax.errors import UserError, described, listed, shortened
 from gpt_jax.tasks.file_layouts import COLUMNS, EMPTY, JOINED, NO_GOLD, FileLayout, SplitName
-from gpt_jax.tasks.labels import HIDDEN, is_missing, label_text, missing_label_fault
+from gpt_jax.tasks.labels import HIDDEN, is_missing, label_text, missing_label_fault, score_of
 from gpt_jax.tasks.own_tables import read_own_table
 from gpt_jax.tasks.readers_tfds import read_tfds
 from gpt_jax.tasks.registry import Task
@@ -208,11 +208,8 @@ def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, rec
 
 def _parse_score(task: Task, text: str) -> float | None:
     """Returns a score, or None if the text is not a number in the task's range."""
-    try:
-        score = float(text)
-    except ValueError:
-        return None
-    return score if float(task.labels[0]) <= score <= float(task.labels[-1]) else None
+    score = score_of(text)
+    return score if score is not None and float(task.labels[0]) <= score <= float(task.labels[-1]) else None
 
 
 def _hold_out(examples: list[Example], size: int, split: SplitName) -> list[Example]:

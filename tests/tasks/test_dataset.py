@@ -86,9 +86,12 @@ def test_the_same_file_for_training_and_validation_is_noticed(tmp_path):
     (tmp_path / "train.tsv").write_text("text\tlabel\na\t1\nb\t0\n")
     (tmp_path / "link.tsv").symlink_to(tmp_path / "train.tsv")
     lines = []
-    config = TaskConfig(train=str(tmp_path / "train.tsv"), validation=str(tmp_path / "link.tsv"))
-    load_dataset(config, Bytes(), 64, 2, lines.append)
-    assert lines[-1] == "warning: 2 of the 2 validation examples have the same texts as a training example"
+    files = {"train": "train.tsv", "validation": "link.tsv", "test": "train.tsv"}
+    load_dataset(TaskConfig(**{split: str(tmp_path / name) for split, name in files.items()}), Bytes(), 64, 2, lines.append)
+    assert lines[-2:] == [
+        "warning: 2 of the 2 validation examples have the same texts as a training example",
+        "warning: 2 of the 2 test examples have the same texts as a training example",
+    ]
 
 
 def test_what_was_assumed_about_a_table_is_logged(tmp_path):

@@ -58,7 +58,27 @@ def test_values_that_are_not_one_label(value, message):
 
 @pytest.mark.parametrize(
     "hole",
-    [None, "", " ", "nan", "NaN", math.nan, "-nan", "null", "NULL", "None", "NA", "n/a", "N/A", "#N/A", "<NA>", "-", [], {}],
+    [
+        None,
+        "",
+        " ",
+        "nan",
+        "NaN",
+        math.nan,
+        "-nan",
+        "null",
+        "NULL",
+        "None",
+        "NA",
+        "n/a",
+        "N/A",
+        "#N/A",
+        "#VALUE!",
+        "<NA>",
+        "-",
+        [],
+        {},
+    ],
 )
 def test_holes_are_missing_labels_and_not_classes(hole):
     assert is_missing(label_text(hole))

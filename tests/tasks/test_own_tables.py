@@ -143,6 +143,13 @@ def test_rows_with_too_few_or_too_many_cells_have_a_fault(tmp_path):
     assert table.records[0].fault == "3 columns; there must be 2: text, label"
 
 
+def test_a_second_header_is_refused_and_not_a_class(tmp_path):
+    """Tables that were joined with `cat` have one for each of them."""
+    table = read(tmp_path, "a.csv", "text,label\na,1\ntext, label\nb,0\n")
+    assert [record.fault for record in table.records] == ["", "the names of the columns again; remove this row", ""]
+    assert rows_of(read(tmp_path, "a.csv", "text\ntext\n"), "text") == [("text",)]
+
+
 # -- quotation marks in tables with tabs ------------------------------------------------------------------------------------
 
 

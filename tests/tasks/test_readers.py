@@ -494,7 +494,7 @@ def test_own_scores_in_any_range(tmp_path):
     write(tmp_path / "train.csv", "text,label", "a,-1", "b,0.25", "c, 1.0 ")
     split = own_split(train=str(tmp_path / "train.csv"), score_range=(-1, 1))
     assert [row.label for row in split.examples] == [-1, 0.25, 1]
-    for score, hint in (("1.5", ""), ("abc", ""), ("1e999", ""), ('"0,5"', "; write 0.5")):
+    for score, hint in (("1.5", ""), ("abc", ""), ("1e999", ""), ("0_1", ""), ("80%", ""), ('"0,5"', "; write 0.5")):
         write(tmp_path / "train.csv", "text,label", "a,0", f"b,{score}")
         with pytest.raises(UserError) as error:
             own_split(train=str(tmp_path / "train.csv"), score_range=(-1, 1))
