@@ -5,7 +5,6 @@ columns, and the separator (comma, tab, semicolon or bar) is the one with which 
 quoted, but many tables with tabs are not quoted and have stray quotation marks. `_read_tabs` finds out which is the case.
 """
 
-import csv
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -59,12 +58,13 @@ class OwnTable(NamedTuple):
 
 def _split_name(name: str, columns: Sequence[str]) -> tuple[str, ...]:
     """Returns the names of columns that a name joins with "+". A column whose own name contains it is preferred."""
-    words = name.split("+")
-    for size in range(len(words), 0, -1):
-        head, rest = "+".join(words[:size]).strip(), "+".join(words[size:])
-        if head in columns:
-            return (head, *(_split_name(rest, columns) if words[size:] else ()))
-    return (words[0].strip(), *(_split_name("+".join(words[1:]), columns) if words[1:] else ()))
+    words, parts = name.split("+"), []
+    while words:
+        sizes = (size for size in range(len(words), 0, -1) if "+".join(words[:size]).strip() in columns)
+        size = next(sizes, 1)
+        parts.append("+".join(words[:size]).strip())
+        words = words[size:]
+    return tuple(parts)
 
 
 def read_own_table(path: str, field: str, wanted: Iterable[str]) -> OwnTable:
@@ -141,13 +141,18 @@ Rows = list[tuple[int, list[str]]]
 
 def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTable:
     lines = list(read_lines(file))
-    if lines and (told := re.fullmatch(r'"?sep=(.)"?\s*', lines[0])):  # Excel obeys and writes this line.
+    if lines and (
+        told := re.fullmatch(r'"?sep=([^\w\s"]|\t)"?\s*', lines[0])
+    ):  # Excel obeys this line, and some programs write it.
         delimiters, lines[0] = told[1], "\n"
     header = next((line for line in lines if line.strip()), "")
 
     def fit(delimiter: str) -> tuple[int, int]:
         """Returns the number of wanted columns that the header has, and that of all its columns."""
-        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])]
+        try:
+            names = [name.strip() for _, cells in _read_quoted(file, [header], delimiter) for name in cells]
+        except UserError:  # The names are not quoted, or one of them has several lines.
+            names = [name.strip() for name in header.split(delimiter)]
         return sum(set(_split_name(name, names)) <= set(names) for name in wanted), len(names)
 
     delimiter = max(delimiters, key=fit)

@@ -23,6 +23,12 @@ LONG = "long " * 28_000
 """A text of 140,000 characters, which exceeds the csv module's own limit."""
 
 
+@pytest.fixture(autouse=True)
+def small_cells() -> None:
+    """Sets the csv module's limit as it is in a new process."""
+    csv.field_size_limit(131_072)
+
+
 def read(folder: Path, name: str, content: str | bytes, wanted: tuple[str, ...] = ("text", "label")) -> OwnTable:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -85,9 +91,12 @@ def test_the_separator_makes_the_wanted_columns_appear(tmp_path):
 
 
 def test_excel_states_the_separator_in_the_first_line(tmp_path):
-    table = read(tmp_path, "a.csv", "sep=;\r\ntext;label\r\n1,5 kg;yes\r\n")
-    assert rows_of(table) == [("1,5 kg", "yes")]
-    assert lines_of(table) == [3]
+    for separator in (";", ",", "\t", "|", ":", "^"):
+        table = read(tmp_path, "a.csv", f"sep={separator}\r\ntext{separator}label\r\n1.5 kg{separator}yes\r\n")
+        assert rows_of(table) == [("1.5 kg", "yes")]
+        assert lines_of(table) == [3]
+    for line in ('sep="', "sep=\r", "sep=", "sep=ab"):
+        assert read(tmp_path, "a.csv", f"{line}\ntext,label\na,1\n").columns == (line.strip(),)
 
 
 def test_spaces_may_follow_the_separator(tmp_path):
