@@ -258,6 +258,8 @@ def test_a_correct_source_works_after_a_mistaken_one(mistake, config_file, tmp_p
     [
         ("--train.duration", "0.001 epochs", "'0.001 epochs' is less than one update of 8 examples"),
         ("--optim.warmup", "8 steps", "must be shorter than the run of 8 steps, not 8 steps"),
+        ("--train.duration", "1e300", "'1e300' is 1e+300 updates; a run has fewer than 2^31"),
+        ("--train.duration", "1e308 epochs", "'1e308 epochs' is inf updates; a run has fewer than 2^31"),
     ],
 )
 def test_durations_that_leave_nothing_to_do_are_one_line(mistake, finished, tmp_path, field, value, expected):

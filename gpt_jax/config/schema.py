@@ -41,6 +41,8 @@ def check_type(value: Any, kind: Any) -> tuple[bool, str]:
         parts = {str: "strings", int: "whole numbers"}[part]
         return isinstance(value, tuple) and all(check_type(item, part)[0] for item in value), f"a tuple of {parts}"
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+    if isinstance(value, int) and abs(value) >= 2**63:  # It would not fit into an array.
+        return False, "a number below 2^63"
     # A float field accepts an int, but no numeric field accepts a bool.
     fits = isinstance(value, (int, float) if kind is float else kind) and (kind is bool or not isinstance(value, bool))
     return fits, words.get(kind, f"a {kind.__name__}")

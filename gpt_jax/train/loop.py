@@ -106,12 +106,14 @@ def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) 
     """
     train = config.train
     steps = functools.partial(schema.duration_to_steps, batch_size=train.batch_size, context_length=context_length, epoch=epoch)
-    total = int(steps(train.duration, "train.duration"))
+    length = steps(train.duration, "train.duration")
+    require(length < 2**31, "train.duration", f"'{train.duration}' is {length:.3g} updates; a run has fewer than 2^31")
+    total = int(length)
     require(total > 0, "train.duration", f"'{train.duration}' is less than one update of {train.batch_size} examples")
     warmup = steps(config.optim.warmup, "optim.warmup", total=total)
     require(warmup < total, "optim.warmup", f"must be shorter than the run of {total} steps, not {warmup:g} steps")
-    eval_every = max(int(steps(train.eval_every, "train.eval_every", total=total)), 1)
-    save_every = max(int(steps(train.save_every, "train.save_every", total=total)), 1)
+    eval_every = max(int(min(steps(train.eval_every, "train.eval_every", total=total), total)), 1)
+    save_every = max(int(min(steps(train.save_every, "train.save_every", total=total), total)), 1)
     return Schedule(total, warmup, eval_every, save_every)
 
 

@@ -247,6 +247,8 @@ def test_every_number_has_a_range_and_one_out_of_it_is_refused(section, field):
         (TrainConfig, {"batch_size": "many"}, "--train.batch-size: 'many' is not a whole number"),
         (TrainConfig, {"batch_size": 64.0}, "--train.batch-size: 64.0 is not a whole number"),
         (TrainConfig, {"batch_size": True}, "--train.batch-size: True is not a whole number"),
+        (TrainConfig, {"batch_size": 2**63}, "--train.batch-size: 9223372036854775808 is not a number below 2^63"),
+        (OptimConfig, {"peak_lr": 10**20}, "--optim.peak-lr: 100000000000000000000 is not a number below 2^63"),
         (TrainConfig, {"duration": 100}, "--train.duration: 100 is not a string"),
         (TrainConfig, {"prompts": "The"}, "--train.prompts: 'The' is not a tuple of strings"),
         (TrainConfig, {"tensorboard": 1}, "--train.tensorboard: 1 is not True or False"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.config import DataConfig, FinetuneRunConfig, OptimConfig, PretrainConfig, TaskConfig, TrainConfig
-from gpt_jax.config.load import CONFIG_VERSION
+from gpt_jax.config.load import CONFIG_VERSION, DIGEST_VERSION
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.rundir import RunDir, environment, read_json, sha256, write_atomic
 
@@ -42,6 +42,7 @@ def test_config_json_has_the_config_and_what_produced_the_run(tmp_path, monkeypa
     assert stored["data_digest"] == "d0" * 32
     assert len(stored["digest"]) == 64
     assert stored["config_version"] == CONFIG_VERSION == 2
+    assert stored["digest_version"] == DIGEST_VERSION == 2
     assert stored["xla_flags"] == "--xla_some_flag"
     assert stored["libtpu_init_args"] == "--xla_tpu_some_flag"
     assert {"python", "jax", "flax", "optax", "numpy"} <= set(stored["versions"])
@@ -103,9 +104,17 @@ def test_another_config_is_refused_and_its_differences_are_named(tmp_path):
 
 def test_fields_that_affect_speed_or_display_may_differ(tmp_path):
     attempt(tmp_path, steps=[1])
-    data = dataclasses.replace(CONFIG.data, prefetch=9, store="elsewhere", pipeline="threads")
+    data = dataclasses.replace(CONFIG.data, prefetch=9, pipeline="threads")
     train = dataclasses.replace(CONFIG.train, log_seconds=1.0, save_every="7 steps", grad_accum_steps=2, prompts=("Hello",))
     assert attempt(tmp_path, dataclasses.replace(CONFIG, data=data, train=train), steps=[2], from_step=1) == 2
+
+
+def test_the_paths_of_inputs_may_differ(tmp_path):
+    """Their content is compared by other means."""
+    attempt(tmp_path, steps=[1])
+    tokenizer = dataclasses.replace(CONFIG.data.tokenizer, path="elsewhere")
+    data = dataclasses.replace(CONFIG.data, source="elsewhere", store="elsewhere", tokenizer=tokenizer)
+    assert attempt(tmp_path, dataclasses.replace(CONFIG, data=data), steps=[2], from_step=1) == 2
 
 
 def rewrite_config(folder, change):
@@ -193,6 +202,50 @@ def test_a_config_json_that_is_not_json_is_named(tmp_path):
         attempt(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"config": []}, ": 'config' is a list, not an object; it was changed since it was written"),
+        ({"config": None}, ": 'config' is null, not an object; "),
+        ({"config": {"train": 5}}, ": no config field is named 'train'; "),
+        ({"config": {"train": {"seed": "3"}}}, ": --train.seed: '3' is not a whole number"),
+        ({"config": {"optim": {"peak_lr": 10**400}}}, f": --optim.peak-lr: {10**400} is not a number below 2^63"),
+        ({"config": {"data": {"source": ["a"]}}}, ": --data.source: ('a',) is not a string"),
+        ({"config": {"task": {"train": {"a": 5}}}}, ": no config field is named 'task.train.a'; "),
+        ({"data_digest": 5}, ": 'data_digest' is a number, not a string; "),
+        ({"init": []}, ": 'init' is a list, not an object; "),
+    ],
+)
+def test_a_config_json_with_bad_values_is_one_line(tmp_path, values, problem):
+    attempt(tmp_path, steps=[1])
+    write_atomic(tmp_path / "config.json", json.dumps(read_json(tmp_path / "config.json") | values))
+    with pytest.raises(UserError) as error:
+        attempt(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/config.json{problem}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config", "data_digest"])
+def test_a_config_json_that_lacks_a_value_is_one_line(tmp_path, name):
+    attempt(tmp_path, steps=[1])
+    write_atomic(
+        tmp_path / "config.json",
+        json.dumps({key: value for key, value in read_json(tmp_path / "config.json").items() if key != name}),
+    )
+    with pytest.raises(UserError, match=f"config.json: '{name}' is missing; it was changed since it was written"):
+        attempt(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"5", b"", b"\xff\xfe{", b"[" * 100_000, b'{"config": ' + b"9" * 5000 + b"}"])
+def test_a_config_json_that_holds_something_else_is_one_line(tmp_path, content):
+    attempt(tmp_path, steps=[1])
+    (tmp_path / "config.json").write_bytes(content)
+    for check in (attempt, lambda folder: RunDir(folder).require_not_imported()):
+        with pytest.raises(UserError) as error:
+            check(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path}/config.json:")
+
+
 # -- the record -------------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +268,35 @@ def test_a_line_that_was_cut_off_is_left_out_of_the_record(tmp_path, cut):
     assert [record["step"] for record in RunDir(tmp_path).records()] == ([1, 2, 3] if cut == 1 else [1, 2])
     attempt(tmp_path, steps=[3, 4], from_step=2)
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+NOT_RECORDS = [
+    b"\xff\xfe",
+    b"[]",
+    b"5",
+    b"{}",
+    b"null",
+    b"[" * 100_000,
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"kind": "train", "step": "3", "attempt": 1}',
+    b'{"kind": "train", "step": -3, "attempt": 1}',
+    b'{"kind": "train", "step": 3, "attempt": "first"}',
+    b'{"kind": "train", "step": 3}',
+    b'{"step": 3, "attempt": 1}',
+    b'{"kind": 5, "step": 3, "attempt": 1}',
+    b'{"kind": "train", "step": ' + b"1" * 400 + b', "attempt": 1}',
+]
+
+
+def test_lines_that_are_not_records_are_moved_not_lost(tmp_path):
+    attempt(tmp_path, steps=[1, 2])
+    file = tmp_path / "metrics.jsonl"
+    first, second = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([first, *NOT_RECORDS, second]) + b"\n")
+    assert [record["step"] for record in RunDir(tmp_path).records()] == [1, 2]
+    assert attempt(tmp_path, steps=[3], from_step=2) == 2
+    assert [json.loads(line)["step"] for line in file.read_bytes().splitlines()] == [1, 2, 3]
+    assert (tmp_path / "metrics.superseded.jsonl").read_bytes() == b"\n".join(NOT_RECORDS) + b"\n"
 
 
 def test_a_cut_off_line_is_noticed_where_nothing_is_superseded(tmp_path):
