@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, listed
 from gpt_jax.inputs.formats import COMPRESSIONS
 from gpt_jax.tasks.file_layouts import SPLITS, FileLayout, SplitName
 from gpt_jax.tasks.registry import Task
@@ -54,7 +54,7 @@ def open_release(task: Task, given: Path, split: SplitName) -> tuple[FileLayout,
         if not paths:
             raise UserError(f"--task.path: {folder} has no {patterns[group]}, which the {split} split of {task.title} needs")
         if len(paths) > 1 and not layout.articles:
-            raise UserError(f"--task.path: {folder} has {' and '.join(path.name for path in paths)}; keep one of them")
+            raise UserError(f"--task.path: {folder} has {listed(path.name for path in paths)}; keep one of them")
     hidden = [path for paths in files.values() for path in _hidden_siblings(paths[0])] if layout.articles else []
     note = f"hidden files are not read ({len(hidden):,}, such as {hidden[0]})" if hidden else ""
     return layout, {group: _read_files(layout, paths, split) for group, paths in files.items()}, note

@@ -405,9 +405,7 @@ def test_names_are_compared_without_case_and_files_may_be_compressed(tmp_path):
     for given in (tmp_path / "sst-2", tmp_path / "SST-2"):
         assert contents(examples_of("sst2", given)) == [(("fine",), 1)]
     (tmp_path / "sst-2" / "train.tsv.zst").write_bytes(b"")
-    assert (
-        error_of("sst2", tmp_path / "sst-2") == f"--task.path: {tmp_path}/sst-2 has Train.TSV and train.tsv.zst; keep one of them"
-    )
+    assert error_of("sst2", tmp_path / "sst-2") == f"--task.path: {tmp_path}/sst-2 has Train.TSV, train.tsv.zst; keep one of them"
 
 
 def test_hidden_files_are_not_read_and_links_are(tmp_path):
