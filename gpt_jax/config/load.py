@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import tyro
 
 from gpt_jax.config.schema import Effect, FinetuneConfig, FinetuneRunConfig, PretrainConfig, RunConfig
-from gpt_jax.errors import UserError, described, nearest
+from gpt_jax.errors import UserError, described, nearest, shortened
 
 # -- fields that were renamed -----------------------------------------------------------------------------------------------
 
@@ -102,7 +102,7 @@ def config_from_dict(values: Mapping[str, Any], where: str | Path = "config.json
     known = flatten_config(default)
     fields = dict(upgrade_field(name, value) for name, value in _flatten_dict(values).items())
     for name in sorted(fields.keys() - known.keys()):
-        raise UserError(f"{where}: no config field is named '{name}'; {nearest(name, known)}")
+        raise UserError(f"{where}: no config field is named '{shortened(name)}'; {nearest(name, known)}")
     try:
         return _replace_fields(default, fields)
     except UserError as error:

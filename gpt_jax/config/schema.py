@@ -21,7 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from gpt_jax.errors import field_error, require
+from gpt_jax.errors import field_error, require, shortened
 from gpt_jax.inputs.numbers import AXIS_SIZE, BLOCKS, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, Range
 
 Effect = Literal["result", "input", "speed", "display"]
@@ -69,16 +69,16 @@ class Section:
         for spec in dataclasses.fields(self):
             value, kind, within = getattr(self, spec.name), types[spec.name], spec.metadata.get("within")
             name = f"{self.section}.{spec.name.rstrip('_')}".lstrip(".")
-            fits, phrase = check_type(value, kind)
-            require(fits, name, f"{value!r} is not {phrase}")
+            shown, (fits, phrase) = shortened(repr(value)), check_type(value, kind)
+            require(fits, name, f"{shown} is not {phrase}")
             text = "".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            require(text.encode(errors="ignore").decode() == text, name, f"{value!r} is not UTF-8")
+            require(text.encode(errors="ignore").decode() == text, name, f"{shown} is not UTF-8")
             if spec.metadata.get("affects") == "input":
-                require("\0" not in value, name, f"{value!r} is not a path, because it contains a NUL character")
+                require("\0" not in value, name, f"{shown} is not a path, because it contains a NUL character")
                 object.__setattr__(self, spec.name, os.path.expanduser(value))
             if within is not None:
                 number = parse_duration(value, name)[0] if isinstance(spec.default, str) else value
-                require(within.contains(number), name, f"must {within.words}, not {value!r}")
+                require(within.contains(number), name, f"must {within.words}, not {shown}")
 
 
 # -- durations --------------------------------------------------------------------------------------------------------------
@@ -111,7 +111,7 @@ def duration_to_steps(
         return number / (batch_size * context_length)
     if unit == "%":
         if total is None:
-            raise field_error(field, f"'{duration}' is a percentage of the run; use steps, tokens or epochs here")
+            raise field_error(field, f"'{shortened(duration)}' is a percentage of the run; use steps, tokens or epochs here")
         return number * total / 100
     return number
 
@@ -125,7 +125,7 @@ def parse_duration(duration: str, field: str) -> tuple[float, Literal["steps", "
     match = DURATION.fullmatch(duration)
     if match is None:
         example = "'2000 steps', '3 epochs', '6e6 tokens' or '0.2%'"
-        raise field_error(field, f"'{duration}' is not a duration; use, for example, {example}")
+        raise field_error(field, f"'{shortened(duration)}' is not a duration; use, for example, {example}")
     unit: Any = {"s": "steps", "e": "epochs", "t": "tokens", "%": "%"}[(match[2] or "steps")[0].lower()]
     return float(match[1]), unit
 
@@ -399,7 +399,7 @@ class DistributedConfig(Section, section="distributed"):
         super().__post_init__()
         if self.coordinator:
             count, number = self.num_processes, self.process_id
-            require(":" in self.coordinator, "distributed.coordinator", f"'{self.coordinator}' is not HOST:PORT")
+            require(":" in self.coordinator, "distributed.coordinator", f"'{shortened(self.coordinator)}' is not HOST:PORT")
             require(count > 0, "distributed.num_processes", "is required with distributed.coordinator")
             require(0 <= number < count, "distributed.process_id", f"must be in [0, {count}), not {number}")
 
@@ -485,12 +485,12 @@ class TaskConfig(Section, section="task"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = bool(self.train or self.validation or self.test)
+        own, shown = bool(self.train or self.validation or self.test), shortened(self.name)
         hint = "omit it, or omit --task.train, --task.validation and --task.test"
-        require(not (self.name and own), "task.name", f"'{self.name}' is a task from the paper; {hint}")
+        require(not (self.name and own), "task.name", f"'{shown}' is a task from the paper; {hint}")
         for name in ("kind", "texts", "label", "labels", "score_range", "metrics"):
             given = getattr(self, name) != type(self).__dataclass_fields__[name].default
-            require(not (self.name and given), f"task.{name}", f"is only for your own tasks; omit it for '{self.name}'")
+            require(not (self.name and given), f"task.{name}", f"is only for your own tasks; omit it for '{shown}'")
         require(not (own and self.path), "task.path", "is only for the paper's tasks; for your own task, use --task.train etc.")
         given, wanted = len(self.texts), {"classification": 1, "entailment": 2, "similarity": 2}.get(self.kind)
         if own and wanted is not None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.config.load import CONFIG_VERSION, DIGEST_VERSION, config_digest, config_from_dict, config_to_dict, flatten_config
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, shortened
 from gpt_jax.inputs.json_shapes import Shape, mismatch
 from gpt_jax.inputs.json_values import parse_json_object
 from gpt_jax.runtime.git_info import find_checkout
@@ -134,7 +134,7 @@ class RunDir:
             return
         old = flatten_config(config_from_dict(stored["config"], self._config))
         changed = [
-            f"--{name} {value!r} (was {old[name][0]!r})"
+            f"--{name} {shortened(repr(value))} (was {shortened(repr(old[name][0]))})"
             for name, (value, affects) in flatten_config(config).items()
             if affects == "result" and name in old and value != old[name][0]
         ]
@@ -172,7 +172,7 @@ class RunDir:
         """
         if self._config.exists() and (source := read_json(self._config).get("imported_from")):
             hint = f"use another --workdir with --init.from {self.path}"
-            raise UserError(f"{self.path} contains a model imported from {source}; {hint}")
+            raise UserError(f"{self.path} contains a model imported from {shortened(str(source))}; {hint}")
 
     def open(self, config: Any, data_digest: str, **facts: Any) -> None:
         """Starts an attempt: writes config.json, which also contains `facts`, and uncommitted.diff."""
