@@ -101,3 +101,11 @@ def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
         assert path.stat().st_size < 20_000
         with pytest.raises(UserError, match=rf"{path.name}: its texts take more than [\d,]+ bytes, too many for its size"):
             list(parquet_texts(path, "text"))
+
+
+def test_what_the_file_itself_says_is_enough_to_refuse_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(archives, "ALWAYS_ALLOWED", 1_000_000)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *arguments, **options: pytest.fail("rows were read"))
+    zeros = write(tmp_path / "zeros.parquet", {"text": ["z" * 5_000_000]}, use_dictionary=False, compression="zstd")
+    with pytest.raises(UserError, match="its texts take more than"):
+        list(parquet_texts(zeros, "text"))
