@@ -77,7 +77,7 @@ def _apply_json(value: Any, edits: list[tuple[str, tuple[Any, ...], Any]]) -> An
                 del parent[path[-1]]
             else:
                 parent[f"{path[-1]}_"] = parent.pop(path[-1])
-        except (KeyError, IndexError, TypeError):  # An earlier edit has removed this part.
+        except (KeyError, IndexError, TypeError, AttributeError):  # An earlier edit has removed this part.
             continue
     return value
 
