@@ -23,6 +23,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # Characters that the terminal's encoding lacks are escaped.
             stream.reconfigure(errors="backslashreplace")
+    own_process = words is None
     words = arguments.join_values(sys.argv[1:] if words is None else words)
     show_traceback = "--traceback" in words
     try:
@@ -35,7 +36,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if show_traceback:
             raise
-        print("gpt-jax: interrupted", file=sys.stderr)
+        print("gpt-jax: interrupted", file=sys.stderr, flush=True)
+        if own_process:
+            os._exit(130)  # If a compilation was interrupted, XLA would crash when Python ends.
         return 130
     except BrokenPipeError:  # The reader of the output, for example `head`, has exited before the end.
         return 128 + signal.SIGPIPE

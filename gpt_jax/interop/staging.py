@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gpt_jax.errors import UserError
-from gpt_jax.runtime.rundir import explain_full_disk
+from gpt_jax.runtime.rundir import explain_disk_errors
 
 
 @contextlib.contextmanager
@@ -22,16 +22,23 @@ def staged_folder(out: Path, field: str) -> Iterator[Path]:
     if out == Path.cwd():
         raise UserError(f"--{field}: {out} is the current folder; name one below it")
     staging = out.with_name(f".{out.name}.tmp")
+    missing = [parent for parent in out.parents if not parent.exists()]
     shutil.rmtree(staging, ignore_errors=True)
     try:
         try:
             staging.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--{field}: {out} cannot be created ({error.strerror})") from None
-        with explain_full_disk(out):
-            yield staging
+        try:
+            with explain_disk_errors(out):
+                yield staging
+        except UserError as error:
+            raise UserError(str(error).replace(str(staging), str(out))) from error
         if out.exists():
             out.rmdir()
         staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for parent in missing:
+            with contextlib.suppress(OSError):  # It contains the result, or has never been made.
+                parent.rmdir()

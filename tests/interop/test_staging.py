@@ -19,15 +19,32 @@ def test_a_staged_folder_is_there_after_the_body(tmp_path, exists):
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/out", "a/out/file"]
 
 
-def test_a_staged_folder_is_removed_if_the_body_fails(tmp_path):
-    def fail():
-        with staged_folder(tmp_path / "out", "out") as folder:
-            (folder / "file").write_text("content")
-            raise ValueError("half-way")
+@pytest.mark.parametrize("error", [ValueError("half-way"), KeyboardInterrupt("half-way"), UserError("half-way")], ids=repr)
+@pytest.mark.parametrize("out", ["out", "a/b/out"])
+def test_a_staged_folder_is_removed_if_the_body_fails(tmp_path, out, error):
+    """So are the folders above it that were made for it."""
 
-    with pytest.raises(ValueError, match="half-way"):
+    def fail():
+        with staged_folder(tmp_path / out, "out") as folder:
+            (folder / "file").write_text("content")
+            raise error
+
+    with pytest.raises(type(error), match="half-way"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_names_the_folder_that_the_user_gave(tmp_path):
+    def fail():
+        with staged_folder(tmp_path / "out", "out") as folder:
+            write_to_full_disk(folder / "file")
+
+    def write_to_full_disk(path):
+        raise UserError(f"{path}: no space left")
+
+    with pytest.raises(UserError) as caught:
+        fail()
+    assert str(caught.value) == f"{tmp_path / 'out' / 'file'}: no space left"
 
 
 def test_a_staged_folder_of_an_earlier_attempt_is_replaced(tmp_path):
