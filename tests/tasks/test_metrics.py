@@ -125,7 +125,9 @@ def test_hidden_labels_are_not_scored():
     message = r"^dev\.tsv:1: the label is hidden, so this split cannot be scored; predictions can be written with --out FOLDER$"
     with pytest.raises(UserError, match=message):
         metrics.score(TASKS["sst2"], examples_of([None, None]), np.array([1, 0]))
-    with pytest.raises(UserError, match=r"^dev\.tsv:2: the label is hidden[^\n]*; label all of its rows, or none \(1 of 2 are hidden\)$"):
+    with pytest.raises(
+        UserError, match=r"^dev\.tsv:2: the label is hidden[^\n]*; label all of its rows, or none \(1 of 2 are hidden\)$"
+    ):
         metrics.score(TASKS["sst2"], examples_of([1.0, None]), np.array([1, 0]))
 
 
