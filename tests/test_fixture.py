@@ -29,7 +29,8 @@ COMMANDS = {
     "finetune_v1": FINETUNE,
     "random_order_v1": (*FINETUNE, "--task.bucket-by-length", "False", "--task.num-length-buckets", "2"),
 }
-"""The commands that began the runs, with the current names of renamed fields. Paths are relative to the repository."""
+"""The commands that began the runs, with the current names of renamed fields. Paths are relative to the repository. The text of
+docs/architecture.md has changed since."""
 
 # Step, loss and gradient norm of the last two updates of the uninterrupted runs, by the version that made the fixtures, with
 # jax 0.10.2 on one device of a CPU.
@@ -73,7 +74,14 @@ def test_an_old_store_is_read():
 def test_an_old_run_continues_to_the_same_numbers(name, one_device, tmp_path, monkeypatch, capsys):
     run, old = shutil.copytree(FIXTURES / name, tmp_path / "run"), fixture_checkpoint(name)
     monkeypatch.chdir(FIXTURES.parents[1])
-    assert main([*COMMANDS[name], "--workdir", str(run)]) == 0
+    moved = []
+    if name == "lstm_v1":  # The store is somewhere else, and the text is gone.
+        store = shutil.copytree(FIXTURES / "run_v1" / "store", tmp_path / "store")
+        moved = ["--data.store", str(store), "--data.source", "gone.md"]
+    if name == "finetune_v1":  # The run that it started from is gone, and the rows are somewhere else.
+        task = shutil.copytree(FIXTURES / "task", tmp_path / "task")
+        moved = ["--init.from", "gone", "--task.train", f"{task}/train.tsv", "--task.validation", f"{task}//validation.tsv"]
+    assert main([*COMMANDS[name], "--workdir", str(run), *moved]) == 0
     assert f"resuming at step {old.step}" in capsys.readouterr().err
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -97,6 +105,36 @@ def test_an_old_run_continues_to_the_same_numbers(name, one_device, tmp_path, mo
     else:  # Two checkpoints are kept, and the older one is as it was, recorded digests included.
         manifests = [folder / "checkpoints" / str(old.step) / "manifest.json" for folder in (run, FIXTURES / name)]
         assert manifests[0].read_bytes() == manifests[1].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("run_v1", ("--train.seed", "7"), "differs in --train.seed 7 (was 0)"),
+        (
+            "lstm_v1",
+            ("--data.source", "README.md"),
+            "the text of --data.source has changed from files 1, bytes 6517 to files 1, ",
+        ),
+        (
+            "finetune_v1",
+            ("--init.from", "tests/fixtures/adamw_v1"),
+            "run that started from tests/fixtures/run_v1 (checkpoint 6, ",
+        ),
+        ("finetune_v1", ("--init.from", "none", "--init.like", "tests/fixtures/run_v1"), "and --init.from is random parameters"),
+        (
+            "finetune_v1",
+            ("--task.train", "tests/fixtures/task/validation.tsv"),
+            "was trained on different data (digest a96582cb1f1a",
+        ),
+    ],
+)
+def test_an_old_run_does_not_continue_with_something_else(name, change, message, one_device, tmp_path, monkeypatch, capsys):
+    run = shutil.copytree(FIXTURES / name, tmp_path / "run")
+    monkeypatch.chdir(FIXTURES.parents[1])
+    assert main([*COMMANDS[name], "--workdir", str(run), *change]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (run / "metrics.jsonl").read_bytes() == (FIXTURES / name / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(("name", "path"), [("run_v1", ("1",)), ("adamw_v1", ("1", "0"))])
