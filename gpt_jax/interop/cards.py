@@ -52,7 +52,8 @@ def card(
     model = config.model
     scores = [f"- {name}: {value:.4f}" for name, value in info.metrics.items()] or ["No scores were measured."]
     manifest = read_manifest(info)
-    origin = [f"- {name}: {manifest[name]}" for name in ("step", "config_digest", "data_digest") if manifest[name] != ""]
+    names = ("step", "config_digest", "config_digest_version", "data_digest")
+    origin = [f"- {name}: {manifest[name]}" for name in names if manifest.get(name, "") != ""]
     size = f"{model.num_layers} layers" if model.kind == "transformer" else "one layer"
     heads = f" with {model.num_heads} heads" if model.kind == "transformer" else f" with an LSTM of {model.lstm_units} units"
     paragraphs = [
