@@ -214,7 +214,7 @@ def _refuse_binary(path: Path, head: bytes) -> None:
         is_text = b"\0" not in head and not CONTROLS.search(head)
     if not is_text:
         reason = "it has NUL bytes" if b"\0" in head else "control characters, and not UTF-8"
-        raise NotTextError(f"{path}: a binary file ({reason}), not text", "binary files")
+        raise NotTextError(f"{path}: a binary file ({reason}), which no --data.format reads", "binary files")
     if b"\0" in head:
         line = 1 + head.count(b"\n", 0, head.index(0))
         raise UserError(
