@@ -104,6 +104,7 @@ def test_the_card_of_files_of_tensors(format_, pretrained, tmp_path, monkeypatch
     export_model(pretrained, format_, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "gpt-jax import FOLDER" in card
+    assert re.search("- config_digest: [0-9a-f]{64}\n- config_digest_version: 2\n- data_digest: [0-9a-f]{64}\n", card)
     if format_ == "npz":
         assert run_code(tmp_path / "out", monkeypatch)[1] == "(257, 16)"
 
