@@ -14,10 +14,11 @@ from gpt_jax.data.pipeline import make_dataset
 from gpt_jax.data.store import Store
 from gpt_jax.data.windows import Windows
 from gpt_jax.errors import TrainingError, UserError
+from gpt_jax.inputs.text_files import TextFiles
 from gpt_jax.model import transformer
 from gpt_jax.runtime import sharding
 from gpt_jax.train import checkpoint
-from gpt_jax.train.pretrain import pretrain
+from gpt_jax.train.pretrain import open_store, pretrain
 from gpt_jax.train.step import abstract_state
 from tests.tiny import trajectory
 
@@ -258,3 +259,34 @@ def test_a_run_whose_first_update_fails_can_be_run_again(tiny, tmp_path, monkeyp
             pretrain(tiny(data={"pipeline": "threads"}, train={"duration": "4 steps"}), tmp_path)
     monkeypatch.undo()
     assert pretrain(tiny(data={"pipeline": "threads"}, train={"duration": "4 steps"}), tmp_path)["step"] == 4
+
+
+# -- the store and its text -------------------------------------------------------------------------------------------------
+
+
+def test_a_start_needs_no_text_but_notices_another_one_without_reading_it(tiny, tmp_path, monkeypatch):
+    texts = shutil.copytree(Path(tiny().data.source).parent, tmp_path / "texts", ignore=shutil.ignore_patterns("store"))
+    texts = texts / Path(tiny().data.source).name
+    monkeypatch.setattr(TextFiles, "identity", lambda self: pytest.fail("the text was read"))
+    lines: list[str] = []
+    for source in (str(texts), f"{texts.parent}/./{texts.name}", "", str(tmp_path / "nowhere")):
+        store = open_store(tiny(data={"source": source}), tmp_path / "run", lines.append)
+        assert store.digest == Store.open(Path(tiny().data.store)).digest
+    assert len(lines) == 1
+    assert "this finished store is used without its text (--data.source: '" in lines[0]
+    with texts.open("a") as file:
+        file.write("one more line\n")
+    with pytest.raises(
+        UserError, match=r"the text of --data.source has changed from files 1, .* use the store as it is: --data.source ''"
+    ):
+        open_store(tiny(data={"source": str(texts)}), tmp_path / "run", lines.append)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_inside_its_own_source_is_refused_and_leaves_nothing(tiny, tmp_path, finished):
+    texts = shutil.copytree(Path(tiny().data.source).parent, tmp_path / "texts", ignore=shutil.ignore_patterns("store"))
+    config = tiny(data={"source": str(texts), "store": tiny().data.store if finished else ""})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"^--workdir: '.*/texts/runs/one' is inside --data.source '.*/texts': "):
+        pretrain(config, texts / "runs" / "one")
+    assert sorted(tmp_path.rglob("*")) == before
