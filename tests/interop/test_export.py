@@ -2,7 +2,11 @@
 
 import errno
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -161,6 +165,59 @@ def test_a_full_disk_leaves_nothing(format_, writer, error, pretrained, tmp_path
 
     monkeypatch.setattr(*writer, full)
     assert "no space left" in refused(capsys, "export", pretrained, "--format", format_, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("format_", "kilobytes"),
+    [("npz", 40), ("npz", 60), ("huggingface", 40), ("openai", 60), ("stablehlo", 60), ("savedmodel", 60)],
+)
+def test_a_disk_that_fills_at_some_point_of_an_export_leaves_nothing(format_, kilobytes, pretrained, tmp_path):
+    """The folder is on a file system of this size that only this process sees."""
+    (tmp_path / "disk").mkdir()
+    script = 'mount -t tmpfs -o size="$1" none "$2" && shift 2 || exit 99; "$@"; code=$?; ls -A "$OUT"; exit $code'
+    command = [sys.executable, "-m", "gpt_jax", "export", pretrained, "--format", format_, "--out", tmp_path / "disk" / "out"]
+    isolated = [
+        "unshare",
+        "--map-root-user",
+        "--mount",
+        "bash",
+        "-c",
+        script,
+        "bash",
+        f"{kilobytes}k",
+        tmp_path / "disk",
+        *command,
+    ]
+    try:
+        environment = os.environ | {"OUT": str(tmp_path / "disk")}
+        done = subprocess.run(list(map(str, isolated)), capture_output=True, text=True, timeout=300, env=environment)
+    except FileNotFoundError:
+        pytest.skip("this system has no unshare")
+    if done.returncode == 99 or "unshare:" in done.stderr:
+        pytest.skip(f"this system does not let a process mount a file system of its own: {done.stderr}")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"gpt-jax: {tmp_path / 'disk' / 'out'}")
+    assert "no space left on the device; free some space" in last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("format_", "line"), [("npz", "writing"), ("stablehlo", "writing"), ("stablehlo", "verifying")])
+def test_ctrl_c_leaves_nothing(format_, line, pretrained, tmp_path):
+    # A process that was started in the background ignores the signal, and so would those that it starts.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from gpt_jax.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "export", pretrained, "--format", format_, "--out", tmp_path / "a" / "out"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True) as process:
+        while not process.stderr.readline().startswith(line):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        error = process.stderr.read()
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == "gpt-jax: interrupted"
     assert list(tmp_path.iterdir()) == []
 
 
