@@ -56,7 +56,6 @@ core and the slowest tokenizer (gpt1, about 1 MB/s per core) shows progress."""
 PARTS_AHEAD = 32
 """Number of parts per process that can be encoded before the first of them is written."""
 
-
 RECIPE_FILE = "recipe.json"
 
 Part = tuple[str, DocumentSpans]

@@ -93,7 +93,7 @@ def content_suffix(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryFile]:
-    """Opens a file of any reader's as a stream of bytes, which is decompressed if its first bytes say gzip or zstd.
+    """Opens a file for a reader of any kind: a stream of bytes, decompressed if the first bytes are those of gzip or zstd.
 
     `peek(HEAD_BYTES)[:HEAD_BYTES]` gives all of the first `HEAD_BYTES` bytes before anything is read.
 

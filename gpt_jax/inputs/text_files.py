@@ -67,11 +67,18 @@ class TextFiles:
         return {"files": len(self._list.files), "bytes": sum(status.st_size for status in self._list.files.values())}
 
     def identity(self) -> dict[str, Any]:
-        """Returns the size and a checksum of the names, sizes and checksums of all files, also of those without text."""
+        """Returns the size and a checksum of the names, sizes and checksums of all files, also of those without text.
+
+        Raises:
+          UserError: a file cannot be read.
+        """
         digest = hashlib.sha256()
         for path, status in self._list.files.items():
-            with path.open("rb") as file:
-                checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with path.open("rb") as file:
+                    checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from error
             # A name need not be UTF-8.
             digest.update(f"{checksum} {status.st_size} {self._name(path)}\n".encode("utf-8", "surrogateescape"))
         return {**self.size(), "sha256": digest.hexdigest()}
@@ -101,9 +108,11 @@ class TextFiles:
             self._log(f"{self._source}: left out rows whose text is null: {missing}")
 
     def _require_unchanged(self, path: Path) -> None:
-        before, now = self._list.files[path], path.stat()
-        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise UserError(f"{path}: changed while the text was read; run the command again when nothing writes to it")
+        before = self._list.files[path]
+        now = path.stat() if path.exists() else None
+        if now is None or (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            change = "disappeared" if now is None else "changed"
+            raise UserError(f"{path}: {change} while the text was read; run the command again when nothing writes to it")
 
     @functools.cached_property
     def formats(self) -> dict[Path, TextFormat]:
