@@ -133,7 +133,10 @@ def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: b
         in_file = tensor_files.load_safetensors(folder) if _has_safetensors(folder) else _load_pickle(folder, trust_pickle)
         tensors = _standard_names(folder, in_file)
     _require_numbers(folder, model, tensors)
-    maps = param_map.tensor_maps(format_, model, head)
+    try:
+        maps = param_map.tensor_maps(format_, model, head)
+    except UserError as error:  # It is written for an export.
+        raise UserError(f"{folder}: {str(error).removeprefix('--format: ').partition(';')[0]}") from None
     if format_ == "openai":  # Its arrays have an order, but no names.
         tensors |= {m.name: tensors.pop(name) for m, name in zip(maps, list(tensors), strict=False)}
     if format_ == "huggingface" and head is not None and not head.choices:

@@ -36,7 +36,10 @@ def convert(tokenizer: Tokenizer, specials: Sequence[str] = ()) -> dict[str, Any
     ids = {} if isinstance(tokenizer, GPT1) else {END: tokenizer.eos_id}
     for i, name in enumerate(specials, start=tokenizer.vocab_size):
         if name in ids or name in parts["model"]["vocab"]:
-            raise UserError(f"special token '{name}': the tokenizer already has an entry of this name; choose another name")
+            raise UserError(
+                f"--format: huggingface names a special token '{name}', but the tokenizer already has an entry of this name; use "
+                "npz, stablehlo, onnx or savedmodel"
+            )
         ids[name] = i
     added = [_added_token(name, i, special=True) for name, i in ids.items()] + parts.pop("added_tokens")
     added.sort(key=lambda token: token["id"])

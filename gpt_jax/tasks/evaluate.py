@@ -38,9 +38,9 @@ READING_FIELDS = ("format", "text_field", "allow_skipped")
 class TokenList:
     """Tokens in memory that can be read like a split of a store."""
 
-    def __init__(self, tokens: list[int]):
-        self._tokens = np.array(tokens, np.int32)
-        self.num_tokens = len(tokens)
+    def __init__(self, tokens: np.ndarray):
+        self._tokens = tokens
+        self.num_tokens = tokens.size
 
     def read(self, starts: np.ndarray, length: int) -> np.ndarray:
         return self._tokens[starts[:, None] + np.arange(length)]
@@ -69,9 +69,10 @@ def evaluate_text(
 ) -> dict[str, float]:
     """Returns a language model's loss (nats per token), perplexity and bits per byte on text of at least two tokens.
 
-    As in a token store, each document is followed by the end-of-document token, and the text is the sequence of all documents, in
-    the order of the source. Every token but the first is scored once, in windows of the context length (or of the whole text if
-    it is shorter). Bits per byte are those of the scored tokens, divided by the bytes of the whole text in UTF-8.
+    As in a token store, each document is followed by the end-of-document token, and blank documents are left out. The text is the
+    sequence of all documents in the order of the source. Every token but the first is scored once, in windows of the context
+    length, or of the whole text if it is shorter. Bits per byte are those of the scored tokens, divided by the bytes of the whole
+    text in UTF-8.
 
     Args:
       path: a run's folder or one checkpoint's; for a fine-tuning run, its best checkpoint is used.
@@ -90,32 +91,32 @@ def evaluate_text(
     require(1 <= stride <= context, "stride", f"must be at least 1 and at most the model's context of {context}, not {stride}")
     tokens, size, count = _read_text(data, restored.tokenizer, max_bytes)
     batch_size = BATCH_SIZE * num_shards(mesh.shape, "batch")
-    length = min(context, len(tokens) - 1)
+    length = min(context, tokens.size - 1)
     windows = EvaluationWindows(TokenList(tokens), length, batch_size, 0, min(stride, length))
     overlap = "without overlap" if stride >= length else f"with a stride of {stride} tokens"
     log(f"{restored.info.path}: scoring {windows.num_windows:,} windows of {length} tokens {overlap}")
     total, weight = make_window_scorer(config, mesh, batch_size)(restored.params, windows)
     scores = language_model_metrics(total / weight, weight / size)
-    sizes = {"tokens": len(tokens), "scored_tokens": round(weight), "documents": count, "bytes": size}
+    sizes = {"tokens": tokens.size, "scored_tokens": round(weight), "documents": count, "bytes": size}
     return scores | sizes | {"context": context, "stride": stride}
 
 
-def _read_text(data: DataConfig, tokenizer: Tokenizer, max_bytes: int | None) -> tuple[list[int], int, int]:
+def _read_text(data: DataConfig, tokenizer: Tokenizer, max_bytes: int | None) -> tuple[np.ndarray, int, int]:
     """Returns the tokens of a text, its size in bytes, and the number of its documents."""
-    tokens: list[int] = []
-    size = count = 0
+    pieces: list[np.ndarray] = []
+    size = 0
     try:
-        for document in open_source(data).documents():
-            tokens += [*tokenizer.encode(document), tokenizer.eos_id]
+        for document in filter(str.strip, open_source(data).documents()):
+            pieces.append(np.array([*tokenizer.encode(document), tokenizer.eos_id], np.int32))
             size += len(document.encode("utf-8", "replace"))
-            count += 1
             if max_bytes is not None and size >= max_bytes:
                 break
     except UserError as error:  # The sources name the option of a config.
         raise UserError(str(error).replace("--data.source", "--text")) from None
-    if len(tokens) < 2:
+    tokens = np.concatenate([*pieces, np.empty(0, np.int32)])
+    if tokens.size < 2:
         raise UserError(f"--text: {data.source} has no tokens to score; the first token of a text only serves as context")
-    return tokens, size, count
+    return tokens, size, len(pieces)
 
 
 def evaluate_task(
@@ -252,4 +253,5 @@ def _read_probe(name: str, source: str) -> dict[SplitName, TaskSplit]:
             raise UserError(f"{probe.title} is read from a file: write {name}=FILE")
         return {"test": read_winograd(Path(source))}
     except UserError as error:  # The readers call the folder --task.path.
-        raise UserError(f"--zero-shot {name}: {str(error).removeprefix('--task.path: ')}") from None
+        problem = str(error).removeprefix("--task.path: ").replace("--task.path", f"{name}=PATH")
+        raise UserError(f"--zero-shot {name}: {problem}") from None

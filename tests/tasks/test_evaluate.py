@@ -133,16 +133,16 @@ def test_the_loss_is_that_of_a_loop_over_the_tokens(runs, tmp_path, name, length
 
 
 def test_documents_are_joined_as_in_a_store(runs, tmp_path):
-    """Each document is followed by the end-of-document token, in the order of the source; repeated ones are read again."""
+    """Each document is followed by the end-of-document token. Blank documents are left out, repeated ones are not."""
     run, model, params = runs["transformer"]
-    texts = ["first", "", "second é", "first"]
+    texts = ["first", "", " \n", "second é", "first"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
     data = text_config(str(tmp_path / "rows.jsonl"), ["--data.text-field", "body"])
-    tokens = [token for text in texts for token in (*text.encode(), 256)]
+    tokens = [*b"first", 256, *"second é".encode(), 256, *b"first", 256]
     scores = evaluate_text(run, data, quiet, stride=9)
     assert scores["loss"] == pytest.approx(loss_by_hand(model, params, tokens, 9), rel=1e-5)
-    assert (scores["documents"], scores["bytes"], scores["tokens"]) == (4, 19, 23)
-    assert evaluate_text(run, data, quiet, max_bytes=6)["documents"] == 3  # The third one reaches the limit.
+    assert (scores["documents"], scores["bytes"], scores["tokens"]) == (3, 19, 22)
+    assert evaluate_text(run, data, quiet, max_bytes=6)["documents"] == 2  # The second one reaches the limit.
 
 
 def test_the_command_prints_units_and_windows(runs, tmp_path, capsys):
@@ -167,7 +167,7 @@ def test_a_stride_out_of_range_is_refused(runs, tmp_path, stride):
 
 
 def test_a_text_without_a_token_to_score_is_refused(runs, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n')
+    (tmp_path / "rows.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
     with pytest.raises(UserError) as error:
         evaluate_text(runs["transformer"][0], text_config(str(tmp_path / "rows.jsonl"), []), quiet)
     assert str(error.value).startswith(f"--text: {tmp_path / 'rows.jsonl'} has no tokens to score")
