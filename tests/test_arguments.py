@@ -4,7 +4,9 @@ import pytest
 
 from gpt_jax.arguments import join_values, parse
 from gpt_jax.cli import VERBS, main
+from gpt_jax.config import FinetuneConfig, FinetuneLoopConfig
 from gpt_jax.errors import UserError
+from gpt_jax.tasks.finetune import finetune_seeds
 
 WHOLE = {
     "nan": "is not a whole number",
@@ -76,6 +78,13 @@ def test_an_empty_path_is_refused(path, capsys):
     """It may come from a variable that is not set, and would be the current folder."""
     assert main([*path.split(), ""]) == 2
     assert "is empty (see" in capsys.readouterr().err
+
+
+def test_the_last_seed_is_in_range_before_the_first_is_run(tmp_path):
+    for seed, seeds in ((0, 2**32 + 1), (2**32 - 1, 2), (0, 10**30)):
+        with pytest.raises(UserError, match=r"--seeds: the last seed would be \d+, but a seed is at most 2\^32 - 1"):
+            finetune_seeds(FinetuneConfig(train=FinetuneLoopConfig(seed=seed)), tmp_path, seeds)
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- values that begin with a dash ------------------------------------------------------------------------------------------

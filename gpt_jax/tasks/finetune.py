@@ -164,6 +164,8 @@ def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_chan
       UserError, TrainingError, Preempted: as `finetune`.
     """
     require(seeds > 0, "seeds", f"must be positive, not {seeds}")
+    last = config.train.seed + seeds - 1
+    require(last < 2**32, "seeds", f"the last seed would be {last}, but a seed is at most 2^32 - 1")
     require(not (workdir / "checkpoints").exists(), "workdir", f"{workdir} contains a run of one seed; use another folder")
     numbers = [config.train.seed + k for k in range(seeds)]
     results = []
