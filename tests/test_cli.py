@@ -331,6 +331,11 @@ def test_a_run_resumes_after_it_and_its_text_were_moved(mistake, finished, tmp_p
     (tmp_path / "texts").rename("elsewhere")
     assert main(["pretrain", str(config_file), "--workdir", "moved", "--data.source", "texts/text.jsonl"]) == 0
     assert "already finished at step 8" in capsys.readouterr().err
+    # Another store is made from the same text under another name.
+    (tmp_path / "elsewhere" / "text.jsonl").rename("words.jsonl")
+    words = ("--data.source", "words.jsonl", "--data.store", "store")
+    assert main(["pretrain", str(config_file), "--workdir", "moved", *words]) == 0
+    assert "already finished at step 8" in capsys.readouterr().err
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "text.jsonl").write_text('{"text": "another"}\n' * 60)
     before = contents(run)

@@ -108,6 +108,11 @@ class Store:
                 return cls(folder, index, digest)
         raise UserError(f"{path}: altered since it was written (its digest differs); {REMEDY}")
 
+    @property
+    def content_digest(self) -> str:
+        """Hexadecimal SHA-256 of the tokens and their tokenizer, whatever they were made from."""
+        return index_digest({name: self.index[name] for name in ("tokenizer", "splits")})
+
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer that made the tokens.
 

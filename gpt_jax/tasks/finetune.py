@@ -69,8 +69,8 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} contains runs of several seeds; use another folder")
         task = task_from_config(config.task)  # A misspelled task is reported before the checkpoint is read.
         ctx.run.require_not_imported()
-        check_start(ctx.run, config.init.from_, allow_changes)
         source = find_init(config.init, ctx.log, ctx.run)
+        check_start(ctx.run, config.init.from_, allow_changes)
         resolved = resolve_config(config, task, source)
         ctx.run.check_config(resolved, allow_changes)
         train, batch_size = resolved.train, resolved.train.batch_size

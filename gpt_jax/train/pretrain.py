@@ -62,9 +62,12 @@ def pretrain(
         text = store.split("train")
         windows = Windows(text, context_length, train.batch_size, train.seed)
         schedule = resolve_schedule(config, context_length, windows.windows_per_epoch)
-        digest = store.digest
+        digests = [store.content_digest, store.digest]
         if dataset_version:
-            digest = hashlib.sha256(f"{digest} {dataset_version}".encode()).hexdigest()
+            digests = [hashlib.sha256(f"{digest} {dataset_version}".encode()).hexdigest() for digest in digests]
+        # Runs of earlier versions have recorded the digest of the whole index, which includes the path of the text.
+        stored = ctx.run.stored().get("data_digest")
+        digest = next((digest for digest in digests if digest == stored), digests[0])
 
         tokens_per_step = train.batch_size * context_length
         result = run_training(
