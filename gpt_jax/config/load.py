@@ -114,7 +114,8 @@ def _flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + _option_name(key)
-        leaves |= _flatten_dict(value, name + ".") if isinstance(value, dict) else {name: value}
+        nested = isinstance(value, dict) and name.count(".") < 3  # No config has sections in the sections of a section.
+        leaves |= _flatten_dict(value, name + ".") if nested else {name: value}
     return leaves
 
 

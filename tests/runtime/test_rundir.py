@@ -225,6 +225,14 @@ def test_a_config_json_with_bad_values_is_one_line(tmp_path, values, problem):
     assert "\n" not in str(error.value)
 
 
+def test_a_config_json_that_is_nested_deeply_is_one_line(tmp_path):
+    attempt(tmp_path, steps=[1])
+    for depth in (5, 800, 980, 5000):
+        (tmp_path / "config.json").write_text('{"data_digest": "", "config": ' + '{"a": ' * depth + "5" + "}" * depth + "}")
+        with pytest.raises(UserError, match=f"^{tmp_path}/config.json:"):
+            attempt(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config", "data_digest"])
 def test_a_config_json_that_lacks_a_value_is_one_line(tmp_path, name):
     attempt(tmp_path, steps=[1])
