@@ -20,9 +20,7 @@ from gpt_jax.launch import command
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0, 2 for a user's mistake, 1 for failed training, 42 for a preemption."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # Characters that the terminal's encoding lacks are escaped.
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_output()
     own_process = words is None
     words = arguments.join_values(sys.argv[1:] if words is None else words)
     show_traceback = "--traceback" in words
@@ -49,6 +47,16 @@ def main(words: Sequence[str] | None = None) -> int:
         return UserError.exit_code
 
 
+def _prepare_output() -> None:
+    """Makes a closed stream write to nowhere, and escapes characters that the encoding of a terminal lacks."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # Otherwise, the next file that is opened would get the number of the stream, and libraries' output.
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _run(words: list[str]) -> int:
     """Runs one command, and writes all of its output before it returns its exit code.
 
@@ -60,8 +68,7 @@ def _run(words: list[str]) -> int:
         return VERBS[options.verb](options, overrides) or 0
     finally:
         try:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
         except OSError:
             # Python would try again at its end, and print a warning.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -252,8 +259,8 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     for info in infos:
         step = "?" if info.step < 0 else info.step
         scores = "  ".join(f"{name} {value:.4f}" for name, value in info.metrics.items())
-        link = f" -> {info.path.readlink()}" if info.path.is_symlink() else ""
-        name = "" if info.named_by_step else f"  (in {info.path.name}{link})"
+        folder = info.path.name + (f" -> {info.path.readlink()}" if info.path.is_symlink() else "")
+        name = "" if info.named_by_step else f"  (in {folder if folder.isprintable() else repr(folder)})"
         print(f"{step:>9}  {info.size / 1e6:9.1f} MB  {info.state:<10}  {info.problem or scores}{name}")
     return UserError.exit_code if any(info.state == "damaged" for info in infos) else 0
 

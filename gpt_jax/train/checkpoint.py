@@ -30,7 +30,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -46,8 +49,9 @@ from gpt_jax.errors import UserError, require
 from gpt_jax.inputs.json_shapes import mismatch
 from gpt_jax.inputs.json_values import parse_json_object
 from gpt_jax.model.dropout import MASK_VERSION
-from gpt_jax.runtime.console import Log
-from gpt_jax.runtime.rundir import read_json, sha256, write_atomic
+from gpt_jax.runtime.console import Log, say
+from gpt_jax.runtime.lock import locked, require_held
+from gpt_jax.runtime.rundir import explain_disk_errors, read_json, sha256, write_atomic
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -74,6 +78,16 @@ Leaves = dict[tuple[str, ...], Any]
 
 # Orbax logs every phase of a save, and every error that it also raises.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
+# If one of its writes fails, Orbax abandons the others.
+warnings.filterwarnings("ignore", r"coroutine 'OrbaxLayout\..*' was never awaited", RuntimeWarning)
+
+
+def _ignore_abandoned_writes(unraisable: Any, show: Callable[[Any], Any] = sys.unraisablehook) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
+
+
+sys.unraisablehook = _ignore_abandoned_writes
 
 
 class CheckpointInfo(NamedTuple):
@@ -126,7 +140,8 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
         self._orbax.array.saving.use_compression = False  # Compression saves 7 % of the space but takes three times as long.
         if jax.process_index() == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._clear_unfinished()
+            for leftover in self._unfinished():
+                shutil.rmtree(leftover, ignore_errors=True)
             for info in list_checkpoints(self._folder, checksums=False):
                 if _step_in_name(info.path) not in (-1, info.step):
                     reason = f"is checkpoint {info.step}, and the run may have to save another one under this name; rename it"
@@ -177,7 +192,9 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
             path = self._folder / str(step)
             write_atomic(path / "config.json", json.dumps(config_to_dict(self._config), indent=1))
             if self._tokenizer is not None:
-                shutil.copytree(self._tokenizer, path / "tokenizer")
+                (path / "tokenizer").mkdir()
+                for file in self._tokenizer.iterdir():
+                    shutil.copyfile(file, path / "tokenizer" / file.name)
             if selection_metric is not None and not math.isfinite(selection_metric):
                 selection_metric = None
             finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
@@ -186,31 +203,53 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
             manifest |= {"process_count": jax.process_count(), "device_count": jax.device_count()}
             manifest |= {"device_kind": jax.devices()[0].device_kind}
             _seal(path, manifest)
-            # Later steps are left over from before the run went back to an earlier step; they must not displace current ones.
-            past = [info for info in list_checkpoints(self._folder, checksums=False) if info.step <= step]
+        # Later steps are left over from before the run went back to an earlier step; they must not displace current ones.
+        past = [info for info in list_checkpoints(self._folder, checksums=False) if info.step <= step]
+        with explain_disk_errors(self._folder):
             _discard(past, self._config.train.keep_latest, self._config.train.keep_best)
 
     @contextlib.contextmanager
     def _explain_failure(self, step: int) -> Iterator[None]:
         """Turns a full disk, a missing permission or a similar failure into a one-line error, and deletes the failed save."""
+        require_held()
         try:
             yield
         except Exception as error:
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore reports OS errors as ValueError.
-            if code is None and not isinstance(error, OSError):
+            reason = _system_error(error)
+            if reason is None:
                 raise
+            require_held()  # Otherwise, the failure is that another process has cleared the folder.
             if jax.process_index() == 0:
-                self._clear_unfinished()
-                if not (self._folder / str(step) / MANIFEST).exists():
-                    shutil.rmtree(self._folder / str(step), ignore_errors=True)
+                self._delete_failed_save(step)
             sound = [info.step for info in list_checkpoints(self._folder, checksums=False) if info.state == "sound"]
-            reason = os.strerror(int(code[1])) if code else error
             rest = f"checkpoint {sound[-1]} is sound: run again to continue from it" if sound else "there is no earlier one"
             raise UserError(f"{self._folder}: checkpoint {step} could not be saved ({reason}); {rest}") from error
 
-    def _clear_unfinished(self) -> None:
-        for leftover in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+    def _delete_failed_save(self, step: int) -> None:
+        """Deletes what a failed save has left, until its other writes, which are still in progress, leave nothing new behind."""
+        quiet = 0
+        for _ in range(100):
+            leftovers = [*self._unfinished(), *self._folder.glob(str(step))]
+            for leftover in leftovers:
+                with contextlib.suppress(OSError):
+                    _delete(leftover)
+            quiet = 0 if leftovers else quiet + 1
+            if quiet == 5:
+                return
+            time.sleep(0.02)
+
+    def _unfinished(self) -> list[Path]:
+        """Returns the folders of saves that Orbax has not committed."""
+        return list(self._folder.glob("*.orbax-checkpoint-tmp*"))
+
+
+def _system_error(error: BaseException | None) -> str | None:
+    """Returns what the operating system has reported, or None if the error is of another kind."""
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore reports it in a ValueError.
+        return os.strerror(int(code[1]))
+    if isinstance(error, UserError):  # from `write_atomic`
+        return _system_error(error.__cause__)
+    return error.strerror or str(error) if isinstance(error, OSError) else None
 
 
 def _seal(path: Path, manifest: dict[str, Any]) -> None:
@@ -256,11 +295,13 @@ def prune(folder: Path, keep_latest: int, keep_best: int) -> list[CheckpointInfo
       The deleted checkpoints.
 
     Raises:
-      UserError: `keep_latest` is not positive, or `keep_best` is negative.
+      UserError: `keep_latest` is not positive, or `keep_best` is negative; or another process uses the run's folder.
     """
     require(keep_latest > 0, "keep_latest", f"must be positive, not {keep_latest}")
     require(keep_best >= 0, "keep_best", f"must be at least 0, not {keep_best}")
-    return _discard(list_checkpoints(folder), keep_latest, keep_best)
+    folder = folder.resolve()
+    with locked(folder.parent if folder.name == "checkpoints" else folder, say), explain_disk_errors(folder):
+        return _discard(list_checkpoints(folder), keep_latest, keep_best)
 
 
 def best_checkpoints(infos: Sequence[CheckpointInfo], count: int) -> list[CheckpointInfo]:
@@ -372,13 +413,14 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
     size, step = _folder_size(path), _step_in_name(path)
     damaged = functools.partial(CheckpointInfo, step, path, "damaged", size=size, metrics={})
     try:
+        str(path).encode()  # Orbax cannot read from a path that is not UTF-8.
         raw = (path / MANIFEST).read_bytes()
         manifest = parse_json_object(raw.decode(), path / MANIFEST)
         if raw != _encode_manifest(manifest):
             return damaged(f"file {MANIFEST}: checksum differs")
     except FileNotFoundError:
         return CheckpointInfo(step, path, "incomplete", f"file {MANIFEST}: missing, so its save was cut short", size, {})
-    except (OSError, UserError, UnicodeDecodeError, RecursionError):
+    except (OSError, UserError, UnicodeError, RecursionError):
         return damaged(f"file {MANIFEST}: not readable as JSON")
     version: Any = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -392,8 +434,6 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
         return damaged(", ".join(problems))._replace(step=manifest["step"])
     metrics = dict(manifest["metrics"])
     metric = metrics.pop("rank", metrics.get("loss")) if version == 1 else manifest.get("selection_metric")
-    if metric is not None and not math.isfinite(metric):
-        metric = None
     return CheckpointInfo(manifest["step"], path, "sound", "", size, metrics, metric, version, manifest["sha256"])
 
 
@@ -425,7 +465,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 
 def _step_in_name(path: Path) -> int:
     """Returns the step that a folder is named by, or -1 if its name is not that of a step."""
-    return int(path.name) if re.fullmatch("0|[1-9][0-9]*", path.name) else -1
+    return int(path.name) if re.fullmatch("0|[1-9][0-9]{,17}", path.name) else -1
 
 
 def _folder_size(path: Path) -> int:

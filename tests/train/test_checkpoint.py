@@ -401,7 +401,7 @@ def test_the_folder_of_one_step_means_that_checkpoint(tmp_path):
 # -- copies, other names, links ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["best-model", "latest", "0020", "20", "step 20", "２０", "checkpoint-99", ".hidden"])
+@pytest.mark.parametrize("name", ["best-model", "latest", "0020", "20", "step 20", "\uff12\uff10", "checkpoint-99", ".hidden"])
 @pytest.mark.parametrize("place", ["elsewhere", "inside"])
 def test_a_copied_renamed_or_linked_checkpoint_is_the_same_checkpoint(tmp_path, name, place):
     save(tmp_path / "run", 10, 20)
@@ -477,6 +477,24 @@ def test_folders_of_other_names_in_a_run_are_listed_and_used_but_never_deleted(t
     save(tmp_path, 40, 50, keep_latest=1)
     assert {path.name for path in folder.iterdir()} == {"0010", "50", "best", "gone", "latest", "notes.txt", "plots"}
     assert_holds(checkpoint.find_checkpoint(folder / "best", fail), 30)
+
+
+def test_names_that_no_program_writes_are_listed(tmp_path):
+    save(tmp_path, 10)
+    folder = tmp_path / "checkpoints"
+    strange = ["line\nbreak", "²", "9" * 200, os.fsdecode(b"not \xff UTF-8")]
+    for name in strange[:3]:
+        (folder / name).mkdir()
+    shutil.copytree(folder / "10", folder / strange[3])
+    (folder / "loop").symlink_to("loop")
+    listed = {info.path.name: (info.step, info.state) for info in checkpoint.list_checkpoints(tmp_path)}
+    assert listed == {
+        **dict.fromkeys(strange[:3], (-1, "incomplete")),
+        strange[3]: (-1, "damaged"),
+        "loop": (-1, "damaged"),
+        "10": (10, "sound"),
+    }
+    assert checkpoint.find_checkpoint(tmp_path, fail).path == folder / "10"
 
 
 def test_a_checkpoint_that_was_moved_to_another_disk_is_not_deleted_through_its_link(tmp_path):
