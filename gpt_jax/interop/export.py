@@ -34,6 +34,7 @@ from gpt_jax.interop.onnx import load_onnx, write_onnx
 from gpt_jax.interop.parity import Computation, ExportedFunction
 from gpt_jax.interop.stablehlo import load_savedmodel, load_stablehlo, write_savedmodel, write_stablehlo
 from gpt_jax.interop.staging import staged_folder
+from gpt_jax.interop.usage import LABELS
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.rundir import sha256
@@ -216,10 +217,10 @@ def _write_huggingface(exported: ExportedModel, folder: Path, dtype: Dtype) -> N
 
 def _write_descriptions(exported: ExportedModel, format_: str, folder: Path, dtype: Dtype) -> None:
     info, config, tokenizer, task = exported.info, exported.config, exported.tokenizer, exported.task
-    card = cards.card(format_, info, config, tokenizer, task, exported.function, dtype)
+    card = cards.card(format_, dtype, info, config, tokenizer, task, exported.function)
     (folder / "README.md").write_text(card, encoding="utf-8")
     if task is not None:
-        _write_json(folder / cards.LABELS, cards.labels_json(task, tokenizer))
+        _write_json(folder / LABELS, cards.labels_json(task, tokenizer))
 
 
 def _write_json(path: Path, content: Any) -> None:

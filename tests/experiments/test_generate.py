@@ -107,6 +107,9 @@ def test_a_full_disk_behind_the_output_is_one_line(pretrained, monkeypatch, caps
     assert capsys.readouterr().err == "gpt-jax: a file could not be written: No space left on device\n"
 
 
-def test_output_that_is_closed_is_no_mistake(pretrained, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)  # This is how Python starts after `>&-`.
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_output_that_is_closed_is_no_mistake(pretrained, monkeypatch, name):
+    monkeypatch.setattr(sys, name, None)  # This is how Python starts after `>&-`.
     assert run(pretrained, "--prompt", "a") == 0
+    assert main(["generate", "nowhere", "--prompt", "a"]) == 2
+    getattr(sys, name).close()
