@@ -58,7 +58,7 @@ def card(
         f"{model.vocab_size:,} tokens and a context of {model.context_length}. Architecture and training follow "
         '"Improving Language Understanding by Generative Pre-Training" (2018).',
         "## Use",
-        usage(format_, tokenizer, task, function),
+        usage(format_, tokenizer, task, function).rstrip(),
         "## Scores",
         "\n".join(scores),
         "## Origin",
