@@ -71,12 +71,18 @@ clean: ## Remove environments, builds and caches. Runs are kept.
 
 # -- the environment --------------------------------------------------------------------------------------------------------
 
+# Begins a recipe line that may take minutes without a word: until its shell ends, the elapsed time is printed every four seconds.
+# The shell's number ends the loop even if the shell is killed; background processes do not receive Ctrl-C.
+clock := begin=$$(date +%s); \
+  while sleep 4 >/dev/null 2>&1 && kill -0 $$$$ 2>/dev/null; do echo "  $$(($$(date +%s) - begin)) s"; done & \
+  trap "kill $$! 2>/dev/null" EXIT;
+
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 	  || { echo "gpt_jax needs Python 3.11 or newer, and '$(PYTHON)' is not: name one with PYTHON=python3.12" >&2; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info >= (3, 13))' \
 	  || echo "warning: tested on Python 3.11 and 3.12; this newer one gets the versions locked for 3.12" >&2
-	@$(PYTHON) -m venv $(VENV)
+	@$(clock) $(PYTHON) -m venv $(VENV)
 	@touch $@
 
 # One stamp file for each set of extras, so that the demo does not wait for the packages of the tests.
@@ -85,7 +91,7 @@ $(VENV)/.installed-interop: lock_prefix := interop-
 $(VENV)/.installed-interop: size := 4 GB, more where torch brings CUDA
 $(VENV)/.installed-%: $(VENV)/.created setup.cfg pyproject.toml $(locks)
 	@echo "installing the $* packages into $(VENV): a minute or two the first time ($(size)), less than half a minute later"
-	@lock=constraints/$(lock_prefix)py$$($(bin)/python -c 'import sys; print(311 if sys.version_info < (3, 12) else 312)').txt; \
+	@$(clock) lock=constraints/$(lock_prefix)py$$($(bin)/python -c 'import sys; print(311 if sys.version_info < (3, 12) else 312)').txt; \
 	  $(bin)/python -m pip install --quiet --constraint $$lock setuptools \
 	  && $(bin)/python -m pip install --quiet --constraint $$lock --no-build-isolation --editable '.$(patsubst [core],,[$*])'
 	@touch $@

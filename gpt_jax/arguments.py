@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("demo", "run every stage on the documentation installed on this machine; takes a few minutes on a CPU")
     sub.add_argument("--workdir", type=_path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
+    sub.add_argument("--seed", type=number(int, SEED), default=0, help="seed of all training and of the tasks' rows (default: 0)")
 
     sub = verb("prepare", "build the tokenizer and the token store from text", config=True)
     sub.add_argument("--workdir", type=_path, help="prepare WORKDIR/store, unless --data.store names another folder")

@@ -110,9 +110,12 @@ def _workdir(options: argparse.Namespace, what: str = "the run") -> Path:
 
 
 def _demo(options: argparse.Namespace, _: list[str]) -> int:
-    from gpt_jax.experiments.demo import demo
+    from gpt_jax.experiments.elapsed import show_elapsed_time
 
-    return demo(options.workdir)
+    with show_elapsed_time(4.0):  # from before the imports, which take a while
+        from gpt_jax.experiments.demo import demo
+
+        return demo(options.workdir, options.seed)
 
 
 def _prepare(options: argparse.Namespace, overrides: list[str]) -> None:

@@ -16,6 +16,7 @@ WHOLE = {
 }
 COUNT = WHOLE | {"0": "must be positive", "-1": "must be positive"}
 NUMBERS = {
+    "demo --seed": WHOLE | {"-1": "must be in [0, 2^32)", "4294967296": "must be in [0, 2^32)"},
     "finetune cola --workdir RUN --seeds": COUNT,
     "study cola --workdir RUN --name layers --seeds": COUNT,
     "evaluate RUN --text TEXT --max-bytes": COUNT,

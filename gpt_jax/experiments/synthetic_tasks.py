@@ -1,12 +1,13 @@
 """Four small tasks made from the documentation installed on this machine, one for each input transformation of Figure 1.
 
-    package        classification    the package that a passage of documentation comes from
-    neighbors      entailment        whether the second sentence follows the first one in its text
-    same_text      similarity        whether two sentences come from the same text
-    continuation   multiple choice   which of four sentences follows the first one
+    word_order     classification    whether the words of a sentence are in their order or shuffled
+    origin         entailment        whether a text is documentation of the package that the second text names
+    same_package   similarity        whether two texts are documentation of the same package
+    continuation   multiple choice   which of four sentences follows the first one in its text
 
-Validation rows are made from documents that were also held out in pre-training, so the model has never been trained on them. All
-classes are equally frequent, except that the positions of the correct answers in `continuation` are random.
+Validation rows are made from documents that were also held out in pre-training, so the model has never been trained on them. In
+each task, every label is equally frequent, except that the positions of the correct answers in `continuation` are random. In
+`origin` and `same_package`, every package occurs equally often with each label, so one text alone does not tell the label.
 """
 
 import collections
@@ -22,9 +23,10 @@ from pathlib import Path
 from gpt_jax.config import TaskConfig
 from gpt_jax.runtime.rundir import write_atomic
 
-CLASSES = 4  # number of packages to distinguish
+PACKAGES = 4  # number of packages to distinguish
 CHOICES = 4
 SENTENCE_CHARS = range(40, 160)  # lengths of the sentences that are used; the demo's model has a context of 128 tokens
+MIN_WORDS = 6  # in a sentence that is shuffled
 
 Passage = tuple[str, str]
 """A package and a text of its documentation, as in `installed_docs.InstalledDocs.passages`."""
@@ -46,13 +48,13 @@ def make_tasks(
       The config of each task by name.
     """
     sizes = collections.Counter(package for package, _ in passages)
-    largest = sorted(sizes, key=lambda package: (-sizes[package], package))[:CLASSES]
+    largest = sorted(sizes, key=lambda package: (-sizes[package], package))[:PACKAGES]
     pair = TaskConfig(kind="entailment", texts=("first", "second"), labels=("no", "yes"))
     answers = tuple(f"answer {k}" for k in range(CHOICES))
     makers: dict[str, tuple[Callable[[Sequence[Passage], random.Random], Rows], TaskConfig]] = {
-        "package": (functools.partial(_package_rows, packages=largest), TaskConfig(kind="classification", texts=("text",))),
-        "neighbors": (_neighbors_rows, pair),
-        "same_text": (_same_text_rows, dataclasses.replace(pair, kind="similarity")),
+        "word_order": (_word_order_rows, dataclasses.replace(pair, kind="classification", texts=("text",))),
+        "origin": (functools.partial(_origin_rows, packages=largest), pair),
+        "same_package": (functools.partial(_same_package_rows, packages=largest), dataclasses.replace(pair, kind="similarity")),
         "continuation": (_continuation_rows, TaskConfig(kind="multiple_choice", texts=("context", *answers))),
     }
     tasks = {}
@@ -69,38 +71,56 @@ def make_tasks(
     return tasks
 
 
-def _package_rows(passages: Sequence[Passage], rng: random.Random, packages: Sequence[str]) -> Rows:
-    """Yields a row of each package in turn."""
-    texts_by_package = ([text for package, text in passages if package == label] for label in packages)
-    for texts in zip(*texts_by_package, strict=False):
-        for label, text in zip(packages, texts, strict=True):
-            yield {"text": " ".join(text.split())[: SENTENCE_CHARS.stop], "label": label}
+def _word_order_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
+    """Yields a sentence of one text, and a shuffled sentence of another."""
+    texts = ([sentence.split(" ") for sentence in text] for text in _split_texts(passages, 1))
+    usable = ([words for words in text if len(set(words)) >= MIN_WORDS] for text in texts)
+    sentences = [rng.choice(text) for text in usable if text]
+    for words, others in zip(sentences[::2], sentences[1::2], strict=False):
+        yield {"text": " ".join(words), "label": "yes"}
+        shuffled = others
+        while shuffled == others:
+            shuffled = rng.sample(others, len(others))
+        yield {"text": " ".join(shuffled), "label": "no"}
 
 
-def _neighbors_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
-    texts = _split_texts(passages, 3)
-    for text, other in zip(texts[::2], texts[1::2], strict=False):
-        k = rng.randrange(len(text) - 1)
-        yield {"first": text[k], "second": text[k + 1], "label": "yes"}
-        yield {"first": text[k], "second": rng.choice(other), "label": "no"}
+def _origin_rows(passages: Sequence[Passage], rng: random.Random, packages: Sequence[str]) -> Rows:
+    """Yields, in each turn, a row of every package with its name and a row with the name of another one."""
+    rounds = list(_one_of_each(passages, packages))
+    for ours, theirs in zip(rounds[::2], rounds[1::2], strict=False):
+        shift = rng.randrange(1, len(packages))
+        for k, package in enumerate(packages):
+            claim = f"This is documentation of {package}."
+            yield {"first": ours[k], "second": claim, "label": "yes"}
+            yield {"first": theirs[k - shift], "second": claim, "label": "no"}
 
 
-def _same_text_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
-    texts = _split_texts(passages, 3)
-    for text, other in zip(texts[::2], texts[1::2], strict=False):
-        first, second = rng.sample(text, 2)
-        yield {"first": first, "second": second, "label": "yes"}
-        yield {"first": first, "second": rng.choice(other), "label": "no"}
+def _same_package_rows(passages: Sequence[Passage], rng: random.Random, packages: Sequence[str]) -> Rows:
+    """Yields, for every package in turn, a row with two of its texts and a row with one of its texts and one of another."""
+    rounds = list(_one_of_each(passages, packages))
+    for one, two, three, four in zip(*(rounds[k::4] for k in range(4)), strict=False):
+        shift = rng.randrange(1, len(packages))
+        for k in range(len(packages)):
+            yield {"first": one[k], "second": two[k], "label": "yes"}
+            yield {"first": three[k], "second": four[k - shift], "label": "no"}
 
 
 def _continuation_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
     texts = _split_texts(passages, 2)
-    for text, *others in zip(*(texts[k::CHOICES] for k in range(CHOICES)), strict=False):
+    for number, text in enumerate(texts):
         k = rng.randrange(len(text) - 1)
         right = rng.randrange(CHOICES)
+        others = rng.sample(texts[:number] + texts[number + 1 :], CHOICES - 1)
         answers = [rng.choice(other) for other in others]
         answers.insert(right, text[k + 1])
         yield {"context": text[k], "label": str(right)} | {f"answer {k}": answer for k, answer in enumerate(answers)}
+
+
+def _one_of_each(passages: Sequence[Passage], packages: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """Yields tuples with the beginning of one text of each package. No text occurs twice."""
+    texts_by_package = ([text for package, text in passages if package == label] for label in packages)
+    for texts in zip(*texts_by_package, strict=False):
+        yield tuple(" ".join(text.split())[: SENTENCE_CHARS.stop] for text in texts)
 
 
 def _split_texts(passages: Sequence[Passage], min_sentences: int) -> list[list[str]]:

@@ -9,11 +9,20 @@ Log = Callable[[str], None]
 
 ERASE_LINE = "\r\x1b[K"
 
+last_shown = time.monotonic()
+"""The time on the monotonic clock at which something was last shown."""
+
 
 def say(line: str) -> None:
     """Prints a line to standard error. On a terminal, it replaces the live progress line."""
     # The newline is part of the text, so that lines from several processes do not run together.
-    print((ERASE_LINE if sys.stderr.isatty() else "") + line + "\n", end="", file=sys.stderr, flush=True)
+    _show((ERASE_LINE if sys.stderr.isatty() else "") + line + "\n")
+
+
+def _show(text: str) -> None:
+    global last_shown
+    last_shown = time.monotonic()
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 class ProgressLine:
@@ -37,14 +46,14 @@ class ProgressLine:
             return
         self._shown = now
         if self._live:
-            print(ERASE_LINE + line(), end="", file=sys.stderr, flush=True)
+            _show(ERASE_LINE + line())
         else:
             self._log(line())
 
     def clear(self) -> None:
         """Erases the line on a terminal."""
         if self._live:
-            print(ERASE_LINE, end="", file=sys.stderr, flush=True)
+            _show(ERASE_LINE)
 
 
 def format_duration(seconds: float) -> str:
