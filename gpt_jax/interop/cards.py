@@ -1,4 +1,4 @@
-"""What the folder of an export says about itself: README.md, the model card, and labels.json, the meaning of the outputs.
+"""Descriptions in the folder of an export: README.md, the model card, and labels.json, the meaning of the outputs.
 
 labels.json has the same fields in every format:
 

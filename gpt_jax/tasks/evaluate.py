@@ -94,7 +94,8 @@ def evaluate_text(
     length = min(context, tokens.size - 1)
     windows = EvaluationWindows(TokenList(tokens), length, batch_size, 0, min(stride, length))
     overlap = "without overlap" if stride >= length else f"with a stride of {stride} tokens"
-    log(f"{restored.info.path}: scoring {windows.num_windows:,} windows of {length} tokens {overlap}")
+    plural = "s" if windows.num_windows > 1 else ""
+    log(f"{restored.info.path}: scoring {windows.num_windows:,} window{plural} of {length} tokens {overlap}")
     total, weight = make_window_scorer(config, mesh, batch_size)(restored.params, windows)
     scores = language_model_metrics(total / weight, weight / size)
     sizes = {"tokens": tokens.size, "scored_tokens": round(weight), "documents": count, "bytes": size}
