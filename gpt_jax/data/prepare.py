@@ -5,7 +5,6 @@ The bytes of the store do not depend on the number of processes or on interrupti
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import itertools
@@ -47,6 +46,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.inputs.json_shapes import mismatch
 from gpt_jax.inputs.text_files import TextFiles
 from gpt_jax.runtime.console import Log, ProgressLine
+from gpt_jax.runtime.lock import locked
 from gpt_jax.runtime.rundir import explain_disk_errors, read_json, write_atomic
 
 PART_BYTES = 1 << 18
@@ -88,7 +88,7 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log, workdir: Path 
                 if isinstance(source, TextFiles):
                     require_outside(source, store_folder, workdir)
                     source.formats  # noqa: B018 - Files that are not text are reported before any long work.
-                with _lock(store_folder):
+                with _locked(store_folder, log):
                     if not (store_folder / INDEX).exists():  # Another process may have finished it in the meantime.
                         return _build(config, store_folder, source, log)
             return _reopen(config, store_folder, log, workdir)
@@ -99,27 +99,19 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log, workdir: Path 
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Locks the store while this process prepares it. The lock ends with the process, even if the process is killed.
+def _locked(folder: Path, log: Log) -> Iterator[None]:
+    """Locks the store while this process prepares it.
 
     If there is a mistake in the text or in the settings, nothing remains, unless there is something to continue from.
     """
-    created = [path for path in (folder, *folder.parents) if not path.exists()]
-    (folder / PARTIAL).mkdir(parents=True, exist_ok=True)
-    with (folder / PARTIAL / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is preparing it; wait, or give another --data.store") from None
+    with locked(folder, log):
+        (folder / PARTIAL).mkdir(exist_ok=True)
         try:
             yield
         except UserError:
             if not (folder / PARTIAL / TABLE).exists():
                 shutil.rmtree(folder / PARTIAL)
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
-                with contextlib.suppress(OSError):  # Something else is in the folder.
-                    for path in created:
-                        path.rmdir()
             raise
 
 

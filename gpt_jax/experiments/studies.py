@@ -105,8 +105,8 @@ def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, ls
       The contents of NAME.json.
 
     Raises:
-      UserError: as `finetune`; the settings do not allow this study; or matplotlib is not installed. If a checkpoint does not
-        fit, the error is raised before any training starts.
+      UserError: as `finetune`; the settings do not allow this study; matplotlib is not installed; or another process uses the
+        folder. If a checkpoint does not fit, the error is raised before any training starts.
       TrainingError, Preempted: as `finetune`; the same command resumes the study.
     """
     require_matplotlib()
@@ -116,23 +116,28 @@ def study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, ls
     require(seeds > 0, "seeds", f"must be positive, not {seeds}")
     task = task_from_config(config.task)
     distributed.start(config.distributed, say)
+    with distributed.locked(workdir, say):
+        return _run_study(name, config, workdir, seeds, lstm, task)
+
+
+def _run_study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: int, lstm: str, task: Task) -> dict[str, Any]:
+    """Runs a study whose settings are allowed, in a folder that this run has locked; see `study`."""
     log: Log = say if distributed.is_primary() else lambda line: None
     variants = find_variants(name, config, task, workdir / f"{name}-variants.json", lstm, log)
     rows: list[dict[str, Any]] = []
-    with distributed.locked(workdir, say):
-        for number, variant in enumerate(variants, 1):
-            log(f"{name}: {variant.name} ({number} of {len(variants)})")
-            scores = finetune_seeds(variant.config, workdir / variant.name.replace(" ", "-").replace("/", ""), seeds)
-            init, lm_weight = dataclasses.asdict(variant.config.init), variant.config.task.lm_weight
-            row = {"variant": variant.name, "x": variant.x, "init": init, "lm_weight": lm_weight}
-            rows.append(row | {"validation": scores["validation"], "test": scores.get("test")})
-        metric = task.metrics[0]
-        result = {"study": name, "metric": metric, "seeds": seeds, "config": config_to_dict(config), "variants": rows}
-        if distributed.is_primary():
-            write_atomic(workdir / f"{name}.json", json.dumps(result, indent=1) + "\n")
-            of_seeds = f"median and range of {seeds} seeds" if seeds > 1 else f"seed {config.train.seed}"
-            _show(result, workdir / f"{name}.png", f"{task.title}, validation; {of_seeds}")
-            print(f"{workdir / name}.json, {workdir / name}.png")
+    for number, variant in enumerate(variants, 1):
+        log(f"{name}: {variant.name} ({number} of {len(variants)})")
+        scores = finetune_seeds(variant.config, workdir / variant.name.replace(" ", "-").replace("/", ""), seeds)
+        init, lm_weight = dataclasses.asdict(variant.config.init), variant.config.task.lm_weight
+        row = {"variant": variant.name, "x": variant.x, "init": init, "lm_weight": lm_weight}
+        rows.append(row | {"validation": scores["validation"], "test": scores.get("test")})
+    metric = task.metrics[0]
+    result = {"study": name, "metric": metric, "seeds": seeds, "config": config_to_dict(config), "variants": rows}
+    if distributed.is_primary():
+        write_atomic(workdir / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        of_seeds = f"median and range of {seeds} seeds" if seeds > 1 else f"seed {config.train.seed}"
+        _show(result, workdir / f"{name}.png", f"{task.title}, validation; {of_seeds}")
+        print(f"{workdir / name}.json, {workdir / name}.png")
     return result
 
 

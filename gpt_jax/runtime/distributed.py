@@ -1,7 +1,6 @@
 """Multi-process runs: startup, consistency checks, synchronization, and coordinated shutdown."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -18,7 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gpt_jax.config import DistributedConfig
-from gpt_jax.errors import TrainingError, UserError
+from gpt_jax.errors import Preempted, TrainingError, UserError
+from gpt_jax.runtime import environment, lock
 from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.signals import StopSignals
 
@@ -31,70 +31,62 @@ def start(config: DistributedConfig, log: Log) -> None:
     tasks, an indexed Kubernetes job, or a TPU pod, all of which JAX detects. Otherwise the run has a single process.
 
     Raises:
-      UserError: the environment variables are invalid or incomplete.
+      UserError: the environment variables are invalid or incomplete, or the devices that they name are not there.
       TrainingError: the other processes did not connect within `timeout_seconds`.
     """
-    arguments = _cluster_arguments(config)
-    if arguments is None or jax.distributed.is_initialized():  # initialized by an earlier run in this process
-        return
+    arguments = environment.cluster_arguments(config)
+    if arguments is not None and not jax.distributed.is_initialized():  # initialized by an earlier run in this process
+        _join(arguments, config.timeout_seconds, log)
+    environment.require_devices()
+
+
+def _join(arguments: dict[str, Any], seconds: int, log: Log) -> None:
+    """Joins the other processes; see `start`."""
     who = f"process {arguments['process_id']} of {arguments['num_processes']}" if arguments else "this process"
     where = arguments.get("coordinator_address", "the coordinator that the cluster specifies")
-    failure = f"{who} could not join the others at {where} within {config.timeout_seconds} s"
+    failure = f"{who} could not join the others at {where} within {seconds} s"
     # At its own timeout, JAX aborts the process with a stack trace that cannot be caught, so this timer's limit is shorter.
-    timer = threading.Timer(config.timeout_seconds, _exit_now, (failure,))
+    timer = threading.Timer(seconds, _exit_now, (failure,))
     timer.daemon = True
     timer.start()
     with waiting(f"{who} to join the others at {where}", log):
         try:
-            jax.distributed.initialize(**arguments, initialization_timeout=config.timeout_seconds + 60)
-        except (RuntimeError, ValueError) as error:
+            jax.distributed.initialize(**arguments, initialization_timeout=seconds + 60)
+        except RuntimeError as error:
             raise TrainingError(f"{failure}: {str(error).splitlines()[0]}") from error
+        except ValueError as error:
+            problem = f"JAX does not find the processes of this run in the variables of the cluster ({error})"
+            raise UserError(f"{problem}; set {environment.JOIN}") from error
         finally:
             timer.cancel()
 
 
 def _exit_now(reason: str) -> None:
-    """Prints the reason and exits the process immediately, from any thread."""
+    """Prints the reason, releases the locks and exits the process immediately, from any thread."""
     print(f"gpt-jax: {reason}", file=sys.stderr, flush=True)
+    lock.release_all()
     os._exit(TrainingError.exit_code)
 
 
 @contextlib.contextmanager
 def exit_if_peer_lost() -> Iterator[None]:
-    """Exits with code 1 if a computation in the body fails because another process is gone.
+    """Exits with code 1 if a computation in the body fails because another process is gone, or if this one has lost its lock.
 
     In a multi-process run, any failed computation is treated as a lost process. The exit is immediate, because a pending save and
     JAX's shutdown would wait a minute or more for the other process, until JAX aborts.
     """
     try:
         yield
+    except lock.LockLost as error:
+        if jax.process_count() > 1:
+            _exit_now(str(error))
+        raise
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
         reason = " ".join(str(error).split())[:200]
         problem = f"process {jax.process_index()} of {jax.process_count()} lost another process ({reason})"
         _exit_now(f"{problem}; restart all processes to continue from the newest checkpoint")
-
-
-def _cluster_arguments(config: DistributedConfig) -> dict[str, Any] | None:
-    """Returns the arguments of jax.distributed.initialize, {} if JAX detects them, or None for a single process."""
-    env = os.environ
-    address, count, number = config.coordinator, config.num_processes, config.process_id
-    if not address and "JAX_COORDINATOR_ADDRESS" in env:
-        address = env["JAX_COORDINATOR_ADDRESS"]
-        try:
-            count = int(env["JAX_NUM_PROCESSES"])
-            number = int(env.get("JAX_PROCESS_ID") or env["JOB_COMPLETION_INDEX"])
-        except (KeyError, ValueError):
-            message = "JAX_COORDINATOR_ADDRESS is set, so set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole numbers as well"
-            raise UserError(message) from None
-    if address:
-        return {"coordinator_address": address, "num_processes": count, "process_id": number}
-    slurm = int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    tpu_device = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    tpu_pod = tpu_device and "tpu" in (env.get("JAX_PLATFORMS") or "tpu") and importlib.util.find_spec("libtpu") is not None
-    return {} if slurm or kubernetes or tpu_pod else None
 
 
 def is_primary() -> bool:
@@ -142,6 +134,31 @@ def primary_first(what: str, log: Log) -> Iterator[None]:
             _exchange(str(error), waiting_for, log)
             raise
         _exchange("", waiting_for, log)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, log: Log) -> Iterator[None]:
+    """Holds the lock of a folder (`lock.FolderLock`) on process 0, for all processes of the run, which wait for it together.
+
+    Raises:
+      UserError: another run holds it, and this one does not wait for it; or the folder cannot be written.
+      Preempted: a stop was requested while waiting.
+    """
+    own = lock.FolderLock(folder, log)
+    try:
+        with StopRequest() as stop:
+            acquired = False
+            while not acquired:
+                with primary_first(f"the lock of {folder}", log):
+                    acquired = is_primary() and own.try_acquire()
+                acquired = bool(broadcast(int(acquired)))
+                if stop.after_update():
+                    raise Preempted(f"{folder}: stop requested while waiting for the lock of this folder")
+                if not acquired:
+                    lock.pause()
+        yield
+    finally:
+        own.release()
 
 
 def broadcast(value: int) -> int:

@@ -26,7 +26,7 @@ from gpt_jax.data.tokenizers import Tokenizer, create_tokenizer, load_tokenizer
 from gpt_jax.errors import UserError, require
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import distributed
-from gpt_jax.runtime.console import Log
+from gpt_jax.runtime.console import Log, say
 from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.runtime.rundir import RunDir, write_atomic
 from gpt_jax.runtime.sharding import host_rows, make_mesh, place_batch
@@ -168,18 +168,20 @@ def finetune_seeds(config: FinetuneConfig, workdir: Path, seeds: int, allow_chan
     require(last < 2**32, "seeds", f"the last seed would be {last}, but a seed is at most 2^32 - 1")
     require(not (workdir / "checkpoints").exists(), "workdir", f"{workdir} contains a run of one seed; use another folder")
     numbers = [config.train.seed + k for k in range(seeds)]
+    distributed.start(config.distributed, say)
     results = []
-    for seed in numbers:
-        seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
-        results.append(finetune(seeded, workdir / f"seed-{seed}", allow_changes))
-    collected: dict[str, Any] = {"task": config.task.name, "seeds": numbers, "init": config.init.from_}
-    for split in ("validation", "test"):
-        if split in results[0]:
-            names = [name for name in results[0][split] if all(name in result.get(split, ()) for result in results)]
-            collected[split] = {name: spread([result[split][name] for result in results]) for name in names}
-    if distributed.is_primary():
-        write_atomic(workdir / "config.json", (workdir / f"seed-{numbers[0]}" / "config.json").read_bytes())
-        write_atomic(workdir / "result.json", json.dumps(collected, indent=1) + "\n")
+    with distributed.locked(workdir, say):
+        for seed in numbers:
+            seeded = dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
+            results.append(finetune(seeded, workdir / f"seed-{seed}", allow_changes))
+        collected: dict[str, Any] = {"task": config.task.name, "seeds": numbers, "init": config.init.from_}
+        for split in ("validation", "test"):
+            if split in results[0]:
+                names = [name for name in results[0][split] if all(name in result.get(split, ()) for result in results)]
+                collected[split] = {name: spread([result[split][name] for result in results]) for name in names}
+        if distributed.is_primary():
+            write_atomic(workdir / "config.json", (workdir / f"seed-{numbers[0]}" / "config.json").read_bytes())
+            write_atomic(workdir / "result.json", json.dumps(collected, indent=1) + "\n")
     return collected
 
 

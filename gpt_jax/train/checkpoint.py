@@ -165,10 +165,14 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
         self.wait()
         with self._explain_failure(step):
             path = self._folder / str(step)
-            if jax.process_index() == 0 and path.exists():
-                if inspect_checkpoint(path, checksums=True).state == "sound":
+            if jax.process_index() == 0:  # Orbax's save begins with a barrier, so this is done before any process looks.
+                if path.exists() and inspect_checkpoint(path, checksums=True).state == "sound":
                     raise ValueError(f"{path} is already a sound checkpoint")
-                _delete(path)  # Orbax's save begins with a barrier, so no process looks at the folder before this is done.
+                _delete(path)
+                # If Orbax itself finds that no folders can be created, its threads delay the end of the program by 20 minutes.
+                attempt = self._folder / f"{step}.orbax-checkpoint-tmp.0"
+                (attempt / "state" / "arrays").mkdir(parents=True)
+                shutil.rmtree(attempt)
             with self._orbax:
                 response = ocp.save_async(path, state)
         self._pending = self._thread.submit(self._finish, step, response, metrics, selection_metric)

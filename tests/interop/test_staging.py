@@ -1,5 +1,6 @@
 """Folders that appear whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -48,12 +49,31 @@ def test_an_error_names_the_folder_that_the_user_gave(tmp_path):
 
 
 def test_a_staged_folder_of_an_earlier_attempt_is_replaced(tmp_path):
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "old").touch()
+    (tmp_path / ".out.tmp" / "content").mkdir(parents=True)
+    (tmp_path / ".out.tmp" / "content" / "old").touch()
     with staged_folder(tmp_path / "out", "out") as folder:
         (folder / "new").touch()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_staged_folder_of_another_process_is_not_touched(tmp_path):
+    with staged_folder(tmp_path / "out", "out") as folder:
+        (folder / "file").write_text("content")
+        with pytest.raises(UserError) as caught, staged_folder(tmp_path / "out", "out"):
+            pytest.fail("the body ran")
+        assert str(caught.value).startswith(f"{tmp_path / 'out'}: in use by process {os.getpid()} on host ")
+        assert [path.name for path in folder.iterdir()] == ["file"]
+    assert (tmp_path / "out" / "file").read_text() == "content"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_was_filled_in_the_meantime_is_not_replaced(tmp_path):
+    with pytest.raises(OSError, match="out"), staged_folder(tmp_path / "out", "out") as folder:
+        (folder / "file").write_text("content")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "other").touch()
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["out", "out/other"]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path, monkeypatch):

@@ -1,0 +1,46 @@
+"""The identity of this machine and of its processes: which process a process id, written down earlier, belongs to."""
+
+import contextlib
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+
+@functools.cache
+def machine_id() -> str:
+    """Returns a text that identifies this machine, since it was started, and this namespace of processes; empty if unknown.
+
+    Two processes can see each other's process ids if it is the same. Containers have their own, even on the same machine.
+    """
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return _output("sysctl", "-n", "kern.bootsessionuuid")  # macOS
+
+
+def process_start(pid: int) -> str | None:
+    """Returns a text that identifies when a process of this machine started, or None if that cannot be seen.
+
+    The text is empty if there is no such process, or if it has ended and only its parent has not noticed yet.
+    """
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return ""
+    except PermissionError:  # It belongs to another user.
+        pass
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
+        return "" if fields[0] in "ZX" else fields[19]
+    state, _, start = _output("ps", "-o", "stat=,lstart=", "-p", str(pid)).partition(" ")
+    return "" if state.startswith("Z") else start.strip() or None
+
+
+def _output(*command: str) -> str:
+    """Returns the output of a command, or an empty string if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, stdin=subprocess.DEVNULL)
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
