@@ -4,7 +4,6 @@ The modules that a verb needs are imported when the verb runs, so that `gpt-jax 
 """
 
 import argparse
-import errno
 import io
 import os
 import signal
@@ -29,22 +28,40 @@ def main(words: Sequence[str] | None = None) -> int:
     except (UserError, TrainingError, VerificationError, Preempted) as error:
         if show_traceback:
             raise
-        print(f"gpt-jax: {error}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         if show_traceback:
             raise
-        print("gpt-jax: interrupted", file=sys.stderr, flush=True)
+        _complain("interrupted")
         if own_process:
             os._exit(130)  # If a compilation was interrupted, XLA would crash when Python ends.
         return 130
     except BrokenPipeError:  # The reader of the output, for example `head`, has exited before the end.
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if show_traceback or (error.filename is None and error.errno != errno.ENOSPC):
+        from gpt_jax.runtime.rundir import DISK_ERRORS
+
+        if show_traceback or (error.filename is None and error.errno not in DISK_ERRORS):
             raise
-        print(f"gpt-jax: {error.filename or 'a file could not be written'}: {error.strerror}", file=sys.stderr)
+        _complain(f"{error.filename or 'a file could not be written'}: {error.strerror}")
         return UserError.exit_code
+    except ValueError as error:
+        from gpt_jax.runtime.environment import explain_import_error
+
+        mistake = explain_import_error(error)
+        if show_traceback or mistake is None:
+            raise
+        _complain(str(mistake))
+        return mistake.exit_code
+
+
+def _complain(line: str) -> None:
+    """Prints a line to standard error, or nowhere if it cannot be written, for example to a log on a full disk."""
+    try:
+        print(f"gpt-jax: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _prepare_output() -> None:
@@ -65,6 +82,12 @@ def _run(words: list[str]) -> int:
     """
     try:
         options, overrides = arguments.parse(words)
+        if options.verb not in WITHOUT_JAX:
+            from gpt_jax.runtime.environment import check_variables, require_devices
+
+            check_variables()
+            if options.verb in ON_THIS_MACHINE:
+                require_devices()
         return VERBS[options.verb](options, overrides) or 0
     finally:
         try:
@@ -306,3 +329,6 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
     "bench": _bench,
 }
 """The function of each verb. It takes the options and the words that override fields of a config."""
+WITHOUT_JAX = ("prepare", "launch", "supervise")
+ON_THIS_MACHINE = ("evaluate", "generate", "export", "import", "bench")
+"""The verbs that compute in a single process. Others join the processes of a run before they use its devices."""

@@ -33,6 +33,7 @@ from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.experiments.synthetic_tasks import Passage, make_tasks
 from gpt_jax.interop.export import export
 from gpt_jax.runtime.console import format_duration, say
+from gpt_jax.runtime.lock import locked
 from gpt_jax.runtime.rundir import read_json, write_atomic
 from gpt_jax.tasks.finetune import finetune
 from gpt_jax.train.pretrain import pretrain
@@ -61,7 +62,8 @@ def demo(workdir: Path, seed: int = 0) -> int:
     say(f"demo: a small GPT learns from the documentation installed on this machine; all files are written to {workdir}")
     config = load_config("demo")
     documents = workdir / "documents.jsonl"
-    passages = read_passages(documents, config.data.max_bytes)
+    with locked(workdir, say):
+        passages = read_passages(documents, config.data.max_bytes)
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, source=str(documents)), train=dataclasses.replace(config.train, seed=seed)
     )
@@ -74,11 +76,12 @@ def demo(workdir: Path, seed: int = 0) -> int:
     for prompt, text in zip(config.train.prompts, texts, strict=True):
         say(f"    {prompt}|{text}".replace("\n", " "))
     say("\nFour tasks made from the same documentation, each fine-tuned from the pre-trained model and from random parameters:")
-    scores = finetune_synthetic_tasks(config, workdir, passages)
-
-    say("\nThe model in the Hugging Face format:")
     exported = workdir / "huggingface"
-    parity = read_json(exported / "parity.json") if exported.exists() else export(workdir, "huggingface", exported, say)
+    with locked(workdir, say):
+        scores = finetune_synthetic_tasks(config, workdir, passages)
+
+        say("\nThe model in the Hugging Face format:")
+        parity = read_json(exported / "parity.json") if exported.exists() else export(workdir, "huggingface", exported, say)
 
     bits_per_byte = result["bits_per_byte"] / result["loss"]  # for each nat/token; equal for all models of these tokens
     losses = {"model": result["loss"], "interpolated bigram": bigram, "unigram": unigram}

@@ -1,5 +1,6 @@
 """Terminal output: log lines, a live progress line, and formatted durations."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +23,8 @@ def say(line: str) -> None:
 def _show(text: str) -> None:
     global last_shown
     last_shown = time.monotonic()
-    print(text, end="", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # A closed terminal, or a log on a full disk, does not end a run.
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 class ProgressLine:

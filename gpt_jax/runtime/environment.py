@@ -140,7 +140,7 @@ def _check_jax_details() -> None:
 
 
 def check_variables() -> None:
-    """Checks the variables that JAX, XLA and CUDA read when they are first used, and imports JAX.
+    """Checks the variables that XLA, CUDA and JAX read when they are first used.
 
     Raises:
       UserError: a value makes no sense.
@@ -156,13 +156,13 @@ def check_variables() -> None:
         if len(set(entries)) < len(entries):
             raise _mistake("CUDA_VISIBLE_DEVICES", "must not name a GPU twice")
     _require("JAX_NUM_CPU_DEVICES", "-1|0*[1-9][0-9]{0,5}", "the number of devices that the CPU simulates, at least 1")
-    try:
-        import jax  # noqa: F401
-    except ValueError as error:  # JAX has read a variable whose value it does not allow.
-        name = re.search("jax_[a-z0-9_]+", str(error), re.IGNORECASE)
-        if name is None or name[0].upper() not in os.environ:
-            raise
-        raise _mistake(name[0].upper(), f"JAX does not accept this value ({str(error).splitlines()[0]})") from None
+
+
+def explain_import_error(error: ValueError) -> UserError | None:
+    """Returns a mistake that names the variable whose value JAX has refused when it was imported; None for other errors."""
+    match = re.search("JAX flag (jax_[a-z0-9_]+)|environment '(JAX_[A-Z0-9_]+)'", str(error))
+    name = (match[1] or match[2]).upper() if match else ""
+    return _mistake(name, f"JAX does not accept this value ({str(error).splitlines()[0]})") if name in os.environ else None
 
 
 @functools.cache
