@@ -6,7 +6,7 @@ from typing import Any
 from gpt_jax.errors import described, shortened
 
 Shape = Any
-"""What a JSON value must be:
+"""The shape of a JSON value, which is one of these:
 
     int                    a whole number in [0, 2^63)
     float                  a number that a float can represent

@@ -119,7 +119,7 @@ class RunDir:
         self._record = path / "metrics.jsonl"
         self.attempt = 1
         self.start: dict[str, Any] | None = None
-        """What identifies the checkpoint that the run started from (`restore.describe_start`), if any; recorded by `open`."""
+        """Identifies the checkpoint that the run started from (`restore.describe_start`), if there is one. `open` records it."""
         self._primary = primary
         self._metrics: Any = None
 
