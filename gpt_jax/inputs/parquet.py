@@ -1,6 +1,6 @@
-"""Columns of strings in Parquet files, read a few rows at a time."""
+"""Rows of Parquet files, read a few at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +16,68 @@ def parquet_texts(path: Path, column: str) -> Iterator[str | None]:
     """Yields the strings in a column of a Parquet file, in which nulls are None.
 
     Raises:
-      UserError: the file is damaged, would unpack to more than `archives.max_unpacked_size`, or has no such column of strings.
+      UserError: as `parquet_rows`; or there is no such column of strings.
     """
-    size, limit = 0, max_unpacked_size(path)
-    for row, data in enumerate(_read_column(path, column, limit), start=1):
-        size += len(data or b"")
-        if size > limit:
-            raise _too_large(path, limit)
-        try:
-            yield None if data is None else data.decode()
-        except UnicodeDecodeError as error:
-            problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-            raise UserError(f"{path}: row {row} of the column '{column}': {problem}") from error
+
+    def select(schema: Any) -> list[str]:
+        if schema.names.count(column) != 1:
+            hint = nearest(column, schema.names) if column not in schema.names else "there are several of this name"
+            raise UserError(f"{path}: no column '{column}' (--data.text-field); {hint}")
+        kind = schema.field(column).type
+        if not _contains_strings(kind):
+            raise UserError(f"{path}: the column '{column}' contains {shortened(str(kind))}, not strings")
+        return [column]
+
+    return (row[column] for row in parquet_rows(path, select))
 
 
-def _read_column(path: Path, column: str, limit: int) -> Iterator[bytes | None]:
-    """Yields the strings of a column in UTF-8."""
+def parquet_rows(path: Path, select: Callable[[Any], list[str]]) -> Iterator[dict[str, Any]]:
+    """Yields the values of each row of a Parquet file by column. Bytes, as which some programs store strings, are decoded.
+
+    Args:
+      path: the file.
+      select: returns the names of the wanted columns for a `pyarrow.Schema`, in which they occur once.
+
+    Raises:
+      UserError: the file is damaged, would unpack to more than `archives.max_unpacked_size`, or has strings that are not UTF-8.
+    """
+    number, size, limit = 0, 0, max_unpacked_size(path)
     try:
-        import pyarrow
         import pyarrow.parquet
 
         with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            if schema.names.count(column) != 1:
-                hint = nearest(column, schema.names) if column not in schema.names else "there are several of this name"
-                raise UserError(f"{path}: no column '{column}' (--data.text-field); {hint}")
-            kind = schema.field(column).type
-            if not _contains_strings(kind):
-                raise UserError(f"{path}: the column '{column}' contains {shortened(str(kind))}, not strings")
-            if _unpacked_size(table.metadata, column) > limit:
+            columns = select(table.schema_arrow)
+            if sum(_unpacked_size(table.metadata, column) for column in columns) > limit:
                 raise _too_large(path, limit)
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[column]):
-                values = batch.column(column)
-                values = values.dictionary_decode() if pyarrow.types.is_dictionary(values.type) else values
-                yield from (value.as_py() for value in values.cast(pyarrow.large_binary()))
+            for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
+                values = [_plain_values(batch.column(column)) for column in columns]
+                size += sum(array.nbytes for array in values)
+                if size > limit:
+                    raise _too_large(path, limit)
+                for row in zip(*values, strict=True):
+                    number += 1
+                    yield {name: _decoded(value.as_py(), path, number, name) for name, value in zip(columns, row, strict=True)}
     except UserError:
         raise
     except Exception as error:  # pyarrow raises exceptions of many types for files that are damaged.
         raise UserError(f"{path}: cannot be read as a Parquet file: {one_line(error)}") from error
+
+
+def _plain_values(values: Any) -> Any:
+    """Returns an array of pyarrow's without its dictionary, and strings as bytes, whose encoding pyarrow does not check."""
+    import pyarrow
+
+    values = values.dictionary_decode() if pyarrow.types.is_dictionary(values.type) else values
+    return values.cast(pyarrow.large_binary()) if _contains_strings(values.type) else values
+
+
+def _decoded(value: Any, path: Path, row: int, column: str) -> Any:
+    """Returns a value of a row, in which bytes are replaced with a string."""
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
+        raise UserError(f"{path}: row {row} of the column '{column}': {problem}") from error
 
 
 def _contains_strings(kind: Any) -> bool:
