@@ -7,9 +7,6 @@ import importlib.resources
 import json
 import os
 import re
-import runpy
-import sys
-import traceback
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +16,7 @@ import tyro
 
 from gpt_jax.config.schema import Effect, FinetuneConfig, FinetuneRunConfig, PretrainConfig, RunConfig
 from gpt_jax.errors import UserError, described, nearest, shortened
+from gpt_jax.inputs.config_files import run_config_file
 
 # -- fields that were renamed -----------------------------------------------------------------------------------------------
 
@@ -160,31 +158,10 @@ def load_config(name: str) -> Any:
         path = config_folder() / f"{name}.py"
         if not path.is_file():
             raise UserError(f"no config is named '{name}'; {nearest(name, config_names())} (or give the path of a .py file)")
-    if not path.is_file():
-        raise UserError(f"{path}: {'a folder, not a config file' if path.is_dir() else 'no such config file'}")
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # Standard output is for results.
-            function = runpy.run_path(str(path)).get("config")
-            value = function() if callable(function) else None
-    except (Exception, SystemExit) as error:  # Anything that a user's file does is reported in one line.
-        raise UserError(f"{_describe_failure(error, path)}{_renamed_argument(error)}") from error
-    if not callable(function):
-        raise UserError(f"{path}: a config file must define config(), a function that returns a PretrainConfig or FinetuneConfig")
+    value = run_config_file(path, _renamed_argument)
     if not isinstance(value, PretrainConfig | FinetuneConfig):
         raise UserError(f"{path}: config() returned a {type(value).__name__}, not a PretrainConfig or FinetuneConfig")
     return value
-
-
-def _describe_failure(error: BaseException, path: Path) -> str:
-    """Returns FILE:LINE and the message of an error that a config file raised, as one line."""
-    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
-    message = str(error)
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        lines, message = [error.lineno or 1], error.msg
-    if isinstance(error, SystemExit):
-        message += "; a config file must not end the program"
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return f"{path}{f':{lines[-1]}' if lines else ''}: {kind}{' '.join(message.split())}"
 
 
 def _renamed_argument(error: BaseException) -> str:
