@@ -4,6 +4,7 @@ None of them needs JAX or the accelerator.
 """
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from .accelerators import GIB, Accelerator
 from .job import BUCKETS, CLAIMS, Job, to_mount_paths
 
 MINIMUMS = {"slices": 1, "preemptions": 0, "crashes": 0, "grace_seconds": 1, "seeds": 1}
+REGION = "[a-z]+-[a-z]+[0-9]+"
+"""Pattern of a region of Google Cloud, such as us-central1; a zone in it is us-central1-a, or us-central1-ai1a."""
 BUCKET_NAME = "[a-z0-9]([a-z0-9._-]*[a-z0-9])?"
 KUBERNETES_NAME = r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*"
 """Pattern of a DNS subdomain, which is the form of most names in Kubernetes."""
@@ -75,12 +78,21 @@ def _check_options(job: Job) -> None:
     rule = "must have at most 40 characters a-z, 0-9 and '-', start with a letter, and not end with '-'"
     require(valid, "name", f"'{job.name}' {rule}")
     require(re.fullmatch("[a-z0-9-]*", job.zone) is not None, "zone", f"'{job.zone}' must consist of a-z, 0-9 and '-'")
+    if re.fullmatch(f"{REGION}|[a-z]+(-[a-z]+)+-[0-9]+", job.zone):  # of Google Cloud, or of AWS
+        example = job.zone + ("-a" if re.fullmatch(REGION, job.zone) else "a")
+        raise UserError(f"--zone: '{job.zone}' is a region; name one of its zones, for example {example}")
     for name in ("project", "queue"):
         require(re.search(r"[\s'\"`]", options[name]) is None, name, f"{options[name]!r} must not contain blanks or quotes")
     for name, minimum in MINIMUMS.items():
         require(options[name] >= minimum, name, f"must be at least {minimum}, not {options[name]}")
     require(job.verb == "finetune" or job.seeds == 1, "seeds", "applies to fine-tuning; for pre-training, set --train.seed")
     require(bool(job.workdir), "workdir", "name the folder for the run")
+
+
+def require_google_zone(zone: str) -> None:
+    """Checks that a zone, if one is given, has the form of Google Cloud's zones."""
+    valid = not zone or re.fullmatch(f"{REGION}-(ai[0-9]+)?[a-z]", zone) is not None
+    require(valid, "zone", f"'{zone}' is not a zone of Google Cloud, such as us-central1-a")
 
 
 def _check_input(job: Job, config: RunConfig) -> None:
@@ -130,6 +142,29 @@ def bytes_per_parameter(model: ModelConfig) -> int:
 
 
 # -- paths ------------------------------------------------------------------------------------------------------------------
+
+
+def with_absolute_paths(job: Job) -> Job:
+    """Returns the job with absolute paths, because a batch file or commands may be run in another folder.
+
+    Paths that only the config contains are added to the overrides.
+    """
+    config = apply_overrides(load_config(job.config), list(job.overrides), f"gpt-jax {job.verb} {job.config}")
+    paths = {field: str(Path(path).absolute()) for field, path in _paths(job, config) if path and "://" not in path}
+    overrides: list[str] = []
+    last = ""
+    for word in job.overrides:
+        option, equals, _ = word.partition("=")
+        field = (option if equals else last).removeprefix("--").replace("_", "-")
+        last = word
+        if field in paths and (equals or not word.startswith("--")):
+            word = f"{option}={paths[field]}" if equals else paths[field]
+        overrides.append(word)
+    given = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in overrides if word.startswith("--")}
+    for field in paths.keys() - {"workdir"} - given:
+        overrides += [f"--{field}", paths[field]]
+    file = os.path.abspath(os.path.expanduser(job.config)) if job.config.endswith(".py") else job.config
+    return dataclasses.replace(job, workdir=paths.get("workdir", job.workdir), config=file, overrides=tuple(overrides))
 
 
 def check_paths(job: Job, config: RunConfig, roots: tuple[str, ...]) -> None:

@@ -74,10 +74,12 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"there is no target '{name}'; {nearest(name, TARGETS)}")
     for option, only in EXCLUSIVE.items():
         require(name == only or getattr(options, option) is None, option, f"only {only} takes it; leave it out for {name}")
-    from .checks import check
+    from .checks import check, with_absolute_paths
 
     job = _job(options, overrides)
     target: Any = importlib.import_module(f".{name.replace('-', '_')}", __package__)
+    if not target.MOUNTS:  # The processes see the same files as this one.
+        job = with_absolute_paths(job)
     check(job, target)
     _warn_of_changes(job, name)
     if not options.dry_run:

@@ -17,7 +17,7 @@ from typing import Any
 from gpt_jax.errors import require
 
 from .accelerators import smallest_multi_host_slice
-from .checks import KUBERNETES_NAME
+from .checks import KUBERNETES_NAME, require_google_zone
 from .job import BUCKETS, CLAIMS, PORT, RESTART_CODE, Job, mount_names, require_tool, to_mount_paths
 from .manifest import write_manifest
 
@@ -30,8 +30,10 @@ USER = 1000
 """User id in the container (launch/Dockerfile). This user must own the mounted files."""
 MEGASCALE_PORT = 8080
 TPU_PORT = 8471
-BUCKET_OPTIONS = f"implicit-dirs,uid={USER},gid={USER},file-system:rename-dir-limit:200000"
-"""Mount options of Cloud Storage FUSE. A checkpoint is completed by renaming its folder, which fails if it has too many files."""
+BUCKET_OPTIONS = f"implicit-dirs,uid={USER},gid={USER},file-system:rename-dir-limit:200000,metadata-cache:ttl-secs:10"
+"""Mount options of Cloud Storage FUSE. A checkpoint is completed by renaming its folder, which fails if it has too many files.
+For the lock of a run's folder, a change of a file has to be seen within seconds, which takes a minute by default.
+"""
 KILLED = (137, 143)
 """Exit codes of a container that was killed from outside: 128 + SIGKILL and 128 + SIGTERM."""
 
@@ -43,6 +45,7 @@ def check(job: Job) -> None:
       UserError: there is no image, or the job requests something that GKE does not support.
     """
     accelerator = job.accelerator
+    require_google_zone(job.zone)
     if accelerator.kind != "tpu":
         require(not job.project, "project", "leave it out; kubectl's current context selects the project")
     if job.is_multislice:  # GKE connects node pools of multi-host slices only.

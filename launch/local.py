@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpt_jax.errors import require
+from gpt_jax.runtime.lock import WAIT
 
 from .job import Job
 from .supervise import RestartBudget, Supervisor, count_steps, kill, say, show, spawn
@@ -90,7 +91,7 @@ def _environments(job: Job, port: str) -> list[dict[str, str]]:
         if job.processes > 1:
             variables |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
             variables |= {"JAX_NUM_PROCESSES": str(job.processes), "JAX_PROCESS_ID": str(number)}
-        environments.append(variables)
+        environments.append(variables | {WAIT: "1"})
     return environments
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from gpt_jax.errors import UserError, require
 from gpt_jax.runtime import git_info
+from gpt_jax.runtime.lock import WAIT
 
 from .accelerators import RUNTIMES
 from .job import BUCKETS, PORT, RESTART_CODE, Job, mount_names, require_tool, to_mount_paths
@@ -91,7 +92,7 @@ def _task(job: Job) -> dict[str, Any]:
     task: dict[str, Any] = {"name": job.name, "num_nodes": job.slices, "resources": _resources(job), "file_mounts": {}}
     for bucket in mount_names(job.command(), BUCKETS):
         task["file_mounts"][f"{BUCKETS}{bucket}"] = {"source": f"gs://{bucket}", "mode": "MOUNT"}
-    script = [f"export {name}={value}" for name, value in job.accelerator.environment.items()]
+    script = [f"export {name}={value}" for name, value in {**job.accelerator.environment, WAIT: "1"}.items()]
     if not job.image:
         checkout = git_info.find_checkout()
         task |= {"workdir": str(checkout.folder), "setup": SETUP.format(extras=job.accelerator.extras)}

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from gpt_jax.errors import UserError, require
+from gpt_jax.runtime.lock import WAIT
 
 from .job import RESTART_CODE, Job, require_tool
 
@@ -52,7 +53,7 @@ def render(job: Job) -> str:
     # The signal goes to the processes, this long before the time limit.
     options |= {"output": f"{logs}/slurm-%j.log", "open-mode": "append", "signal": f"TERM@{job.grace_seconds}"}
     directives = "\n".join(f"#SBATCH --{name}={shlex.quote(str(value))}" for name, value in options.items() if value != "")
-    environment = " ".join(f"{name}={value}" for name, value in accelerator.environment.items())
+    environment = " ".join(f"{name}={value}" for name, value in {**accelerator.environment, WAIT: "1"}.items())
     program = Path(sys.executable).parent / "gpt-jax"  # in the environment of this command, which all nodes see
     command, quoted_logs = shlex.join([str(program), *job.command()[1:]]), shlex.quote(str(logs))
     return f"""\

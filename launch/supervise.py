@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import Preempted, TrainingError, UserError, require
+from gpt_jax.runtime.lock import WAIT
 from gpt_jax.runtime.signals import StopSignals
 
 from .tpu_worker import last_step
@@ -228,7 +229,7 @@ def kill(processes: Iterable[subprocess.Popen[bytes]]) -> None:
 
 
 def supervise(words: Sequence[str], preemptions: int, crashes: int, grace_seconds: float) -> int:
-    """Runs `gpt-jax WORDS` in one supervised process; returns the exit code.
+    """Runs `gpt-jax WORDS` in one supervised process, which waits if another one uses the run's folder; returns the exit code.
 
     Raises:
       UserError: there are no words, or a number is out of range.
@@ -240,7 +241,8 @@ def supervise(words: Sequence[str], preemptions: int, crashes: int, grace_second
     require(grace_seconds > 0, "grace-seconds", f"must be positive, not {grace_seconds}")
     command, workdir = [sys.executable, "-m", "gpt_jax", *words], find_workdir(words)
     budget = RestartBudget(preemptions, crashes)
-    return Supervisor(lambda: [spawn(command)], budget, grace_seconds, lambda: count_steps(workdir)).run()
+    environment = {**os.environ, WAIT: "1"}
+    return Supervisor(lambda: [spawn(command, env=environment)], budget, grace_seconds, lambda: count_steps(workdir)).run()
 
 
 def find_workdir(words: Sequence[str]) -> str:

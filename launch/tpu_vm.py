@@ -22,6 +22,7 @@ from gpt_jax.runtime import git_info
 
 from . import tpu_worker
 from .accelerators import RUNTIMES
+from .checks import require_google_zone
 from .gcloud import Gcloud
 from .job import BUCKETS, Job, mount_names, require_tool, to_mount_paths
 from .tpu_watch import DEFAULT_TIMING, Timing, TpuWatcher
@@ -40,6 +41,7 @@ def check(job: Job) -> None:
     require(job.accelerator.kind == "tpu", "accelerator", f"{name} is not a TPU; tpu-vm takes {', '.join(RUNTIMES)}")
     require(job.accelerator.family in RUNTIMES, "accelerator", f"{name} is not offered as a TPU VM; use gke")
     require(bool(job.zone), "zone", "name the zone, for example --zone us-west4-a")
+    require_google_zone(job.zone)
     checkout = git_info.find_checkout()
     if not checkout.commit:
         raise UserError("tpu-vm installs a commit on the workers, and this package is not in a git checkout; run it from a clone")

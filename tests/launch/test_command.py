@@ -3,6 +3,9 @@
 import argparse
 import dataclasses
 import inspect
+import os
+import re
+import shlex
 import subprocess
 import sys
 
@@ -41,7 +44,7 @@ def submitted(monkeypatch, tmp_path):
 
 
 def test_the_arguments_become_a_job(submitted):
-    words = "tpu-vm gpt1_1b5 --workdir gs://b/run --accelerator v5e-32 --slices 2 --zone z --project p --spot --preemptions 5"
+    words = "tpu-vm gpt1_1b5 --workdir gs://b/run --accelerator v5e-32 --slices 2 --zone us-west4-a --project p --spot --preemptions 5"
     overrides = ("--mesh.slice", "2", "--mesh.fsdp", "32", "--mesh.data", "1", "--train.batch-size", "64")
     overrides += ("--data.store", "gs://b/store")
     assert launch(*words.split(), "--crashes", "1", "--grace-seconds", "60", "--delete-on-exit", *overrides) == 7
@@ -53,7 +56,7 @@ def test_the_arguments_become_a_job(submitted):
         name="gpt1-1b5",
         accelerator=parse_accelerator("v5e-32"),
         slices=2,
-        zone="z",
+        zone="us-west4-a",
         project="p",
         spot=True,
         preemptions=5,
@@ -66,7 +69,7 @@ def test_the_arguments_become_a_job(submitted):
 
 def test_options_that_are_left_out_have_the_defaults_of_a_job(submitted):
     assert launch("local", "smoke", "--workdir", "RUN") == 7
-    assert submitted == [Job("pretrain", "smoke", (), "RUN", "smoke", parse_accelerator("cpu-1"))]
+    assert submitted == [Job("pretrain", "smoke", (), os.path.abspath("RUN"), "smoke", parse_accelerator("cpu-1"))]
 
 
 def test_a_fine_tuning_is_recognized_by_its_config(submitted, tmp_path):
@@ -78,8 +81,8 @@ def test_a_fine_tuning_is_recognized_by_its_config(submitted, tmp_path):
     assert len(submitted) == 2
     for job in submitted:
         assert (job.verb, job.name, job.accelerator.name) == ("finetune", "mine", "cpu-2")
-        assert job.overrides == ("--init.from", "BASE")
-        assert job.command()[-4:] == ["--seeds", "3", "--init.from", "BASE"]
+        assert job.overrides == ("--init.from", os.path.abspath("BASE"))
+        assert job.command()[-4:] == ["--seeds", "3", "--init.from", os.path.abspath("BASE")]
         assert job.processes == 2
 
 
@@ -119,7 +122,7 @@ def test_mistakes_are_reported_in_one_line(submitted, words, message):
         ("local smoke --workdir RUN", "the run keeps them as uncommitted.diff\n"),
         ("gke smoke --workdir gs://b/r --accelerator cpu-4 --image IMAGE", "the image contains the files it was built from\n"),
         (
-            "tpu-vm smoke --workdir gs://b/r --accelerator v5e-1 --zone z",
+            "tpu-vm smoke --workdir gs://b/r --accelerator v5e-1 --zone us-west4-a",
             "the run keeps them as uncommitted.diff\n"
             "warning: git does not track a.py, b.py, c.py, ...; the workers will not have these files\n",
         ),
@@ -140,7 +143,7 @@ def test_a_config_that_git_does_not_track_does_not_reach_a_tpu_vm(submitted, mon
     for module in (load, tpu_vm):
         monkeypatch.setattr(module, "config_folder", lambda: tmp_path / "configs")
     monkeypatch.setattr(git_info, "find_checkout", lambda: Checkout(tmp_path, "c0ffee", b"", ("configs/my/own.py",)))
-    words = ("--workdir", "gs://b/r", "--accelerator", "v5e-1", "--zone", "z")
+    words = ("--workdir", "gs://b/r", "--accelerator", "v5e-1", "--zone", "us-west4-a")
     message = "configs/my/own.py is not tracked by git, so the workers would not have it; run git add configs/my/own.py"
     for more in ((), ("--dry-run",)):
         with pytest.raises(UserError) as error:
@@ -149,6 +152,91 @@ def test_a_config_that_git_does_not_track_does_not_reach_a_tpu_vm(submitted, mon
     assert submitted == []
     assert launch("tpu-vm", "old", *words) == 7
     assert launch("local", "my/own", "--workdir", "RUN") == 7  # which sees this folder
+
+
+@pytest.mark.parametrize("target", ["slurm", "local"])
+def test_all_paths_are_absolute_where_the_processes_see_this_machines_files(monkeypatch, tmp_path, capsys, target):
+    """A batch file may be submitted from another folder, and its commands may be run there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    text = (load.config_folder() / "smoke.py").read_text()
+    config = re.sub("DataConfig\\(", 'DataConfig(store="made/store", ', text, count=1)
+    assert config != text
+    (tmp_path / "mine.py").write_text(config)
+    (tmp_path / "finetune.py").write_text("from gpt_jax.config import *\n\n\ndef config():\n    return FinetuneConfig()\n")
+    words = [
+        "--workdir",
+        "runs/my run",
+        "--data.source=texts/*.txt",
+        "--data.tokenizer.path",
+        "~/vocabulary",
+        "--optim.peak-lr",
+        "1e-3",
+    ]
+    assert launch(target, "mine.py", *words, "--accelerator", "cpu-2", "--dry-run") == 0
+    words = [
+        "--workdir",
+        "tuned",
+        "--init.from",
+        "none",
+        "--init.like",
+        "gpt1",
+        "--init.tokenizer",
+        "vocab",
+        "--task.name",
+        "cola",
+    ]
+    assert launch(target, "finetune.py", *words, "--task.path=./glue/../glue/CoLA", "--accelerator", "cpu-2", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    for path in ("runs/my run/logs", "mine.py", "texts/*.txt", "home/vocabulary", "made/store", "tuned", "finetune.py", "vocab"):
+        assert f"{tmp_path}/{path}" in printed, path
+    assert "--init.from none --init.like gpt1" in printed
+    lines = printed.replace("\\\n", " ").splitlines()
+    (first, second) = [shlex.split(line) for line in lines if re.search("gpt-jax (pretrain|finetune)", line)]
+    for command_line, paths in ((first, 5), (second, 4)):
+        names = ("--workdir", "--data.source", "--data.store", "--data.tokenizer.path", "--init.tokenizer", "--task.path")
+        joined = [word.partition("=")[2] for word in command_line if word.partition("=")[0] in names and "=" in word]
+        apart = [value for name, value in zip(command_line, command_line[1:], strict=False) if name in names]
+        config = command_line[command_line.index("--workdir") - 1]
+        assert len([*joined, *apart, config]) == paths
+        assert all(path.startswith("/") for path in (*joined, *apart, config))
+
+
+ZONES = "tpu-vm smoke --workdir gs://b/r --accelerator v5e-1", "gke smoke --workdir gs://b/r --accelerator v5e-4 --image I"
+
+
+@pytest.mark.parametrize("words", [*ZONES, "sky smoke --workdir gs://b/r --accelerator cpu-4 --image I"])
+@pytest.mark.parametrize("region", ["us-central1", "europe-west4", "northamerica-northeast1", "me-central2"])
+def test_a_region_is_not_a_zone(submitted, words, region):
+    with pytest.raises(UserError) as error:
+        launch(*words.split(), "--zone", region, "--dry-run")
+    assert str(error.value) == f"--zone: '{region}' is a region; name one of its zones, for example {region}-a"
+
+
+@pytest.mark.parametrize("words", ZONES)
+@pytest.mark.parametrize(
+    "zone", ["us-central-1a", "us-central1a", "central1-a", "us-central1-a-", "us-east-1a", "a", "us-central1-aa"]
+)
+def test_what_cannot_be_a_zone_of_google_cloud_is_refused_there(submitted, words, zone):
+    with pytest.raises(UserError) as error:
+        launch(*words.split(), "--zone", zone, "--dry-run")
+    assert str(error.value) == f"--zone: '{zone}' is not a zone of Google Cloud, such as us-central1-a"
+
+
+@pytest.mark.parametrize("words", ZONES)
+@pytest.mark.parametrize("zone", ["us-central1-a", "us-east5-b", "australia-southeast1-c", "me-central2-a", "us-central1-ai1a"])
+def test_zones_of_google_cloud_are_accepted(submitted, capsys, words, zone):
+    assert launch(*words.split(), "--zone", zone, "--dry-run") == 0
+    assert zone in capsys.readouterr().out
+
+
+def test_zones_of_other_clouds_are_accepted_by_sky_but_not_their_regions(submitted, capsys):
+    words = "sky smoke --workdir gs://b/r --accelerator cpu-4 --image I --dry-run --zone".split()
+    for zone in ("us-east-1a", "us-gov-west-1b", "us-west-2-lax-1a", "1"):
+        assert launch(*words, zone) == 0
+        assert f"zone: {zone}" in capsys.readouterr().out.replace("'", "")
+    with pytest.raises(UserError, match="--zone: 'us-east-1' is a region; name one of its zones, for example us-east-1a"):
+        launch(*words, "us-east-1")
 
 
 def test_all_targets_have_the_same_interface():

@@ -50,6 +50,7 @@ def test_processes_share_the_devices_of_a_cpu(job):
         "JAX_COORDINATOR_ADDRESS": "127.0.0.1:PORT",
         "JAX_NUM_PROCESSES": "2",
         "JAX_PROCESS_ID": "1",
+        "GPT_JAX_WAIT_FOR_LOCK": "1",
     }
     assert first.endswith(
         f"gpt-jax pretrain smoke --workdir {job.workdir} --train.duration '7 steps' >> {job.workdir}/logs/process-0.log 2>&1 &"
@@ -59,7 +60,7 @@ def test_processes_share_the_devices_of_a_cpu(job):
 
 def test_a_single_process_joins_no_others(job):
     line, _ = local.render(dataclasses.replace(job, processes=1)).splitlines()
-    assert variables(line) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    assert variables(line) == {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4", "GPT_JAX_WAIT_FOR_LOCK": "1"}
 
 
 @pytest.mark.parametrize(("processes", "expected"), [(4, ["0", "1", "2", "3"]), (2, ["0,1", "2,3"]), (1, ["0,1,2,3"])])

@@ -265,8 +265,9 @@ def test_the_steps_of_all_runs_in_the_folder_are_counted(tmp_path):
 def test_the_command_supervises_a_verb(tmp_path, monkeypatch, capsys):
     commands = []
 
-    def run(command):
+    def run(command, env):
         commands.append(command)
+        assert env == {**os.environ, "GPT_JAX_WAIT_FOR_LOCK": "1"}
         return spawn([sys.executable, "-SEc", "raise SystemExit(2)"])
 
     monkeypatch.setattr(supervise, "spawn", run)
