@@ -161,8 +161,9 @@ def with_absolute_paths(job: Job) -> Job:
             word = f"{option}={paths[field]}" if equals else paths[field]
         overrides.append(word)
     given = {word.partition("=")[0].removeprefix("--").replace("_", "-") for word in overrides if word.startswith("--")}
-    for field in paths.keys() - {"workdir"} - given:
-        overrides += [f"--{field}", paths[field]]
+    for field, path in paths.items():
+        if field not in given | {"workdir"}:
+            overrides += [f"--{field}", path]
     file = os.path.abspath(os.path.expanduser(job.config)) if job.config.endswith(".py") else job.config
     return dataclasses.replace(job, workdir=paths.get("workdir", job.workdir), config=file, overrides=tuple(overrides))
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import shlex
@@ -44,10 +45,11 @@ def submitted(monkeypatch, tmp_path):
 
 
 def test_the_arguments_become_a_job(submitted):
-    words = "tpu-vm gpt1_1b5 --workdir gs://b/run --accelerator v5e-32 --slices 2 --zone us-west4-a --project p --spot --preemptions 5"
+    words = "tpu-vm gpt1_1b5 --workdir gs://b/run --accelerator v5e-32 --slices 2 --zone us-west4-a --project p --spot"
     overrides = ("--mesh.slice", "2", "--mesh.fsdp", "32", "--mesh.data", "1", "--train.batch-size", "64")
     overrides += ("--data.store", "gs://b/store")
-    assert launch(*words.split(), "--crashes", "1", "--grace-seconds", "60", "--delete-on-exit", *overrides) == 7
+    words += " --preemptions 5 --crashes 1 --grace-seconds 60 --delete-on-exit"
+    assert launch(*words.split(), *overrides) == 7
     expected = Job(
         verb="pretrain",
         config="gpt1_1b5",
@@ -164,29 +166,11 @@ def test_all_paths_are_absolute_where_the_processes_see_this_machines_files(monk
     assert config != text
     (tmp_path / "mine.py").write_text(config)
     (tmp_path / "finetune.py").write_text("from gpt_jax.config import *\n\n\ndef config():\n    return FinetuneConfig()\n")
-    words = [
-        "--workdir",
-        "runs/my run",
-        "--data.source=texts/*.txt",
-        "--data.tokenizer.path",
-        "~/vocabulary",
-        "--optim.peak-lr",
-        "1e-3",
-    ]
-    assert launch(target, "mine.py", *words, "--accelerator", "cpu-2", "--dry-run") == 0
-    words = [
-        "--workdir",
-        "tuned",
-        "--init.from",
-        "none",
-        "--init.like",
-        "gpt1",
-        "--init.tokenizer",
-        "vocab",
-        "--task.name",
-        "cola",
-    ]
-    assert launch(target, "finetune.py", *words, "--task.path=./glue/../glue/CoLA", "--accelerator", "cpu-2", "--dry-run") == 0
+    words = "--data.source=texts/*.txt --data.tokenizer.path ~/vocabulary --optim.peak-lr 1e-3 --accelerator cpu-2 --dry-run"
+    assert launch(target, "mine.py", "--workdir", "runs/my run", *words.split()) == 0
+    words = "--workdir tuned --init.from none --init.like gpt1 --init.tokenizer vocab --task.name cola"
+    words += " --task.path=./glue/../glue/CoLA --accelerator cpu-2 --dry-run"
+    assert launch(target, "finetune.py", *words.split()) == 0
     printed = capsys.readouterr().out
     for path in ("runs/my run/logs", "mine.py", "texts/*.txt", "home/vocabulary", "made/store", "tuned", "finetune.py", "vocab"):
         assert f"{tmp_path}/{path}" in printed, path
@@ -196,7 +180,7 @@ def test_all_paths_are_absolute_where_the_processes_see_this_machines_files(monk
     for command_line, paths in ((first, 5), (second, 4)):
         names = ("--workdir", "--data.source", "--data.store", "--data.tokenizer.path", "--init.tokenizer", "--task.path")
         joined = [word.partition("=")[2] for word in command_line if word.partition("=")[0] in names and "=" in word]
-        apart = [value for name, value in zip(command_line, command_line[1:], strict=False) if name in names]
+        apart = [value for name, value in itertools.pairwise(command_line) if name in names]
         config = command_line[command_line.index("--workdir") - 1]
         assert len([*joined, *apart, config]) == paths
         assert all(path.startswith("/") for path in (*joined, *apart, config))
@@ -231,7 +215,7 @@ def test_zones_of_google_cloud_are_accepted(submitted, capsys, words, zone):
 
 
 def test_zones_of_other_clouds_are_accepted_by_sky_but_not_their_regions(submitted, capsys):
-    words = "sky smoke --workdir gs://b/r --accelerator cpu-4 --image I --dry-run --zone".split()
+    words = ("sky", "smoke", "--workdir", "gs://b/r", "--accelerator", "cpu-4", "--image", "I", "--dry-run", "--zone")
     for zone in ("us-east-1a", "us-gov-west-1b", "us-west-2-lax-1a", "1"):
         assert launch(*words, zone) == 0
         assert f"zone: {zone}" in capsys.readouterr().out.replace("'", "")
