@@ -10,9 +10,9 @@ from typing import BinaryIO
 
 from gpt_jax.errors import UserError
 
-SKIPPABLE = [bytes((byte, 0x2A, 0x4D, 0x18)) for byte in range(0x50, 0x60)]
-SIGNATURES = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", **dict.fromkeys(SKIPPABLE, "zstd")}
-"""First bytes of compressed files. A file of zstd may also begin with one of sixteen frames that its readers skip."""
+GZIP = b"\x1f\x8b"
+ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes((byte, 0x2A, 0x4D, 0x18)) for byte in range(0x50, 0x60)))
+"""First bytes of files in zstd, which may begin with one of sixteen frames that its readers skip."""
 
 MAX_EXPANSION = 200
 """Maximum ratio of the unpacked to the compressed size. Text expands by 2 to 10, and logs or tables that repeat themselves by at
@@ -34,11 +34,16 @@ def max_unpacked_size(path: Path) -> int:
     return max(ALWAYS_ALLOWED, MAX_EXPANSION * path.stat().st_size)
 
 
+def compression_of(head: bytes) -> str:
+    """Returns the compression of a file that begins with `head`: "gzip", "zstd", or empty."""
+    return "gzip" if head.startswith(GZIP) else "zstd" if head.startswith(ZSTD) else ""
+
+
 class Unpacked(io.RawIOBase):
     """The unpacked content of a compressed file.
 
     Args:
-      file: the compressed file, opened at its beginning. It is closed with this stream.
+      file: the compressed file, opened at its beginning. It must stay open.
       path: the path of the file, for its size and for messages.
       kind: "gzip" or "zstd".
 
@@ -47,31 +52,20 @@ class Unpacked(io.RawIOBase):
     """
 
     def __init__(self, file: BinaryIO, path: Path, kind: str):
-        self.kind = kind
-        self._file = file
         self._pieces = _checked_pieces(file, path, kind)
-        self._rest = memoryview(b"")
+        self._rest = bytearray()
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         """Fills the buffer, except at the end of the content. Returns the number of bytes."""
-        filled = 0
-        while filled < len(buffer):
-            if not self._rest:
-                self._rest = memoryview(next(self._pieces, b""))
-                if not self._rest:
-                    break
-            piece = self._rest[: len(buffer) - filled]
-            buffer[filled : filled + len(piece)] = piece
-            self._rest = self._rest[len(piece) :]
-            filled += len(piece)
-        return filled
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+        while len(self._rest) < len(buffer) and (piece := next(self._pieces, b"")):
+            self._rest += piece
+        size = min(len(self._rest), len(buffer))
+        buffer[:size] = self._rest[:size]
+        del self._rest[:size]
+        return size
 
 
 def _checked_pieces(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
@@ -79,19 +73,16 @@ def _checked_pieces(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
     import zstandard
 
     limit, size = max_unpacked_size(path), 0
-    pieces = _gzip_pieces(file) if kind == "gzip" else _zstd_pieces(file)
     try:
-        for piece in pieces:
+        for piece in filter(None, _gzip_pieces(file) if kind == "gzip" else _zstd_pieces(file)):
             size += len(piece)
             if size > limit:
                 rule = f"{MAX_EXPANSION} times its size, or {ALWAYS_ALLOWED:,}"
-                hint = f"if it is text nevertheless, decompress it yourself: {unpack_command(kind, path)}"
+                hint = f"if it is text nevertheless, decompress it yourself with {kind} -d"
                 raise UserError(f"{path}: unpacks to more than {limit:,} bytes (the limit is {rule}); {hint}")
-            if piece:
-                yield piece
+            yield piece
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-        where = f" after {size:,} bytes of content" if size else ""
-        raise UserError(f"{path}: broken {kind} archive{where}: {error}") from error
+        raise UserError(f"{path}: broken {kind} archive after {size:,} bytes of content: {error}") from error
 
 
 def _gzip_pieces(file: BinaryIO) -> Iterable[bytes]:
@@ -112,10 +103,3 @@ def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
             yield frame.decompress(data)
             data = b"" if frame.eof else file.read(ZSTD_INPUT)
         data = frame.unused_data or file.read(ZSTD_INPUT)
-
-
-def unpack_command(kind: str, path: Path) -> str:
-    """Returns a command that unpacks a compressed file into another file."""
-    import shlex
-
-    return f"{'gzip -dc' if kind == 'gzip' else 'zstd -dc --long=31'} {shlex.quote(str(path))} > NEW"

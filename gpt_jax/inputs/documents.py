@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.errors import UserError, described, nearest, shortened
-from gpt_jax.inputs.formats import BYTE_ORDER_MARK, BinaryFile, TextFormat, decode_text, open_file
-from gpt_jax.inputs.json_rows import json_lines, json_objects
+from gpt_jax.errors import UserError, described, nearest
+from gpt_jax.inputs.formats import BYTE_ORDER_MARK, NUL_BYTE, BinaryFile, TextFormat, decode_text, open_file
+from gpt_jax.inputs.json_rows import json_objects
 from gpt_jax.inputs.parquet import parquet_texts
 from gpt_jax.inputs.tally import Tally
 
@@ -37,7 +37,7 @@ def read_documents(path: Path, file_format: TextFormat, text_field: str, missing
         if file_format == "text":
             yield from text_documents(file, path)
             return
-        for line, row in json_lines(file, path) if file_format == "jsonl" else json_objects(file, path):
+        for line, row in json_objects(file, path):
             text = _text_of(row, text_field, f"{path}:{line}")
             if text is None:
                 missing.add(f"{path.name}:{line}")
@@ -58,7 +58,7 @@ def text_documents(file: BinaryFile, path: Path) -> Iterator[str]:
     while text := text + file.read(MAX_DOCUMENT_BYTES + 1 - len(text)):
         if b"\0" in text:
             line += text.count(b"\n", 0, text.index(b"\0"))
-            raise UserError(f"{path}:{line}: a NUL byte; if the file is not text, name only text files, for example by a glob")
+            raise UserError(f"{path}:{line}: {NUL_BYTE}")
         size = len(text) if len(text) <= MAX_DOCUMENT_BYTES else _cut_position(text[:MAX_DOCUMENT_BYTES])
         yield decode_text(text[:size], path, line)
         line += text.count(b"\n", 0, size)
@@ -88,10 +88,7 @@ def _cut_position(text: bytes) -> int:
 def _text_of(row: dict[str, Any], text_field: str, where: str) -> str | None:
     """Returns the text of a JSON object, or None if it is null."""
     if text_field not in row:
-        hint = nearest(text_field, row)
-        if tables := [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]:
-            hint += f"; if the texts are in the list '{shortened(tables[0])}', write its objects on lines of their own (.jsonl)"
-        hint += "; --data.format text reads the files of a source as plain text"
+        hint = f"{nearest(text_field, row)}; --data.format text reads the files of a source as plain text"
         raise UserError(f"{where}: no field '{text_field}' (--data.text-field); {hint}")
     text = row[text_field]
     if text is not None and not isinstance(text, str):

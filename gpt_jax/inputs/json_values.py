@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.errors import UserError, described
+from gpt_jax.errors import UserError, described, shortened
 
 _DECODER = json.JSONDecoder()
+WHITE_SPACE = re.compile("[ \t\r\n\ufeff]*")
+"""White space between values. Files that were joined have byte-order marks in it."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape that may be half of a pair. A half on its own is a code point that no encoding of text can represent."""
 
@@ -25,7 +27,7 @@ def parse_json(text: str, path: Path, line: int = 1) -> Any:
       UserError: the text is not JSON, is nested too deeply, or has a number with too many digits or a lone surrogate.
     """
     try:
-        value = _DECODER.decode(text.rstrip())  # A line end would move the position of an error to the next line.
+        value = _DECODER.decode(text)
         require_characters(value, text, 0, len(text))
     except (ValueError, RecursionError) as error:
         raise json_error(error, path, line) from None
@@ -38,7 +40,15 @@ def parse_json_object(text: str, path: Path, line: int = 1) -> dict[str, Any]:
     Raises:
       UserError: also if the value is not an object.
     """
-    value = parse_json(text, path, line)
+    return require_object(parse_json(text, path, line), path, line)
+
+
+def require_object(value: Any, path: Path, line: int) -> dict[str, Any]:
+    """Returns a JSON value that must be an object, and begins in the given line of a file.
+
+    Raises:
+      UserError: it is not an object.
+    """
     if not isinstance(value, dict):
         raise UserError(f"{path}:{line}: {described(value)}, not a JSON object with named fields")
     return value
@@ -50,11 +60,21 @@ def require_characters(value: Any, text: str, start: int, end: int) -> None:
         json.dumps(value, ensure_ascii=False).encode()
 
 
-def json_error(error: ValueError | RecursionError, path: Path, line: int) -> UserError:
-    """Returns the one-line error for an exception that was raised for JSON whose first line has the given number."""
+def json_error(error: ValueError | RecursionError, path: Path, line: int, start: int = 0) -> UserError:
+    """Returns the one-line error for an exception that was raised for JSON.
+
+    Args:
+      error: the exception.
+      path: the file that contains the JSON.
+      line: the number of the line in which the value begins.
+      start: the position of its beginning in the text that was parsed.
+    """
     match error:
         case json.JSONDecodeError():
-            return UserError(f"{path}:{line + error.lineno - 1}: not valid JSON: {error.msg} at column {error.colno}")
+            before, rest = error.doc[start : error.pos], error.doc[error.pos :].strip()
+            line += (before if rest else before.rstrip()).count("\n")
+            place = repr(shortened(rest, 20)) if rest else "the end"
+            return UserError(f"{path}:{line}: not valid JSON: {error.msg.removesuffix(' at')} at {place}")
         case UnicodeEncodeError():
             lone = f"\\u{ord(error.object[error.start]):04x}"
             return UserError(f"{path}:{line}: {lone} is half of a surrogate pair, which is not a character; remove it")
@@ -63,17 +83,16 @@ def json_error(error: ValueError | RecursionError, path: Path, line: int) -> Use
     return UserError(f"{path}:{line}: not readable: a number has more than {sys.get_int_max_str_digits():,} digits")
 
 
-def is_cut_off(error: json.JSONDecodeError) -> bool:
-    """Returns whether a text that is not JSON could be the beginning of JSON."""
+def is_cut_off(error: Exception) -> bool:
+    """Returns whether an exception was raised for a text that could be the beginning of JSON."""
     longest_token = len("\\ud83d\\ude00")  # An error in a number, a constant or an escape is reported at its beginning.
-    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - longest_token
-
-
-_BETWEEN = re.compile(r"[\s,]*")
+    return isinstance(error, json.JSONDecodeError) and (
+        error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - longest_token
+    )
 
 
 def looks_like_json(head: str, complete: bool) -> bool:
-    """Returns whether at least half of the beginning of a file consists of JSON arrays, objects, or strings on their own lines.
+    """Returns whether the beginning of a file, or more than half of it, consists of JSON arrays, objects or strings.
 
     Numbers and constants do not count, because they are the same as plain text.
 
@@ -81,27 +100,14 @@ def looks_like_json(head: str, complete: bool) -> bool:
       head: the beginning of the file.
       complete: whether it is the whole file. Otherwise, the last value may be cut off.
     """
-    if head.lstrip()[:1] not in ("[", "{", '"'):
-        return False
-    covered = position = 0
-    while position < len(head):
-        start = _BETWEEN.match(head, position).end()  # type: ignore[union-attr]
-        position = _end_of_value(head, start, complete)
-        covered += position - start
-        if position == start:
-            position = head.find("\n", start) + 1 or len(head)
-    return covered >= len(head.strip()) / 2
-
-
-def _end_of_value(head: str, start: int, complete: bool) -> int:
-    """Returns the end of the JSON value at a position of the beginning of a file, or the position itself if there is none."""
-    if head[start : start + 1] not in ("[", "{", '"'):
-        return start
-    try:
-        _, end = _DECODER.raw_decode(head, start)
-    except json.JSONDecodeError as error:
-        return start if complete or not is_cut_off(error) else len(head)
-    except (ValueError, RecursionError):
-        return len(head)  # Only JSON is nested too deeply or has a number with too many digits.
-    alone = not head[end:].partition("\n")[0].strip(" \t\r,")
-    return start if head[start] == '"' and not alone else end  # In plain text, a quotation begins like a string.
+    head, position = head.strip(), 0
+    while head[position : position + 1] in ("[", "{", '"'):
+        try:
+            _, end = _DECODER.raw_decode(head, position)
+        except (ValueError, RecursionError) as error:
+            if not isinstance(error, json.JSONDecodeError) or (not complete and is_cut_off(error)):
+                return True  # Only JSON is nested too deeply or has a number with too many digits.
+            break
+        position = WHITE_SPACE.match(head, end).end()  # type: ignore[union-attr]
+    # In plain text, a quotation begins like a string.
+    return position == len(head) > 0 or (position > len(head) / 2 and head[0] != '"')

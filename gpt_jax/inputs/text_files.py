@@ -5,11 +5,11 @@ import functools
 import glob
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt_jax.errors import UserError, nearest, printable, require
+from gpt_jax.errors import UserError, nearest, require
 from gpt_jax.inputs.documents import read_documents
 from gpt_jax.inputs.folders import FileList
 from gpt_jax.inputs.formats import NotTextError, TextFormat, detect_format
@@ -52,15 +52,11 @@ class TextFiles:
         self._format = file_format
         self._text_field = text_field
         self._allow_skipped = allow_skipped
-        self._log = lambda line: log(printable(line))
-        try:
-            self._list = _list_files(source)
-        except OSError as error:
-            raise UserError(f"--data.source: {error.filename}: {error.strerror}") from error
-        self._single = Path(source) in self._list.files
+        self._log = log
+        self._list = _list_files(source)
         if not self._list.files:
-            others = "".join(f"; {kind}: {tally}" for kind, tally in self._list.skipped.items())
-            raise MissingSourceError(f"--data.source: '{source}' contains no files to read{others}")
+            others = _described({**self._list.left_out, **self._list.unreadable})
+            raise MissingSourceError(f"--data.source: '{source}' contains no files to read" + (others and f"; {others}"))
 
     def size(self) -> dict[str, int]:
         """Returns the part of the identity that needs no reading: the number of files, and their total size as stored."""
@@ -80,7 +76,7 @@ class TextFiles:
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}") from error
             # A name need not be UTF-8.
-            digest.update(f"{checksum} {status.st_size} {self._name(path)}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{checksum} {status.st_size} {self._list.name(path)}\n".encode("utf-8", "surrogateescape"))
         return {**self.size(), "sha256": digest.hexdigest()}
 
     def require_outside(self, folder: Path, field: str) -> None:
@@ -96,23 +92,17 @@ class TextFiles:
         """Yields the documents of all files, in the order of their paths.
 
         Raises:
-          UserError: a file is not in the format that its name implies, or changes while it is read; or too many files contain no
-            text. The message names the file and, if possible, the line.
+          UserError: a file is not in the format that its name implies, or has changed; or too many files contain no text. The
+            message names the file and, if possible, the line.
         """
         missing = Tally()
         for path, file_format in self.formats.items():
-            self._require_unchanged(path)
             yield from read_documents(path, file_format, self._text_field, missing)
-            self._require_unchanged(path)
+            before, now = self._list.files[path], path.stat()
+            if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+                raise UserError(f"{path}: changed while the text was read; run the command again when nothing writes to it")
         if missing.count:
             self._log(f"{self._source}: left out rows whose text is null: {missing}")
-
-    def _require_unchanged(self, path: Path) -> None:
-        before = self._list.files[path]
-        now = path.stat() if path.exists() else None
-        if now is None or (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            change = "disappeared" if now is None else "changed"
-            raise UserError(f"{path}: {change} while the text was read; run the command again when nothing writes to it")
 
     @functools.cached_property
     def formats(self) -> dict[Path, TextFormat]:
@@ -123,71 +113,59 @@ class TextFiles:
           NotTextError: a single file contains no text.
         """
         formats: dict[Path, TextFormat] = {}
-        skipped = collections.defaultdict(Tally, self._list.skipped)
-        misnamed = Tally()
+        skipped = collections.defaultdict(Tally, self._list.unreadable)
+        json_in_txt = Tally()
         for path, status in self._list.files.items():
             try:
-                detected = detect_format(path, self._format)
+                formats[path], is_json_in_txt = detect_format(path, self._format)
             except NotTextError as error:
-                if self._single:
+                if path == Path(self._source):
                     raise
-                skipped[error.kind].add(self._name(path), status.st_size)
-                continue
-            formats[path] = detected.format
-            if detected.is_json_in_txt:
-                misnamed.add(self._name(path))
-        self._report_skipped(skipped)
+                skipped[error.kind].add(self._list.name(path), status.st_size)
+            else:
+                if is_json_in_txt:
+                    json_in_txt.add(self._list.name(path))
+        if self._list.left_out:
+            self._log(f"{self._source}: left out {_described(self._list.left_out)}")
+        if skipped:
+            self._report_skipped(skipped)
         if not formats:
             raise UserError(f"--data.source: '{self._source}' contains no text")
-        if misnamed.count:
+        if json_in_txt.count:
             hint = "--data.format jsonl reads only their text field"
-            self._log(f"{self._source}: read as plain text, although the content is JSON: {misnamed}; {hint}")
+            self._log(f"{self._source}: read as plain text, although the content is JSON: {json_in_txt}; {hint}")
         return formats
 
-    def _report_skipped(self, skipped: dict[str, Tally]) -> None:
-        """Logs what is left out.
+    def _report_skipped(self, skipped: Mapping[str, Tally]) -> None:
+        """Logs which files contain no text.
 
         Raises:
-          UserError: it is too much.
+          UserError: they are too many.
         """
-        source, size = self._source, self.size()
-        for kind, tally in (
-            ("hidden files and folders", self._list.hidden),
-            ("folders that match the glob", self._list.unread_folders),
-        ):
-            if tally.count:
-                self._log(f"{source}: left out {kind}: {tally}")
-        if not skipped:
-            return
-        count, num_bytes = (sum(getattr(tally, name) for tally in skipped.values()) for name in ("count", "bytes"))
-        total = size["files"] + sum(tally.count for tally in self._list.skipped.values())
-        share = num_bytes / max(size["bytes"], 1)
-        kinds = "; ".join(f"{kind}: {tally}" for kind, tally in skipped.items())
-        summary = f"{count:,} of {total:,} files, with {share:.1%} of the bytes, contain no text ({kinds})"
+        count = sum(tally.count for tally in skipped.values())
+        total = len(self._list.files) + sum(tally.count for tally in self._list.unreadable.values())
+        share = sum(tally.bytes for tally in skipped.values()) / max(self.size()["bytes"], 1)
+        summary = f"{count:,} of {total:,} files, with {share:.1%} of the bytes, contain no text ({_described(skipped)})"
         if max(count / total, share) > MAX_SKIPPED and not self._allow_skipped:
             hint = "remove them, name only the others with a glob, or add --data.allow-skipped True"
             raise UserError(f"--data.source: {summary}; {hint}")
-        self._log(f"{source}: left out: {summary}")
+        self._log(f"{self._source}: left out: {summary}")
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._list.root).as_posix()
+
+def _described(tallies: Mapping[str, Tally]) -> str:
+    return "; ".join(f"{kind}: {tally}" for kind, tally in tallies.items())
 
 
 def _list_files(source: str) -> FileList:
     """Returns the files that a path or a glob means."""
-    if "://" in source:
-        hint = "download the text, or mount the bucket (docs/launch.md), and give the path"
-        raise UserError(f"--data.source: '{source}' is not a path on this machine; {hint}")
     path = Path(source)
-    if path.is_dir():
-        return FileList(path)
     if path.exists():
-        return FileList(path.parent, (glob.escape(path.name),))
-    fixed = next((number for number, part in enumerate(path.parts) if glob.has_magic(part)), None)
-    root = path if fixed is None else Path(*path.parts[:fixed])
-    if not root.is_dir():
+        return FileList(path)
+    fixed = next((number for number, part in enumerate(path.parts) if glob.has_magic(part)), len(path.parts))
+    root, pattern = Path(*path.parts[:fixed]), path.parts[fixed:]
+    if not pattern or not root.is_dir():
         raise MissingSourceError(f"--data.source: {_describe_missing(root)}")
-    return FileList(root, path.parts[fixed:])
+    return FileList(root, pattern)
 
 
 def _describe_missing(path: Path) -> str:

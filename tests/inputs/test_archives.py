@@ -25,8 +25,8 @@ RANDOM = random.Random(0).randbytes(300_000).hex().encode()  # It hardly compres
 
 
 def unpack(path: Path, kind: str) -> bytes:
-    with io.BufferedReader(Unpacked(path.open("rb"), path, kind)) as file:
-        return file.read()
+    with path.open("rb") as file, io.BufferedReader(Unpacked(file, path, kind)) as unpacked:
+        return unpacked.read()
 
 
 def zstd_stream(content: bytes, **options) -> bytes:
@@ -72,7 +72,7 @@ def test_a_file_that_ends_early_is_an_error_wherever_it_ends(tmp_path, kind, who
     (tmp_path / "cut").write_bytes(whole[:size])
     with pytest.raises(UserError, match=rf"cut: broken {kind} archive") as caught:
         unpack(tmp_path / "cut", kind)
-    assert ("bytes of content" in str(caught.value)) == (size in (250_000, -1))
+    assert (" after 0 bytes of content" in str(caught.value)) == (size in (1, 5))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_zstd_that_needs_a_dictionary_is_an_error(tmp_path):
     samples = [b"line %d of a text and more of it\n" % i for i in range(2000)]
     dictionary = zstandard.train_dictionary(1000, samples)
     (tmp_path / "d.zst").write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(TEXT))
-    with pytest.raises(UserError, match=r"d.zst: broken zstd archive: .*[Dd]ictionary"):
+    with pytest.raises(UserError, match=r"d.zst: broken zstd archive after 0 bytes of content: .*[Dd]ictionary"):
         unpack(tmp_path / "d.zst", "zstd")
 
 
@@ -122,7 +122,7 @@ def test_an_archive_of_zeros_is_refused_without_filling_the_memory(tmp_path, kin
     done = subprocess.run([sys.executable, "-c", BOMB, str(path), kind], capture_output=True, text=True, check=True)
     message, kilobytes = done.stdout.splitlines()
     assert f"{path}: unpacks to more than 67,108,864 bytes (the limit is 200 times its size, or 67,108,864)" in message
-    assert message.endswith(f" -dc{' --long=31' if kind == 'zstd' else ''} {path} > NEW")
+    assert message.endswith(f"; if it is text nevertheless, decompress it yourself with {kind} -d")
     assert int(kilobytes) < 300_000
 
 

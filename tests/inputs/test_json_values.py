@@ -19,8 +19,11 @@ def test_a_value_survives(value: object) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "rows.jsonl:7: not valid JSON: Expecting property name enclosed in double quotes at column 2"),
-        ('{"a":\n\n}', "rows.jsonl:9: not valid JSON: Expecting value at column 1"),
+        ("{", "rows.jsonl:7: not valid JSON: Expecting property name enclosed in double quotes at the end"),
+        ('{"a":\n\n}', "rows.jsonl:9: not valid JSON: Expecting value at '}'"),
+        ('{"a":\n"b', "rows.jsonl:8: not valid JSON: Unterminated string starting at '\"b'"),
+        ('{"a": 1}\n{"b": 2}', "rows.jsonl:8: not valid JSON: Extra data at '{\"b\": 2}'"),
+        ('{"a":\n\n', "rows.jsonl:7: not valid JSON: Expecting value at the end"),
         ("1" * 5000, "rows.jsonl:7: not readable: a number has more than 4,300 digits"),
         ("[" * 100_000, "rows.jsonl:7: not readable: its brackets are nested too deeply"),
         ('{"a": "\\uD83D"}', "rows.jsonl:7: \\ud83d is half of a surrogate pair, which is not a character; remove it"),
