@@ -132,20 +132,12 @@ def _describe_labels(task: Task, splits: Mapping[str, TaskSplit], log: Callable[
 
 
 def _warn_of_repeated_texts(splits: Mapping[str, TaskSplit], log: Callable[[str], None]) -> None:
-    """Logs the number of training examples with the texts of another one, but not its label, and for each other split the number
-    of examples with the texts of a training example."""
-    if "train" not in splits:
-        return
-    first: dict[tuple[str, ...], Example] = {}
-    pairs = [(first.setdefault(example.texts, example), example) for example in splits["train"].examples]
-    contrary = [(earlier, example) for earlier, example in pairs if example.label != earlier.label]
-    if contrary:
-        example_rows = " and ".join(example.where for example in contrary[0])
-        log(f"warning: {len(contrary):,} training examples repeat an earlier one with another label, such as {example_rows}")
+    """Logs the number of examples in the other splits whose texts are those of a training example."""
+    known = {example.texts for example in splits["train"].examples} if "train" in splits else set()
     for name, split in splits.items():
-        known = sum(example.texts in first for example in split.examples)
-        if known and name != "train":
-            log(f"warning: {known:,} of the {len(split.examples):,} {name} examples have the same texts as a training example")
+        repeated = sum(example.texts in known for example in split.examples)
+        if repeated and name != "train":
+            log(f"warning: {repeated:,} of the {len(split.examples):,} {name} examples have the same texts as a training example")
 
 
 def _subset(examples: list[Example], max_examples: int) -> list[Example]:

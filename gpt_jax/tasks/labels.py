@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from typing import Any
 
 from gpt_jax.errors import UserError, described, listed, shortened
-from gpt_jax.tasks.tables import Record, RowFaults
+from gpt_jax.tasks.tables import Record, check_rows
 
-WORDS = frozenset({"none", "na", "n/a", "null"})
-"""Words for a missing label, in lowercase, that may also be the name of a class."""
-
-MISSING = WORDS | {"", "-", "nan", "-nan", "<na>", "#n/a", "#na", "#value!", "#ref!", "#name?", "#div/0!", "#num!", "#null!"}
-"""Texts for a missing label, in lowercase: an empty cell, that of SNLI, those of pandas, and the errors of spreadsheets."""
+MISSING = frozenset(
+    {"", "-", "?", ".", "nan", "-nan", "na", "n/a", "<na>", "none", "null", "\\n"}
+    | {"#n/a", "#na", "#value!", "#ref!", "#name?", "#div/0!", "#num!", "#null!"}
+)
+"""Texts for a missing label, in lowercase: those of SNLI, pandas, R, Weka, Stata and databases, and spreadsheets' errors."""
 
 HIDDEN = "-1"
 """Number that GLUE and tensorflow-datasets write instead of a label in a test split."""
@@ -61,11 +61,9 @@ def is_missing(text: str) -> bool:
     return text.casefold() in MISSING
 
 
-def missing_label_fault(text: str, own: bool) -> str:
-    """Returns the description of a missing label, written as `text`, for an error message; `own`: the task is user-defined."""
-    written = f" ('{text}')" if text else ""
-    hint = f"; if '{text}' is a class, list the classes in --task.labels" if own and text.casefold() in WORDS else ""
-    return f"the label is missing{written}, which is only allowed in a test split{hint}"
+def missing_label_fault(text: str) -> str:
+    """Returns the description of a missing label, written as `text`, for an error message."""
+    return f"the label is missing{f' ({text!r})' if text else ''}, which is only allowed in a test split"
 
 
 def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
@@ -79,50 +77,49 @@ def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
       UserError: a label is missing or is not one value, two labels differ only in case or blanks, or the labels are scores or
         identifiers and not classes. The message names rows.
     """
-    faults = RowFaults()
-    counts: collections.Counter[str] = collections.Counter()
-    first_rows: dict[str, str] = {}
+    faults: list[tuple[str, str]] = []
+    rows = collections.defaultdict[str, list[str]](list)
     for record in records:
         try:
             text = label_text(record.fields.get(column))
         except ValueError as error:
-            faults.add(record.where, str(error), "not one label")
+            faults.append((record.where, str(error)))
             continue
         if record.fault:
-            faults.add(record.where, record.fault, "cells")
+            faults.append((record.where, record.fault))
         elif is_missing(text):
-            faults.add(record.where, missing_label_fault(text, own=True), "missing label")
+            hint = f"; if {text!r} is a class, list the classes in --task.labels" if text else ""
+            faults.append((record.where, missing_label_fault(text) + hint))
         else:
-            counts[text] += 1
-            first_rows.setdefault(text, record.where)
-    faults.check()
-    _require_classes(counts, first_rows, column)
-    whole = all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in counts)
-    return tuple(sorted(counts, key=int if whole else None))
+            rows[text].append(record.where)
+    check_rows(faults)
+    _require_classes(rows, column)
+    whole = all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in rows)
+    return tuple(sorted(rows, key=int if whole else None))
 
 
-def _require_classes(counts: collections.Counter[str], first_rows: dict[str, str], column: str) -> None:
-    """Checks that labels can be the names of classes."""
-    rows = counts.total()
-    numbers = list(counts) if all(map(_NUMBER.fullmatch, counts)) else []
+def _require_classes(rows: dict[str, list[str]], column: str) -> None:
+    """Checks that labels, given with the locations of their rows, can be the names of classes."""
+    numbers = [text for text in rows if _NUMBER.fullmatch(text)]
     real = [text for text in numbers if not (text.lstrip("+-").isdecimal() or float(text.replace(",", ".")).is_integer())]
-    if real:
+    if real and len(numbers) > len(rows) / 2:
         raise UserError(
-            f"{first_rows[real[0]]}: the label '{shortened(real[0])}' is a real number, so '{column}' holds scores and not "
+            f"{rows[real[0]][0]}: the label '{shortened(real[0])}' is a real number, so '{column}' holds scores and not "
             "classes; give their range (--task.score-range LOW HIGH) for a regression, or list the classes (--task.labels)"
         )
-    too_many = len(counts) > MAX_CLASSES or (len(counts) > FEW_CLASSES and len(counts) > rows / 2)
-    if too_many or any(len(text) > MAX_LENGTH for text in counts):
+    count = sum(map(len, rows.values()))
+    too_many = len(rows) > MAX_CLASSES or (len(rows) > FEW_CLASSES and len(rows) > count / 2)
+    if too_many or any(len(text) > MAX_LENGTH for text in rows):
         raise UserError(
-            f"--task.label: '{column}' has {len(counts):,} different values in {rows:,} rows ({listed(counts)}), which look like "
+            f"--task.label: '{column}' has {len(rows):,} different values in {count:,} rows ({listed(rows)}), which look like "
             "identifiers or texts; name the column with the classes, list the classes (--task.labels), or for scores give their "
             "range (--task.score-range)"
         )
     alike: dict[str, str] = {}
-    for text in counts:
+    for text in rows:
         other = alike.setdefault(" ".join(text.split()).casefold(), text)
         if other != text:
             raise UserError(
-                f"{first_rows[text]}: the label '{shortened(text)}' differs from '{shortened(other)}' ({first_rows[other]}) only "
+                f"{rows[text][0]}: the label '{shortened(text)}' differs from '{shortened(other)}' ({rows[other][0]}) only "
                 "in case or blanks; write them in one way, or list both in --task.labels if they are two classes"
             )

@@ -5,26 +5,24 @@ columns, and the separator (comma, tab, semicolon or bar) is the one with which 
 quoted, but many tables with tabs are not quoted and have stray quotation marks. `_read_tabs` finds out which is the case.
 """
 
+import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax.errors import UserError, nearest, one_line
-from gpt_jax.inputs.archives import max_unpacked_size
-from gpt_jax.inputs.formats import BinaryFile, content_suffix, open_file
-from gpt_jax.inputs.json_rows import json_lines, json_objects
-from gpt_jax.inputs.parquet import ROWS_AT_ONCE
-from gpt_jax.tasks.tables import ID_COLUMNS, Record, make_record, parse_csv, read_lines
+from gpt_jax.errors import UserError, nearest
+from gpt_jax.inputs.formats import COMPRESSIONS, content_suffix
+from gpt_jax.inputs.parquet import parquet_rows
+from gpt_jax.tasks.tables import ID_COLUMNS, MAX_CELL, Record, make_record, parse_csv, parse_tabs, read_json_records, read_lines
 
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}
 """Separators by extension, in order of preference."""
-JSON = (".jsonl", ".ndjson", ".json")
 INNER_RETURN = re.compile(r"\r(?!\n?\Z)")
 """A carriage return that does not end a line."""
 MASK = "\ufdd0"
 """A code point that is not a character in any text."""
-EXTENSIONS = (*DELIMITERS, *JSON, ".parquet")
+EXTENSIONS = (*DELIMITERS, ".jsonl", ".ndjson", ".json", ".parquet")
 
 
 class OwnTable(NamedTuple):
@@ -58,13 +56,7 @@ class OwnTable(NamedTuple):
 
 def _split_name(name: str, columns: Sequence[str]) -> tuple[str, ...]:
     """Returns the names of columns that a name joins with "+". A column whose own name contains it is preferred."""
-    words, parts = name.split("+"), []
-    while words:
-        sizes = (size for size in range(len(words), 0, -1) if "+".join(words[:size]).strip() in columns)
-        size = next(sizes, 1)
-        parts.append("+".join(words[:size]).strip())
-        words = words[size:]
-    return tuple(parts)
+    return (name,) if name in columns else tuple(part.strip() for part in name.split("+"))
 
 
 def read_own_table(path: str, field: str, wanted: Iterable[str]) -> OwnTable:
@@ -81,56 +73,30 @@ def read_own_table(path: str, field: str, wanted: Iterable[str]) -> OwnTable:
     file = Path(path)
     extension = content_suffix(file)
     if extension not in EXTENSIONS:
-        known = f"{', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]}"
-        raise UserError(f"--{field}: the name '{path}' must end in {known}, which determines how the file is read")
+        known = f"{', '.join(EXTENSIONS)}, and may be compressed ({', '.join(COMPRESSIONS)})"
+        raise UserError(f"--{field}: the extension of '{path}' must be one of {known}")
     if not file.is_file():
         raise UserError(f"--{field}: there is no file '{path}'")
-    if extension in JSON:
-        return _read_json(file, json_objects if extension == ".json" else json_lines)
+    wanted = tuple(wanted)
     if extension == ".parquet":
-        return _read_parquet(file, tuple(wanted))
-    return _read_separated(file, DELIMITERS[extension], tuple(wanted))
-
-
-def _read_json(file: Path, parse: Callable[[BinaryFile, Path], Iterable[tuple[int, dict[str, Any]]]]) -> OwnTable:
-    with open_file(file) as stream:
-        records = [Record(f"{file}:{line}", fields) for line, fields in parse(stream, file)]
-    columns = dict.fromkeys(column for record in records for column in record.fields)
-    return OwnTable(file, tuple(columns), records)
+        return _read_parquet(file, wanted)
+    if extension in DELIMITERS:
+        return _read_separated(file, DELIMITERS[extension], wanted)
+    records = list(read_json_records(file))
+    return OwnTable(file, tuple(dict.fromkeys(column for record in records for column in record.fields)), records)
 
 
 def _read_parquet(file: Path, wanted: Sequence[str]) -> OwnTable:
     """Reads those columns of a Parquet file that the task can need."""
-    import pyarrow.parquet
+    names: list[str] = []
 
-    limit, size = max_unpacked_size(file), 0
-    rows: list[dict[str, Any]] = []
-    try:
-        with file.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
-            names = table.schema_arrow.names
-            needed = {*ID_COLUMNS, *(name for spelled in wanted for name in _split_name(spelled, names))}
-            for batch in table.iter_batches(ROWS_AT_ONCE, columns=[name for name in dict.fromkeys(names) if name in needed]):
-                new = batch.to_pylist()
-                # The batch may have a string once that is in all of its rows.
-                size += batch.nbytes + sum(len(value) for row in new for value in row.values() if isinstance(value, str))
-                if size > limit:
-                    raise UserError(f"{file}: its rows take more than {limit:,} bytes, too many for its size; write it as .jsonl")
-                rows += new
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow raises exceptions of many types for files that are damaged.
-        raise UserError(f"{file}: cannot be read as a Parquet file: {one_line(error)}") from error
-    records = [Record(f"{file}: row {number}", _decode_bytes(row, file, number)) for number, row in enumerate(rows, start=1)]
+    def select(schema: Any) -> list[str]:
+        names.extend(schema.names)
+        needed = {*ID_COLUMNS, *(column for name in wanted for column in _split_name(name, names))}
+        return [name for name in names if name in needed and names.count(name) == 1]
+
+    records = [Record(f"{file}: row {number}", row) for number, row in enumerate(parquet_rows(file, select), start=1)]
     return OwnTable(file, tuple(names), records)
-
-
-def _decode_bytes(row: dict[str, Any], file: Path, number: int) -> dict[str, Any]:
-    """Decodes the bytes in a row of a Parquet file, as which some programs store strings."""
-    try:
-        return {name: value.decode() if isinstance(value, bytes) else value for name, value in row.items()}
-    except UnicodeDecodeError as error:
-        problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
-        raise UserError(f"{file}: row {number}: {problem}; write texts as strings") from error
 
 
 # -- tables with separators -------------------------------------------------------------------------------------------------
@@ -141,37 +107,22 @@ Rows = list[tuple[int, list[str]]]
 
 def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTable:
     lines = list(read_lines(file))
-    if lines and (
-        told := re.fullmatch(r'"?sep=([^\w\s"]|\t)"?\s*', lines[0])
-    ):  # Excel obeys this line, and some programs write it.
-        delimiters, lines[0] = told[1], "\n"
-    header = next((line for line in lines if line.strip()), "")
+    header = next((line for line in lines if line.strip()), "").replace("\r", "")
 
     def fit(delimiter: str) -> tuple[int, int]:
         """Returns the number of wanted columns that the header has, and that of all its columns."""
-        try:
-            names = [name.strip() for _, cells in _read_quoted(file, [header], delimiter) for name in cells]
-        except UserError:  # The names are not quoted, or one of them has several lines.
-            names = [name.strip() for name in header.split(delimiter)]
+        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), ())]
         return sum(set(_split_name(name, names)) <= set(names) for name in wanted), len(names)
 
+    csv.field_size_limit(MAX_CELL)
     delimiter = max(delimiters, key=fit)
     rows, note = _read_tabs(file, lines) if delimiter == "\t" else (_read_quoted(file, lines, delimiter), "")
     rows = [(line, cells) for line, cells in rows if any(cell.strip() for cell in cells)]
     columns = tuple(name.strip() for name in rows[0][1]) if rows else ()
-    records = [make_record(f"{file}:{line}", columns, cells) for line, cells in rows[1:]]
-    return OwnTable(file, columns, [_complete_fault(record, columns, note) for record in records], note)
+    return OwnTable(file, columns, [make_record(f"{file}:{line}", columns, cells, note) for line, cells in rows[1:]], note)
 
 
-def _complete_fault(record: Record, columns: tuple[str, ...], note: str) -> Record:
-    """Returns the record with a fault also for a second header, and with the note about the table in its fault."""
-    fault = record.fault and record.fault + (f" ({note})" if note else "")
-    if len(columns) > 1 and tuple(record.fields.values()) == columns:
-        fault = "the names of the columns again; remove this row"
-    return record._replace(fault=fault)
-
-
-def _read_quoted(file: Path, lines: Sequence[str], delimiter: str) -> Rows:
+def _read_quoted(file: Path, lines: Iterable[str], delimiter: str) -> Rows:
     """Returns the rows of a table whose cells may be quoted.
 
     Python's csv module, and so pandas, writes carriage returns without quotes, but does not read them.
@@ -184,11 +135,11 @@ def _read_quoted(file: Path, lines: Sequence[str], delimiter: str) -> Rows:
 def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
     """Returns the rows of a table with tabs, and a note for the log if it is not certain whether its cells are quoted.
 
-    Cells are quoted if all names of columns are. Otherwise, they are quoted if rows of equal length result only from reading them
-    in this way, without taking rows for parts of cells. If both readings give rows of equal length, cells are quoted if every
-    cell that begins with a quotation mark needs quotes because of the quotation marks in it.
+    Cells are quoted if all names of columns are, or if rows of equal length result only from reading them in this way and no
+    cell contains a line that looks like a row. If both readings give rows of equal length, cells are quoted if every cell that
+    begins with a quotation mark needs quotes because of the quotation marks in it.
     """
-    plain = [(number, line.rstrip("\r\n").split("\t")) for number, line in enumerate(lines, start=1)]
+    plain = list(parse_tabs(lines))
     opened = [cell for _, cells in plain for cell in cells if cell.startswith('"')]
     if not opened:
         return plain, ""
@@ -198,27 +149,13 @@ def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
         quoted = _read_quoted(file, lines, "\t")
     except UserError:
         quoted = []
-    possible = bool(quoted) and _are_equal(quoted)
-    likely = possible and not _takes_rows_for_cells(quoted, lines)
-    if likely and not _are_equal(plain):
-        return quoted, ""
-    if likely and all('""' in cell[1:-1] for cell in opened):
-        note = f"{file}: quotation marks around cells ({len(opened):,}) are removed, because those in the cells are doubled"
-        return quoted, note
-    if not possible and _are_equal(plain) and not any(cell.endswith('"', 1) for cell in opened):
-        return plain, ""
+    inner_lines = ((line, cells) for _, cells in quoted for cell in cells for line in cell.split("\n")[1:-1])
+    takes_rows = any(line.count("\t") == len(cells) - 1 for line, cells in inner_lines)
+    doubled = all('""' in cell[1:-1] for cell in opened)
+    if quoted and _are_equal(quoted) and not takes_rows and (doubled or not _are_equal(plain)):
+        return quoted, f"{file}: quotation marks around cells ({len(opened):,}) are removed"
     note = f"{file}: quotation marks at the beginning of cells ({len(opened):,}) are taken as part of the text"
-    return plain, f"{note}; to have quotation marks around cells removed, name the table .csv"
-
-
-def _takes_rows_for_cells(quoted: Rows, lines: Sequence[str]) -> bool:
-    """Returns whether the lines of some row are rows themselves; its first or last line may have as many cells by chance."""
-    ends = [line for line, _ in quoted[1:]] + [len(lines) + 1]
-    for (begin, cells), end in zip(quoted, ends, strict=True):
-        complete = [line.count("\t") == len(cells) - 1 for line in lines[begin - 1 : end - 1] if line.strip()]
-        if len(complete) > 1 and (all(complete) or any(complete[1:-1])):
-            return True
-    return False
+    return plain, f"{note}; if they enclose cells, write them around the names of the columns, too"
 
 
 def _are_equal(rows: Rows) -> bool:

@@ -5,7 +5,6 @@ row's location. Only rows with the known defects of a release (`FileLayout.drops
 """
 
 import collections
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from gpt_jax.tasks.own_tables import read_own_table
 from gpt_jax.tasks.readers_tfds import read_tfds
 from gpt_jax.tasks.registry import Task
 from gpt_jax.tasks.releases import ARTICLE_FIELDS, RecordGroups, open_release
-from gpt_jax.tasks.tables import ID_COLUMNS, Record, RowFaults
+from gpt_jax.tasks.tables import ID_COLUMNS, Record, check_rows
 
 HELD_OUT_SEED = 3535999445
 """The seed that the released code uses to hold out rows of Story Cloze for validation."""
@@ -47,7 +46,7 @@ class TaskSplit(NamedTuple):
     dropped: dict[str, int]
     """Numbers of rows that were dropped, by reason."""
     note: str = ""
-    """Line for the log about files that were not read, or an assumption that was made about a file; empty if there is none."""
+    """Line for the log about an assumption that was made about a file; empty if there was none."""
     dropped_indices: tuple[int, ...] = ()
     """Indices, within their file, of the rows that were dropped and have an index."""
 
@@ -78,7 +77,7 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
         return None
     classes = {} if task.regression else {label_text(name): number for number, name in enumerate(task.labels)}
     examples: list[Example] = []
-    faults = RowFaults()
+    faults: list[tuple[str, str]] = []
     dropped: collections.Counter[str] = collections.Counter()
     dropped_indices: list[int] = []
     num_rows = 0
@@ -92,13 +91,13 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
                 if error.kind in layout.drops:
                     dropped[error.kind] += 1
                 else:
-                    faults.add(record.where, str(error), error.kind)
+                    faults.append((record.where, str(error)))
                 # The second part of a row that is broken at a line end may begin with any number, but an index is never greater
                 # than the number of rows before it.
                 if (index := _row_id(record, num_rows)).isdecimal() and int(index) <= num_rows:
                     dropped_indices.append(int(index))
             num_rows += 1
-    faults.check()
+    check_rows(faults)
     if not examples:
         field = f"task.{'path' if config.name else split}"
         raise UserError(f"--{field}: the {split} split of {task.title} has no usable rows ({num_rows} read, {num_rows} dropped)")
@@ -114,7 +113,7 @@ def read_split(task: Task, config: TaskConfig, split: SplitName) -> TaskSplit | 
 def _open_named_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[FileLayout, RecordGroups, str]:
     """Returns the layout of a task of the paper, the records of one of its splits, and a note for the log."""
     if config.path:
-        return open_release(task, Path(config.path), split)
+        return *open_release(task, Path(config.path), split), ""
     layout = task.tfds
     assert layout is not None
     hidden_label = "-" if NO_GOLD in layout.drops else None
@@ -139,9 +138,9 @@ def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[Fi
 
 
 class _MalformedRow(Exception):
-    """An error in a row. `kind` is one of the known defects of releases or another phrase, by which errors are counted."""
+    """An error in a row. `kind` is one of the known defects of releases, or empty."""
 
-    def __init__(self, kind: str, message: str):
+    def __init__(self, message: str, kind: str = ""):
         super().__init__(message)
         self.kind = kind
 
@@ -153,10 +152,10 @@ def _row_id(record: Record, number: int) -> str:
 
 def _parse_texts(layout: FileLayout, record: Record) -> tuple[str, ...]:
     if record.fault:
-        raise _MalformedRow(COLUMNS, record.fault)
+        raise _MalformedRow(record.fault, COLUMNS)
     texts = tuple(_join_columns((text,) if isinstance(text, str) else text, record.fields) for text in layout.texts)
     if JOINED in layout.drops and any("\t" in text for text in texts):
-        raise _MalformedRow(JOINED, "a text contains a tab")
+        raise _MalformedRow("a text contains a tab", JOINED)
     return texts
 
 
@@ -165,11 +164,11 @@ def _join_columns(columns: tuple[str, ...], fields: Mapping[str, Any]) -> str:
     values = [fields.get(column) for column in columns]
     for column, value in zip(columns, values, strict=True):
         if not isinstance(value, str) and not (value is None and len(columns) > 1):
-            raise _MalformedRow("not a string", f"'{column}' must be a string, not {described(value)}")
+            raise _MalformedRow(f"'{column}' must be a string, not {described(value)}")
     text = " ".join(value for value in values if value and value.strip()).strip()
     if not text:
         name = "+".join(columns)
-        raise _MalformedRow(EMPTY, f"'{name}' is empty; every text needs at least one character that is not white space")
+        raise _MalformedRow(f"'{name}' is empty; every text needs at least one character that is not white space", EMPTY)
     return text
 
 
@@ -186,30 +185,26 @@ def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, rec
     try:
         text = label_text(record.fields.get(layout.label))
     except ValueError as error:
-        raise _MalformedRow("not one label", str(error)) from None
-    label = _parse_score(task, text) if task.regression else classes.get(text)
+        raise _MalformedRow(str(error)) from None
+    label: float | None = classes.get(text)
+    if task.regression:
+        score = score_of(text)
+        label = score if score is not None and float(task.labels[0]) <= score <= float(task.labels[-1]) else None
     if label is not None:
         return float(label)
     if text == "-" and NO_GOLD in layout.drops:
-        raise _MalformedRow(NO_GOLD, "there is no gold label")
+        raise _MalformedRow("there is no gold label", NO_GOLD)
     if is_missing(text):
         if split == "test":
             return None
-        raise _MalformedRow("missing label", missing_label_fault(text, own=not task.files))
+        raise _MalformedRow(missing_label_fault(text))
     if text == HIDDEN and split == "test":
         return None
     if task.regression:
-        hint = f"; write {text.replace(',', '.')}" if re.fullmatch(r"-?[0-9]+,[0-9]+", text) else ""
-        wanted = f"a number from {task.labels[0]} to {task.labels[-1]}{hint}"
-        raise _MalformedRow("wrong score", f"the score is '{shortened(text)}'; it must be {wanted}")
+        wanted = f"a number from {task.labels[0]} to {task.labels[-1]}, with a decimal point"
+        raise _MalformedRow(f"the score is '{shortened(text)}'; it must be {wanted}")
     hint = "; answers are counted from 0" if task.kind == "multiple_choice" and task.labels[0] == "0" else ""
-    raise _MalformedRow("wrong label", f"the label is '{shortened(text)}'; it must be one of {listed(task.labels)}{hint}")
-
-
-def _parse_score(task: Task, text: str) -> float | None:
-    """Returns a score, or None if the text is not a number in the task's range."""
-    score = score_of(text)
-    return score if score is not None and float(task.labels[0]) <= score <= float(task.labels[-1]) else None
+    raise _MalformedRow(f"the label is '{shortened(text)}'; it must be one of {listed(task.labels)}{hint}")
 
 
 def _hold_out(examples: list[Example], size: int, split: SplitName) -> list[Example]:

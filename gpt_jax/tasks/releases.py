@@ -4,10 +4,9 @@ Names of files and folders are compared without case, and files may be compresse
 puts into archives, are not read.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 from gpt_jax.errors import UserError, listed
 from gpt_jax.inputs.formats import COMPRESSIONS
@@ -22,24 +21,13 @@ RecordGroups = Mapping[str, Iterable[Record]]
 """The records of a split by group; empty if there is no such split."""
 
 
-class Release(NamedTuple):
-    """One release of a task, in a folder."""
-
-    layout: FileLayout
-    folder: Path
-
-    def find(self, split: SplitName) -> dict[str, list[Path]]:
-        """Returns the files of a split by group, in the order of their names."""
-        return {group: find_files(self.folder, pattern) for group, pattern in self.layout.paths(split).items()}
-
-
-def open_release(task: Task, given: Path, split: SplitName) -> tuple[FileLayout, RecordGroups, str]:
-    """Returns the layout of the release in a folder, the records of one of its splits, and a note for the log (or nothing).
+def open_release(task: Task, given: Path, split: SplitName) -> tuple[FileLayout, RecordGroups]:
+    """Returns the layout of the release in a folder, and the records of one of its splits.
 
     Raises:
       UserError: the folder does not have exactly one release of the task, or the release lacks files of the split.
     """
-    layout, folder = release = find_release(task, given)
+    layout, folder = _find_release(task, given)
     patterns = layout.paths(split)
     if split == "validation" and not patterns:
         in_glue = next(iter(task.files[0].paths(split).values()))
@@ -47,38 +35,33 @@ def open_release(task: Task, given: Path, split: SplitName) -> tuple[FileLayout,
             f"--task.path: the release of {task.title} in {folder} has no validation split; give the folder of the GLUE "
             f"download, which has {in_glue}, or leave --task.path out to use tensorflow-datasets"
         )
-    files = release.find(split)
+    files = {group: find_files(folder, pattern) for group, pattern in patterns.items()}
     if split == "test" and not any(files.values()):
-        return layout, {}, ""
+        return layout, {}
     for group, paths in files.items():
         if not paths:
             raise UserError(f"--task.path: {folder} has no {patterns[group]}, which the {split} split of {task.title} needs")
         if len(paths) > 1 and not layout.articles:
             raise UserError(f"--task.path: {folder} has {listed(path.name for path in paths)}; keep one of them")
-    hidden = [path for paths in files.values() for path in _hidden_siblings(paths[0])] if layout.articles else []
-    note = f"hidden files are not read ({len(hidden):,}, such as {hidden[0]})" if hidden else ""
-    return layout, {group: _read_files(layout, paths, split) for group, paths in files.items()}, note
+    return layout, {group: _read_files(layout, paths, split) for group, paths in files.items()}
 
 
-def find_release(task: Task, given: Path) -> Release:
-    """Returns the release whose files are in the given folder, or in the task's own folder below it.
-
-    Raises:
-      UserError: there is no such folder, no release, or more than one.
-    """
+def _find_release(task: Task, given: Path) -> tuple[FileLayout, Path]:
+    """Returns the layout whose files are in the given folder, or in the task's own folder below it, and that folder."""
     if not given.is_dir():
         raise UserError(f"--task.path: there is no folder '{given}'")
-    releases: list[Release] = []
+    releases: list[tuple[FileLayout, Path]] = []
+    examples: list[str] = []
     for layout in task.files:
-        folders = [given, *(folder for name in layout.folders for folder in find_files(given, name, ("",)) if folder.is_dir())]
-        candidates = (Release(layout, folder) for folder in folders)
-        found = next((release for release in candidates if any(any(release.find(split).values()) for split in SPLITS)), None)
-        if found and not (layout.superseded and releases):
-            releases.append(found)
+        for folder in (given, *(folder for name in layout.folders for folder in find_files(given, name, ("",)))):
+            patterns = [pattern for split in SPLITS for pattern in layout.paths(split).values()]
+            found = next((path for pattern in patterns for path in find_files(folder, pattern)), None)
+            if found and not (layout.superseded and releases):
+                releases.append((layout, folder))
+                examples.append(str(found.relative_to(given)))
     if len(releases) > 1:
-        examples = (next(path for split in SPLITS for paths in r.find(split).values() for path in paths) for r in releases)
-        both = " and ".join(str(path.relative_to(given)) for path in examples)
-        raise UserError(f"--task.path: {given} has {len(releases)} releases of {task.title}, with {both}; keep the files of one")
+        kept = "keep the files of one, or give its own folder"
+        raise UserError(f"--task.path: {given} has {len(releases)} releases of {task.title}, with {listed(examples)}; {kept}")
     if not releases:
         wanted = " or ".join(next(iter(layout.paths("train").values())) for layout in task.files)
         places = ", ".join(dict.fromkeys(str(given / name) for layout in task.files for name in ("", *layout.folders)))
@@ -87,31 +70,15 @@ def find_release(task: Task, given: Path) -> Release:
 
 
 def find_files(folder: Path, pattern: str, extensions: Iterable[str] = ("", *COMPRESSIONS)) -> list[Path]:
-    """Returns the files and folders below a folder whose path matches a glob, without case, and that are not hidden.
+    """Returns the files and folders that match a glob below a folder, without case, and that are not hidden.
 
     Args:
       folder: the folder.
-      pattern: the glob, with "/" between its parts.
+      pattern: the glob.
       extensions: extensions that may follow the glob.
     """
-    *parents, name = pattern.lower().split("/")
-    folders = [folder]
-    for part in parents:
-        folders = [path for parent in folders for path in _visible(parent) if fnmatchcase(path.name.lower(), part)]
-    names = [name + extension for extension in extensions]
-    return sorted(
-        path for parent in folders for path in _visible(parent) if any(fnmatchcase(path.name.lower(), name) for name in names)
-    )
-
-
-def _visible(folder: Path) -> list[Path]:
-    """Returns the contents of a folder that are not hidden; nothing if it is a file."""
-    return [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-
-
-def _hidden_siblings(path: Path) -> list[Path]:
-    """Returns the hidden files in the folder of a file that have the same extension."""
-    return sorted(other for other in path.parent.iterdir() if other.name.startswith(".") and other.suffix == path.suffix)
+    globs = [re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern + end) for end in extensions]
+    return sorted(path for glob in globs for path in folder.glob(glob) if not path.name.startswith("."))
 
 
 def _read_files(layout: FileLayout, paths: list[Path], split: SplitName) -> Iterator[Record]:

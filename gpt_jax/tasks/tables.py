@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gpt_jax.errors import UserError, listed, nearest
-from gpt_jax.inputs.formats import open_file
-from gpt_jax.inputs.json_values import parse_json_object
+from gpt_jax.inputs.formats import decode_text, open_file
+from gpt_jax.inputs.json_rows import json_objects
 
 TableFormat = Literal["tsv", "csv", "jsonl", "json"]
 """`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `jsonl` has
@@ -32,37 +32,21 @@ class Record(NamedTuple):
     fields: Mapping[str, Any]
     """The values by column. Except in JSON and Parquet, all of them are strings."""
     fault: str = ""
-    """A description of the error if the number of cells does not match the columns; empty otherwise."""
+    """A description of the error if the cells do not match the columns; empty otherwise."""
 
 
-class RowFaults:
-    """The rows of a split that cannot be used, by the kind of their error."""
+def check_rows(faults: Sequence[tuple[str, str]]) -> None:
+    """Checks that there are no faulty rows, which are given by their location and a description of their error.
 
-    def __init__(self) -> None:
-        self._rows: dict[str, list[str]] = {}
-        self._messages: dict[str, str] = {}
-
-    def add(self, where: str, message: str, kind: str = "") -> None:
-        """Adds a row by its location and a description of its error. Errors with the same message are of one kind by default."""
-        self._messages.setdefault(kind or message, message)
-        self._rows.setdefault(kind or message, []).append(where)
-
-    def check(self) -> None:
-        """Raises an error if any rows were added.
-
-        Raises:
-          UserError: the message has the first error and its location, the number and locations of the rows with errors of the
-            same kind (of which only the first are listed), and the number of rows with other errors.
-        """
-        if not self._rows:
-            return
-        kind, wheres = next(iter(self._rows.items()))
-        text = f"{wheres[0]}: {self._messages[kind]}"
-        if len(wheres) > 1:
-            place = wheres[0].rpartition(":")[0] + ":"
-            text += f"; rows with such errors: {len(wheres):,} ({listed(where.removeprefix(place).strip() for where in wheres)})"
-        others = sum(map(len, self._rows.values())) - len(wheres)
-        raise UserError(text + (f"; rows with other errors: {others:,}" if others else ""))
+    Raises:
+      UserError: the message has the first row's location and error, and the number and locations of all of them, of which only
+        the first are listed.
+    """
+    if faults:
+        where, message = faults[0]
+        file = where.rpartition(":")[0] + ":"
+        rows = listed(other.removeprefix(file).strip() for other, _ in faults)
+        raise UserError(f"{where}: {message}" + (f"; rows with errors: {len(faults):,} ({rows})" if len(faults) > 1 else ""))
 
 
 def read_table(path: Path, file_format: TableFormat, required: Iterable[str], header: Sequence[str] = ()) -> Iterator[Record]:
@@ -79,26 +63,39 @@ def read_table(path: Path, file_format: TableFormat, required: Iterable[str], he
         file and the line.
     """
     if file_format in ("jsonl", "json"):
-        objects = _filled_lines(path) if file_format == "jsonl" else [(1, "".join(read_lines(path)))]
-        for line, text in objects:
-            fields = parse_json_object(text, path, line)
-            _require_columns(required, fields, f"{path}:{line}: no field")
-            yield Record(f"{path}:{line}", fields)
+        for record in read_json_records(path):
+            _require_columns(required, record.fields, f"{record.where}: no field")
+            yield record
         return
-    rows = (
-        parse_csv(read_lines(path), ",", path)
-        if file_format == "csv"
-        else ((line, text.split("\t")) for line, text in _filled_lines(path))
-    )
+    rows = parse_csv(read_lines(path), ",", path) if file_format == "csv" else parse_tabs(read_lines(path))
     columns = [name.strip() for name in header or next(rows, (1, []))[1]]
     _require_columns(required, columns, f"{path}:1: no column")
     for line, cells in rows:
         yield make_record(f"{path}:{line}", columns, cells)
 
 
-def make_record(where: str, columns: Sequence[str], cells: Sequence[str]) -> Record:
-    """Returns a row of a table with separators."""
-    fault = f"{len(cells)} columns; there must be {len(columns)}: {listed(columns)}" if len(cells) != len(columns) else ""
+def read_json_records(path: Path) -> Iterator[Record]:
+    """Yields the objects of a file of JSON: one on each line, in an array, or one after the other.
+
+    Raises:
+      UserError: the file is malformed. The message names the line.
+    """
+    last = 0
+    with open_file(path) as file:
+        for number, (line, fields) in enumerate(json_objects(file, path), start=1):
+            # Programs write arrays without line ends.
+            place = f" (object {number:,})" if line == last else ""
+            yield Record(f"{path}:{line}{place}", fields)
+            last = line
+
+
+def make_record(where: str, columns: Sequence[str], cells: Sequence[str], note: str = "") -> Record:
+    """Returns a row of a table with separators. `note` says what was assumed about the table, for the row's fault."""
+    fault = ""
+    if len(cells) != len(columns):
+        fault = f"{len(cells)} columns; there must be {len(columns)}: {listed(columns)}" + (f" ({note})" if note else "")
+    elif len(columns) > 1 and [cell.strip() for cell in cells] == list(columns):
+        fault = "the names of the columns again; remove this row"
     return Record(where, dict(zip(columns, cells, strict=False)), fault)
 
 
@@ -119,22 +116,19 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     with open_file(path) as file:
         for number, data in enumerate(file, start=1):
-            try:
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                where = f"{path}:{number}"
-                raise UserError(f"{where}: byte 0x{data[error.start]:02x} is not UTF-8; convert the file to UTF-8") from error
+            # Tables that were joined have a byte-order mark before each header.
+            line = decode_text(data, path, number).removeprefix("\ufeff")
             if "\0" in line:
                 raise UserError(f"{path}:{number}: a NUL character; the file is damaged, or it is not text")
             # A first line without a line feed is the whole file.
             yield from [line] if number > 1 or line.endswith("\n") else re.findall(r"[^\r]*\r|[^\r]+", line)
 
 
-def _filled_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines that are not empty, with their numbers and without their line ends."""
-    for number, text in enumerate(read_lines(path), start=1):
-        if line := text.removesuffix("\n").removesuffix("\r"):
-            yield number, line
+def parse_tabs(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields the rows of a table with tabs and without quoting, each with the number of its line. Empty lines are skipped."""
+    for number, line in enumerate(lines, start=1):
+        if content := line.rstrip("\r\n"):
+            yield number, content.split("\t")
 
 
 def parse_csv(lines: Iterable[str], delimiter: str, path: Path, skip_spaces: bool = False) -> Iterator[tuple[int, list[str]]]:
@@ -159,4 +153,4 @@ def parse_csv(lines: Iterable[str], delimiter: str, path: Path, skip_spaces: boo
             begin = rows.line_num + 1
     except csv.Error as error:
         where = f"{path}:{begin}"
-        raise UserError(f"{where}: {error}; quote cells that contain commas or quotes, and double those quotes") from error
+        raise UserError(f"{where}: {error}; quote cells that contain separators or quotes, and double those quotes") from error

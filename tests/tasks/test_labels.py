@@ -53,7 +53,7 @@ def test_a_label_has_one_text_however_it_is_written(values, text):
 def test_values_that_are_not_one_label(value, message):
     with pytest.raises(ValueError, match=message):
         label_text(value)
-    assert error_of(["a", "b", value, value]) == f"my.csv:4: {message}; rows with such errors: 2 (4, 5)"
+    assert error_of(["a", "b", value, value]) == f"my.csv:4: {message}; rows with errors: 2 (4, 5)"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,9 @@ def test_values_that_are_not_one_label(value, message):
         "#VALUE!",
         "<NA>",
         "-",
+        "?",
+        ".",
+        "\\N",
         [],
         {},
     ],
@@ -83,18 +86,18 @@ def test_values_that_are_not_one_label(value, message):
 def test_holes_are_missing_labels_and_not_classes(hole):
     assert is_missing(label_text(hole))
     assert error_of(["a", "b", hole, "a", hole]).startswith("my.csv:4: the label is missing")
-    assert error_of(["a", "b", hole, "a", hole]).endswith("; rows with such errors: 2 (4, 6)")
+    assert error_of(["a", "b", hole, "a", hole]).endswith("; rows with errors: 2 (4, 6)")
 
 
 def test_many_holes_are_one_bounded_line():
     holes = ["", None, "nan", math.nan] * 1000
     assert error_of(["a", "b", *holes]) == (
-        "my.csv:4: the label is missing, which is only allowed in a test split; rows with such errors: 4,000 "
+        "my.csv:4: the label is missing, which is only allowed in a test split; rows with errors: 4,000 "
         "(4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 3,988 more)"
     )
 
 
-def test_words_for_missing_labels_that_may_be_classes_can_be_listed():
+def test_texts_for_missing_labels_that_may_be_classes_can_be_listed():
     assert error_of(["FAVOR", "AGAINST", "NONE"]) == (
         "my.csv:4: the label is missing ('NONE'), which is only allowed in a test split; if 'NONE' is a class, list the classes "
         "in --task.labels"
@@ -109,6 +112,7 @@ def test_classes_are_sorted_by_value_or_alphabetically():
     assert classes_of(records([True, "False"]), "label") == ("false", "true")
     assert classes_of(records([f"intent {number}" for number in range(77)] * 2), "label")[:2] == ("intent 0", "intent 1")
     assert len(classes_of(records(list(range(20))), "label")) == 20
+    assert classes_of(records(["GPT", "BERT", "3.5"]), "label") == ("3.5", "BERT", "GPT")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,7 @@ def test_classes_are_sorted_by_value_or_alphabetically():
         (["4,5", "3,0"], "my.csv:2: the label '4,5'"),
         (["1e-3", "2"], "my.csv:2: the label '1e-3'"),
         ([".25", "1"], "my.csv:2: the label '.25'"),
+        ([*(f"{number / 10}" for number in range(60)), "unknown", "inf"] * 10, "my.csv:3: the label '0.1'"),
     ],
 )
 def test_real_numbers_are_scores_and_not_classes(values, first):

@@ -237,14 +237,17 @@ def test_two_releases_in_one_folder_are_refused(tmp_path):
     write(tmp_path / "cloze_test_val__spring2016.csv", STORY_HEADER, story(0))
     write(tmp_path / "cloze_test_test__winter2018.csv", STORY_HEADER, story(0))
     assert error_of("story_cloze", tmp_path) == (
-        f"--task.path: {tmp_path} has 2 releases of Story Cloze, with cloze_test_val__spring2016.csv and "
-        "cloze_test_test__winter2018.csv; keep the files of one"
+        f"--task.path: {tmp_path} has 2 releases of Story Cloze, with cloze_test_val__spring2016.csv, "
+        "cloze_test_test__winter2018.csv; keep the files of one, or give its own folder"
     )
     write(tmp_path / "MNLI" / "train.tsv", "sentence1\tsentence2\tgold_label", "A.\tB.\tneutral")
     write(tmp_path / "multinli_1.0" / "multinli_1.0_train.jsonl", nli("neutral", 1))
-    message = f"{tmp_path} has 2 releases of MultiNLI, with MNLI/train.tsv and multinli_1.0/multinli_1.0_train.jsonl; keep the"
+    message = f"{tmp_path} has 2 releases of MultiNLI, with MNLI/train.tsv, multinli_1.0/multinli_1.0_train.jsonl; keep the"
     assert message in error_of("mnli", tmp_path)
     assert len(examples_of("mnli", tmp_path / "MNLI")) == len(examples_of("mnli", tmp_path / "multinli_1.0")) == 1
+    for folder in (tmp_path, tmp_path / "SST-2"):
+        write(folder / "train.tsv", "sentence\tlabel", "fine\t1")
+    assert "has 2 releases of SST-2, with train.tsv, SST-2/train.tsv; keep the files of one" in error_of("sst2", tmp_path)
 
 
 def test_story_cloze_tests_on_the_test_file(tmp_path):
@@ -330,7 +333,10 @@ def test_malformed_rows_are_refused(tmp_path, row, message):
 @pytest.mark.parametrize("score", ["x", "inf", "5.2", "-1"])
 def test_invalid_scores_are_refused(tmp_path, score):
     write(tmp_path / "train.tsv", "sentence1\tsentence2\tscore", f"A\tB\t{score}")
-    assert error_of("stsb", tmp_path) == f"{tmp_path}/train.tsv:2: the score is '{score}'; it must be a number from 0 to 5"
+    assert (
+        error_of("stsb", tmp_path)
+        == f"{tmp_path}/train.tsv:2: the score is '{score}'; it must be a number from 0 to 5, with a decimal point"
+    )
 
 
 def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
@@ -343,7 +349,7 @@ def test_bytes_that_are_not_utf_8_are_refused(tmp_path):
 def test_malformed_json_lines_are_refused(tmp_path):
     path = tmp_path / "snli_1.0_train.jsonl"
     for line, message in [
-        ('{"sentence1": "A"', ":2: not valid JSON: Expecting ',' delimiter at column 18"),
+        ('{"sentence1": "A}', ":2: not valid JSON: "),
         ("[1]", ":2: a list, not a JSON object with named fields"),
         ("null", ":2: null, not a JSON object with named fields"),
         ('{"sentence1": "A", "sentence2": "B"}', ":2: no field 'gold_label'; known: sentence1, sentence2"),
@@ -353,15 +359,15 @@ def test_malformed_json_lines_are_refused(tmp_path):
         ),
     ]:
         write(path, nli("neutral", 1), line)
-        assert error_of("snli", tmp_path) == f"{path}{message}"
+        assert error_of("snli", tmp_path).startswith(f"{path}{message}")
 
 
 def test_malformed_rows_of_a_file_are_counted(tmp_path):
     rows = ["A.\tB.\tentailment"] * 2 + ["A.\tB.\t"] * 20 + ["A.\tB.\tneutral"] * 2 + ["A.\tB.\tNaN", "A.\t\tentailment"]
     write(tmp_path / "train.tsv", "sentence1\tsentence2\tlabel", *rows)
     assert error_of("rte", tmp_path) == (
-        f"{tmp_path}/train.tsv:4: the label is missing, which is only allowed in a test split; rows with such errors: 21 "
-        "(4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 9 more); rows with other errors: 3"
+        f"{tmp_path}/train.tsv:4: the label is missing, which is only allowed in a test split; rows with errors: 24 "
+        "(4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 and 12 more)"
     )
 
 
@@ -418,7 +424,6 @@ def test_hidden_files_are_not_read_and_links_are(tmp_path):
     (tmp_path / "train" / "high" / "._1.txt").write_bytes(b"\0\x05\x16\x07")
     split = split_of("race", tmp_path)
     assert [row.id for row in split.examples] == ["1.txt/0", "1.txt/1", "2.txt/0", "2.txt/1"] * 2
-    assert split.note == f"hidden files are not read (1, such as {tmp_path}/train/high/._1.txt)"
     write(tmp_path / "train" / "._train.tsv", "")
     assert error_of("rte", tmp_path / "train").startswith("--task.path: there are no files of RTE")
 
@@ -492,12 +497,12 @@ def test_own_scores_in_any_range(tmp_path):
     write(tmp_path / "train.csv", "text,label", "a,-1", "b,0.25", "c, 1.0 ")
     split = own_split(train=str(tmp_path / "train.csv"), score_range=(-1, 1))
     assert [row.label for row in split.examples] == [-1, 0.25, 1]
-    for score, hint in (("1.5", ""), ("abc", ""), ("1e999", ""), ("0_1", ""), ("80%", ""), ('"0,5"', "; write 0.5")):
+    for score in ("1.5", "abc", "1e999", "0_1", "80%", '"0,5"'):
         write(tmp_path / "train.csv", "text,label", "a,0", f"b,{score}")
         with pytest.raises(UserError) as error:
             own_split(train=str(tmp_path / "train.csv"), score_range=(-1, 1))
         score = score.strip('"')
-        message = f"the score is '{score}'; it must be a number from -1 to 1{hint}"
+        message = f"the score is '{score}'; it must be a number from -1 to 1, with a decimal point"
         assert str(error.value) == f"{tmp_path}/train.csv:3: {message}"
 
 
@@ -531,7 +536,7 @@ def test_a_label_that_no_training_row_has_is_refused(tmp_path):
     with pytest.raises(UserError) as error:
         own_split("validation", train=str(tmp_path / "train.csv"), validation=str(tmp_path / "dev.csv"))
     listed = ", ".join(sorted(f"class {number}" for number in range(15))[:12])
-    message = f"the label is 'other'; it must be one of {listed} and 3 more; rows with such errors: 2 (3, 4)"
+    message = f"the label is 'other'; it must be one of {listed} and 3 more; rows with errors: 2 (3, 4)"
     assert str(error.value) == f"{tmp_path}/dev.csv:3: {message}"
 
 
@@ -549,7 +554,7 @@ def test_malformed_own_files_are_refused(tmp_path):
         (["text,label", "a,1", "b,2,3"], ":3: 3 columns; there must be 2: text, label"),
         (
             ["text,label", "a,1", '"b,2'],
-            ":3: unexpected end of data; quote cells that contain commas or quotes, and double those quotes",
+            ":3: unexpected end of data; quote cells that contain separators or quotes, and double those quotes",
         ),
         (["words,label", "a,1", "b,2"], ":1: no column 'text' (--task.texts); known: words, label"),
         (["text,label", "a,1", ",2"], ":3: 'text' is empty; every text needs at least one character that is not white space"),
