@@ -88,7 +88,12 @@ def _run(words: list[str]) -> int:
             check_variables()
             if options.verb in ON_THIS_MACHINE:
                 require_devices()
-        return VERBS[options.verb](options, overrides) or 0
+        try:
+            return VERBS[options.verb](options, overrides) or 0
+        except UserError as error:
+            if "allow_changes" not in options:  # The demo and a study compare their runs, so they do not offer it.
+                error.args = (str(error).replace(", or add --allow-changes if this is intended", ""),)
+            raise
     finally:
         try:
             sys.stdout.flush()
@@ -265,7 +270,7 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
-    from gpt_jax.train.checkpoint import is_checkpoint, list_checkpoints, prune
+    from gpt_jax.train.checkpoint import is_checkpoint, list_checkpoints, own_checkpoints, prune
 
     run = options.run_folder
     if not run.is_dir():
@@ -282,11 +287,13 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     infos = list_checkpoints(run, checksums=options.action == "verify")
     if not infos:
         raise UserError(f"{run}: has no checkpoints")
+    own = {info.path for info in own_checkpoints(run, checksums=False)}
     for info in infos:
         step = "?" if info.step < 0 else info.step
         scores = "  ".join(f"{name} {value:.4f}" for name, value in info.metrics.items())
         folder = info.path.name + (f" -> {info.path.readlink()}" if info.path.is_symlink() else "")
         name = "" if info.named_by_step else f"  (in {folder if folder.isprintable() else repr(folder)})"
+        name += "" if info.path in own else "  (of another run)"
         print(f"{step:>9}  {info.size / 1e6:9.1f} MB  {info.state:<10}  {info.problem or scores}{name}")
     return UserError.exit_code if any(info.state == "damaged" for info in infos) else 0
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 
 from gpt_jax.arguments import parse
-from gpt_jax.cli import main
+from gpt_jax.cli import VERBS, main
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.rundir import INTENDED
 from gpt_jax.train.checkpoint import list_checkpoints
 from tests.tiny import tiny_config, trajectory, write_config, write_text
 
@@ -178,6 +179,15 @@ def test_the_home_folder_of_a_config_and_of_a_run(mistake, tmp_path, monkeypatch
 def test_a_prompt_may_hold_a_url(mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert mistake("generate", "nowhere", "--prompt", "gs://bucket").startswith("nowhere: no such folder")
+
+
+@pytest.mark.parametrize("words", ["study finetune/cola --name layers --workdir RUN", "pretrain smoke --workdir RUN"])
+def test_an_option_that_the_verb_lacks_is_not_advised(mistake, monkeypatch, words):
+    def refuse(*_):
+        raise UserError(f"RUN contains a run with a different config. {INTENDED}")
+
+    monkeypatch.setitem(VERBS, words.partition(" ")[0], refuse)
+    assert ("--allow-changes" in mistake(*words.split())) == words.startswith("pretrain")
 
 
 def test_traceback_shows_where_an_error_arose(config_file):
