@@ -18,17 +18,20 @@ def parquet_texts(path: Path, column: str) -> Iterator[str | None]:
     Raises:
       UserError: as `parquet_rows`; or there is no such column of strings.
     """
+    kind: Any = None
 
     def select(schema: Any) -> list[str]:
+        nonlocal kind
         if schema.names.count(column) != 1:
             hint = nearest(column, schema.names) if column not in schema.names else "there are several of this name"
             raise UserError(f"{path}: no column '{column}' (--data.text-field); {hint}")
         kind = schema.field(column).type
-        if not _contains_strings(kind):
-            raise UserError(f"{path}: the column '{column}' contains {shortened(str(kind))}, not strings")
         return [column]
 
-    return (row[column] for row in parquet_rows(path, select))
+    for row in parquet_rows(path, select):
+        if not isinstance(row[column], str | None):
+            raise UserError(f"{path}: the column '{column}' contains {shortened(str(kind))}, not strings")
+        yield row[column]
 
 
 def parquet_rows(path: Path, select: Callable[[Any], list[str]]) -> Iterator[dict[str, Any]]:
@@ -46,29 +49,22 @@ def parquet_rows(path: Path, select: Callable[[Any], list[str]]) -> Iterator[dic
         import pyarrow.parquet
 
         with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
-            columns = select(table.schema_arrow)
-            if sum(_unpacked_size(table.metadata, column) for column in columns) > limit:
+            columns, metadata = select(table.schema_arrow), table.metadata
+            if sum(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups)) > limit:
                 raise _too_large(path, limit)
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
-                values = [_plain_values(batch.column(column)) for column in columns]
-                size += sum(array.nbytes for array in values)
+                rows = batch.to_pylist()
+                # The batch may contain a string once that is in all of its rows.
+                size += batch.nbytes + sum(len(value) for row in rows for value in row.values() if isinstance(value, str | bytes))
                 if size > limit:
                     raise _too_large(path, limit)
-                for row in zip(*values, strict=True):
+                for row in rows:
                     number += 1
-                    yield {name: _decoded(value.as_py(), path, number, name) for name, value in zip(columns, row, strict=True)}
+                    yield {name: _decoded(row[name], path, number, name) for name in columns}
     except UserError:
         raise
     except Exception as error:  # pyarrow raises exceptions of many types for files that are damaged.
         raise UserError(f"{path}: cannot be read as a Parquet file: {one_line(error)}") from error
-
-
-def _plain_values(values: Any) -> Any:
-    """Returns an array of pyarrow's without its dictionary, and strings as bytes, whose encoding pyarrow does not check."""
-    import pyarrow
-
-    values = values.dictionary_decode() if pyarrow.types.is_dictionary(values.type) else values
-    return values.cast(pyarrow.large_binary()) if _contains_strings(values.type) else values
 
 
 def _decoded(value: Any, path: Path, row: int, column: str) -> Any:
@@ -78,23 +74,6 @@ def _decoded(value: Any, path: Path, row: int, column: str) -> Any:
     except UnicodeDecodeError as error:
         problem = f"byte 0x{error.object[error.start]:02x} is not UTF-8"
         raise UserError(f"{path}: row {row} of the column '{column}': {problem}") from error
-
-
-def _contains_strings(kind: Any) -> bool:
-    """Returns whether a column of this type of pyarrow's contains strings, or bytes, as which some programs store strings."""
-    from pyarrow import types
-
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    texts = (types.is_string, types.is_large_string, types.is_string_view)
-    return any(test(kind) for test in (*texts, types.is_binary, types.is_large_binary, types.is_binary_view))
-
-
-def _unpacked_size(metadata: Any, column: str) -> int:
-    """Returns the size in bytes of a column of a Parquet file before compression, according to the file."""
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
-    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema == column)
 
 
 def _too_large(path: Path, limit: int) -> UserError:
