@@ -102,14 +102,14 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log, workdir: Path 
 def _locked(folder: Path, log: Log) -> Iterator[None]:
     """Locks the store while this process prepares it.
 
-    If there is a mistake in the text or in the settings, nothing remains, unless there is something to continue from.
+    If there is a mistake in the text or in the settings, nothing remains, unless some shards are finished.
     """
     with locked(folder, log):
         (folder / PARTIAL).mkdir(exist_ok=True)
         try:
             yield
         except UserError:
-            if not (folder / PARTIAL / TABLE).exists():
+            if not _has_shards(folder / PARTIAL):
                 shutil.rmtree(folder / PARTIAL)
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
             raise
@@ -132,12 +132,12 @@ def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -
     log(f"{folder}: preparing the text of {data.source}")
     recipe = {"fields": recipe_fields(config), "source": source.identity()}
     recorded = read_json(partial / RECIPE_FILE) if (partial / RECIPE_FILE).exists() else None
-    if recorded is not None and any(partial.glob("*-?????.json")):
+    if recorded is not None and _has_shards(partial):
         if problem := mismatch(recorded, RECIPE):
             raise UserError(f"{partial / RECIPE_FILE}: altered since it was written: {problem}; {OTHER_STORE}")
         check_recipe(folder, recorded, config)
         check_text(folder, recorded, recipe["source"])
-    elif recorded != recipe:  # No shard is finished, so little is lost by starting over.
+    elif recorded != recipe:
         shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
         (partial / TABLE).unlink(missing_ok=True)
         write_atomic(partial / RECIPE_FILE, json.dumps(recipe, indent=1))
@@ -162,6 +162,11 @@ def _build(config: PretrainConfig, folder: Path, source: TextSource, log: Log) -
     store = Store.open(folder, verify=False)
     log(f"{folder}: finished: {_summary(store)}")
     return store
+
+
+def _has_shards(partial: Path) -> bool:
+    """Returns whether a shard of an unfinished store is finished. If none is, little is lost by starting over."""
+    return any(partial.glob("*-?????.json"))
 
 
 def _summary(store: Store) -> str:

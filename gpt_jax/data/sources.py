@@ -84,21 +84,18 @@ class TfdsSource:
         Raises:
           UserError: the data set needs another package, has no split "train", has no texts in this field, or is damaged.
         """
-        name = f"tfds:{self._builder.name}"
-        for number, text in enumerate(self._values(name), start=1):
-            if not isinstance(text, bytes):
-                raise UserError(f"--data.text-field: '{self._text_field}' is a {type(text).__name__}, not a string")
-            try:
-                yield text.decode()
-            except UnicodeDecodeError as error:
-                problem = f"byte 0x{text[error.start]:02x} of its '{self._text_field}' is not UTF-8"
-                raise UserError(f"{name}: example {number} of the split train: {problem}") from error
-
-    def _values(self, name: str) -> Iterator[Any]:
-        """Yields the value of the text field of each training example."""
+        number, name = 0, f"tfds:{self._builder.name}"
         try:
             self._builder.download_and_prepare()
-            for example in self._as_numpy(self._builder.as_dataset(split="train", shuffle_files=False)):
-                yield example[self._text_field]
+            examples = self._as_numpy(self._builder.as_dataset(split="train", shuffle_files=False))
+            for example in examples:
+                number += 1
+                text = example[self._text_field]
+                if not isinstance(text, bytes):
+                    raise UserError(f"--data.text-field: '{self._text_field}' is a {type(text).__name__}, not a string")
+                yield text.decode()
+        except UserError:
+            raise
         except Exception as error:  # For example, another package is missing, or the data set has no split "train".
-            raise UserError(f"--data.source: cannot read {name} ({one_line(error)})") from error
+            place = f" near example {number} of the split train" if number else ""
+            raise UserError(f"--data.source: cannot read {name}{place} ({one_line(error)})") from error

@@ -1,6 +1,7 @@
 """The text files that a path or a glob means: which of them contain text, what is left out, and their documents."""
 
 import collections
+import dataclasses
 import functools
 import glob
 import hashlib
@@ -23,14 +24,15 @@ class MissingSourceError(UserError):
     """There is nothing to read where a source was named. A finished token store does without it."""
 
 
+@dataclasses.dataclass(eq=False)
 class TextFiles:
     """A file, all files below a folder except hidden ones, or the files that match a glob.
 
     Files without text are left out of a folder and counted. A single file must have text.
 
-    Args:
+    Attributes:
       source: the path or glob, as in `--data.source`.
-      file_format: the format of all files; "auto" if it is decided for each of them.
+      format: the format of all files; "auto" if it is decided for each of them.
       text_field: the field of a JSON object, or the column of a Parquet file, that contains the text.
       allow_skipped: whether more than `MAX_SKIPPED` of the files may be without text.
       log: receives lines about what is left out.
@@ -40,23 +42,17 @@ class TextFiles:
       MissingSourceError: there is no file. The message lists similar names that exist.
     """
 
-    def __init__(
-        self,
-        source: str,
-        file_format: TextFormat | Literal["auto"],
-        text_field: str,
-        allow_skipped: bool,
-        log: Callable[[str], None],
-    ):
-        self._source = source
-        self._format = file_format
-        self._text_field = text_field
-        self._allow_skipped = allow_skipped
-        self._log = log
-        self._list = _list_files(source)
+    source: str
+    format: TextFormat | Literal["auto"]
+    text_field: str
+    allow_skipped: bool
+    log: Callable[[str], None]
+
+    def __post_init__(self) -> None:
+        self._list = _list_files(self.source)
         if not self._list.files:
             others = _described({**self._list.left_out, **self._list.unreadable})
-            raise MissingSourceError(f"--data.source: '{source}' contains no files to read" + (others and f"; {others}"))
+            raise MissingSourceError(f"--data.source: '{self.source}' contains no files to read" + (others and f"; {others}"))
 
     def size(self) -> dict[str, int]:
         """Returns the part of the identity that needs no reading: the number of files, and their total size as stored."""
@@ -86,7 +82,7 @@ class TextFiles:
           UserError: they would.
         """
         reason = "the text would change with every file written there; give a folder outside"
-        require(not self._list.reaches(folder), field, f"'{folder}' is inside --data.source '{self._source}': {reason}")
+        require(not self._list.reaches(folder), field, f"'{folder}' is inside --data.source '{self.source}': {reason}")
 
     def documents(self) -> Iterator[str]:
         """Yields the documents of all files, in the order of their paths.
@@ -97,12 +93,12 @@ class TextFiles:
         """
         missing = Tally()
         for path, file_format in self.formats.items():
-            yield from read_documents(path, file_format, self._text_field, missing)
+            yield from read_documents(path, file_format, self.text_field, missing)
             before, now = self._list.files[path], path.stat()
             if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
                 raise UserError(f"{path}: changed while the text was read; run the command again when nothing writes to it")
         if missing.count:
-            self._log(f"{self._source}: left out rows whose text is null: {missing}")
+            self.log(f"{self.source}: left out rows whose text is null: {missing}")
 
     @functools.cached_property
     def formats(self) -> dict[Path, TextFormat]:
@@ -117,23 +113,23 @@ class TextFiles:
         json_in_txt = Tally()
         for path, status in self._list.files.items():
             try:
-                formats[path], is_json_in_txt = detect_format(path, self._format)
+                formats[path], is_json_in_txt = detect_format(path, self.format)
             except NotTextError as error:
-                if path == Path(self._source):
+                if path == Path(self.source):
                     raise
                 skipped[error.kind].add(self._list.name(path), status.st_size)
             else:
                 if is_json_in_txt:
                     json_in_txt.add(self._list.name(path))
         if self._list.left_out:
-            self._log(f"{self._source}: left out {_described(self._list.left_out)}")
+            self.log(f"{self.source}: left out {_described(self._list.left_out)}")
         if skipped:
             self._report_skipped(skipped)
         if not formats:
-            raise UserError(f"--data.source: '{self._source}' contains no text")
+            raise UserError(f"--data.source: '{self.source}' contains no text")
         if json_in_txt.count:
             hint = "--data.format jsonl reads only their text field"
-            self._log(f"{self._source}: read as plain text, although the content is JSON: {json_in_txt}; {hint}")
+            self.log(f"{self.source}: read as plain text, although the content is JSON: {json_in_txt}; {hint}")
         return formats
 
     def _report_skipped(self, skipped: Mapping[str, Tally]) -> None:
@@ -146,10 +142,10 @@ class TextFiles:
         total = len(self._list.files) + sum(tally.count for tally in self._list.unreadable.values())
         share = sum(tally.bytes for tally in skipped.values()) / max(self.size()["bytes"], 1)
         summary = f"{count:,} of {total:,} files, with {share:.1%} of the bytes, contain no text ({_described(skipped)})"
-        if max(count / total, share) > MAX_SKIPPED and not self._allow_skipped:
+        if max(count / total, share) > MAX_SKIPPED and not self.allow_skipped:
             hint = "remove them, name only the others with a glob, or add --data.allow-skipped True"
             raise UserError(f"--data.source: {summary}; {hint}")
-        self._log(f"{self._source}: left out: {summary}")
+        self.log(f"{self.source}: left out: {summary}")
 
 
 def _described(tallies: Mapping[str, Tally]) -> str:

@@ -444,11 +444,16 @@ def test_a_store_or_run_inside_its_own_source_is_refused(tmp_path, monkeypatch, 
 def test_a_mistake_in_the_text_leaves_nothing_behind(source, tmp_path, kind):
     with source.open("a") as file:
         file.write('{"text": \n')
+    vocab_size = 257 if kind == "bytes" else 300
+    short = make_config(write_rows(tmp_path / "sound.jsonl", TEXTS), kind, vocab_size, max_bytes=10)
     (tmp_path / "there").mkdir()
     before = sorted(tmp_path.rglob("*"))
     for folder in (tmp_path / "store", tmp_path / "a" / "b" / "store", tmp_path / "there"):
         with pytest.raises(UserError, match=r"rows.jsonl:1501: not valid JSON"):
-            prepare(make_config(source, kind, 257 if kind == "bytes" else 300), folder, ignore)
+            prepare(make_config(source, kind, vocab_size), folder, ignore)
+        assert sorted(tmp_path.rglob("*")) == before
+        with pytest.raises(UserError, match=r"too few distinct documents within --data.max-bytes 10 \(0\)"):
+            prepare(short, folder, ignore)
         assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -113,8 +113,9 @@ def test_the_training_split_of_a_tensorflow_data_set_is_read(tmp_path):
     assert name.startswith("--data.source: cannot open tfds:tinny (DatasetNotFoundError: ")
     assert label.startswith("--data.text-field: 'label' is a ")
     assert re.match(r"--data.source: cannot read tfds:test_only \(ValueError: Unknown split [\"']train[\"']", split)
-    assert re.fullmatch("tfds:latin: example [12] of the split train: byte 0xe9 of its 'text' is not UTF-8", latin)
-    assert cut.startswith("--data.source: cannot read tfds:cut (DataLossError: ")
+    problem = r"\(UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 "
+    assert re.match(rf"--data.source: cannot read tfds:latin near example [12] of the split train {problem}", latin)
+    assert re.match(r"--data.source: cannot read tfds:cut( near example 1 of the split train)? \(DataLossError: ", cut)
 
 
 def test_without_tensorflow_datasets_the_message_names_it(monkeypatch):
