@@ -276,7 +276,8 @@ def make_examples(model: ModelConfig, kind: Any) -> Examples:
     texts = [[draw.integers(0, start, draw.integers(1, 12)).tolist() for _ in range(number)] for _ in range(4)]
     rows = [Example("", tuple(" ".join(map(str, text)) for text in example), i % 3, "") for i, example in enumerate(texts)]
     words = lambda text: [int(word) for word in text.split()]  # noqa: E731
-    encoded = encode_examples(rows, kind, words, SpecialTokens(start, delimiter, extract), 3, max_tokens=64, truncation="longest")
+    special = SpecialTokens(start, delimiter, extract)
+    encoded = encode_examples(rows, kind, words, special, np.arange(3.0), max_tokens=64, truncation="longest")
     batches = ScoringBatches(encoded, len(rows), [40])
 
     def figure_1(example: list[list[int]]) -> list[list[int]]:
