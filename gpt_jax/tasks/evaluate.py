@@ -25,7 +25,7 @@ from gpt_jax.tasks.readers import TaskSplit, read_split
 from gpt_jax.tasks.registry import Task, get_task, task_from_config
 from gpt_jax.tasks.winograd import read_winograd
 from gpt_jax.tasks.zero_shot import PROBES, run_probe
-from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, find_step, is_checkpoint, list_checkpoints, read_config
+from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, find_step, is_checkpoint, own_checkpoints, read_config
 from gpt_jax.train.pretrain import language_model_metrics, make_window_scorer
 from gpt_jax.train.restore import load_model
 
@@ -191,7 +191,7 @@ def sound_checkpoints(run: Path) -> list[CheckpointInfo]:
     Raises:
       UserError: there are none.
     """
-    infos = [] if is_checkpoint(run) else list_checkpoints(run)
+    infos = [] if is_checkpoint(run) else own_checkpoints(run)
     sound = {info.step: info for info in infos if info.state == "sound" and info.step}
     if not sound:
         raise UserError(f"{run}: no run with sound checkpoints; give a run's folder, not a checkpoint's")

@@ -41,8 +41,8 @@ from gpt_jax.train.checkpoint import (
     best_checkpoints,
     find_checkpoint,
     find_step,
-    list_checkpoints,
     newest_checkpoint,
+    own_checkpoints,
     read_config,
     restore_params,
 )
@@ -355,7 +355,7 @@ class TaskScorer:
 
 def _best_params(run: RunDir, config: FinetuneRunConfig, mesh: Mesh, head: Head, state: State) -> tuple[int, Params]:
     """Returns the step and the parameters of the best checkpoint, or of the last state if no checkpoint has a score."""
-    best = best_checkpoints(list_checkpoints(run.checkpoints), 1) if distributed.is_primary() else []
+    best = best_checkpoints(own_checkpoints(run.checkpoints), 1) if distributed.is_primary() else []
     step = distributed.broadcast(best[0].step if best else -1)
     if step in (-1, int(state["step"])):
         return int(state["step"]), state["params"]

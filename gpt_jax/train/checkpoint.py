@@ -108,6 +108,8 @@ class CheckpointInfo(NamedTuple):
     format_version: int = FORMAT_VERSION
     fingerprint: str = ""
     """The manifest's checksum, which differs between any two checkpoints; empty unless the checkpoint is sound."""
+    digests: tuple[str, ...] = ()
+    """The digests of the config and of the data, which the checkpoints of a run share; empty unless the checkpoint is sound."""
 
     @property
     def named_by_step(self) -> bool:
@@ -347,6 +349,16 @@ def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInf
     return sorted(infos, key=lambda info: (info.step, info.named_by_step, info.path.name))
 
 
+def own_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInfo]:
+    """Returns the checkpoints of a run as `list_checkpoints`, but without copies of another run's.
+
+    A checkpoint that is named by its step counts as the run's, and so does any other one with the same digests.
+    """
+    infos = list_checkpoints(folder, checksums)
+    own = {info.digests for info in infos if info.named_by_step and info.digests}
+    return [info for info in infos if not (own and info.digests) or info.digests in own]
+
+
 def newest_checkpoint(folder: Path, log: Log) -> CheckpointInfo | None:
     """Returns the newest sound checkpoint of a run, or None if no save has ever finished.
 
@@ -358,7 +370,7 @@ def newest_checkpoint(folder: Path, log: Log) -> CheckpointInfo | None:
       UserError: no checkpoint is sound and at least one is damaged.
     """
     unusable: list[CheckpointInfo] = []
-    for listed in reversed(list_checkpoints(folder, checksums=False)):
+    for listed in reversed(own_checkpoints(folder, checksums=False)):
         info = inspect_checkpoint(listed.path, checksums=True) if listed.state == "sound" else listed
         if info.state == "sound":
             for other in unusable:
@@ -401,7 +413,7 @@ def find_step(run: Path, step: int, checksums: bool = True) -> CheckpointInfo:
     Raises:
       UserError: there is none, or it is not sound.
     """
-    paths = [info.path for info in list_checkpoints(run, checksums=False) if info.step == step]
+    paths = [info.path for info in own_checkpoints(run, checksums=False) if info.step == step]
     if not paths:
         raise UserError(f"{run}: checkpoint {step} no longer exists; name the folder of another one")
     return _require_sound(inspect_checkpoint(paths[-1], checksums))
@@ -438,7 +450,8 @@ def inspect_checkpoint(path: Path, checksums: bool) -> CheckpointInfo:
         return damaged(", ".join(problems))._replace(step=manifest["step"])
     metrics = dict(manifest["metrics"])
     metric = metrics.pop("rank", metrics.get("loss")) if version == 1 else manifest.get("selection_metric")
-    return CheckpointInfo(manifest["step"], path, "sound", "", size, metrics, metric, version, manifest["sha256"])
+    digests = manifest["config_digest"], manifest["data_digest"]
+    return CheckpointInfo(manifest["step"], path, "sound", "", size, metrics, metric, version, manifest["sha256"], digests)
 
 
 def read_config(info: CheckpointInfo) -> RunConfig:

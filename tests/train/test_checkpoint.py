@@ -479,6 +479,24 @@ def test_folders_of_other_names_in_a_run_are_listed_and_used_but_never_deleted(t
     assert_holds(checkpoint.find_checkpoint(folder / "best", fail), 30)
 
 
+def test_a_copy_of_another_runs_checkpoint_is_listed_but_not_used(tmp_path):
+    save(tmp_path / "other", 99)
+    save(tmp_path / "run", 10, 20)
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "20").rename(folder / "best")
+    shutil.copytree(tmp_path / "other" / "checkpoints" / "99", folder / "theirs")
+    rewrite_manifest(checkpoint.inspect_checkpoint(folder / "theirs", checksums=True), data_digest="d1")
+    assert [info.path.name for info in checkpoint.list_checkpoints(tmp_path / "run")] == ["10", "best", "theirs"]
+    assert [info.path.name for info in checkpoint.own_checkpoints(tmp_path / "run")] == ["10", "best"]
+    assert checkpoint.find_checkpoint(tmp_path / "run", fail).path == folder / "best"
+    with pytest.raises(UserError, match="checkpoint 99 no longer exists"):
+        checkpoint.find_step(tmp_path / "run", 99)
+    assert checkpoint.find_checkpoint(folder / "theirs", fail).step == 99
+    # Without a checkpoint that is named by its step, it cannot be told which ones are the run's.
+    shutil.rmtree(folder / "10")
+    assert checkpoint.find_checkpoint(tmp_path / "run", fail).path == folder / "theirs"
+
+
 def test_names_that_no_program_writes_are_listed(tmp_path):
     save(tmp_path, 10)
     folder = tmp_path / "checkpoints"
