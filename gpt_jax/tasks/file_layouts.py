@@ -76,4 +76,4 @@ def tfds(
 
 def nli(name: str, **fields: Any) -> FileLayout:
     """Returns the layout of the original releases of SNLI and MultiNLI: JSON lines."""
-    return FileLayout("jsonl", f"{name}_{{split}}.jsonl", PAIR, "gold_label", folders=(name,), drops=(NO_GOLD,), **fields)
+    return FileLayout("json", f"{name}_{{split}}.jsonl", PAIR, "gold_label", folders=(name,), drops=(NO_GOLD,), **fields)

@@ -81,15 +81,14 @@ def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
     rows = collections.defaultdict[str, list[str]](list)
     for record in records:
         try:
-            text = label_text(record.fields.get(column))
+            text, fault = label_text(record.fields.get(column)), record.fault
         except ValueError as error:
-            faults.append((record.where, str(error)))
-            continue
-        if record.fault:
-            faults.append((record.where, record.fault))
-        elif is_missing(text):
+            text, fault = "", record.fault or str(error)
+        if not fault and is_missing(text):
             hint = f"; if {text!r} is a class, list the classes in --task.labels" if text else ""
-            faults.append((record.where, missing_label_fault(text) + hint))
+            fault = missing_label_fault(text) + hint
+        if fault:
+            faults.append((record.where, fault))
         else:
             rows[text].append(record.where)
     check_rows(faults)
@@ -112,14 +111,11 @@ def _require_classes(rows: dict[str, list[str]], column: str) -> None:
     if too_many or any(len(text) > MAX_LENGTH for text in rows):
         raise UserError(
             f"--task.label: '{column}' has {len(rows):,} different values in {count:,} rows ({listed(rows)}), which look like "
-            "identifiers or texts; name the column with the classes, list the classes (--task.labels), or for scores give their "
-            "range (--task.score-range)"
+            "identifiers or texts; name another column, list the classes (--task.labels), or give the range (--task.score-range)"
         )
     alike: dict[str, str] = {}
     for text in rows:
         other = alike.setdefault(" ".join(text.split()).casefold(), text)
         if other != text:
-            raise UserError(
-                f"{rows[text][0]}: the label '{shortened(text)}' differs from '{shortened(other)}' ({rows[other][0]}) only "
-                "in case or blanks; write them in one way, or list both in --task.labels if they are two classes"
-            )
+            pair = f"the label '{shortened(text)}' differs from '{shortened(other)}' ({rows[other][0]}) only in case or blanks"
+            raise UserError(f"{rows[text][0]}: {pair}; write them in one way, or list both in --task.labels")

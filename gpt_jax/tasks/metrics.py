@@ -210,9 +210,8 @@ def write_glue(
         table = tables.setdefault(file, {})
         if not example.id.isdecimal() or int(example.id) in table:
             fault = "occurs twice" if example.id.isdecimal() else "is not a number"
-            raise UserError(
-                f"{example.where}: the index '{example.id}' {fault}; {file} needs the test split of the GLUE download"
-            )
+            wanted = f"{file} needs the test split of the GLUE download"
+            raise UserError(f"{example.where}: the index '{example.id}' {fault}; {wanted}")
         label = f"{min(max(float(prediction), 0.0), 5.0):.3f}" if task.regression else _label_name(task, prediction)
         table[int(example.id)] = label
     for file, table in tables.items():

@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax.errors import UserError, nearest
+from gpt_jax.errors import UserError
 from gpt_jax.inputs.formats import COMPRESSIONS, content_suffix
 from gpt_jax.inputs.parquet import parquet_rows
-from gpt_jax.tasks.tables import ID_COLUMNS, MAX_CELL, Record, make_record, parse_csv, parse_tabs, read_json_records, read_lines
+from gpt_jax.tasks import tables
+from gpt_jax.tasks.tables import Record
 
 DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"}
 """Separators by extension, in order of preference."""
@@ -35,16 +36,8 @@ class OwnTable(NamedTuple):
     """Line for the log about an assumption that was made about the file; empty if there was none."""
 
     def require_column(self, name: str, field: str) -> None:
-        """Checks that there is one column with this name.
-
-        Raises:
-          UserError: there is no such column, or there are several. The message names the config field `field`.
-        """
-        count = self.columns.count(name)
-        if count == 0:
-            raise UserError(f"{self.path}:1: no column '{name}' (--{field}); {nearest(name, self.columns)}")
-        if count > 1:
-            raise UserError(f"{self.path}:1: {count} columns are named '{name}' (--{field}); give them different names")
+        """Checks that there is one column with this name, which the config field `field` gives."""
+        tables.require_column(name, self.columns, f"{self.path}:1", f"--{field}")
 
     def find_columns(self, name: str, field: str) -> tuple[str, ...]:
         """Returns the column with a name, or the columns whose names it joins with "+"; raises errors as `require_column`."""
@@ -59,7 +52,7 @@ def _split_name(name: str, columns: Sequence[str]) -> tuple[str, ...]:
     return (name,) if name in columns else tuple(part.strip() for part in name.split("+"))
 
 
-def read_own_table(path: str, field: str, wanted: Iterable[str]) -> OwnTable:
+def read_own_table(path: str, field: str, wanted: Sequence[str]) -> OwnTable:
     """Reads a user's table.
 
     Args:
@@ -77,12 +70,11 @@ def read_own_table(path: str, field: str, wanted: Iterable[str]) -> OwnTable:
         raise UserError(f"--{field}: the extension of '{path}' must be one of {known}")
     if not file.is_file():
         raise UserError(f"--{field}: there is no file '{path}'")
-    wanted = tuple(wanted)
     if extension == ".parquet":
         return _read_parquet(file, wanted)
     if extension in DELIMITERS:
         return _read_separated(file, DELIMITERS[extension], wanted)
-    records = list(read_json_records(file))
+    records = list(tables.read_json_records(file))
     return OwnTable(file, tuple(dict.fromkeys(column for record in records for column in record.fields)), records)
 
 
@@ -92,7 +84,7 @@ def _read_parquet(file: Path, wanted: Sequence[str]) -> OwnTable:
 
     def select(schema: Any) -> list[str]:
         names.extend(schema.names)
-        needed = {*ID_COLUMNS, *(column for name in wanted for column in _split_name(name, names))}
+        needed = {*tables.ID_COLUMNS, *(column for name in wanted for column in _split_name(name, names))}
         return [name for name in names if name in needed and names.count(name) == 1]
 
     records = [Record(f"{file}: row {number}", row) for number, row in enumerate(parquet_rows(file, select), start=1)]
@@ -106,7 +98,7 @@ Rows = list[tuple[int, list[str]]]
 
 
 def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTable:
-    lines = list(read_lines(file))
+    lines = list(tables.read_lines(file))
     header = next((line for line in lines if line.strip()), "").replace("\r", "")
 
     def fit(delimiter: str) -> tuple[int, int]:
@@ -114,12 +106,12 @@ def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTa
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), ())]
         return sum(set(_split_name(name, names)) <= set(names) for name in wanted), len(names)
 
-    csv.field_size_limit(MAX_CELL)
+    csv.field_size_limit(tables.MAX_CELL)
     delimiter = max(delimiters, key=fit)
     rows, note = _read_tabs(file, lines) if delimiter == "\t" else (_read_quoted(file, lines, delimiter), "")
     rows = [(line, cells) for line, cells in rows if any(cell.strip() for cell in cells)]
     columns = tuple(name.strip() for name in rows[0][1]) if rows else ()
-    return OwnTable(file, columns, [make_record(f"{file}:{line}", columns, cells, note) for line, cells in rows[1:]], note)
+    return OwnTable(file, columns, [tables.make_record(f"{file}:{line}", columns, cells, note) for line, cells in rows[1:]], note)
 
 
 def _read_quoted(file: Path, lines: Iterable[str], delimiter: str) -> Rows:
@@ -128,7 +120,7 @@ def _read_quoted(file: Path, lines: Iterable[str], delimiter: str) -> Rows:
     Python's csv module, and so pandas, writes carriage returns without quotes, but does not read them.
     """
     masked = (INNER_RETURN.sub(MASK, line) for line in lines)
-    rows = parse_csv(masked, delimiter, file, skip_spaces=delimiter != "\t")
+    rows = tables.parse_csv(masked, delimiter, file, skip_spaces=delimiter != "\t")
     return [(line, [cell.replace(MASK, "\r") for cell in cells]) for line, cells in rows]
 
 
@@ -139,7 +131,7 @@ def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
     cell contains a line that looks like a row. If both readings give rows of equal length, cells are quoted if every cell that
     begins with a quotation mark needs quotes because of the quotation marks in it.
     """
-    plain = list(parse_tabs(lines))
+    plain = list(tables.parse_tabs(lines))
     opened = [cell for _, cells in plain for cell in cells if cell.startswith('"')]
     if not opened:
         return plain, ""

@@ -194,12 +194,10 @@ def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, rec
         return float(label)
     if text == "-" and NO_GOLD in layout.drops:
         raise _MalformedRow("there is no gold label", NO_GOLD)
-    if is_missing(text):
-        if split == "test":
-            return None
-        raise _MalformedRow(missing_label_fault(text))
-    if text == HIDDEN and split == "test":
+    if split == "test" and (is_missing(text) or text == HIDDEN):
         return None
+    if is_missing(text):
+        raise _MalformedRow(missing_label_fault(text))
     if task.regression:
         wanted = f"a number from {task.labels[0]} to {task.labels[-1]}, with a decimal point"
         raise _MalformedRow(f"the score is '{shortened(text)}'; it must be {wanted}")

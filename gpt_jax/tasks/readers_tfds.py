@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, one_line
 from gpt_jax.runtime.console import say
 from gpt_jax.tasks.tables import Record
 
@@ -53,10 +53,8 @@ def _load_examples(name: str, split: str) -> tuple[Any, list[dict[str, Any]]]:
             )
         builder.download_and_prepare()
     except Exception as error:  # a missing package, no network, a file to be downloaded by hand: the remedy is the same
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"--task.path: tensorflow-datasets cannot load {name} ({reason}); give the folder of the task's own files"
-        ) from error
+        problem = f"tensorflow-datasets cannot load {name} ({one_line(error)})"
+        raise UserError(f"--task.path: {problem}; give the folder of the task's own files") from error
     return builder, list(tfds.as_numpy(builder.as_dataset(split=split, shuffle_files=False)))
 
 
@@ -64,8 +62,6 @@ def _to_python(value: Any) -> Any:
     """Converts values of NumPy and TensorFlow to strings, numbers and lists."""
     if isinstance(value, bytes):
         return value.decode()
-    if hasattr(value, "to_list"):  # a ragged tensor: a list of lists
-        value = value.to_list()
-    elif hasattr(value, "tolist"):
-        value = value.tolist()
+    to_list = getattr(value, "to_list", None) or getattr(value, "tolist", None)  # of a ragged tensor, or of an array
+    value = to_list() if to_list else value
     return [_to_python(item) for item in value] if isinstance(value, list) else value

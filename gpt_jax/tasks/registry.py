@@ -91,11 +91,8 @@ def task_from_config(config: TaskConfig) -> Task:
     metrics = config.metrics or (METRICS[kind] if kind == "scores" else ("accuracy",))
     for metric in metrics:
         require(metric in METRICS[kind], "task.metrics", f"'{metric}' is not a metric of {kind}; known: {listed(METRICS[kind])}")
-    require(
-        "f1" not in metrics or len(labels) == 2,
-        "task.metrics",
-        f"f1 is a metric of two labels (and scores the second), not of {len(labels)}; use accuracy or matthews",
-    )
+    wanted = f"f1 is a metric of two labels, not of {len(labels)}; use accuracy or matthews"
+    require("f1" not in metrics or len(labels) == 2, "task.metrics", wanted)
     return Task("", "own task", config.kind, labels, metrics=metrics, regression=kind == "scores")
 
 

@@ -50,34 +50,28 @@ def _find_release(task: Task, given: Path) -> tuple[FileLayout, Path]:
     """Returns the layout whose files are in the given folder, or in the task's own folder below it, and that folder."""
     if not given.is_dir():
         raise UserError(f"--task.path: there is no folder '{given}'")
-    releases: list[tuple[FileLayout, Path]] = []
-    examples: list[str] = []
+    releases: list[tuple[FileLayout, Path, Path]] = []
     for layout in task.files:
-        for folder in (given, *(folder for name in layout.folders for folder in find_files(given, name, ("",)))):
-            patterns = [pattern for split in SPLITS for pattern in layout.paths(split).values()]
+        patterns = [pattern for split in SPLITS for pattern in layout.paths(split).values()]
+        for folder in (given, *(folder for name in layout.folders for folder in find_files(given, name))):
             found = next((path for pattern in patterns for path in find_files(folder, pattern)), None)
             if found and not (layout.superseded and releases):
-                releases.append((layout, folder))
-                examples.append(str(found.relative_to(given)))
+                releases.append((layout, folder, found))
     if len(releases) > 1:
+        examples = listed(str(path.relative_to(given)) for _, _, path in releases)
         kept = "keep the files of one, or give its own folder"
-        raise UserError(f"--task.path: {given} has {len(releases)} releases of {task.title}, with {listed(examples)}; {kept}")
+        raise UserError(f"--task.path: {given} has {len(releases)} releases of {task.title}, with {examples}; {kept}")
     if not releases:
         wanted = " or ".join(next(iter(layout.paths("train").values())) for layout in task.files)
         places = ", ".join(dict.fromkeys(str(given / name) for layout in task.files for name in ("", *layout.folders)))
         raise UserError(f"--task.path: there are no files of {task.title}; looked for {wanted} in {places}")
-    return releases[0]
+    return releases[0][:2]
 
 
-def find_files(folder: Path, pattern: str, extensions: Iterable[str] = ("", *COMPRESSIONS)) -> list[Path]:
-    """Returns the files and folders that match a glob below a folder, without case, and that are not hidden.
-
-    Args:
-      folder: the folder.
-      pattern: the glob.
-      extensions: extensions that may follow the glob.
-    """
-    globs = [re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", pattern + end) for end in extensions]
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Returns what matches a glob below a folder, without case, perhaps compressed, and is not hidden."""
+    names = (pattern + extension for extension in ("", *COMPRESSIONS))
+    globs = [re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", name) for name in names]
     return sorted(path for glob in globs for path in folder.glob(glob) if not path.name.startswith("."))
 
 

@@ -13,9 +13,9 @@ from gpt_jax.errors import UserError, listed, nearest
 from gpt_jax.inputs.formats import decode_text, open_file
 from gpt_jax.inputs.json_rows import json_objects
 
-TableFormat = Literal["tsv", "csv", "jsonl", "json"]
-"""`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `jsonl` has
-one object per line, and `json` has one object per file."""
+TableFormat = Literal["tsv", "csv", "json"]
+"""`tsv` has no quoting: a tab always separates cells and a line feed always ends a row. `csv` has commas and quotes. `json` has
+objects, for example one on each line."""
 
 ID_COLUMNS = ("index", "idx", "id", "pairID", "InputStoryid")
 """Columns that identify a row, in order of preference. Rows without any of them are numbered from 0."""
@@ -62,14 +62,16 @@ def read_table(path: Path, file_format: TableFormat, required: Iterable[str], he
       UserError: some bytes are not UTF-8, a column is missing, a quote is not closed, or JSON is malformed. The message names the
         file and the line.
     """
-    if file_format in ("jsonl", "json"):
+    if file_format == "json":
         for record in read_json_records(path):
-            _require_columns(required, record.fields, f"{record.where}: no field")
+            for name in required:
+                require_column(name, tuple(record.fields), record.where)
             yield record
         return
     rows = parse_csv(read_lines(path), ",", path) if file_format == "csv" else parse_tabs(read_lines(path))
     columns = [name.strip() for name in header or next(rows, (1, []))[1]]
-    _require_columns(required, columns, f"{path}:1: no column")
+    for name in required:
+        require_column(name, columns, f"{path}:1")
     for line, cells in rows:
         yield make_record(f"{path}:{line}", columns, cells)
 
@@ -99,11 +101,15 @@ def make_record(where: str, columns: Sequence[str], cells: Sequence[str], note: 
     return Record(where, dict(zip(columns, cells, strict=False)), fault)
 
 
-def _require_columns(required: Iterable[str], names: Iterable[str], complaint: str) -> None:
-    names = list(names)
-    for name in required:
-        if name not in names:
-            raise UserError(f"{complaint} '{name}'; {nearest(name, names)}")
+def require_column(name: str, names: Sequence[str], where: str, option: str = "") -> None:
+    """Checks that there is one column, or one field of a JSON object, with this name, which an option may have given.
+
+    Raises:
+      UserError: there is none, or there are several.
+    """
+    if names.count(name) != 1:
+        hint = nearest(name, names) if name not in names else "there are several with this name"
+        raise UserError(f"{where}: no column '{name}'{f' ({option})' if option else ''}; {hint}")
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -21,7 +21,6 @@ from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.readers import Example
 from gpt_jax.tasks.registry import TaskKind
-from gpt_jax.tasks.tables import check_rows
 
 Truncation = Literal["longest", "released"]
 
@@ -97,12 +96,11 @@ def encode_examples(
     pieces: list[np.ndarray] = [np.empty(0, np.int32)]
     lengths = np.empty((len(examples), len(sequences)), np.int32)
     num_truncated = 0
-    faults: list[tuple[str, str]] = []
     for number, example in enumerate(examples):
         texts = [ids_of(text) for text in example.texts]
-        for empty in (place for place, ids in enumerate(texts, start=1) if not ids.size):
-            message = f"text {empty} of {len(texts)} has no tokens; give it at least one word, or remove the row"
-            faults.append((example.where, message))
+        if empty := [place for place, ids in enumerate(texts, start=1) if not ids.size]:
+            message = f"text {empty[0]} of {len(texts)} has no tokens; give it at least one word, or remove the row"
+            raise UserError(f"{example.where}: {message}")
         truncated = False
         for s, segments in enumerate(sequences):
             full = [len(texts[segment]) for segment in segments]
@@ -113,7 +111,6 @@ def encode_examples(
             pieces.append(extract)
             lengths[number, s] = _num_special(len(segments)) + sum(kept)
         num_truncated += truncated
-    check_rows(faults)
     ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
     labels = label_distributions([example.label for example in examples], output_values)
     return EncodedSplit(np.concatenate(pieces), ends - lengths, lengths, labels, num_truncated)

@@ -358,7 +358,7 @@ def test_names_joined_with_plus(tmp_path, name, columns, found):
         ("text", ("Text", "label"), "no column 'text' (--task.texts); did you mean Text?"),
         ("title+bdy", ("title", "body"), "no column 'bdy' (--task.texts); did you mean body?"),
         ("title+", ("title", "body"), "no column '' (--task.texts); known: title, body"),
-        ("text", ("text", "text", "label"), "2 columns are named 'text' (--task.texts); give them different names"),
+        ("text", ("text", "text", "label"), "no column 'text' (--task.texts); there are several with this name"),
         ("text", (), "no column 'text' (--task.texts); there are none"),
         ("text", ("I like this film", "1"), "no column 'text' (--task.texts); known: I like this film, 1"),
     ],

@@ -309,7 +309,7 @@ def test_articles_that_are_not_json_are_refused(tmp_path):
     write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x",', "broken")
     assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:2: not valid JSON: ")
     write(tmp_path / "train" / "middle" / "1.txt", '{"article": "x"}')
-    assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:1: no field 'questions'; ")
+    assert error_of("race", tmp_path).startswith(f"{tmp_path}/train/middle/1.txt:1: no column 'questions'; ")
 
 
 # -- bad rows and files -----------------------------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_malformed_json_lines_are_refused(tmp_path):
         ('{"sentence1": "A}', ":2: not valid JSON: "),
         ("[1]", ":2: a list, not a JSON object with named fields"),
         ("null", ":2: null, not a JSON object with named fields"),
-        ('{"sentence1": "A", "sentence2": "B"}', ":2: no field 'gold_label'; known: sentence1, sentence2"),
+        ('{"sentence1": "A", "sentence2": "B"}', ":2: no column 'gold_label'; known: sentence1, sentence2"),
         (
             '{"sentence1": "A", "sentence2": "B", "gold_label": null}',
             ":2: the label is missing, which is only allowed in a test split",

@@ -201,7 +201,7 @@ def test_metrics_have_defaults_by_the_kind_of_label(tmp_path, fields, metrics):
         ),
         (
             {"metrics": ("f1",), "labels": ("a", "b", "c")},
-            "--task.metrics: f1 is a metric of two labels (and scores the second), not of 3; use accuracy or matthews",
+            "--task.metrics: f1 is a metric of two labels, not of 3; use accuracy or matthews",
         ),
         *(
             (
