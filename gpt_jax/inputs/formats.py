@@ -47,7 +47,7 @@ REFUSED = {
 NOT_TEXT = {b"PK\x03\x04": "zip archives", b"BZh": "bzip2 archives", b"\xfd7zXZ\0": "xz archives", b"%PDF-": "PDF documents"}
 """First bytes of files that need not contain text, and the name of the kind. Most other formats have NUL bytes."""
 TAR, TAR_POSITION = b"ustar", 257
-NUL_BYTE = "a NUL byte, which text in UTF-8 does not have; convert the file to UTF-8, or leave it out with a glob"
+NUL_BYTE = "a NUL byte, so this is not text in UTF-8; convert the file to UTF-8, or leave it out with a glob"
 
 
 class NotTextError(UserError):

@@ -72,7 +72,7 @@ def test_compressed_text_reads_like_plain_text(tmp_path):
     [
         (b"fine\nfine\ncaf\xe9\n", r"file:3: byte 0xe9 is not UTF-8; convert the file to UTF-8"),
         (b"fine line\n" * 200_000 + b"\xff", r"file:200001: byte 0xff is not UTF-8"),
-        (b"fine line\n" * 200_000 + b"a\0b", r"file:200001: a NUL byte, which text in UTF-8 does not have; convert the file"),
+        (b"fine line\n" * 200_000 + b"a\0b", r"file:200001: a NUL byte, so this is not text in UTF-8; convert the file"),
         (b"lone \xed\xa0\x80 surrogate", r"file:1: byte 0xed is not UTF-8"),
     ],
 )

@@ -195,7 +195,7 @@ TAR = io.BytesIO(b"name.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(247)).ge
         (b"\x7fELF\2\1\1\0", "binary files", "a NUL byte"),
         (b"SQLite format 3\0" + bytes(500), "binary files", "a NUL byte"),
         (np.arange(3000, dtype="<u2").tobytes(), "binary files", "file:1: a NUL byte"),
-        ("some text\n".encode("utf-16-le"), "binary files", "a NUL byte, which text in UTF-8 does not have; convert"),
+        ("some text\n".encode("utf-16-le"), "binary files", "a NUL byte, so this is not text in UTF-8; convert"),
         (PROSE[:6800] + b"a\0b\n", "binary files", "file:101: a NUL byte"),
     ],
 )
