@@ -163,8 +163,8 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     text = "maximum number of bytes of text to read (default: all)"
     sub.add_argument("--max-bytes", type=number(int, POSITIVE), metavar="BYTES", help=text)
     text = (
-        "with --text: score only the last TOKENS tokens of each window, so that windows overlap and every token but the first "
-        "ones has a longer context (default: the context length, without overlap)"
+        "with --text: tokens that each window after the first scores, its last ones; the others are only context (default: the "
+        "context length, so that windows do not overlap)"
     )
     sub.add_argument("--stride", type=number(int, POSITIVE), metavar="TOKENS", help=text)
     sub.add_argument("--split", choices=("train", "validation", "test"), help="split of the task (default: validation)")

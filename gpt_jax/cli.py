@@ -18,7 +18,7 @@ from gpt_jax.launch import command
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0, 2 for a user's mistake, 1 for failed training, 42 for a preemption."""
+    """Runs one command and returns its exit code (README, "A run's folder")."""
     _prepare_output()
     own_process = words is None
     words = arguments.join_values(sys.argv[1:] if words is None else words)
