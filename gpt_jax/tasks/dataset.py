@@ -113,21 +113,19 @@ def load_dataset(
         if content.note:
             log(content.note)
     if not config.name:
-        _describe_labels(task, loaded, log)
+        if not task.regression:
+            _count_labels(task, loaded, log)
         _warn_of_repeated_texts(loaded, log)
     # The lengths are chosen for the training and validation splits, which every epoch uses. The test split is scored only once.
     longest = [split.longest if name != "test" else split.longest.max(keepdims=True) for name, split in encoded.items()]
     return TaskDataset(task, loaded, encoded, choose_lengths(longest, batch_size, config.num_length_buckets))
 
 
-def _describe_labels(task: Task, splits: Mapping[str, TaskSplit], log: Callable[[str], None]) -> None:
-    """Logs the number of examples of each class, or the range of the scores, in each split that has labels."""
+def _count_labels(task: Task, splits: Mapping[str, TaskSplit], log: Callable[[str], None]) -> None:
+    """Logs the number of examples of each class in each split that has labels."""
     for name, split in splits.items():
-        labels = [example.label for example in split.examples if example.label is not None]
-        if labels and task.regression:
-            log(f"{name}: scores from {min(labels):g} to {max(labels):g}")
-        elif labels:
-            counts = collections.Counter(labels)
+        counts = collections.Counter(example.label for example in split.examples)
+        if counts.keys() != {None}:
             log(f"{name}: {listed(f'{shortened(label)} ({counts[number]:,})' for number, label in enumerate(task.labels))}")
 
 

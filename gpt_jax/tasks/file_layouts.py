@@ -56,11 +56,6 @@ class FileLayout:
         groups = self.groups if "{group}" in path else ("",)
         return {group: path.replace("{group}", group) for group in groups if name}
 
-    @property
-    def text_columns(self) -> tuple[str, ...]:
-        """The columns of the texts, one by one."""
-        return tuple(column for text in self.texts for column in ((text,) if isinstance(text, str) else text))
-
 
 def glue(name: str, texts: tuple[str, ...], **fields: Any) -> FileLayout:
     """Returns the layout of a task's folder in the GLUE download: tables with a header row. Test splits have no labels."""

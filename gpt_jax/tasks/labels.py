@@ -63,7 +63,8 @@ def is_missing(text: str) -> bool:
 
 def missing_label_fault(text: str) -> str:
     """Returns the description of a missing label, written as `text`, for an error message."""
-    return f"the label is missing{f' ({text!r})' if text else ''}, which is only allowed in a test split"
+    written = f" ('{text}')" if text else ""
+    return f"the label is missing{written}, which is only allowed in a test split"
 
 
 def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
@@ -85,7 +86,7 @@ def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
         except ValueError as error:
             text, fault = "", record.fault or str(error)
         if not fault and is_missing(text):
-            hint = f"; if {text!r} is a class, list the classes in --task.labels" if text else ""
+            hint = f"; if '{text}' is a class, list the classes in --task.labels" if text else ""
             fault = missing_label_fault(text) + hint
         if fault:
             faults.append((record.where, fault))

@@ -35,15 +35,14 @@ class OwnTable(NamedTuple):
     note: str = ""
     """Line for the log about an assumption that was made about the file; empty if there was none."""
 
-    def require_column(self, name: str, field: str) -> None:
-        """Checks that there is one column with this name, which the config field `field` gives."""
-        tables.require_column(name, self.columns, f"{self.path}:1", f"--{field}")
+    def require_columns(self, names: Iterable[str], field: str) -> None:
+        """Checks that there is one column of each name, which the config field `field` gives; see `tables.require_columns`."""
+        tables.require_columns(names, self.columns, f"{self.path}:1", f"--{field}")
 
     def find_columns(self, name: str, field: str) -> tuple[str, ...]:
-        """Returns the column with a name, or the columns whose names it joins with "+"; raises errors as `require_column`."""
+        """Returns the column with a name, or the columns whose names it joins with "+"; raises errors as `require_columns`."""
         columns = _split_name(name, self.columns)
-        for column in columns:
-            self.require_column(column, field)
+        self.require_columns(columns, field)
         return columns
 
 
@@ -66,8 +65,8 @@ def read_own_table(path: str, field: str, wanted: Sequence[str]) -> OwnTable:
     file = Path(path)
     extension = content_suffix(file)
     if extension not in EXTENSIONS:
-        known = f"{', '.join(EXTENSIONS)}, and may be compressed ({', '.join(COMPRESSIONS)})"
-        raise UserError(f"--{field}: the extension of '{path}' must be one of {known}")
+        endings = f"{', '.join(EXTENSIONS)}, perhaps followed by {', '.join(COMPRESSIONS)}"
+        raise UserError(f"--{field}: the name '{path}' must end in one of {endings}")
     if not file.is_file():
         raise UserError(f"--{field}: there is no file '{path}'")
     if extension == ".parquet":

@@ -130,7 +130,7 @@ def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[Fi
     texts = tuple(table.find_columns(name, "task.texts") for name in config.texts)
     # A test split may lack the column, but not have it under a name with other capitals.
     if split != "test" or config.label.casefold() in map(str.casefold, table.columns):
-        table.require_column(config.label, "task.label")
+        table.require_columns((config.label,), "task.label")
     return FileLayout("tsv", path, texts, config.label), {"": table.records}, table.note
 
 
@@ -201,8 +201,7 @@ def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, rec
     if task.regression:
         wanted = f"a number from {task.labels[0]} to {task.labels[-1]}, with a decimal point"
         raise _MalformedRow(f"the score is '{shortened(text)}'; it must be {wanted}")
-    hint = "; answers are counted from 0" if task.kind == "multiple_choice" and task.labels[0] == "0" else ""
-    raise _MalformedRow(f"the label is '{shortened(text)}'; it must be one of {listed(task.labels)}{hint}")
+    raise _MalformedRow(f"the label is '{shortened(text)}'; it must be one of {listed(task.labels)}")
 
 
 def _hold_out(examples: list[Example], size: int, split: SplitName) -> list[Example]:

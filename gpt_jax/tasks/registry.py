@@ -119,7 +119,7 @@ def _labels_of_rows(config: TaskConfig) -> tuple[str, ...]:
     if not config.train:
         raise UserError("--task.labels: give the labels, since there are no training rows (--task.train) to read them from")
     table = read_own_table(config.train, "task.train", (*config.texts, config.label))
-    table.require_column(config.label, "task.label")
+    table.require_columns((config.label,), "task.label")
     if not table.records:
         raise UserError(f"--task.train: {table.path} has no rows")
     return classes_of(table.records, config.label)

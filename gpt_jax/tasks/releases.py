@@ -77,6 +77,7 @@ def find_files(folder: Path, pattern: str) -> list[Path]:
 
 def _read_files(layout: FileLayout, paths: list[Path], split: SplitName) -> Iterator[Record]:
     assert layout.format != "tfds"
-    required = ARTICLE_FIELDS if layout.articles else layout.text_columns + (() if split == "test" else (layout.label,))
+    texts = [column for text in layout.texts for column in ((text,) if isinstance(text, str) else text)]
+    required = ARTICLE_FIELDS if layout.articles else texts if split == "test" else [*texts, layout.label]
     for path in paths:
         yield from read_table(path, layout.format, required, layout.headers.get(split, ()))

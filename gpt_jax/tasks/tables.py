@@ -64,14 +64,12 @@ def read_table(path: Path, file_format: TableFormat, required: Iterable[str], he
     """
     if file_format == "json":
         for record in read_json_records(path):
-            for name in required:
-                require_column(name, tuple(record.fields), record.where)
+            require_columns(required, tuple(record.fields), record.where)
             yield record
         return
     rows = parse_csv(read_lines(path), ",", path) if file_format == "csv" else parse_tabs(read_lines(path))
     columns = [name.strip() for name in header or next(rows, (1, []))[1]]
-    for name in required:
-        require_column(name, columns, f"{path}:1")
+    require_columns(required, columns, f"{path}:1")
     for line, cells in rows:
         yield make_record(f"{path}:{line}", columns, cells)
 
@@ -101,15 +99,18 @@ def make_record(where: str, columns: Sequence[str], cells: Sequence[str], note: 
     return Record(where, dict(zip(columns, cells, strict=False)), fault)
 
 
-def require_column(name: str, names: Sequence[str], where: str, option: str = "") -> None:
-    """Checks that there is one column, or one field of a JSON object, with this name, which an option may have given.
+def require_columns(wanted: Iterable[str], names: Sequence[str], where: str, option: str = "") -> None:
+    """Checks that each wanted column of a table, or field of a JSON object, occurs once among the names.
 
     Raises:
-      UserError: there is none, or there are several.
+      UserError: one does not. The message names the location, and the option that gives the column, if there is one.
     """
-    if names.count(name) != 1:
-        hint = nearest(name, names) if name not in names else "there are several with this name"
-        raise UserError(f"{where}: no column '{name}'{f' ({option})' if option else ''}; {hint}")
+    given = f" ({option})" if option else ""
+    for name in wanted:
+        if name not in names:
+            raise UserError(f"{where}: no column '{name}'{given}; {nearest(name, names)}")
+        if names.count(name) > 1:
+            raise UserError(f"{where}: several columns are named '{name}'{given}; give them different names")
 
 
 def read_lines(path: Path) -> Iterator[str]:

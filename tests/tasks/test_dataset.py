@@ -68,7 +68,7 @@ def test_texts_that_are_too_long_are_counted(tmp_path):
 def test_a_regression_has_soft_labels_within_its_range(tmp_path):
     dataset, lines = load(tmp_path, ["a\t-1", "b\t0.25", "c\t1.0"], ["d\t0.5", "e\t0"], score_range=(-1, 1))
     assert dataset.encoded["train"].labels.tolist() == [[1, 0, 0], [0, 0.75, 0.25], [0, 0, 1]]
-    assert lines[2:] == ["train: scores from -1 to 1", "validation: scores from 0 to 0.5"]
+    assert len(lines) == 2
 
 
 def test_examples_of_other_splits_that_are_training_examples_are_counted(tmp_path):

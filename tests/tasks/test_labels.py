@@ -98,6 +98,7 @@ def test_many_holes_are_one_bounded_line():
 
 
 def test_texts_for_missing_labels_that_may_be_classes_can_be_listed():
+    assert error_of(["a", "\\N"]).endswith("; if '\\N' is a class, list the classes in --task.labels")
     assert error_of(["FAVOR", "AGAINST", "NONE"]) == (
         "my.csv:4: the label is missing ('NONE'), which is only allowed in a test split; if 'NONE' is a class, list the classes "
         "in --task.labels"

@@ -358,7 +358,7 @@ def test_names_joined_with_plus(tmp_path, name, columns, found):
         ("text", ("Text", "label"), "no column 'text' (--task.texts); did you mean Text?"),
         ("title+bdy", ("title", "body"), "no column 'bdy' (--task.texts); did you mean body?"),
         ("title+", ("title", "body"), "no column '' (--task.texts); known: title, body"),
-        ("text", ("text", "text", "label"), "no column 'text' (--task.texts); there are several with this name"),
+        ("text", ("text", "text", "label"), "several columns are named 'text' (--task.texts); give them different names"),
         ("text", (), "no column 'text' (--task.texts); there are none"),
         ("text", ("I like this film", "1"), "no column 'text' (--task.texts); known: I like this film, 1"),
     ],
@@ -410,5 +410,5 @@ def test_files_that_cannot_be_opened_are_refused(tmp_path):
         with pytest.raises(UserError, match=rf"^--task.test: there is no file '{tmp_path}/{name}'$"):
             read_own_table(str(tmp_path / name), "task.test", ())
     for name in ("rows.xlsx", "rows", "rows.csv.bz2"):
-        with pytest.raises(UserError, match=rf"^--task.test: the extension of '{name}' must be one of .csv, .*, \.parquet, and "):
+        with pytest.raises(UserError, match=rf"^--task.test: the name '{name}' must end in one of .csv, .*, \.parquet, perhaps "):
             read_own_table(name, "task.test", ())

@@ -543,7 +543,7 @@ def test_a_label_that_no_training_row_has_is_refused(tmp_path):
 def test_answers_that_are_counted_from_1_are_refused_with_a_hint(tmp_path):
     write(tmp_path / "train.csv", "c,x,y,label", "a,b,c,1", "a,b,c,2")
     fields = {"train": str(tmp_path / "train.csv"), "kind": "multiple_choice", "texts": ("c", "x", "y")}
-    with pytest.raises(UserError, match=r":3: the label is '2'; it must be one of 0, 1; answers are counted from 0$"):
+    with pytest.raises(UserError, match=r":3: the label is '2'; it must be one of 0, 1$"):
         own_split(**fields)
     assert [row.label for row in own_split(**fields, labels=("1", "2")).examples] == [0, 1]
 

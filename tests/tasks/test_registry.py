@@ -249,7 +249,7 @@ def test_missing_rows_and_unknown_files_are_refused(tmp_path):
         task_from_config(TaskConfig())
     with pytest.raises(UserError, match=r"^--task.train: there is no file '.*absent.tsv'$"):
         task_from_config(TaskConfig(train=str(tmp_path / "absent.tsv")))
-    with pytest.raises(UserError, match=r"^--task.train: the extension of 'rows.xlsx' must be one of .csv, .*"):
+    with pytest.raises(UserError, match=r"^--task.train: the name 'rows.xlsx' must end in one of .csv, .*"):
         task_from_config(TaskConfig(train="rows.xlsx"))
     message = r"^--task.labels: give the labels, since there are no training rows \(--task.train\) to read them from$"
     with pytest.raises(UserError, match=message):
