@@ -270,7 +270,8 @@ def _import(options: argparse.Namespace, _: list[str]) -> None:
 
 
 def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
-    from gpt_jax.train.checkpoint import is_checkpoint, list_checkpoints, own_checkpoints, prune
+    from gpt_jax.train.checkpoint import prune
+    from gpt_jax.train.checkpoint_info import is_checkpoint, list_checkpoints, own_checkpoints
 
     run = options.run_folder
     if not run.is_dir():

@@ -12,7 +12,7 @@ from gpt_jax.arguments import parse
 from gpt_jax.cli import VERBS, main
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.rundir import INTENDED
-from gpt_jax.train.checkpoint import list_checkpoints
+from gpt_jax.train.checkpoint_info import list_checkpoints
 from tests.tiny import tiny_config, trajectory, write_config, write_text
 
 

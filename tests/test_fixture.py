@@ -13,7 +13,7 @@ from gpt_jax.cli import main
 from gpt_jax.config import MeshConfig
 from gpt_jax.data.store import Store
 from gpt_jax.runtime.sharding import make_mesh
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.step import abstract_state
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -53,7 +53,7 @@ def one_device(monkeypatch):
 
 
 def fixture_checkpoint(name):
-    [info] = checkpoint.list_checkpoints(FIXTURES / name)
+    [info] = checkpoint_info.list_checkpoints(FIXTURES / name)
     return info
 
 
@@ -61,7 +61,7 @@ def fixture_checkpoint(name):
 def test_an_old_checkpoint_is_sound(name):
     info = fixture_checkpoint(name)
     assert (info.state, info.problem, info.format_version) == ("sound", "", 1)
-    assert checkpoint.read_manifest(info)["step"] == info.step == UPDATES[name][0][0] - 1
+    assert checkpoint_info.read_manifest(info)["step"] == info.step == UPDATES[name][0][0] - 1
 
 
 def test_an_old_store_is_read():
@@ -98,7 +98,7 @@ def test_an_old_run_continues_to_the_same_numbers(name, one_device, tmp_path, mo
         assert evaluations[-1]["step"] == step
         assert evaluations[-1]["loss"] == pytest.approx(loss, abs=5e-6)
 
-    *_, new = checkpoint.list_checkpoints(run)
+    *_, new = checkpoint_info.list_checkpoints(run)
     assert (new.step, new.state, new.format_version) == (old.step + 2, "sound", 2)
     if name in EVALUATIONS:
         assert new.selection_metric == -evaluations[-1]["accuracy"]
@@ -152,7 +152,7 @@ def test_the_moments_of_an_old_checkpoint_are_restored(name, path, one_device):
     counter = {"run_v1": "step", "adamw_v1": "count"}[name]
     assert set(optimizer) == {"mu", "nu", counter}
 
-    restored = checkpoint.restore(info, abstract_state(checkpoint.read_config(info), one_device))
+    restored = checkpoint.restore(info, abstract_state(checkpoint_info.read_config(info), one_device))
     assert set(restored) == {"params", "moments", "step", "ok"}
     expected = {"params": stored["params"], "moments": {"mu": optimizer["mu"], "nu": optimizer["nu"]}, "ok": stored["ok"]}
     for key, tree in expected.items():

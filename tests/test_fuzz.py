@@ -29,7 +29,7 @@ from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.tasks.readers import read_split
 from gpt_jax.tasks.registry import TASKS, task_from_config
 from gpt_jax.tasks.winograd import read_winograd
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint_info
 from tests.damage import damaged_bytes, damaged_json, damaged_json_file
 
 pytestmark = pytest.mark.slow
@@ -256,7 +256,7 @@ def test_the_config_of_a_run(folder: Path, run: str, data: st.DataObject) -> Non
     step = next((copy / "checkpoints").iterdir())
     original = (FIXTURES / run / "checkpoints" / step.name / "config.json").read_bytes()
     (step / "config.json").write_bytes(data.draw(damaged_json_file(original)))
-    check(lambda: checkpoint.read_config(checkpoint.inspect_checkpoint(step, checksums=False)))
+    check(lambda: checkpoint_info.read_config(checkpoint_info.inspect_checkpoint(step, checksums=False)))
 
 
 HUGGING_FACE = {
@@ -295,20 +295,20 @@ def test_manifests(folder: Path, run: str, data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         value = data.draw(damaged_json(json.loads(original)))
         # With its checksum, as a program of somebody else's would write it.
-        path.write_bytes(checkpoint._encode_manifest(value) if isinstance(value, dict) else json.dumps(value).encode())
+        path.write_bytes(checkpoint_info.encode_manifest(value) if isinstance(value, dict) else json.dumps(value).encode())
     else:
         path.write_bytes(data.draw(damaged_bytes(original)))
 
-    def use(found: checkpoint.CheckpointInfo) -> None:
+    def use(found: checkpoint_info.CheckpointInfo) -> None:
         assert f"{found.step:>9} {found.size / 1e6:9.1f} {found.state:<10} {found.problem}"
         assert all(f"{name} {value:.4f}" for name, value in found.metrics.items())
         if found.state == "sound":
-            checkpoint.read_manifest(found)
-            checkpoint.best_checkpoints([found], 1)
+            checkpoint_info.read_manifest(found)
+            checkpoint_info.best_checkpoints([found], 1)
 
-    check(lambda: [use(info) for info in checkpoint.list_checkpoints(copy)])
-    check(lambda: use(checkpoint.find_checkpoint(copy, lambda line: None)))
-    check(lambda: use(checkpoint.find_checkpoint(path.parent, lambda line: None)))
+    check(lambda: [use(info) for info in checkpoint_info.list_checkpoints(copy)])
+    check(lambda: use(checkpoint_info.find_checkpoint(copy, lambda line: None)))
+    check(lambda: use(checkpoint_info.find_checkpoint(path.parent, lambda line: None)))
 
 
 @pytest.fixture(scope="module")

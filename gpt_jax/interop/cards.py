@@ -19,7 +19,7 @@ from gpt_jax.interop.parity import ExportedFunction
 from gpt_jax.interop.usage import usage
 from gpt_jax.tasks.registry import Task
 from gpt_jax.tasks.transforms import special_tokens
-from gpt_jax.train.checkpoint import CheckpointInfo, read_manifest
+from gpt_jax.train.checkpoint_info import CheckpointInfo, read_manifest
 
 
 def labels_json(task: Task, tokenizer: Tokenizer) -> dict[str, Any]:

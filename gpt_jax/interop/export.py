@@ -43,7 +43,7 @@ from gpt_jax.tasks.finetune import make_head
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.registry import Task, task_from_config
 from gpt_jax.tasks.transforms import SEGMENTS
-from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, read_config
+from gpt_jax.train.checkpoint_info import CheckpointInfo, find_checkpoint, read_config
 from gpt_jax.train.restore import load_model
 from gpt_jax.train.step import LANGUAGE_MODEL
 

@@ -25,7 +25,7 @@ from gpt_jax.tasks.readers import TaskSplit, read_split
 from gpt_jax.tasks.registry import Task, get_task, task_from_config
 from gpt_jax.tasks.winograd import read_winograd
 from gpt_jax.tasks.zero_shot import PROBES, run_probe
-from gpt_jax.train.checkpoint import CheckpointInfo, find_checkpoint, find_step, is_checkpoint, own_checkpoints, read_config
+from gpt_jax.train.checkpoint_info import CheckpointInfo, find_checkpoint, find_step, is_checkpoint, own_checkpoints, read_config
 from gpt_jax.train.pretrain import language_model_metrics, make_window_scorer
 from gpt_jax.train.restore import load_model
 

@@ -36,7 +36,8 @@ from gpt_jax.tasks.head import Head, transfer
 from gpt_jax.tasks.metrics import predict, score, write_glue, write_predictions
 from gpt_jax.tasks.registry import Task, task_from_config
 from gpt_jax.tasks.transforms import SpecialTokens
-from gpt_jax.train.checkpoint import (
+from gpt_jax.train.checkpoint import restore_params
+from gpt_jax.train.checkpoint_info import (
     CheckpointInfo,
     best_checkpoints,
     find_checkpoint,
@@ -44,7 +45,6 @@ from gpt_jax.train.checkpoint import (
     newest_checkpoint,
     own_checkpoints,
     read_config,
-    restore_params,
 )
 from gpt_jax.train.loop import Schedule, Scores, resolve_schedule, run_training, start_run
 from gpt_jax.train.restore import check_start, describe_start

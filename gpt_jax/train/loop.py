@@ -20,8 +20,9 @@ from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.errors import Preempted, TrainingError, UserError, require
 from gpt_jax.model import attention, transformer
 from gpt_jax.runtime import console, distributed, rundir, sharding
-from gpt_jax.train import checkpoint
-from gpt_jax.train.checkpoint import CheckpointInfo, CheckpointWriter
+from gpt_jax.train import checkpoint, checkpoint_info
+from gpt_jax.train.checkpoint import CheckpointWriter
+from gpt_jax.train.checkpoint_info import CheckpointInfo
 from gpt_jax.train.logging import ProgressLogger, Unit
 from gpt_jax.train.step import AbstractBatch, CompiledByShape, State, TrainableModel, abstract_state, lower_step
 
@@ -200,10 +201,10 @@ def run_training(
 
 def _newest_checkpoint(run: rundir.RunDir, log: console.Log) -> CheckpointInfo | None:
     """Returns the run's newest sound checkpoint, if any. Process 0 finds it, and all processes use the same one."""
-    newest = checkpoint.newest_checkpoint(run.checkpoints, log) if distributed.is_primary() else None
+    newest = checkpoint_info.newest_checkpoint(run.checkpoints, log) if distributed.is_primary() else None
     step = distributed.broadcast(newest.step if newest else -1)
     if newest is None and step >= 0:
-        newest = checkpoint.find_step(run.checkpoints, step)
+        newest = checkpoint_info.find_step(run.checkpoints, step)
     return newest
 
 
@@ -299,7 +300,7 @@ def _save_last_good(
     good = int(state["step"])
     path = run.checkpoints / str(good)
     # Saving a sound checkpoint again would lose its scores.
-    saved = distributed.is_primary() and checkpoint.inspect_checkpoint(path, checksums=True).state == "sound"
+    saved = distributed.is_primary() and checkpoint_info.inspect_checkpoint(path, checksums=True).state == "sound"
     if not distributed.broadcast(int(saved)):
         run.sync()
         writer.save(good, state | {"ok": jax.numpy.ones_like(state["ok"])}, {})

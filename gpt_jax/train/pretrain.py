@@ -22,7 +22,7 @@ from gpt_jax.model.loss import Batch, language_model_loss
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import console, distributed, sharding
 from gpt_jax.runtime.mesh import check_batch, check_model
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.loop import Evaluate, RunContext, Scores, require_tokenizer, resolve_schedule, run_training, start_run
 from gpt_jax.train.restore import check_start, describe_start
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
@@ -118,7 +118,7 @@ def initial_state(config: PretrainConfig, mesh: Mesh, tokenizer: Tokenizer, ctx:
     state = init_state(config, mesh)
     if not config.init.from_:
         return state, "starting from random parameters"
-    info = checkpoint.find_checkpoint(Path(config.init.from_), ctx.log)
+    info = checkpoint_info.find_checkpoint(Path(config.init.from_), ctx.log)
     require_tokenizer(info, tokenizer, "--init.from")
     params = checkpoint.restore_params(info, abstract_state(config, mesh)["params"])
     ctx.run.start = describe_start(info)

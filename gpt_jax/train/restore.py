@@ -17,14 +17,14 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import console, sharding
 from gpt_jax.runtime.rundir import INTENDED, RunDir
-from gpt_jax.train.checkpoint import (
+from gpt_jax.train.checkpoint import restore_params
+from gpt_jax.train.checkpoint_info import (
     CheckpointInfo,
     find_checkpoint,
     is_checkpoint,
     list_checkpoints,
     read_config,
     read_manifest,
-    restore_params,
 )
 from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel, abstract_state
 

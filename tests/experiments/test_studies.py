@@ -13,7 +13,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.experiments import studies
 from gpt_jax.tasks.finetune import spread
 from gpt_jax.tasks.registry import task_from_config
-from gpt_jax.train.checkpoint import newest_checkpoint
+from gpt_jax.train.checkpoint_info import newest_checkpoint
 from gpt_jax.train.pretrain import pretrain
 from tests.tiny import replace_fields
 

@@ -60,7 +60,8 @@ def fine_tuned(pretrained, tmp_path_factory):
     from gpt_jax.tasks.finetune import make_head
     from gpt_jax.tasks.registry import task_from_config
     from gpt_jax.tasks.transforms import SpecialTokens
-    from gpt_jax.train.checkpoint import CheckpointWriter, find_checkpoint, read_config
+    from gpt_jax.train.checkpoint import CheckpointWriter
+    from gpt_jax.train.checkpoint_info import find_checkpoint, read_config
 
     folder = tmp_path_factory.mktemp("fine_tuned")
 

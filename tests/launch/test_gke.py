@@ -17,7 +17,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.launch import checks, gke
 from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint_info
 from tests.tiny import smoke_overrides
 
 BUCKETS = ("--data.store", "gs://data/store")
@@ -310,7 +310,7 @@ def test_two_pods_train_together(tmp_path):
     logs = "\n".join((tmp_path / host).read_text(errors="replace") for host, _ in pods(document))
     assert codes == [0, 0], logs
     assert "4 x cpu | mesh data=4" in logs, logs
-    assert [info.step for info in checkpoint.list_checkpoints(tmp_path / "gcs" / "runs" / "a") if info.state == "sound"] == [
+    assert [info.step for info in checkpoint_info.list_checkpoints(tmp_path / "gcs" / "runs" / "a") if info.state == "sound"] == [
         2,
         4,
     ], logs

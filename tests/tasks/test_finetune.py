@@ -28,7 +28,7 @@ from gpt_jax.tasks import evaluate
 from gpt_jax.tasks import finetune as finetuning
 from gpt_jax.tasks.finetune import find_init, finetune, finetune_seeds, resolve_config, spread
 from gpt_jax.tasks.registry import task_from_config
-from gpt_jax.train.checkpoint import list_checkpoints
+from gpt_jax.train.checkpoint_info import list_checkpoints
 from gpt_jax.train.loop import resolve_schedule
 from gpt_jax.train.optimizer import learning_rate
 from gpt_jax.train.restore import load_model

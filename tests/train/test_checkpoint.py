@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from gpt_jax.config import PretrainConfig, TrainConfig
 from gpt_jax.config.load import config_digest
 from gpt_jax.errors import UserError
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.checkpoint import CheckpointWriter
 
 CONFIG = PretrainConfig(train=TrainConfig(seed=3))
@@ -63,7 +63,7 @@ def step_names(run):
 
 
 def states(run, **options):
-    return [(info.step, info.state) for info in checkpoint.list_checkpoints(run, **options)]
+    return [(info.step, info.state) for info in checkpoint_info.list_checkpoints(run, **options)]
 
 
 def assert_holds(info, step):
@@ -131,12 +131,12 @@ def test_a_checkpoint_holds_state_config_tokenizer_and_metrics(tmp_path):
     (tmp_path / "tokenizer" / "vocab.txt").write_text("a b c")
     with open_writer(tmp_path, tokenizer=tmp_path / "tokenizer") as writer:
         writer.save(40, state(40), {"loss": 2.5, "accuracy": 0.75}, -0.75)
-    info = checkpoint.find_checkpoint(tmp_path, fail)
+    info = checkpoint_info.find_checkpoint(tmp_path, fail)
     assert (info.step, info.state, info.problem, info.path) == (40, "sound", "", tmp_path / "checkpoints" / "40")
     assert (info.metrics, info.selection_metric) == ({"loss": 2.5, "accuracy": 0.75}, -0.75)
     assert info.size == sum(file.stat().st_size for file in info.path.rglob("*") if file.is_file())
     assert_holds(info, 40)
-    assert checkpoint.read_config(info) == dataclasses.replace(CONFIG, train=TrainConfig(seed=3, keep_latest=2, keep_best=0))
+    assert checkpoint_info.read_config(info) == dataclasses.replace(CONFIG, train=TrainConfig(seed=3, keep_latest=2, keep_best=0))
     assert (info.path / "tokenizer" / "vocab.txt").read_text() == "a b c"
 
 
@@ -179,7 +179,7 @@ def test_saved_values_are_those_at_the_call_although_the_buffers_are_donated(tmp
             writer.save(step, tree, {})
             jax.block_until_ready(overwrite(tree))
             jax.tree.map(lambda array: array.delete(), tree)
-    for info in checkpoint.list_checkpoints(tmp_path):
+    for info in checkpoint_info.list_checkpoints(tmp_path):
         restored = checkpoint.restore(info, shape)
         np.testing.assert_array_equal(restored["a"], ramp + info.step)
         np.testing.assert_array_equal(restored["b"], ramp - info.step)
@@ -218,15 +218,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
             writer.save(step, state(step), {"loss": 100.0 - step}, metric)
             writer.wait()
             assert step_names(tmp_path) == kept_after[step]
-    infos = checkpoint.list_checkpoints(tmp_path)
+    infos = checkpoint_info.list_checkpoints(tmp_path)
     assert [(info.step, info.selection_metric) for info in infos] == [(20, 1.0), (60, None), (70, 6.0)]
-    assert [info.step for info in checkpoint.best_checkpoints(infos, 3)] == [20, 70]
+    assert [info.step for info in checkpoint_info.best_checkpoints(infos, 3)] == [20, 70]
 
 
 def test_metrics_that_are_not_finite_are_left_out(tmp_path):
     with open_writer(tmp_path) as writer:
         writer.save(10, state(10), {"loss": float("nan"), "perplexity": float("inf"), "accuracy": 0.5}, float("inf"))
-    [info] = checkpoint.list_checkpoints(tmp_path)
+    [info] = checkpoint_info.list_checkpoints(tmp_path)
     assert (info.metrics, info.selection_metric) == ({"accuracy": 0.5}, None)
 
 
@@ -236,12 +236,12 @@ def test_best_checkpoints_are_ordered_by_the_selection_metric(tmp_path):
     with open_writer(tmp_path, keep_latest=9) as writer:
         for step, loss, metric in saves:
             writer.save(step, state(step), {"loss": loss}, metric)
-    infos = checkpoint.list_checkpoints(tmp_path)
+    infos = checkpoint_info.list_checkpoints(tmp_path)
     assert [(info.step, info.metrics["loss"], info.selection_metric) for info in infos] == saves
     for count, best in ((0, []), (1, [30]), (3, [30, 50, 10]), (9, [30, 50, 10, 40])):
-        assert [info.step for info in checkpoint.best_checkpoints(infos, count)] == best
+        assert [info.step for info in checkpoint_info.best_checkpoints(infos, count)] == best
     flip(tmp_path / "checkpoints" / "30" / "config.json")
-    assert [info.step for info in checkpoint.best_checkpoints(checkpoint.list_checkpoints(tmp_path), 2)] == [50, 10]
+    assert [info.step for info in checkpoint_info.best_checkpoints(checkpoint_info.list_checkpoints(tmp_path), 2)] == [50, 10]
 
 
 def test_a_sound_checkpoint_stays_until_the_next_one_is_sealed(tmp_path, monkeypatch):
@@ -249,11 +249,11 @@ def test_a_sound_checkpoint_stays_until_the_next_one_is_sealed(tmp_path, monkeyp
     crash_before_seal(tmp_path, 20, monkeypatch, keep_latest=1)
     assert states(tmp_path) == [(10, "sound"), (20, "incomplete")]
     lines = []
-    assert_holds(checkpoint.find_checkpoint(tmp_path, lines.append), 10)
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path, lines.append), 10)
     assert lines == ["checkpoint 20 is incomplete (file manifest.json: missing, so its save was cut short); using 10"]
     save(tmp_path, 20, keep_latest=1)
     assert step_names(tmp_path) == ["20"]
-    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 20)
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path, fail), 20)
 
 
 def test_a_sound_checkpoint_is_never_overwritten(tmp_path):
@@ -263,7 +263,7 @@ def test_a_sound_checkpoint_is_never_overwritten(tmp_path):
             writer.save(20, state(99), {})
         writer.save(30, state(30), {})  # The writer can still be used.
     assert states(tmp_path) == [(20, "sound"), (30, "sound")]
-    for info in checkpoint.list_checkpoints(tmp_path):
+    for info in checkpoint_info.list_checkpoints(tmp_path):
         assert_holds(info, info.step)
 
 
@@ -276,18 +276,18 @@ def test_a_damaged_or_incomplete_checkpoint_is_replaced_by_the_next_save_of_its_
     with open_writer(tmp_path) as writer:
         writer.save(20, state(99), {})
     assert states(tmp_path) == [(10, "sound"), (20, "sound")]
-    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 99)
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path, fail), 99)
 
 
 def test_going_back_past_a_damaged_checkpoint(tmp_path):
     save(tmp_path, 10, 20, 30, keep_latest=3)
     flip(tmp_path / "checkpoints" / "30" / "config.json")
-    assert checkpoint.find_checkpoint(tmp_path, ignore).step == 20
+    assert checkpoint_info.find_checkpoint(tmp_path, ignore).step == 20
     save(tmp_path, 25, keep_latest=1)
     assert step_names(tmp_path) == ["25", "30"]
     save(tmp_path, 30, keep_latest=1)
     assert step_names(tmp_path) == ["30"]
-    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 30)
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path, fail), 30)
 
 
 def test_leftovers_of_killed_saves_are_deleted_at_the_next_start(tmp_path):
@@ -328,12 +328,12 @@ def test_damage_to_any_file_is_named_and_the_previous_checkpoint_used(tmp_path):
         original = (folder / name).read_bytes()
         flip(folder / name)
         lines = []
-        assert checkpoint.find_checkpoint(tmp_path, lines.append).step == 30
+        assert checkpoint_info.find_checkpoint(tmp_path, lines.append).step == 30
         [line] = lines
         assert line.startswith(f"checkpoint 40 is damaged (file {name}: ")
         assert line.endswith("); using 30")
         (folder / name).write_bytes(original)
-    assert checkpoint.find_checkpoint(tmp_path, fail).step == 40
+    assert checkpoint_info.find_checkpoint(tmp_path, fail).step == 40
 
 
 @pytest.mark.parametrize("position", [0, 5, 60, 400, 900, -40, -1])
@@ -352,7 +352,7 @@ def test_truncated_and_missing_files_are_noticed_without_checksums(tmp_path):
     config = tmp_path / "checkpoints" / "40" / "config.json"
     size = config.stat().st_size
     os.truncate(config, 3)
-    assert [(info.state, info.problem) for info in checkpoint.list_checkpoints(tmp_path, checksums=False)] == [
+    assert [(info.state, info.problem) for info in checkpoint_info.list_checkpoints(tmp_path, checksums=False)] == [
         ("damaged", "file state/_METADATA: No such file or directory"),
         ("damaged", f"file config.json: 3 bytes instead of {size}"),
     ]
@@ -363,39 +363,39 @@ def test_no_sound_checkpoint_is_an_error(tmp_path):
     for step in ("30", "40"):
         flip(tmp_path / "checkpoints" / step / "config.json")
     with pytest.raises(UserError, match=r"no sound checkpoint: 40 is damaged \(file config.json.*; 30 is damaged") as error:
-        checkpoint.find_checkpoint(tmp_path, fail)
+        checkpoint_info.find_checkpoint(tmp_path, fail)
     assert error.value.exit_code == 2
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="no sound checkpoint"):  # Starting over would lose the run.
-        checkpoint.newest_checkpoint(tmp_path, fail)
+        checkpoint_info.newest_checkpoint(tmp_path, fail)
 
 
 def test_a_run_whose_first_save_was_cut_short_starts_at_its_beginning(tmp_path, monkeypatch):
-    assert checkpoint.newest_checkpoint(tmp_path, fail) is None
+    assert checkpoint_info.newest_checkpoint(tmp_path, fail) is None
     crash_before_seal(tmp_path, 10, monkeypatch)
-    assert checkpoint.newest_checkpoint(tmp_path, fail) is None
+    assert checkpoint_info.newest_checkpoint(tmp_path, fail) is None
     with pytest.raises(UserError, match="no finished checkpoint"):
-        checkpoint.find_checkpoint(tmp_path, fail)
+        checkpoint_info.find_checkpoint(tmp_path, fail)
 
 
 def test_a_folder_of_several_seeds_names_one(tmp_path):
     for seed in (0, 1):
         (tmp_path / f"seed-{seed}" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=f"several seeds; name one of them, such as {tmp_path}/seed-0"):
-        checkpoint.find_checkpoint(tmp_path, fail)
+        checkpoint_info.find_checkpoint(tmp_path, fail)
 
 
 def test_the_folder_of_one_step_means_that_checkpoint(tmp_path):
     save(tmp_path, 30, 40)
-    assert_holds(checkpoint.find_checkpoint(tmp_path / "checkpoints" / "30", fail), 30)
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path / "checkpoints" / "30", fail), 30)
     flip(tmp_path / "checkpoints" / "30" / "config.json")
     with pytest.raises(UserError, match=r"checkpoints/30: is damaged \(file config.json: checksum differs\)"):
-        checkpoint.find_checkpoint(tmp_path / "checkpoints" / "30", fail)
-    [damaged, _] = checkpoint.list_checkpoints(tmp_path / "checkpoints")
+        checkpoint_info.find_checkpoint(tmp_path / "checkpoints" / "30", fail)
+    [damaged, _] = checkpoint_info.list_checkpoints(tmp_path / "checkpoints")
     with pytest.raises(UserError, match="damaged"):
         checkpoint.restore(damaged, abstract(state(30)))
     with pytest.raises(UserError, match="no such folder"):
-        checkpoint.find_checkpoint(tmp_path / "elsewhere", fail)
+        checkpoint_info.find_checkpoint(tmp_path / "elsewhere", fail)
 
 
 # -- copies, other names, links ---------------------------------------------------------------------------------------------
@@ -413,11 +413,11 @@ def test_a_copied_renamed_or_linked_checkpoint_is_the_same_checkpoint(tmp_path, 
         original.rename(copy)
     else:
         shutil.copytree(original, copy)
-    info = checkpoint.find_checkpoint(copy, fail)
+    info = checkpoint_info.find_checkpoint(copy, fail)
     assert (info.step, info.state, info.path) == (20, "sound", copy)
     assert_holds(info, 20)
-    assert [(other.step, other.path) for other in checkpoint.list_checkpoints(copy)] == [(20, copy)]
-    assert checkpoint.read_config(info).train.seed == 3
+    assert [(other.step, other.path) for other in checkpoint_info.list_checkpoints(copy)] == [(20, copy)]
+    assert checkpoint_info.read_config(info).train.seed == 3
 
 
 def test_a_damaged_or_unfinished_copy_is_refused(tmp_path, monkeypatch):
@@ -431,7 +431,7 @@ def test_a_damaged_or_unfinished_copy_is_refused(tmp_path, monkeypatch):
         shutil.copytree(checkpoints / step, tmp_path / name)
         flip(tmp_path / name / "config.json") if step == "20" else None
         with pytest.raises(UserError) as error:
-            checkpoint.find_checkpoint(tmp_path / name, fail)
+            checkpoint_info.find_checkpoint(tmp_path / name, fail)
         assert str(error.value).startswith(message)
 
 
@@ -440,11 +440,11 @@ def test_a_runs_folder_whose_name_is_a_number_is_not_a_step(tmp_path):
         run.mkdir(parents=True)
         (run / "config.json").write_text("{}")
         with pytest.raises(UserError, match=f"{run}: contains no finished checkpoint; give a run's folder or"):
-            checkpoint.find_checkpoint(run, fail)
-        assert checkpoint.list_checkpoints(run) == []
+            checkpoint_info.find_checkpoint(run, fail)
+        assert checkpoint_info.list_checkpoints(run) == []
         save(run, 10)
-        assert_holds(checkpoint.find_checkpoint(run, fail), 10)
-    assert checkpoint.list_checkpoints(tmp_path) == []
+        assert_holds(checkpoint_info.find_checkpoint(run, fail), 10)
+    assert checkpoint_info.list_checkpoints(tmp_path) == []
 
 
 def test_folders_of_other_names_in_a_run_are_listed_and_used_but_never_deleted(tmp_path):
@@ -457,7 +457,7 @@ def test_folders_of_other_names_in_a_run_are_listed_and_used_but_never_deleted(t
     (folder / "gone").symlink_to("nowhere")
     (folder / "plots").mkdir()
     (folder / "notes.txt").write_text("")
-    listed = [(info.step, info.path.name, info.state) for info in checkpoint.list_checkpoints(tmp_path)]
+    listed = [(info.step, info.path.name, info.state) for info in checkpoint_info.list_checkpoints(tmp_path)]
     assert listed == [
         (-1, "gone", "incomplete"),
         (-1, "plots", "incomplete"),
@@ -467,16 +467,16 @@ def test_folders_of_other_names_in_a_run_are_listed_and_used_but_never_deleted(t
         (20, "20", "sound"),
         (30, "best", "sound"),
     ]
-    assert checkpoint.find_checkpoint(tmp_path, fail).path == folder / "best"
-    assert checkpoint.find_step(tmp_path, 30).path == folder / "best"
-    assert checkpoint.find_step(tmp_path, 20).path == folder / "20"
+    assert checkpoint_info.find_checkpoint(tmp_path, fail).path == folder / "best"
+    assert checkpoint_info.find_step(tmp_path, 30).path == folder / "best"
+    assert checkpoint_info.find_step(tmp_path, 20).path == folder / "20"
     with pytest.raises(UserError, match="checkpoint 40 no longer exists"):
-        checkpoint.find_step(tmp_path, 40)
+        checkpoint_info.find_step(tmp_path, 40)
 
     assert [info.path.name for info in checkpoint.prune(tmp_path, keep_latest=1, keep_best=0)] == ["10"]
     save(tmp_path, 40, 50, keep_latest=1)
     assert {path.name for path in folder.iterdir()} == {"0010", "50", "best", "gone", "latest", "notes.txt", "plots"}
-    assert_holds(checkpoint.find_checkpoint(folder / "best", fail), 30)
+    assert_holds(checkpoint_info.find_checkpoint(folder / "best", fail), 30)
 
 
 def test_a_copy_of_another_runs_checkpoint_is_listed_but_not_used(tmp_path):
@@ -485,16 +485,16 @@ def test_a_copy_of_another_runs_checkpoint_is_listed_but_not_used(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     (folder / "20").rename(folder / "best")
     shutil.copytree(tmp_path / "other" / "checkpoints" / "99", folder / "theirs")
-    rewrite_manifest(checkpoint.inspect_checkpoint(folder / "theirs", checksums=True), data_digest="d1")
-    assert [info.path.name for info in checkpoint.list_checkpoints(tmp_path / "run")] == ["10", "best", "theirs"]
-    assert [info.path.name for info in checkpoint.own_checkpoints(tmp_path / "run")] == ["10", "best"]
-    assert checkpoint.find_checkpoint(tmp_path / "run", fail).path == folder / "best"
+    rewrite_manifest(checkpoint_info.inspect_checkpoint(folder / "theirs", checksums=True), data_digest="d1")
+    assert [info.path.name for info in checkpoint_info.list_checkpoints(tmp_path / "run")] == ["10", "best", "theirs"]
+    assert [info.path.name for info in checkpoint_info.own_checkpoints(tmp_path / "run")] == ["10", "best"]
+    assert checkpoint_info.find_checkpoint(tmp_path / "run", fail).path == folder / "best"
     with pytest.raises(UserError, match="checkpoint 99 no longer exists"):
-        checkpoint.find_step(tmp_path / "run", 99)
-    assert checkpoint.find_checkpoint(folder / "theirs", fail).step == 99
+        checkpoint_info.find_step(tmp_path / "run", 99)
+    assert checkpoint_info.find_checkpoint(folder / "theirs", fail).step == 99
     # Without a checkpoint that is named by its step, it cannot be told which ones are the run's.
     shutil.rmtree(folder / "10")
-    assert checkpoint.find_checkpoint(tmp_path / "run", fail).path == folder / "theirs"
+    assert checkpoint_info.find_checkpoint(tmp_path / "run", fail).path == folder / "theirs"
 
 
 def test_names_that_no_program_writes_are_listed(tmp_path):
@@ -505,14 +505,14 @@ def test_names_that_no_program_writes_are_listed(tmp_path):
         (folder / name).mkdir()
     shutil.copytree(folder / "10", folder / strange[3])
     (folder / "loop").symlink_to("loop")
-    listed = {info.path.name: (info.step, info.state) for info in checkpoint.list_checkpoints(tmp_path)}
+    listed = {info.path.name: (info.step, info.state) for info in checkpoint_info.list_checkpoints(tmp_path)}
     assert listed == {
         **dict.fromkeys(strange[:3], (-1, "incomplete")),
         strange[3]: (-1, "damaged"),
         "loop": (-1, "damaged"),
         "10": (10, "sound"),
     }
-    assert checkpoint.find_checkpoint(tmp_path, fail).path == folder / "10"
+    assert checkpoint_info.find_checkpoint(tmp_path, fail).path == folder / "10"
 
 
 def test_a_checkpoint_that_was_moved_to_another_disk_is_not_deleted_through_its_link(tmp_path):
@@ -522,13 +522,13 @@ def test_a_checkpoint_that_was_moved_to_another_disk_is_not_deleted_through_its_
     assert states(tmp_path) == [(10, "sound"), (20, "sound")]
     save(tmp_path, 30, keep_latest=1)
     assert states(tmp_path) == [(10, "sound"), (30, "sound")]
-    assert_holds(checkpoint.find_checkpoint(tmp_path / "ten", fail), 10)
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path / "ten", fail), 10)
 
 
 def test_a_name_that_a_save_may_need_is_refused_before_training(tmp_path):
     save(tmp_path, 10, 20)
     (tmp_path / "checkpoints" / "20").rename(tmp_path / "checkpoints" / "30")
-    assert checkpoint.find_checkpoint(tmp_path, fail).step == 20
+    assert checkpoint_info.find_checkpoint(tmp_path, fail).step == 20
     message = f"{tmp_path}/checkpoints/30: is checkpoint 20, and the run may have to save another one under this name; rename it"
     with pytest.raises(UserError) as error:
         open_writer(tmp_path)
@@ -569,20 +569,20 @@ BAD_MANIFESTS = [
 def test_a_manifest_with_a_bad_value_is_a_damaged_checkpoint(tmp_path, entries, problem):
     """The checksum is right, as a program of somebody else's would write it."""
     save(tmp_path, 30, 40)
-    rewrite_manifest(checkpoint.find_checkpoint(tmp_path, fail), **entries)
-    *_, info = checkpoint.list_checkpoints(tmp_path)
+    rewrite_manifest(checkpoint_info.find_checkpoint(tmp_path, fail), **entries)
+    *_, info = checkpoint_info.list_checkpoints(tmp_path)
     assert (info.step, info.state) == (40, "damaged")
     assert problem in info.problem
     lines = []
-    assert checkpoint.find_checkpoint(tmp_path, lines.append).step == 30
+    assert checkpoint_info.find_checkpoint(tmp_path, lines.append).step == 30
     assert len(lines) == 1
 
 
 @pytest.mark.parametrize("name", ["format_version", "step", "config_digest", "data_digest", "metrics", "files"])
 def test_a_manifest_that_lacks_a_value_is_a_damaged_checkpoint(tmp_path, name):
     save(tmp_path, 40)
-    rewrite_manifest(checkpoint.find_checkpoint(tmp_path, fail), without=[name])
-    [info] = checkpoint.list_checkpoints(tmp_path)
+    rewrite_manifest(checkpoint_info.find_checkpoint(tmp_path, fail), without=[name])
+    [info] = checkpoint_info.list_checkpoints(tmp_path)
     assert (info.state, info.problem) == ("damaged", f"file manifest.json: '{name}' is missing")
 
 
@@ -603,7 +603,7 @@ def test_a_manifest_that_is_no_object_is_a_damaged_checkpoint(tmp_path, content)
 
 def rewrite_manifest(info, without=(), **entries):
     """Changes entries of a manifest and its checksum with them."""
-    manifest = {name: value for name, value in checkpoint.read_manifest(info).items() if name not in ("sha256", *without)}
+    manifest = {name: value for name, value in checkpoint_info.read_manifest(info).items() if name not in ("sha256", *without)}
     manifest |= entries
     manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (info.path / "manifest.json").write_text(json.dumps(manifest, sort_keys=True, indent=1) + "\n")
@@ -611,21 +611,21 @@ def rewrite_manifest(info, without=(), **entries):
 
 def test_a_newer_format_is_refused(tmp_path):
     save(tmp_path, 40)
-    rewrite_manifest(checkpoint.find_checkpoint(tmp_path, fail), format_version=3)
+    rewrite_manifest(checkpoint_info.find_checkpoint(tmp_path, fail), format_version=3)
     with pytest.raises(UserError, match="format version 3, but this gpt_jax reads only up to 2; update"):
-        checkpoint.find_checkpoint(tmp_path, fail)
+        checkpoint_info.find_checkpoint(tmp_path, fail)
 
 
 def test_format_1_kept_the_selection_metric_among_the_metrics(tmp_path):
     """There it is the metric "rank", or else "loss"."""
     metrics = {10: {"rank": -0.5, "loss": 3.0}, 20: {"loss": 2.0}, 30: {}, 40: {"rank": -0.25, "accuracy": 0.25}}
     save(tmp_path, *metrics, keep_latest=9)
-    for info in checkpoint.list_checkpoints(tmp_path):
+    for info in checkpoint_info.list_checkpoints(tmp_path):
         rewrite_manifest(info, without=["selection_metric"], format_version=1, metrics=metrics[info.step])
-    infos = checkpoint.list_checkpoints(tmp_path)
+    infos = checkpoint_info.list_checkpoints(tmp_path)
     assert [info.selection_metric for info in infos] == [-0.5, 2.0, None, -0.25]
     assert [info.metrics for info in infos] == [{"loss": 3.0}, {"loss": 2.0}, {}, {"accuracy": 0.25}]
-    assert [info.step for info in checkpoint.best_checkpoints(infos, 9)] == [10, 40, 20]
+    assert [info.step for info in checkpoint_info.best_checkpoints(infos, 9)] == [10, 40, 20]
 
 
 def test_a_checkpoint_of_format_1_still_loads(tmp_path):
@@ -633,11 +633,11 @@ def test_a_checkpoint_of_format_1_still_loads(tmp_path):
     archive = io.BytesIO(base64.b85decode("".join(FORMAT_1.split())))
     with tarfile.open(fileobj=archive, mode="r:xz") as tar:
         tar.extractall(tmp_path / "checkpoints", filter="data")
-    info = checkpoint.find_checkpoint(tmp_path, fail)
+    info = checkpoint_info.find_checkpoint(tmp_path, fail)
     assert (info.step, info.format_version) == (7, 1)
     assert (info.metrics, info.selection_metric) == ({"loss": 1.25}, 1.25)
-    assert checkpoint.read_manifest(info)["config_digest"] == "c0"
-    assert checkpoint.read_config(info) == CONFIG
+    assert checkpoint_info.read_manifest(info)["config_digest"] == "c0"
+    assert checkpoint_info.read_config(info) == CONFIG
     restored = checkpoint.restore(info, abstract({"params": {"kernel": jnp.zeros((2, 3))}, "step": jnp.int32(0)}))
     np.testing.assert_array_equal(restored["params"]["kernel"], [[0, 0.5, 1], [1.5, 2, 2.5]])
     assert int(restored["step"]) == 7
@@ -649,7 +649,7 @@ def test_a_checkpoint_of_format_1_still_loads(tmp_path):
 
 def test_all_differences_are_listed_at_once(tmp_path):
     save(tmp_path, 40)
-    info = checkpoint.find_checkpoint(tmp_path, fail)
+    info = checkpoint_info.find_checkpoint(tmp_path, fail)
     wanted = {
         "params": {"block": {"kernel": jnp.zeros((8, 5)), "bias": jnp.zeros(4, jnp.bfloat16), "gain": jnp.zeros(4)}},
         "step": jnp.int32(0),
@@ -665,7 +665,7 @@ def test_all_differences_are_listed_at_once(tmp_path):
 
 def test_parameters_alone_can_be_read(tmp_path):
     save(tmp_path, 40)
-    info = checkpoint.find_checkpoint(tmp_path, fail)
+    info = checkpoint_info.find_checkpoint(tmp_path, fail)
     params = checkpoint.restore_params(info, abstract(state(0)["params"]))
     jax.tree.map(np.testing.assert_array_equal, params, values(40)["params"])
     with pytest.raises(UserError, match=r"params/block/bias float32\[4\] is unexpected"):
@@ -680,7 +680,7 @@ def save_and_restore_on_meshes(run):
 
     with open_writer(run) as writer:
         writer.save(40, place(state(40), (2, 2, 2), ("data", "fsdp"), "tensor"), {})
-    info = checkpoint.find_checkpoint(run, print)
+    info = checkpoint_info.find_checkpoint(run, print)
     for placed in (place(state(0), (1, 4, 2), "tensor", "fsdp"), place(state(0), (8, 1, 1), "data", None), state(0)):
         restored = checkpoint.restore(info, abstract(placed))
         jax.tree.map(np.testing.assert_array_equal, restored, values(40))
@@ -692,7 +692,7 @@ def save_and_restore_on_meshes(run):
 def test_any_mesh_restores_and_nothing_is_printed(tmp_path):
     out, err = finish(spawn(save_and_restore_on_meshes, tmp_path, JAX_NUM_CPU_DEVICES="8"))
     assert (out, err) == ("8\n", "")
-    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 40)  # It was saved on eight devices.
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path, fail), 40)  # It was saved on eight devices.
 
 
 def save_and_restore_as_one_of_two(run, port, process):
@@ -716,10 +716,10 @@ def save_and_restore_as_one_of_two(run, port, process):
         multihost_utils.sync_global_devices("damaged")
         writer.save(30, share(30), {})  # It replaces the damaged one.
     multihost_utils.sync_global_devices("saved again")
-    info = checkpoint.find_checkpoint(run, print)
+    info = checkpoint_info.find_checkpoint(run, print)
     restored = checkpoint.restore(info, abstract(share(0)))
     jax.tree.map(np.testing.assert_array_equal, multihost_utils.process_allgather(restored, tiled=True), values(30))
-    print(info.step, checkpoint.read_manifest(info)["process_count"])
+    print(info.step, checkpoint_info.read_manifest(info)["process_count"])
 
 
 def test_two_processes_save_and_restore_together(tmp_path):
@@ -735,7 +735,7 @@ def test_two_processes_save_and_restore_together(tmp_path):
         for process in processes:
             process.kill()
     assert step_names(tmp_path) == ["20", "30"]
-    assert_holds(checkpoint.find_checkpoint(tmp_path, fail), 30)
+    assert_holds(checkpoint_info.find_checkpoint(tmp_path, fail), 30)
 
 
 # -- interruptions ----------------------------------------------------------------------------------------------------------
@@ -747,7 +747,7 @@ def save_until_killed(run):
         child = os.fork()  # It shares the imports of this process, which has not used JAX yet.
         if child == 0:
             print(os.getpid(), flush=True)
-            newest = checkpoint.newest_checkpoint(run, ignore)
+            newest = checkpoint_info.newest_checkpoint(run, ignore)
             step = newest.step if newest else 0
             with open_writer(run) as writer:
                 while True:
@@ -770,10 +770,10 @@ def test_killed_at_any_time_nothing_sealed_is_lost_and_nothing_sound_is_wrong(tm
             os.kill(child, signal.SIGKILL)
             lines += itertools.takewhile("killed\n".__ne__, process.stdout)
             started = [int(line.split()[1]) for line in lines]
-            newest = checkpoint.find_checkpoint(tmp_path, ignore).step
+            newest = checkpoint_info.find_checkpoint(tmp_path, ignore).step
             assert newest >= max(reached, started[-1] - 1)  # A save starts when the previous one is sealed.
             reached = newest
-            for info in checkpoint.list_checkpoints(tmp_path):
+            for info in checkpoint_info.list_checkpoints(tmp_path):
                 assert info.state != "damaged"
                 if info.state == "sound":
                     assert_holds(info, info.step)
@@ -793,8 +793,8 @@ def save_until_full(run):
                 writer.save(step, big, {})
     except UserError as error:
         print(error)
-    infos = checkpoint.list_checkpoints(run)
-    restored = checkpoint.restore(checkpoint.find_checkpoint(run, print), abstract(big))
+    infos = checkpoint_info.list_checkpoints(run)
+    restored = checkpoint.restore(checkpoint_info.find_checkpoint(run, print), abstract(big))
     print([info.state for info in infos], bool((restored["weights"] == big["weights"]).all()))
 
 

@@ -15,7 +15,7 @@ from gpt_jax.runtime import sharding
 from gpt_jax.runtime.console import say
 from gpt_jax.runtime.distributed import StopRequest
 from gpt_jax.runtime.rundir import RunDir
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.checkpoint import CheckpointWriter
 from gpt_jax.train.logging import ProgressLogger
 from gpt_jax.train.loop import RunContext, Schedule, Scores, train_loop
@@ -98,13 +98,13 @@ def records(folder, kind):
 
 def saved(folder):
     """Returns the steps of the checkpoints, all of which must be sound."""
-    infos = checkpoint.list_checkpoints(folder)
+    infos = checkpoint_info.list_checkpoints(folder)
     assert {info.state for info in infos} <= {"sound"}
     return [info.step for info in infos]
 
 
 def restore(folder, step, config):
-    info = checkpoint.find_checkpoint(folder / "checkpoints" / str(step), print)
+    info = checkpoint_info.find_checkpoint(folder / "checkpoints" / str(step), print)
     return checkpoint.restore(info, abstract_state(config, one_device()))
 
 
@@ -136,7 +136,7 @@ def test_a_run_records_every_update_and_evaluates_before_it_saves(config, tmp_pa
     np.testing.assert_allclose(train_records[1]["learning_rate"], 0.01 / 3, rtol=1e-6)
     assert [(record["step"], record["loss"]) for record in records(tmp_path, "eval")] == [(8, 11.0), (16, 19.0), (20, 23.0)]
     assert saved(tmp_path) == [8, 16, 20]
-    for info in checkpoint.list_checkpoints(tmp_path):
+    for info in checkpoint_info.list_checkpoints(tmp_path):
         assert (info.metrics, info.selection_metric) == ({"loss": 3.0 + info.step, "perplexity": 2.0}, 3.0 + info.step)
     assert bits(restore(tmp_path, 20, config)) == bits(state)
     assert "step 20/20  loss" in capsys.readouterr().err
@@ -173,7 +173,7 @@ def test_a_bad_update_ends_the_training_with_the_last_good_state(config, tmp_pat
     good = restore(tmp_path, bad - 1, config)
     assert good["ok"]
     assert good["step"] == bad - 1
-    for info in checkpoint.list_checkpoints(tmp_path):
+    for info in checkpoint_info.list_checkpoints(tmp_path):
         scored = info.step in (5, 10, 15)
         assert (info.metrics, info.selection_metric) == (({"loss": 2.0}, 2.0) if scored else ({}, None))
 

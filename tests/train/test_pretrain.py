@@ -17,7 +17,7 @@ from gpt_jax.errors import TrainingError, UserError
 from gpt_jax.inputs.text_files import TextFiles
 from gpt_jax.model import transformer
 from gpt_jax.runtime import sharding
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.pretrain import open_store, pretrain
 from gpt_jax.train.step import abstract_state
 from tests.tiny import trajectory
@@ -53,7 +53,7 @@ def test_a_finished_folder_is_complete(finished, tiny):
     assert {"commit", "versions", "xla_flags", "digest", "data_digest", "command"} <= set(config)
     evaluations = {record["step"]: record["loss"] for record in records(run, "eval")}
     assert list(evaluations) == [5, 10, 15, 20]
-    kept = {info.step: info for info in checkpoint.list_checkpoints(run)}
+    kept = {info.step: info for info in checkpoint_info.list_checkpoints(run)}
     best = min(evaluations, key=evaluations.__getitem__)
     assert set(kept) == {10, 15, 20, best}
     for step, info in kept.items():
@@ -68,7 +68,7 @@ def test_a_finished_folder_is_complete(finished, tiny):
 def test_the_reported_loss_is_the_mean_over_every_held_out_token(finished, tiny):
     """The test recomputes it from the checkpoint and the store: there are 20 windows of 32 tokens each."""
     run, result = finished
-    params = restored_params(tiny(), checkpoint.find_checkpoint(run, print))
+    params = restored_params(tiny(), checkpoint_info.find_checkpoint(run, print))
     model, store = tiny().model, Store.open(run / "store")
     split = store.split("validation")
     tokens = split.read(np.zeros(1, np.int64), split.num_tokens)[0]
@@ -135,7 +135,7 @@ def test_without_held_out_text_a_run_has_no_scores(tiny, tmp_path, capsys):
     assert result["step"] == 3
     assert "loss" not in result
     assert "nan" not in capsys.readouterr().err
-    infos = checkpoint.list_checkpoints(tmp_path / "run")
+    infos = checkpoint_info.list_checkpoints(tmp_path / "run")
     assert [(info.step, info.metrics, info.selection_metric) for info in infos] == [(1, {}, None), (2, {}, None), (3, {}, None)]
 
 

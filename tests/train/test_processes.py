@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint_info
 from gpt_jax.train.pretrain import pretrain
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -98,7 +98,7 @@ def test_two_processes_train_as_one(single, config_file, tmp_path):
         pair.finish()
     assert_same_losses(run, single)
     assert pair.logs[1].read_text(errors="replace").count("step ") == 0, pair.output()  # Only the first prints.
-    assert [info.step for info in checkpoint.list_checkpoints(run)] == [10, 15, 20]
+    assert [info.step for info in checkpoint_info.list_checkpoints(run)] == [10, 15, 20]
     assert json.loads((run / "result.json").read_text())["step"] == 20
 
 
@@ -111,7 +111,7 @@ def test_sigterm_to_one_process_stops_both_at_one_step_and_both_continue(config_
         pair.wait_for_records(20)
         pair.processes[receiver].send_signal(signal.SIGTERM)
         pair.finish(42)
-    (stopped,) = [info.step for info in checkpoint.list_checkpoints(run) if info.state == "sound"][-1:]
+    (stopped,) = [info.step for info in checkpoint_info.list_checkpoints(run) if info.state == "sound"][-1:]
     assert 20 <= stopped < 2000
     assert losses(run)[-1][1] == stopped
     assert f"saved at step {stopped} of 2000" in pair.output()

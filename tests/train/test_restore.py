@@ -11,7 +11,7 @@ import pytest
 from gpt_jax.config import FinetuneRunConfig, InitConfig, PretrainConfig, TransferConfig
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.rundir import RunDir, read_json, write_atomic
-from gpt_jax.train import checkpoint
+from gpt_jax.train import checkpoint_info
 from gpt_jax.train.restore import check_start, describe_start
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -26,7 +26,7 @@ def attempt(run_folder, path, allow_changes=False, kind=FinetuneRunConfig):
     run = RunDir(run_folder)
     check_start(run, str(path), allow_changes)
     if not run.records() and str(path) not in ("", "none"):
-        run.start = describe_start(checkpoint.find_checkpoint(Path(path), fail))
+        run.start = describe_start(checkpoint_info.find_checkpoint(Path(path), fail))
     init = TransferConfig(str(path)) if kind is FinetuneRunConfig else InitConfig(str(path))
     run.open(kind(init=init), "d0")
     run.record("train", 1, loss=1.0)
@@ -42,10 +42,10 @@ def source(tmp_path):
 
 def add_checkpoint(run, step):
     """Copies the checkpoint of a run as if it were that of another step; returns its folder."""
-    [info] = checkpoint.list_checkpoints(run)[:1]
+    [info] = checkpoint_info.list_checkpoints(run)[:1]
     folder = shutil.copytree(info.path, run / "checkpoints" / str(step))
-    manifest = checkpoint.read_manifest(info) | {"step": step}
-    (folder / "manifest.json").write_bytes(checkpoint._encode_manifest(manifest))
+    manifest = checkpoint_info.read_manifest(info) | {"step": step}
+    (folder / "manifest.json").write_bytes(checkpoint_info.encode_manifest(manifest))
     return folder
 
 
@@ -135,23 +135,23 @@ def rewrite(info, init="", **entries):
     config = json.loads((info.path / "config.json").read_text())
     config["init"] = {"from_": init}
     (info.path / "config.json").write_text(json.dumps(config))
-    manifest = checkpoint.read_manifest(info) | entries
+    manifest = checkpoint_info.read_manifest(info) | entries
     content = (info.path / "config.json").read_bytes()
     manifest["files"]["config.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (info.path / "manifest.json").write_bytes(checkpoint._encode_manifest(manifest))
+    (info.path / "manifest.json").write_bytes(checkpoint_info.encode_manifest(manifest))
 
 
 def test_trainings_that_differ_in_more_than_their_config_are_different(source, tmp_path):
     """They may have started from different parameters. Imported models were not trained here at all."""
     attempt(tmp_path / "run", source)
     continued, imported = (shutil.copytree(source, tmp_path / name) for name in ("continued", "imported"))
-    rewrite(checkpoint.find_checkpoint(continued, fail), init="other")
+    rewrite(checkpoint_info.find_checkpoint(continued, fail), init="other")
     assert "started from" in refusal(tmp_path / "run", continued)
-    rewrite(checkpoint.find_checkpoint(imported, fail), data_digest="")
+    rewrite(checkpoint_info.find_checkpoint(imported, fail), data_digest="")
     attempt(tmp_path / "from-imported", imported)
     other = shutil.copytree(imported, tmp_path / "other")
     assert attempt(tmp_path / "from-imported", other) is not None
-    rewrite(checkpoint.find_checkpoint(other, fail), metrics={"loss": 1.0})
+    rewrite(checkpoint_info.find_checkpoint(other, fail), metrics={"loss": 1.0})
     assert "started from" in refusal(tmp_path / "from-imported", other)
 
 
