@@ -1,7 +1,8 @@
 """Checkpoints: written asynchronously with Orbax, sealed with a manifest, verified before they are used.
 
-`checkpoint_info` describes their format and finds them. This module decides which checkpoints to keep. `ocp.training.Checkpointer` cannot, because it deletes old checkpoints as soon as
-the arrays of the new one are committed, before the new manifest exists.
+`checkpoint_info` describes their format and finds them. This module decides which checkpoints to keep.
+`ocp.training.Checkpointer` cannot, because it deletes old checkpoints as soon as the arrays of the new one are committed, before
+the new manifest exists.
 """
 
 import contextlib
