@@ -69,10 +69,14 @@ def test_the_staged_folder_of_another_process_is_not_touched(tmp_path):
 
 
 def test_a_folder_that_was_filled_in_the_meantime_is_not_replaced(tmp_path):
-    with pytest.raises(OSError, match="out"), staged_folder(tmp_path / "out", "out") as folder:
-        (folder / "file").write_text("content")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "other").touch()
+    def export():
+        with staged_folder(tmp_path / "out", "out") as folder:
+            (folder / "file").write_text("content")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "other").touch()
+
+    with pytest.raises(OSError, match="out"):
+        export()
     assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == ["out", "out/other"]
 
 
