@@ -240,7 +240,7 @@ def test_a_mesh_that_does_not_fit_is_one_line(mistake, config_file, tmp_path, op
     [
         ("missing.txt", None, "--data.source: '{path}' does not exist"),
         ("empty.txt", b"", "{path}: the file is empty"),
-        ("binary.txt", b"some\0bytes", "{path}: a binary file (it has NUL bytes), not text"),
+        ("binary.txt", b"some\0bytes", "{path}:1: a NUL byte, so this is not text"),
         ("latin1.txt", b"good\nbad \xe9\n", "{path}:2: byte 0xe9 is not UTF-8; convert the file to UTF-8"),
         ("rows.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "{path}:2: no field 'text' (--data.text-field); did you mean txt?"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": \n', "{path}:2: not valid JSON"),
