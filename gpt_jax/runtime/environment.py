@@ -105,9 +105,14 @@ def _is_indexed_job() -> bool:
     return True
 
 
-def _is_tpu_pod() -> bool:
+def _has_tpu() -> bool:
+    """Returns whether this machine has a TPU that JAX may use."""
     device = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    if not device or "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu") or importlib.util.find_spec("libtpu") is None:
+    return device and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu") and importlib.util.find_spec("libtpu") is not None
+
+
+def _is_tpu_pod() -> bool:
+    if not _has_tpu():
         return False
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES") or ""
     if "TPU_WORKER_ID" in os.environ:
@@ -172,7 +177,7 @@ def _xla_flags_problem(flags: str) -> str:
     XLA parses the flags when it is first used, and aborts the process if they are wrong. So another process parses them first,
     which takes about 0.2 s.
     """
-    code = "from jaxlib import _jax; _jax.CompileOptions()"
+    code = "from jaxlib import _jax; _jax.CompileOptions()"  # without importing JAX, which takes longer
     environment = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, errors="replace")
     for pattern, problem in (
@@ -186,7 +191,7 @@ def _xla_flags_problem(flags: str) -> str:
             "must consist of flags like --xla_dump_to=FOLDER, or name a file of flags; there is no file {}",
         ),
     ):
-        if done.returncode < 0 and (match := re.search(pattern, done.stderr, re.MULTILINE)):
+        if done.returncode and (match := re.search(pattern, done.stderr, re.MULTILINE)):
             return problem.format(shortened(match[1], 200))
     return ""
 

@@ -10,20 +10,16 @@ import jax
 import pytest
 
 from gpt_jax.config import DistributedConfig
-from gpt_jax.errors import TrainingError, UserError
-from gpt_jax.runtime import distributed
+from gpt_jax.errors import Preempted, TrainingError, UserError
+from gpt_jax.runtime import distributed, environment, lock
 from gpt_jax.runtime.distributed import StopRequest
-
-NAMES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JOB_COMPLETION_INDEX")
 
 
 @pytest.fixture
 def joined(monkeypatch):
-    """The arguments of the calls to jax.distributed.initialize, which does nothing; no cluster's variables are set."""
+    """The arguments of the calls to jax.distributed.initialize, which does nothing."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
-    for name in (*NAMES, "SLURM_STEP_NUM_TASKS", "KUBERNETES_SERVICE_HOST"):
-        monkeypatch.delenv(name, raising=False)
     return calls
 
 
@@ -31,28 +27,20 @@ def silent(line):
     raise AssertionError(f"nothing should have been logged, but: {line}")
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, ("h:1", 4, 3)),
-        ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "0"}, ("h:1", 4, 0)),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, ()),  # JAX detects the rest
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, ()),
-        ({"SLURM_STEP_NUM_TASKS": "1"}, None),  # This process is alone.
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
-        ({}, None),
-    ],
-)
-def test_a_process_finds_its_place(joined, monkeypatch, variables, expected):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("found", [{"coordinator_address": "h:1", "num_processes": 4, "process_id": 3}, {}])
+def test_a_process_joins_those_that_its_environment_describes(joined, monkeypatch, found):
+    monkeypatch.setattr(environment, "cluster_arguments", lambda config: found)
     distributed.start(DistributedConfig(timeout_seconds=7), silent)
-    if expected is None:
-        assert joined == []
-        return
     (arguments,) = joined
     assert arguments.pop("initialization_timeout") > 7
-    assert tuple(arguments.get(name) for name in ("coordinator_address", "num_processes", "process_id") if arguments) == expected
+    assert arguments == found
+
+
+def test_a_single_process_joins_nobody_and_needs_its_devices(joined, monkeypatch):
+    monkeypatch.setattr(environment, "cluster_arguments", lambda config: None)
+    monkeypatch.setattr(environment, "require_devices", lambda: joined.append("devices"))
+    distributed.start(DistributedConfig(), silent)
+    assert joined == ["devices"]
 
 
 def test_the_config_goes_before_the_environment(joined, monkeypatch):
@@ -61,16 +49,18 @@ def test_the_config_goes_before_the_environment(joined, monkeypatch):
     assert joined == [{"coordinator_address": "here:99", "num_processes": 2, "process_id": 1, "initialization_timeout": 360}]
 
 
-@pytest.mark.parametrize("variables", [{}, {"JAX_NUM_PROCESSES": "2"}, {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "first"}])
-def test_a_coordinator_without_numbers_is_refused(joined, monkeypatch, variables):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(
-        UserError, match="JAX_COORDINATOR_ADDRESS is set, so set JAX_NUM_PROCESSES and JAX_PROCESS_ID to whole numbers"
-    ):
+def test_a_cluster_that_jax_does_not_recognize_is_a_mistake(monkeypatch):
+    def initialize(**_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(environment, "cluster_arguments", lambda config: {})
+    with pytest.raises(UserError) as caught:
         distributed.start(DistributedConfig(), silent)
-    assert joined == []
+    assert str(caught.value) == (
+        "JAX does not find the processes of this run in the variables of the cluster (coordinator_address should be defined.); "
+        "set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+    )
 
 
 def test_a_timeout_while_joining_is_one_line(monkeypatch):
@@ -98,6 +88,32 @@ def test_a_failed_computation_ends_one_of_several_processes_at_once(monkeypatch,
         "gpt-jax: process 0 of 4 lost another process (UNKNOWN: Gloo all-reduce failed: Connection reset by peer); "
         "restart all processes to continue from the newest checkpoint\n"
     )
+
+
+def test_a_lost_lock_ends_one_of_several_processes_at_once(monkeypatch, capfd):
+    """The others wait for it in a computation, so it cannot end in the ordinary way."""
+
+    def end(code):
+        raise SystemExit(code)
+
+    def lose():
+        with distributed.exit_if_peer_lost():
+            raise lock.LockLost("run: this process has lost the lock of this folder")
+
+    with pytest.raises(lock.LockLost):
+        lose()
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit, match="1"):
+        lose()
+    assert capfd.readouterr().err == "gpt-jax: run: this process has lost the lock of this folder\n"
+
+
+def test_a_process_that_ends_at_once_releases_its_locks(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    with lock.locked(tmp_path / "run", silent):
+        distributed._exit_now("a reason")
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_computation_of_a_single_process_is_its_own_error():
@@ -151,6 +167,44 @@ def test_a_mistake_that_the_first_process_finds_ends_all_of_them(exchange):
     with pytest.raises(UserError, match="the text is empty"):
         run()
     assert actions == [("", "process 0 to finish the store")]
+
+
+def test_the_lock_of_a_folder_is_held_by_the_first_process_only(exchange, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "broadcast", lambda value: sent.append(value) or 1)
+    monkeypatch.setattr(distributed.StopRequest, "after_update", lambda self: False)
+    for number in (0, 1):
+        sent = []
+        actions = exchange(number, ["", "", ""])
+        with distributed.locked(tmp_path, silent):
+            assert len(list(tmp_path.glob("lock.*"))) == 1 - number
+        assert sent == [1 - number]
+        assert len(actions) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_all_processes_wait_for_the_lock_and_can_be_stopped_meanwhile(exchange, tmp_path, monkeypatch):
+    """A signal may reach any of them; JAX's service tells all of them at the same count."""
+    monkeypatch.setattr(distributed, "broadcast", lambda value: 0)
+    monkeypatch.setattr(lock, "pause", lambda: counts.append("pause"))
+    monkeypatch.setattr(
+        distributed.multihost_utils, "reached_preemption_sync_point", lambda count: counts.append(count) or count == 3
+    )
+    counts = []
+    exchange(1, ["", "", ""])
+    with pytest.raises(Preempted, match="stop requested while waiting for the lock"), distributed.locked(tmp_path, silent):
+        pass
+    assert counts == [1, "pause", 2, "pause", 3]
+
+
+def test_a_mistake_with_the_lock_ends_all_processes(exchange, tmp_path):
+    with lock.locked(tmp_path, silent):
+        actions = exchange(0, ["", "", ""])
+        with pytest.raises(UserError, match="in use by process") as caught, distributed.locked(tmp_path, silent):
+            pass
+        assert actions[0][0] == str(caught.value)
+    exchange(1, ["run: in use by process 7", "", ""])
+    with pytest.raises(UserError, match="in use by process 7"), distributed.locked(tmp_path, silent):
+        pass
 
 
 @pytest.fixture
