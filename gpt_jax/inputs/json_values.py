@@ -72,9 +72,11 @@ def json_error(error: ValueError | RecursionError, path: Path, line: int, start:
     match error:
         case json.JSONDecodeError():
             before, rest = error.doc[start : error.pos], error.doc[error.pos :].strip()
-            line += (before if rest else before.rstrip()).count("\n")
+            lines = (before if rest else before.rstrip()).count("\n")
             place = repr(shortened(rest, 20)) if rest else "the end"
-            return UserError(f"{path}:{line}: not valid JSON: {error.msg.removesuffix(' at')} at {place}")
+            # In JSON lines, a bracket that is missing in one line is noticed in the next one.
+            begin = f" (in the value that begins in line {line})" if lines and line > 1 and error.msg != "Extra data" else ""
+            return UserError(f"{path}:{line + lines}: not valid JSON: {error.msg.removesuffix(' at')} at {place}{begin}")
         case UnicodeEncodeError():
             lone = f"\\u{ord(error.object[error.start]):04x}"
             return UserError(f"{path}:{line}: {lone} is half of a surrogate pair, which is not a character; remove it")

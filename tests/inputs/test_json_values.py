@@ -20,8 +20,8 @@ def test_a_value_survives(value: object) -> None:
     ("text", "problem"),
     [
         ("{", "rows.jsonl:7: not valid JSON: Expecting property name enclosed in double quotes at the end"),
-        ('{"a":\n\n}', "rows.jsonl:9: not valid JSON: Expecting value at '}'"),
-        ('{"a":\n"b', "rows.jsonl:8: not valid JSON: Unterminated string starting at '\"b'"),
+        ('{"a":\n\n}', "rows.jsonl:9: not valid JSON: Expecting value at '}' (in the value that begins in line 7)"),
+        ('{"a":\n"b', "rows.jsonl:8: not valid JSON: Unterminated string starting at '\"b' (in the value that begins in line 7)"),
         ('{"a": 1}\n{"b": 2}', "rows.jsonl:8: not valid JSON: Extra data at '{\"b\": 2}'"),
         ('{"a":\n\n', "rows.jsonl:7: not valid JSON: Expecting value at the end"),
         ("1" * 5000, "rows.jsonl:7: not readable: a number has more than 4,300 digits"),
