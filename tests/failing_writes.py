@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,18 @@ def compiled(folder: Path) -> Path:
     return library
 
 
-def run_scene(library: Path, file: str, scene: str, *arguments: object) -> str:
+def run_scene(library: Path | None, file: str, scene: str, *arguments: object, prefix: Sequence[str] = ()) -> str:
     """Runs `scene(*arguments)`, a function of a test module, in a process where writes can fail; returns what it prints.
 
     The arguments become text. The module calls `play` when it is run as a program.
+
+    Args:
+      library: what `compiled` returns; None if the scene does not use it.
+      prefix: words of a command that runs the process.
     """
-    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": os.pathsep.join(sys.path), "JAX_NUM_CPU_DEVICES": "1"}
-    command = [sys.executable, file, scene, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_NUM_CPU_DEVICES": "1"}
+    environment |= {"LD_PRELOAD": str(library)} if library else {}
+    command = [*prefix, sys.executable, file, scene, *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=900)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
     return done.stdout
