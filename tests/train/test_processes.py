@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from gpt_jax.runtime import lock
 from gpt_jax.train import checkpoint_info
 from gpt_jax.train.pretrain import pretrain
 
@@ -169,3 +170,40 @@ def test_processes_that_were_started_differently_name_the_difference(config_file
         assert "has --optim.peak-lr 0.5" in line
         assert "commit" not in line
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_are_refused_together_while_another_run_uses_the_folder(config_file, tmp_path):
+    with lock.locked(tmp_path / "run", print), Pair(config_file, tmp_path / "run", *ON_MESH) as pair:
+        pair.finish(2)
+    for log in pair.logs:
+        (line,) = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("gpt-jax: ")]
+        assert line.startswith(f"gpt-jax: {tmp_path}/run: in use by process {os.getpid()} on host ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_wait_together_and_either_can_be_asked_to_stop(config_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("GPT_JAX_WAIT_FOR_LOCK", "1")
+    with lock.locked(tmp_path / "run", print), Pair(config_file, tmp_path / "run", *ON_MESH) as pair:
+        limit = time.monotonic() + 120
+        while "waiting until it has ended" not in pair.output():
+            assert time.monotonic() < limit, pair.output()
+            time.sleep(0.1)
+        pair.processes[1].send_signal(signal.SIGTERM)
+        pair.finish(42)
+    assert pair.output().count("stop requested while waiting for the lock") == 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_end_soon_after_the_lock_is_lost(config_file, tmp_path):
+    run = tmp_path / "run"
+    with Pair(config_file, run, *ON_MESH, "--train.duration", "100000 steps", "--train.eval-every", "50000 steps") as pair:
+        pair.wait_for_records(10)
+        (path,) = run.glob("lock.*")
+        path.unlink()
+        assert pair.processes[0].wait(60) == 1, pair.output()
+        assert pair.processes[1].wait(60) != 0, pair.output()  # JAX may abort it, because the first process is gone.
+    assert "this process has lost the lock of this folder (its lock file was deleted)" in pair.logs[0].read_text(errors="replace")
+    assert "Traceback" not in pair.logs[0].read_text(errors="replace")
