@@ -4,8 +4,8 @@
 
 `gpt-jax demo` pre-trains with this config, and then samples, evaluates, fine-tunes and exports (gpt_jax/experiments/demo.py).
 
-Time: about a minute on two CPU cores.
-Expect: a validation loss about 0.3 nats/token below that of an interpolated bigram model.
+Time: 77 seconds on two CPU cores that ran another program, too.
+Expect: a validation loss of 3.866 nats/token, 0.280 below that of an interpolated bigram model.
 """
 
 from gpt_jax.config import DataConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
