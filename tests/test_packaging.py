@@ -325,6 +325,7 @@ ACROSS_MODULES = {
     "launch/test_container": "launch/Dockerfile",
     "test_fixture": "the runs of earlier versions in fixtures/",
     "test_fuzz": "the readers of files from outside the project",
+    "test_makefile": "the Makefile",
     "test_packaging": "all of the project",
     "test_released": "the released code beside ours",
     "train/test_processes": "several processes of a pre-training",

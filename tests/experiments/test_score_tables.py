@@ -47,7 +47,7 @@ def test_zero_shot_scores_along_a_run(pretrained, tmp_path, capsys):
         (["RUN", "RUN/checkpoints/1", "--text", "a.txt"], "one checkpoint at a time"),
         (["RUN", "--zero-shot", "wcs=a"], "did you mean wsc"),
         (["RUN", "--zero-shot", "dprd"], "--zero-shot dprd: DPRD is read from a file: write dprd=FILE"),
-        (["RUN", "--zero-shot", "dprd=nowhere"], "--zero-shot dprd: nowhere: No such file or directory; give a file of"),
+        (["RUN", "--zero-shot", "dprd=nowhere"], "--zero-shot dprd: nowhere: No such file or directory"),
         (["RUN", "--zero-shot", "cola=nowhere"], "--zero-shot cola: there is no folder 'nowhere'"),
         (["RUN", "--zero-shot", "dprd=a", "--zero-shot", "dprd=b"], "--zero-shot: dprd is given more than once"),
         (["RUN", "--zero-shot", "dprd=a", "--split", "test"], "--split: applies to tasks; with --zero-shot, leave it out"),
