@@ -21,6 +21,8 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (README, "A run's folder")."""
     _prepare_output()
     own_process = words is None
+    if own_process:  # SIGTERM unwinds the stack, so that locks are released. Training replaces this handler by one that saves.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     words = arguments.join_values(sys.argv[1:] if words is None else words)
     show_traceback = "--traceback" in words
     try:

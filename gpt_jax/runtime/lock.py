@@ -41,7 +41,7 @@ from typing import NamedTuple, Self
 from gpt_jax.errors import Preempted, TrainingError, UserError
 from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.machine import machine_id, process_start
-from gpt_jax.runtime.signals import StopSignals
+from gpt_jax.runtime.signals import stop_requested
 
 HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
@@ -298,15 +298,15 @@ def locked(folder: Path, log: Log) -> Iterator[None]:
 
     Raises:
       UserError: another process holds it, and this one does not wait (`WAIT`); or the folder cannot be written.
-      Preempted: a stop was requested while this process was waiting.
+      Preempted: a surrounding `StopSignals` has received a signal while this process was waiting.
     """
     lock = FolderLock(folder, log)
     try:
-        with StopSignals() as stop:
-            while not lock.try_acquire():
-                pause()
-                if stop.count:
-                    raise Preempted(f"{folder}: stop requested while waiting for the lock of this folder")
+        # No signal handler is installed here: restoring the earlier one would remove the handler of JAX's preemption service.
+        while not lock.try_acquire():
+            pause()
+            if stop_requested():
+                raise Preempted(f"{folder}: stop requested while waiting for the lock of this folder")
         yield
     finally:
         lock.release()

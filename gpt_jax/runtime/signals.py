@@ -5,6 +5,13 @@ import threading
 from types import FrameType
 from typing import Any, Self
 
+_active: list["StopSignals"] = []
+
+
+def stop_requested() -> bool:
+    """Returns whether a signal was counted by a `StopSignals` whose block is being executed."""
+    return any(signals.count for signals in _active)
+
 
 class StopSignals:
     """Counts SIGTERM and SIGINT inside a `with` block instead of letting them end the process.
@@ -22,11 +29,14 @@ class StopSignals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            _active.append(self)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._notice)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self in _active:
+            _active.remove(self)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -20,6 +20,7 @@ from gpt_jax.errors import Preempted, TrainingError, UserError
 from gpt_jax.runtime import lock
 from gpt_jax.runtime.lock import FolderLock, LockLost, locked, require_held
 from gpt_jax.runtime.machine import machine_id, process_start
+from gpt_jax.runtime.signals import StopSignals
 
 THIS = f"process {os.getpid()} on host {os.uname().nodename} (since "
 
@@ -571,12 +572,24 @@ def test_a_variable_that_makes_no_sense_is_named(tmp_path, monkeypatch, value):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_request_to_stop_ends_the_waiting(tmp_path, clock, monkeypatch, number):
     monkeypatch.setenv("GPT_JAX_WAIT_FOR_LOCK", "1")
-    with hold(tmp_path):
+    with hold(tmp_path), StopSignals():
         clock.during = lambda pauses: os.kill(os.getpid(), number) if pauses == 7 else None
         with pytest.raises(Preempted, match="stop requested while waiting for the lock"), hold(tmp_path, log=lambda line: None):
             pass
         assert clock.pauses == 7
         require_held()
+
+
+def test_signal_handlers_that_python_does_not_know_are_left_alone(tmp_path, clock, monkeypatch):
+    """JAX's preemption service installs its own with sigaction, and `signal.signal` would replace it for good."""
+
+    def refuse(*_):
+        raise AssertionError("a handler was installed")
+
+    abandoned(tmp_path, machine="another")
+    monkeypatch.setattr(signal, "signal", refuse)
+    with hold(tmp_path, log=lambda line: None):
+        assert clock.pauses == 60
 
 
 # -- losing it --------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from gpt_jax.runtime.signals import StopSignals
+from gpt_jax.runtime.signals import StopSignals, stop_requested
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 
@@ -67,3 +67,15 @@ def test_outside_the_main_thread_signals_are_left_alone():
     thread.join()
     assert during == [(0, before)]
     assert handlers() == before
+
+
+def test_other_code_can_ask_whether_a_stop_was_requested():
+    assert not stop_requested()
+    with StopSignals():
+        assert not stop_requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop_requested()
+        with StopSignals():
+            assert stop_requested()
+        assert stop_requested()
+    assert not stop_requested()

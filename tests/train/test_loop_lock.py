@@ -164,3 +164,33 @@ def test_an_import_and_a_store_have_locks_of_their_own(config_file, tmp_path, ca
         assert main(["prepare", str(config_file), "--data.store", str(tmp_path / "store")]) == 2
         assert f"gpt-jax: {tmp_path}/store: in use by process {os.getpid()} on host" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from gpt_jax import cli
+from gpt_jax.runtime.lock import locked
+
+def hold(options, overrides):
+    with locked(options.run_folder, print):
+        print("held", flush=True)
+        time.sleep(60)
+
+cli.VERBS["checkpoint"] = hold
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_releases_the_lock_of_commands_that_do_not_train(tmp_path, number, code):
+    command = [sys.executable, "-c", HOLD, "checkpoint", "prune", str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n", process.stderr.read()
+        assert len(list(tmp_path.glob("lock.*"))) == 1
+        process.send_signal(number)
+        assert process.wait(20) == code
+        assert "Traceback" not in process.stderr.read()
+    assert list(tmp_path.iterdir()) == []

@@ -124,6 +124,25 @@ def test_sigterm_to_one_process_stops_both_at_one_step_and_both_continue(config_
 
 
 @pytest.mark.slow
+def test_processes_that_have_prepared_their_text_can_still_be_asked_to_stop(config_file, tmp_path):
+    run = tmp_path / "run"
+    options = (
+        *ON_MESH,
+        "--data.store",
+        str(tmp_path / "store"),
+        "--train.duration",
+        "2000 steps",
+        "--train.eval-every",
+        "900 steps",
+    )
+    with Pair(config_file, run, *options) as pair:
+        pair.wait_for_records(10)
+        pair.processes[0].send_signal(signal.SIGTERM)
+        pair.finish(42)
+    assert list(run.glob("lock.*")) == []
+
+
+@pytest.mark.slow
 def test_two_processes_killed_and_started_again_give_an_equal_run(config_file, tmp_path):
     options = (*ON_MESH, "--train.duration", "60 steps", "--train.save-every", "5 steps")
     with Pair(config_file, tmp_path / "whole", *options) as pair:
