@@ -44,6 +44,6 @@ def config() -> PretrainConfig:
             eval_windows=256,
             save_every="400 steps",
             prompts=("The function returns", "If the file", "This class"),
-            log_seconds=4.0,
+            log_seconds=3.5,
         ),
     )

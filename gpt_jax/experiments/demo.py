@@ -176,7 +176,7 @@ def finetune_synthetic_tasks(config: PretrainConfig, workdir: Path, passages: li
             optim=OptimConfig(peak_lr=5e-4, schedule="linear", warmup="10%", b2=0.98, clip_norm=1.0),
             # The models are scored once, at the end, so that nothing is selected on the validation rows.
             train=FinetuneLoopConfig(
-                batch_size=16, duration="2 epochs", eval_every="2 epochs", seed=seed, log_seconds=4.0, tensorboard=False
+                batch_size=16, duration="2 epochs", eval_every="2 epochs", seed=seed, log_seconds=3.5, tensorboard=False
             ),
             task=dataclasses.replace(task, num_length_buckets=1, max_tokens=MAX_TOKENS),
         )
