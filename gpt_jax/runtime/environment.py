@@ -207,7 +207,7 @@ def require_devices() -> None:
     try:
         devices = jax.devices()
     except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts if a platform's plugin is not installed.
-        reason = (str(error).splitlines() or ["its plugin is not installed"])[0].partition(" (set JAX_PLATFORMS")[0]
+        reason = (str(error).splitlines() or ["its plugin is not installed"])[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
         hint = "name platforms that this machine has, such as cpu, or unset it"
         if os.environ.get("JAX_PLATFORMS"):
             raise _mistake("JAX_PLATFORMS", f"JAX cannot use this ({reason}); {hint}") from error
