@@ -15,7 +15,7 @@ TELLING_BYTES = (
 """Bytes that mean something to one of the formats: signatures, separators, quotes, brackets, numbers, halves of characters."""
 
 Edit = tuple[str, float, int, bytes]
-"""What to do, where (as a fraction of the length), on how many bytes, and with which new bytes."""
+"""One change of a file: its kind, its position as a fraction of the length, the number of bytes it affects, and the new bytes."""
 
 
 def damaged_bytes(content: bytes) -> SearchStrategy[bytes]:

@@ -85,7 +85,7 @@ SCORES = [0.0, 0.25, 1.0, 2.5, 3.8, 4.999, 5.0]
 
 
 class Released(NamedTuple):
-    """What OpenAI's code computed, and the inputs that it got."""
+    """The results of OpenAI's code, with its inputs."""
 
     arrays: dict[str, np.ndarray]
     outputs: dict[str, Any]

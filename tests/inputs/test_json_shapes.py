@@ -1,4 +1,4 @@
-"""What is wrong with a JSON value that does not have the shape that its reader needs."""
+"""Messages about JSON values that do not have the shape that their reader needs."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a run started from is recognized by its content: copies, other paths, later checkpoints, and what is gone."""
+"""Runs recognize the checkpoint that they started from by its content: copied, moved, trained further, or gone."""
 
 import hashlib
 import json
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_any_more_is_not_compared(source, tmp_path, what_is_
 
 
 def test_a_run_of_an_earlier_version_recorded_only_the_path(source, tmp_path, monkeypatch):
-    """What was at that path may be there still."""
+    """A recorded path may still lead to the checkpoint that was there."""
     monkeypatch.chdir(tmp_path)
     attempt(tmp_path / "run", "source")
     stored = read_json(tmp_path / "run" / "config.json")
