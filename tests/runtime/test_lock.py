@@ -236,7 +236,7 @@ class Schedule:
             self.turns[self.this.pid].acquire()
 
     def process(self, pid, folder, end):
-        """Yields at each step of a simulated process, which holds the lock for some steps and may then die without releasing it."""
+        """Simulates a process that holds the lock for some steps, after which it may die without releasing it."""
         self.this.pid = pid
         self.turns[pid].acquire()
         own = FolderLock(folder, lambda line: None)
