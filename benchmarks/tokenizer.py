@@ -2,7 +2,7 @@
 
     python benchmarks/tokenizer.py CHECKOUT TEXT...
 
-CHECKOUT is a checkout of the released code with its vocabulary, which runs with spaCy's present rules for English. The text files
+CHECKOUT is a checkout of the released code with its vocabulary, which runs with spaCy's current rules for English. The text files
 TEXT are read as 400 single lines and as documents of 100 KB. Both encoders must give the same ids. They take turns: each encodes
 the texts once with empty caches and then five times more, so the ratios hardly depend on what else the machine does.
 """

@@ -1,4 +1,4 @@
-"""The arguments of every verb of the command line, and the conversion and checks of their words."""
+"""The command-line arguments of every verb, and how their words are converted and checked."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, generate, export. S
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line, which begins with the name of the option like our other messages."""
+    """An argparse parser whose errors are single lines that begin with the name of the option, like our other messages."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub("invalid int value: (.*)", r"\1 is not a whole number", message.removeprefix("argument "))
@@ -53,7 +53,7 @@ def join_values(words: Sequence[str]) -> list[str]:
 
 
 def local(word: str, field: str = "") -> str:
-    """Returns a word that names a file or folder, with the user's home folder in place of a `~` at its beginning.
+    """Returns the name of a file or folder with a leading `~` replaced by the user's home folder.
 
     Args:
       field: the config field that the word comes from, if any.
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = verb("demo", "run every stage on the documentation installed on this machine; takes a few minutes on a CPU")
     sub.add_argument("--workdir", type=_path, default=Path("runs/demo"), help="the run's folder (default: runs/demo)")
-    sub.add_argument("--seed", type=number(int, SEED), default=0, help="seed of all training and of the tasks' rows (default: 0)")
+    sub.add_argument("--seed", type=number(int, SEED), default=0, help="seed for training and for the tasks' rows (default: 0)")
 
     sub = verb("prepare", "build the tokenizer and the token store from text", config=True)
     sub.add_argument("--workdir", type=_path, help="prepare WORKDIR/store, unless --data.store names another folder")
@@ -163,8 +163,8 @@ def _add_evaluate(sub: argparse.ArgumentParser) -> None:
     text = "maximum number of bytes of text to read (default: all)"
     sub.add_argument("--max-bytes", type=number(int, POSITIVE), metavar="BYTES", help=text)
     text = (
-        "with --text: tokens that each window after the first scores, its last ones; the others are only context (default: the "
-        "context length, so that windows do not overlap)"
+        "with --text: tokens scored at the end of each window after the first; the others are only context (default: the context "
+        "length, so that windows do not overlap)"
     )
     sub.add_argument("--stride", type=number(int, POSITIVE), metavar="TOKENS", help=text)
     sub.add_argument("--split", choices=("train", "validation", "test"), help="split of the task (default: validation)")
@@ -182,7 +182,7 @@ def _add_generate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tokens", type=number(int, POSITIVE), default=100, help=text)
     text = "sampling temperature; 0: the most likely token (default: 1)"
     sub.add_argument("--temperature", type=number(float, NOT_NEGATIVE), default=1.0, help=text)
-    text = "sample from this many most likely tokens (default: all)"
+    text = "sample from this many of the most likely tokens (default: all)"
     sub.add_argument("--top-k", type=number(int, POSITIVE), help=text)
     text = "sample from the most likely tokens with this total probability (default: 1)"
     sub.add_argument("--top-p", type=number(float, PROBABILITY), default=1.0, help=text)
@@ -201,7 +201,7 @@ def _add_export(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_import(sub: argparse.ArgumentParser) -> None:
-    text = "folder of a Hugging Face openai-gpt, of the released files, or of an npz file"
+    text = "folder of a Hugging Face openai-gpt model, of the released files, or of an npz file"
     sub.add_argument("source", type=_path, metavar="SOURCE", help=text)
     sub.add_argument("--workdir", required=True, type=_path, help="the run's folder")
     text = "a pre-training config that describes the model (default: the config in SOURCE, or the paper's)"
@@ -214,7 +214,7 @@ def _add_checkpoint_verb(sub: argparse.ArgumentParser) -> None:
     text = "list them, verify every file, or delete all but the newest and best"
     sub.add_argument("action", choices=("list", "verify", "prune"), help=text)
     sub.add_argument(
-        "run_folder", type=_path, metavar="RUN", help="a run's folder; also a single checkpoint, to list or verify it"
+        "run_folder", type=_path, metavar="RUN", help="a run's folder, or a single checkpoint to list or verify"
     )
     text = "prune: number of newest checkpoints to keep (default: 1)"
     sub.add_argument("--keep-latest", type=number(int, POSITIVE), help=text)

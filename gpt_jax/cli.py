@@ -37,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         _complain("interrupted")
         if own_process:
-            os._exit(130)  # If a compilation was interrupted, XLA would crash when Python ends.
+            os._exit(130)  # If a compilation was interrupted, XLA would crash when Python exits.
         return 130
     except BrokenPipeError:  # The reader of the output, for example `head`, has exited before the end.
         return 128 + signal.SIGPIPE
@@ -67,10 +67,10 @@ def _complain(line: str) -> None:
 
 
 def _prepare_output() -> None:
-    """Makes a closed stream write to nowhere, and escapes characters that the encoding of a terminal lacks."""
+    """Redirects closed streams to nowhere, and escapes characters that the terminal's encoding lacks."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # Otherwise, the next file that is opened would get the number of the stream, and libraries' output.
+        if stream is None:  # Otherwise, the next file opened would get the stream's number and receive libraries' output.
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -100,7 +100,7 @@ def _run(words: list[str]) -> int:
         try:
             sys.stdout.flush()
         except OSError:
-            # Python would try again at its end, and print a warning.
+            # Python would try again when it exits, and print a warning.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise
 
@@ -142,7 +142,7 @@ def _workdir(options: argparse.Namespace, what: str = "the run") -> Path:
 def _demo(options: argparse.Namespace, _: list[str]) -> int:
     from gpt_jax.experiments.elapsed import show_elapsed_time
 
-    with show_elapsed_time(4.0):  # from before the imports, which take a while
+    with show_elapsed_time(4.0):  # This includes the imports, which take a while.
         from gpt_jax.experiments.demo import demo
 
         return demo(options.workdir, options.seed)
@@ -341,4 +341,4 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
 """The function of each verb. It takes the options and the words that override fields of a config."""
 WITHOUT_JAX = ("prepare", "launch", "supervise")
 ON_THIS_MACHINE = ("evaluate", "generate", "export", "import", "bench")
-"""The verbs that compute in a single process. Others join the processes of a run before they use its devices."""
+"""The verbs that compute in a single process. Others join the processes of a run before they use devices."""

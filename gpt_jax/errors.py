@@ -38,12 +38,12 @@ class Preempted(Exception):
 
 
 def printable(text: str) -> str:
-    """Returns the text with escapes for line ends and other characters that cannot be printed."""
+    """Returns the text with line ends and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def one_line(error: Exception) -> str:
-    """Returns the type and the beginning of the message of another library's error, which may have several lines."""
+    """Returns the type and the start of the message of another library's error on a single line."""
     return shortened(" ".join(f"{type(error).__name__}: {error}".split()), 200)
 
 
@@ -59,9 +59,9 @@ def require(condition: bool, field: str, message: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns a phrase with the known names that are closest to a misspelled `name`, or with the first of all if none is close.
+    """Returns a phrase with the known names closest to a misspelled `name`, or with the first few of them if none is close.
 
-    Names that differ only in case or in blanks at their ends are close.
+    Names that differ only in case or in surrounding blanks are close.
     """
     known = list(known)
     folded = [shortened(other.strip().casefold()) for other in known]
@@ -73,11 +73,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 LISTED = 12
-"""Number of names that a message lists at most."""
+"""Maximum number of names that a message lists."""
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns the names, separated by commas. Long names are shortened, and of many names only the first ones are listed."""
+    """Returns the names, separated by commas. Long names are shortened, and only the first of many names are listed."""
     names = list(names)
     more = f" and {len(names) - LISTED:,} more" if len(names) > LISTED else ""
     return ", ".join(map(shortened, names[:LISTED])) + more

@@ -32,7 +32,7 @@ MEGASCALE_PORT = 8080
 TPU_PORT = 8471
 BUCKET_OPTIONS = f"implicit-dirs,uid={USER},gid={USER},file-system:rename-dir-limit:200000,metadata-cache:ttl-secs:10"
 """Mount options of Cloud Storage FUSE. A checkpoint is completed by renaming its folder, which fails if it has too many files.
-For the lock of a run's folder, a change of a file has to be seen within seconds, which takes a minute by default.
+The lock of a run's folder needs a file's changes to be seen within seconds; the default is a minute.
 """
 KILLED = (137, 143)
 """Exit codes of a container that was killed from outside: 128 + SIGKILL and 128 + SIGTERM."""

@@ -129,7 +129,7 @@ def run(lock: int) -> None:
     """Runs the training and records its exit code. This is the background process of `start`; both processes inherit its lock."""
     job = read_job()
     words, begin = [str(PYTHON), "-m", "gpt_jax", *job["command"][1:]], LOG.stat().st_size
-    # With a broken TPU, JAX would otherwise train on the CPU. The training waits while another one still uses the run's folder.
+    # With a broken TPU, JAX would otherwise train on the CPU. Training waits while another process still uses the run's folder.
     environment = {"JAX_PLATFORMS": "tpu,cpu", "GPT_JAX_WAIT_FOR_LOCK": "1", **os.environ}
     training = subprocess.Popen(words, cwd=SOURCE, env=environment, pass_fds=[lock])
     _write(PID, f"{training.pid} {os.getpid()} {job['digest']}")
@@ -201,7 +201,7 @@ def _mount(bucket: str) -> None:
         _call("sudo", "apt-get", "install", "--quiet", "--yes", "gcsfuse")
     _call("sudo", "mkdir", "--parents", str(folder))
     _call("sudo", "chown", str(os.getuid()), str(folder))
-    # The lock of a run's folder needs to see within seconds that its file has changed; by default, that takes a minute.
+    # The lock of a run's folder needs a file's changes to be seen within seconds; the default is a minute.
     known = subprocess.run(
         ["gcsfuse", "--help"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
     ).stdout

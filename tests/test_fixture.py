@@ -121,7 +121,7 @@ def test_an_old_run_continues_to_the_same_numbers(name, one_device, tmp_path, mo
             ("--init.from", "tests/fixtures/adamw_v1"),
             "run that started from tests/fixtures/run_v1 (checkpoint 6, ",
         ),
-        ("finetune_v1", ("--init.from", "none", "--init.like", "tests/fixtures/run_v1"), "and --init.from is random parameters"),
+        ("finetune_v1", ("--init.from", "none", "--init.like", "tests/fixtures/run_v1"), "but --init.from is random parameters"),
         (
             "finetune_v1",
             ("--task.train", "tests/fixtures/task/validation.tsv"),

@@ -112,7 +112,7 @@ def _flatten_dict(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     leaves: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + _option_name(key)
-        nested = isinstance(value, dict) and name.count(".") < 3  # No config has sections in the sections of a section.
+        nested = isinstance(value, dict) and name.count(".") < 3  # No config nests sections any deeper.
         leaves |= _flatten_dict(value, name + ".") if nested else {name: value}
     return leaves
 
@@ -183,8 +183,8 @@ def apply_overrides(config: Any, arguments: list[str], prog: str) -> Any:
     known = flatten_config(config)
     if any(argument in ("-h", "--help") for argument in arguments):
         paths = ", ".join(f"--{name}" for name, (_, affects) in known.items() if affects == "input")
-        text = "A run resumes only with the same values of all fields that affect its numbers. A path to the same content is the"
-        text = f"{type(config).__doc__}\n\n{text} same value: {paths}."
+        text = "A run resumes only if all fields that affect its numbers have the same values. Paths to the same content count as"
+        text = f"{type(config).__doc__}\n\n{text} the same value: {paths}."
         tyro.cli(
             type(config), default=config, args=["--help"], prog=prog, description=text, config=(tyro.conf.FlagConversionOff,)
         )

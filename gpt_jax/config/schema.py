@@ -9,8 +9,8 @@ affects:
     speed      how fast and where the run is computed, and how often it saves
     display    what it prints and plots
 
-In an input field, a `~` at the beginning stands for the user's home folder. All rules that depend only on the config are checked
-when it is constructed.
+In an input field, a leading `~` stands for the user's home folder. All rules that depend only on the config are checked when it
+is constructed.
 """
 
 import dataclasses
@@ -170,8 +170,8 @@ class DataConfig(PipelineConfig):
     """Format of all files of the source. `auto`: decided for each file by its first bytes and its extension; a file whose format
     is unclear is refused."""
     allow_skipped: bool = field(False, affects="speed")
-    """Whether to accept that more than 1 % of the files of a folder, or of their bytes, are left out because they contain no text
-    (empty files, pictures, archives). They are counted in any case."""
+    """Whether more than 1 % of a folder's files, or of their bytes, may be left out because they contain no text (empty files,
+    images, archives). They are counted in any case."""
     text_field: str = field("text", affects="result")
     """Field that contains the text in a JSON object, in a row of a .parquet file, or in a tensorflow-datasets example."""
     max_bytes: int = field(0, affects="result", within=NOT_NEGATIVE)
@@ -351,9 +351,9 @@ class FinetuneLoopConfig(LoopConfig):
     """Length of the run (section 4.1: 3 epochs), in steps or epochs; the last partial batch of an epoch is dropped."""
     eval_every: str = field("1 epochs", affects="result", within=POSITIVE)
     """Interval at which the validation split is scored and a checkpoint is written; both also happen at the end. The best of
-    these checkpoints is selected; of equal ones, the first."""
+    these checkpoints is selected; in a tie, the first."""
     eval_in_first_epoch: bool = field(False, affects="result")
-    """Whether to score and save also after updates 1,000, 2,000, 4,000, 8,000, 16,000 and 32,000 of the first epoch, as the
+    """Whether to also score and save after updates 1,000, 2,000, 4,000, 8,000, 16,000 and 32,000 of the first epoch, as the
     released code does."""
     save_every: str = field("1 epochs", affects="speed", within=POSITIVE)
     """Interval between additional checkpoints, so that less work is lost if the run is killed."""
@@ -453,7 +453,7 @@ class TaskConfig(Section, section="task"):
     """Test rows of your own task. They are optional and may have no labels."""
     texts: tuple[str, ...] = field(("text",), affects="result")
     """Names of your own task's text columns in the order of the transformation: the text; premise, hypothesis; the two texts; the
-    context and then each answer. `title+body` joins columns with a space into one text."""
+    context and then each answer. `title+body` joins two columns into one text with a space."""
     label: str = field("label", affects="result")
     """Name of the column with the label. For multiple choice, a label is the answer's index, counted from 0, or a member of
     `labels`."""
@@ -461,11 +461,11 @@ class TaskConfig(Section, section="task"):
     """The label set in the order of the classifier's outputs; empty: the labels of the training rows, sorted."""
     score_range: tuple[int, ...] = field((), affects="result")
     """The lowest and the highest score, for example `0 5`, if your own task is a regression; empty: labels are classes. Each
-    whole number in the range is an output, a score between two of them is a mixture of both, and the prediction is the
-    expectation."""
+    whole number in the range is an output, a score between two of them is a mixture of both, and the prediction is the expected
+    score."""
     metrics: tuple[str, ...] = field((), affects="result")
-    """Metrics of your own task: `accuracy`, `f1` (of the second of two labels) or `matthews` of classes, `pearson` or `spearman`
-    of scores. The first determines the best checkpoint. Empty: accuracy, or pearson and spearman."""
+    """Metrics of your own task: `accuracy`, `f1` (of the second of two labels) or `matthews` for classes; `pearson` or `spearman`
+    for scores. The first selects the best checkpoint. Empty: accuracy, or pearson and spearman."""
     max_train: int = field(0, affects="result", within=NOT_NEGATIVE)
     """Maximum number of training rows to use. They are sampled uniformly, identically for every seed. 0: all of them."""
     max_tokens: int = field(0, affects="result", within=NOT_NEGATIVE)

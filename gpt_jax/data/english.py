@@ -19,8 +19,8 @@ PLAIN = str.maketrans({"\u2014": "-", "\u2013": "-", "\u2015": "-", "\u2026": ".
 class EnglishWords:
     """Splits text into lowercase words as the released encoder does (openai/finetune-transformer-lm, text_utils.py).
 
-    spaCy is slow and most words are frequent. Therefore, a text is first cut into parts, whose words do not depend on each other.
-    A caller can keep the results of frequent parts.
+    spaCy is slow, and most words are frequent. So a text is first cut into parts that can be split independently, and a caller
+    can cache the words of frequent parts.
 
     Raises:
       UserError: ftfy or spaCy is not installed.
@@ -53,13 +53,13 @@ class EnglishWords:
 
 
 def _independent_space(split: Any) -> re.Pattern[str]:
-    """Returns a pattern for the spaces at which a standardized text can be cut without changing the words of spaCy's tokenizer.
+    """Returns a pattern for the spaces at which a standardized text can be cut without changing spaCy's words.
 
-    spaCy cuts a text at spaces and splits each string between them by itself. Then it searches the words of the whole text for
+    spaCy cuts a text at spaces and splits each string between them on its own. Then it searches the words of the whole text for
     sequences that are exceptions when written without spaces, such as "a.m." and ":-)", and makes each of them one word. A
     sequence with a space inside stays as it is, but it can keep a shorter one that overlaps it from becoming a word. So a space
-    matters only if a word of some exception may end before it and the next word of that exception may begin after it. The
-    pattern compares only the last and the first character of these words, and so keeps a few more parts together than necessary.
+    matters only if a word of some exception may end before it and the next word of that exception may begin after it. The pattern
+    compares only the last and the first character of these words, and so keeps a few more parts together than necessary.
     """
     rules = {
         name: getattr(split, name) for name in ("prefix_search", "suffix_search", "infix_finditer", "token_match", "url_match")

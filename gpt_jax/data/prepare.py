@@ -67,8 +67,8 @@ EncodedPart = tuple[str, UInt[np.ndarray, " tokens"], Int64[np.ndarray, " docume
 def prepare(config: PretrainConfig, store_folder: Path, log: Log, workdir: Path | None = None) -> Store:
     """Builds the token store that `config.data` and `config.model.vocab_size` describe, or continues an unfinished one.
 
-    A finished store is verified and not changed, even if its text is missing by now. The free disk space must be about the size
-    of the text plus the size of the tokens.
+    A finished store is verified and not changed, even if its text no longer exists. The free disk space must be about the size of
+    the text plus the size of the tokens.
 
     Args:
       config: the run's config.
@@ -102,7 +102,7 @@ def prepare(config: PretrainConfig, store_folder: Path, log: Log, workdir: Path 
 def _locked(folder: Path, log: Log) -> Iterator[None]:
     """Locks the store while this process prepares it.
 
-    If there is a mistake in the text or in the settings, nothing remains, unless some shards are finished.
+    If the text or the settings are invalid, nothing is left behind unless some shards are finished.
     """
     with locked(folder, log):
         (folder / PARTIAL).mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The recipe of a token store: the config fields and the text that it was made from, and whether a config describes the same."""
+"""The recipe of a token store: the config fields and the text that it was made from, and whether a config matches them."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def check_recipe(folder: Path, recipe: dict[str, Any], config: PretrainConfig) -
 
 
 def check_text(folder: Path, recipe: dict[str, Any], identity: dict[str, Any], hint: str = OTHER_STORE) -> None:
-    """Checks that the text of a store is the text with this identity, or with this part of an identity.
+    """Checks that the text of a store has this identity, or this part of an identity.
 
     `hint` says what to do if it is not.
 
@@ -78,7 +78,7 @@ def check_inputs(store: Store, config: PretrainConfig, log: Log, workdir: Path |
     """
     if config.data.tokenizer.path:
         check_tokenizer(store, config)
-    # Stores of earlier versions have recorded the path of their text, and a start compares only that.
+    # Stores of earlier versions recorded the path of their text, and starting a run compares only that.
     if not config.data.source or (not checksums and config.data.source == store.index["recipe"]["fields"].get("data.source")):
         return
     try:
@@ -105,14 +105,14 @@ def require_outside(source: TextFiles, store_folder: Path, workdir: Path | None)
 
 
 def check_tokenizer(store: Store, config: PretrainConfig) -> None:
-    """Checks that the tokenizer that `config` names, if it exists, is the one of a store.
+    """Checks that the tokenizer that `config` names, if it exists, is the store's.
 
     Raises:
-      UserError: it is another one.
+      UserError: it is a different one.
     """
     tokenizer, folder = config.data.tokenizer, Path(config.data.tokenizer.path)
     if tokenizer.kind == "bytes" or not folder.exists():
         return
     found = GPT1.read(folder, "data.tokenizer.path") if tokenizer.kind == "gpt1" else load_tokenizer(folder)
     if found.fingerprint != store.index["tokenizer"]["fingerprint"]:
-        raise UserError(f"{store.folder}: made with another tokenizer than --data.tokenizer.path {folder}; {OTHER_STORE}")
+        raise UserError(f"{store.folder}: made with a different tokenizer than --data.tokenizer.path {folder}; {OTHER_STORE}")

@@ -1,7 +1,7 @@
 """Sources of text: files, tensorflow-datasets, or the documentation that is installed on this machine.
 
-A source yields documents. A document is one text: the text field of a JSON object, a table or an example, a docstring, or a piece
-of a plain text file. Text is not normalized here, and none is left out without a line that counts it. A token store records the
+A source yields documents. A document is one text: the text field of a JSON object, a table's row or an example, a docstring, or a
+piece of a plain text file. Text is not normalized here, and a line counts whatever is left out. A token store records the
 `identity` of its source, so that a later change of the text is detected.
 """
 

@@ -137,7 +137,7 @@ def _shards(path: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the entries of all shards.
 
     Raises:
-      UserError: the index is not as the format says, although its digest is right.
+      UserError: the index violates the format, although its digest is right.
     """
     if problem := mismatch(index, SHAPE):
         raise UserError(f"{path}: not the index of a token store: {problem}; {REMEDY}")

@@ -165,7 +165,7 @@ class Bytes(Tokenizer):
 
 NEWLINE = "\n</w>"
 MAX_CACHED = 64
-"""Maximum number of characters of a string whose ids are kept. It bounds the memory, to about 50 MB."""
+"""Maximum number of characters of a string whose ids are cached. It bounds the cache to about 50 MB."""
 
 
 class GPT1(Tokenizer):

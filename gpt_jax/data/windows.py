@@ -201,8 +201,8 @@ class Windows(_WindowReader):
 class EvaluationWindows(_WindowReader):
     """Batches of consecutive windows from the start of a held-out split. Every target counts exactly once.
 
-    Each window begins `stride` tokens after the previous one, but the last window early enough to fit into the split. Targets
-    that the previous window has already scored get loss weight 0, so every counted target except those of the first window has at
+    Each window begins `stride` tokens after the previous one, except that the last one begins early enough to fit into the split.
+    Targets that the previous window has already scored get loss weight 0, so every counted target outside the first window has at
     least `context_length - stride + 1` tokens before it in its window. The last batch is filled up with rows of loss weight 0.
 
     Args:

@@ -51,7 +51,7 @@ def demo(workdir: Path, seed: int = 0) -> int:
     The model is also fine-tuned on four tasks that are made from the same documentation.
 
     Args:
-      workdir: the folder for all files. A demo that was interrupted continues.
+      workdir: the folder for all files. An interrupted demo continues.
       seed: the seed of both kinds of training and of the tasks' rows.
 
     Returns:
@@ -106,9 +106,9 @@ def demo(workdir: Path, seed: int = 0) -> int:
 
 
 def read_passages(path: Path, max_bytes: int) -> list[Passage]:
-    """Returns the installed documentation, which is written to `path` by the first call and read from there by later ones.
+    """Returns the installed documentation, which the first call writes to `path` and later ones read from there.
 
-    A demo that continues therefore uses the same text, even if a package was upgraded in the meantime, and finds it faster.
+    So a resumed demo uses the same text, even if a package was upgraded in the meantime, and finds it faster.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def compare_predictions(pretrained: Path, scratch: Path) -> TaskScores:
 
     The error is that of a paired comparison. A row counts +1 if only the pre-trained model is right, -1 if only the other one is,
     and 0 otherwise. The gain is the mean of these numbers, and its standard error is their sample standard deviation divided by
-    the square root of the number of rows. Rows on which the models agree do not add to it.
+    the square root of the number of rows. Rows on which the models agree do not add to the error.
     """
     rows = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in (pretrained, scratch)]
     ours, theirs = ([int(row["gold"] == row["prediction"]) for row in of_model] for of_model in rows)

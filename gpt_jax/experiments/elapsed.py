@@ -1,4 +1,4 @@
-"""The elapsed time as a sign of life, for a command with long steps that print nothing, such as imports and compilation."""
+"""The elapsed time as a sign of life for commands with long silent steps, such as imports and compilation."""
 
 import contextlib
 import threading

@@ -18,7 +18,7 @@ def continue_prompts(path: Path, prompts: Sequence[str], num_tokens: int, log: L
       path: folder of a run, or of one checkpoint; for a fine-tuning run, its best checkpoint is used.
       prompts: texts to continue. A prompt without tokens, such as "", starts a new document.
       num_tokens: maximum number of tokens appended to each prompt.
-      log: is told of prompts with characters that the vocabulary cannot represent.
+      log: receives a line for each prompt with characters that the vocabulary cannot represent.
       settings: temperature, top_k, top_p and seed, as for `decode.generate`.
 
     Raises:

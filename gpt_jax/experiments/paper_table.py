@@ -26,7 +26,7 @@ WIDTH = 130
 FULL = "Transformer w/ aux LM (full)"
 SPLITS = {"validation": "dev split", "test": "test split"}
 SCORE = (float, {"values": [float]})
-"""The shape of a score in result.json, of one seed and of several."""
+"""The shape of a score in result.json, for one seed or several."""
 
 
 @dataclasses.dataclass(frozen=True)

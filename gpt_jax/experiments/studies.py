@@ -144,7 +144,7 @@ def _run_study(name: StudyName, config: FinetuneConfig, workdir: Path, seeds: in
 def find_variants(name: StudyName, config: FinetuneConfig, task: Task, file: Path, lstm: str, log: Log) -> list[Variant]:
     """Returns the variants of a study after checking that their settings fit their checkpoints, and records them in a file.
 
-    If checkpoints cannot be read (any more), the variants are those in the file, because runs that have begun do not need them.
+    If a checkpoint cannot be read, the variants are those in the file, because runs that have begun no longer need it.
 
     Raises:
       UserError: a checkpoint cannot be read or does not fit, and the study has not begun.
@@ -190,10 +190,10 @@ def _pin_checkpoint(config: FinetuneConfig, log: Log) -> tuple[FinetuneConfig, M
 
 
 def _with_settings_of(recorded: dict[str, Any], config: FinetuneConfig, file: Path) -> FinetuneConfig:
-    """Returns the config with the settings that distinguish a variant in a study's file."""
+    """Returns the config with the settings that distinguish a variant recorded in a study's file."""
     variant = config_from_dict(recorded, file)
     if not isinstance(variant, FinetuneConfig):
-        raise UserError(f"{file}: contains a config of a pre-training; it was changed since it was written")
+        raise UserError(f"{file}: contains a pre-training config; it has changed since it was written")
     return dataclasses.replace(config, init=variant.init, task=dataclasses.replace(config.task, lm_weight=variant.task.lm_weight))
 
 

@@ -1,13 +1,13 @@
 """Four small tasks made from the documentation installed on this machine, one for each input transformation of Figure 1.
 
-    word_order     classification    whether the words of a sentence are in their order or shuffled
+    word_order     classification    whether the words of a sentence are in their original order or shuffled
     origin         entailment        whether a text is documentation of the package that the second text names
     same_package   similarity        whether two texts are documentation of the same package
     continuation   multiple choice   which of four sentences follows the first one in its text
 
 Validation rows are made from documents that were also held out in pre-training, so the model has never been trained on them. In
 each task, every label is equally frequent, except that the positions of the correct answers in `continuation` are random. In
-`origin` and `same_package`, every package occurs equally often with each label, so one text alone does not tell the label.
+`origin` and `same_package`, every package occurs equally often with each label, so one text alone does not reveal the label.
 """
 
 import collections
@@ -85,7 +85,7 @@ def _word_order_rows(passages: Sequence[Passage], rng: random.Random) -> Rows:
 
 
 def _origin_rows(passages: Sequence[Passage], rng: random.Random, packages: Sequence[str]) -> Rows:
-    """Yields, in each turn, a row of every package with its name and a row with the name of another one."""
+    """Yields, for every package in turn, a row with its name and its own text and a row with its name and another's text."""
     rounds = list(_one_of_each(passages, packages))
     for ours, theirs in zip(rounds[::2], rounds[1::2], strict=False):
         shift = rng.randrange(1, len(packages))
@@ -96,7 +96,7 @@ def _origin_rows(passages: Sequence[Passage], rng: random.Random, packages: Sequ
 
 
 def _same_package_rows(passages: Sequence[Passage], rng: random.Random, packages: Sequence[str]) -> Rows:
-    """Yields, for every package in turn, a row with two of its texts and a row with one of its texts and one of another."""
+    """Yields, for every package in turn, a row with two of its texts and a row with one of its texts and one of another's."""
     rounds = list(_one_of_each(passages, packages))
     for one, two, three, four in zip(*(rounds[k::4] for k in range(4)), strict=False):
         shift = rng.randrange(1, len(packages))

@@ -12,17 +12,17 @@ from gpt_jax.errors import UserError
 
 GZIP = b"\x1f\x8b"
 ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes((byte, 0x2A, 0x4D, 0x18)) for byte in range(0x50, 0x60)))
-"""First bytes of files in zstd, which may begin with one of sixteen frames that its readers skip."""
+"""First bytes of zstd files, which may begin with one of sixteen kinds of skippable frames."""
 
 MAX_EXPANSION = 200
-"""Maximum ratio of the unpacked to the compressed size. Text expands by 2 to 10, and logs or tables that repeat themselves by at
-most about 100. Archives of zeros, which would fill the disk, expand by 1,000 (gzip) or more than 10,000 (zstd)."""
+"""Maximum ratio of the unpacked to the compressed size. Text expands 2 to 10 times, and repetitive logs or tables at most about
+100 times. Archives of zeros, which would fill the disk, expand 1,000 times (gzip) or more than 10,000 times (zstd)."""
 ALWAYS_ALLOWED = 64 << 20
 """Unpacked size in bytes that is allowed at any ratio, since a small file of repeated lines harms nobody."""
 
 MAX_WINDOW = 1 << 31
-"""Maximum distance in bytes of a repetition in zstd (`zstd --long=31`, which some large collections of text use). A file that
-refers as far back takes as much memory."""
+"""Maximum window of a zstd file in bytes (`zstd --long=31`, which some large collections of text use). Reading a file takes as
+much memory as its window."""
 ZSTD_INPUT = 1 << 12
 """Number of compressed bytes that are unpacked at a time. They unpack to at most 128 MiB."""
 GZIP_OUTPUT = 1 << 16
@@ -78,7 +78,7 @@ def _checked_pieces(file: BinaryIO, path: Path, kind: str) -> Iterator[bytes]:
             size += len(piece)
             if size > limit:
                 rule = f"{MAX_EXPANSION} times its size, or {ALWAYS_ALLOWED:,}"
-                hint = f"if it is text nevertheless, decompress it yourself with {kind} -d"
+                hint = f"if it really is text, decompress it yourself with {kind} -d"
                 raise UserError(f"{path}: unpacks to more than {limit:,} bytes (the limit is {rule}); {hint}")
             yield piece
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -90,7 +90,7 @@ def _gzip_pieces(file: BinaryIO) -> Iterable[bytes]:
 
 
 def _zstd_pieces(file: BinaryIO) -> Iterator[bytes]:
-    """Yields the content of all frames. The library's own reader of files does not notice that the last frame is cut off."""
+    """Yields the content of all frames. The library's own file reader does not notice if the last frame is cut off."""
     import zstandard
 
     decompressor = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW)

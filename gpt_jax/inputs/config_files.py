@@ -1,4 +1,4 @@
-"""Config files of users, which are Python programs: whatever one of them does wrong is reported in one line."""
+"""Users' config files, which are Python programs: whatever goes wrong in one is reported in one line."""
 
 import contextlib
 import runpy

@@ -1,4 +1,4 @@
-"""The documents in a file of a corpus, in each of its formats. Joined, the documents of a plain text file give the file again."""
+"""The documents in a corpus file of any format. Joining the documents of a plain text file gives the file again."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +48,7 @@ def read_documents(path: Path, file_format: TextFormat, text_field: str, missing
 
 
 def text_documents(file: BinaryFile, path: Path) -> Iterator[str]:
-    """Cuts plain text into documents of at most MAX_DOCUMENT_BYTES. Joined, they give the text without its byte-order mark.
+    """Cuts plain text into documents of at most MAX_DOCUMENT_BYTES. Joining them gives the text without its byte-order mark.
 
     Raises:
       UserError: there are NUL bytes, or bytes that are not UTF-8. The message names the line.
@@ -69,7 +69,7 @@ def _cut_position(text: bytes) -> int:
     """Returns the position at which to cut a text that is too long.
 
     The position is after the last blank line if that is in the second half of the text, else after the last line, else after the
-    last space. If there is none of these, the position is chosen so that no character is cut in two.
+    last space. If there are none, the position is chosen so that no character is cut in two.
     """
     for separator, start in ((b"\n\n", len(text) // 2), (b"\n", 0), (b" ", 0)):
         position = text.rfind(separator, start)

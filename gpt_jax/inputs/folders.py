@@ -1,4 +1,4 @@
-"""The files that a path or a glob pattern means. What is left out is counted; a folder that cannot be read is an error."""
+"""The files that a path or a glob pattern stands for. What is left out is counted; a folder that cannot be read is an error."""
 
 import collections
 import contextlib
@@ -13,20 +13,20 @@ from gpt_jax.errors import UserError
 from gpt_jax.inputs.tally import Tally
 
 RECURSIVE = "**"
-"""The part of a pattern that means a folder and all folders below it."""
+"""The part of a pattern that matches a folder and all folders below it."""
 
 Pattern = tuple[str, ...]
-"""The parts of a glob pattern between the slashes. The empty pattern means the place that has been reached."""
+"""The parts of a glob pattern between the slashes. The empty pattern matches the path reached so far."""
 Patterns = frozenset[Pattern]
 """The patterns that the names below a folder may match. After `RECURSIVE`, there are several."""
 FolderId = tuple[int, int]
-"""Device and number of a folder, which are the same under each of its names."""
+"""Device and inode of a folder, which are the same under each of its names."""
 
 
 class FileList:
     """A file, or the files below a folder that match a pattern; without a pattern, all of them.
 
-    Links are followed. Each folder is searched once, under the name that is not a link if it has one, so loops end. Hidden files
+    Links are followed. Each folder is searched once, under a name that is not a link if it has one, so loops end. Hidden files
     and folders are left out unless a part of the pattern begins with a dot.
 
     Args:
@@ -36,8 +36,8 @@ class FileList:
     Attributes:
       root: the folder to which the names in messages are relative.
       files: the properties (`os.stat`) of each file, in the order of the paths.
-      left_out: hidden files and folders, and folders of which only the name matches, by the name of the kind.
-      unreadable: what matches and is neither a file nor a folder, by the name of the kind.
+      left_out: hidden files and folders, and folders that match only by name, by the name of their kind.
+      unreadable: matches that are neither a file nor a folder, by the name of their kind.
 
     Raises:
       UserError: a folder cannot be read, or disappears.
@@ -93,7 +93,7 @@ class FileList:
                     continue
                 status = _status(path)
                 is_searched = stat.S_ISDIR(status.st_mode) and any(below)
-                is_listed = () in below or stat.S_ISLNK(status.st_mode)  # What a broken link leads to may be a folder.
+                is_listed = () in below or stat.S_ISLNK(status.st_mode)  # A broken link may point to a folder.
                 if path.name.startswith(".") and not self._read_hidden:
                     if is_searched or is_listed:
                         self.left_out["hidden files and folders"].add(self.name(path))
@@ -141,7 +141,7 @@ def _below(patterns: Patterns, name: str) -> Patterns:
 
 
 def _expanded(patterns: set[Pattern]) -> Patterns:
-    """Returns patterns together with those that remain if `RECURSIVE` at their beginning means no folder."""
+    """Returns patterns together with those that remain if a leading `RECURSIVE` matches no folder."""
     expanded = set(patterns)
     while shorter := {pattern[1:] for pattern in expanded if pattern[:1] == (RECURSIVE,)} - expanded:
         expanded |= shorter

@@ -1,7 +1,7 @@
-"""Formats of text files. The extension of a file or its first bytes tell its format; a file that could be misread is refused.
+"""Formats of text files. A file's extension or first bytes determine its format; a file that could be misread is refused.
 
-`open_file` reads a file as bytes, decompressed if necessary, for readers of every kind. `detect_format` decides how the text is
-contained in a file of a corpus.
+`open_file` reads a file as bytes, decompressed if necessary, for readers of every kind. `detect_format` decides how a corpus file
+contains its text.
 """
 
 import codecs
@@ -18,7 +18,7 @@ from gpt_jax.inputs.json_values import looks_like_json
 
 BinaryFile: TypeAlias = "io.BufferedReader[Any]"
 TextFormat = Literal["text", "jsonl", "json", "parquet"]
-"""`text`: the file is text. `jsonl`, `json`: objects one after the other, for example on lines, or in an array. `parquet`: a
+"""`text`: the file is text. `jsonl`, `json`: objects one after the other, such as one per line, or in an array. `parquet`: a
 table in Apache Parquet."""
 
 EXTENSIONS: dict[str, TextFormat] = {
@@ -31,27 +31,27 @@ EXTENSIONS: dict[str, TextFormat] = {
 COMPRESSIONS = (".gz", ".gzip", ".zst", ".zstd")
 
 HEAD_BYTES = 1 << 16
-"""Number of bytes at the beginning of a file that its format is decided by."""
+"""Number of bytes at the beginning of a file that determine its format."""
 
 BYTE_ORDER_MARK = codecs.BOM_UTF8
 PARQUET = b"PAR1"
 
-_UTF16 = "text in UTF-16 or UTF-32, which is not read; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"
-_ARROW = "an Arrow file, which is not read; convert it with datasets.load_from_disk(FOLDER).to_parquet(FILE) in Python"
+_UTF16 = "text in UTF-16 or UTF-32, which is not supported; convert it to UTF-8, for example with iconv -f UTF-16 -t UTF-8"
+_ARROW = "an Arrow file, which is not supported; convert it with datasets.load_from_disk(FOLDER).to_parquet(FILE) in Python"
 REFUSED = {
     **{codecs.BOM_UTF16_LE: _UTF16, codecs.BOM_UTF16_BE: _UTF16, b"ARROW1": _ARROW, b"\xff\xff\xff\xff": _ARROW},
-    b"version https://git-lfs.github.com/spec/": "a placeholder for a file in Git LFS; git lfs pull brings the file",
-    b"/annex/objects/": "a placeholder for a file in git-annex; git annex get brings the file",
+    b"version https://git-lfs.github.com/spec/": "a placeholder for a file in Git LFS; git lfs pull fetches the file",
+    b"/annex/objects/": "a placeholder for a file in git-annex; git annex get fetches the file",
 }
-"""First bytes of files that stand for text and are not read, and what to do with such a file."""
+"""First bytes of unsupported files that stand for text, and what to do with such a file."""
 NOT_TEXT = {b"PK\x03\x04": "zip archives", b"BZh": "bzip2 archives", b"\xfd7zXZ\0": "xz archives", b"%PDF-": "PDF documents"}
-"""First bytes of files that need not contain text, and the name of the kind. Most other formats have NUL bytes."""
+"""First bytes of files that need not contain text, and the names of their kinds. Most other formats have NUL bytes."""
 TAR, TAR_POSITION = b"ustar", 257
 NUL_BYTE = "a NUL byte, so this is not text in UTF-8; convert the file to UTF-8, or leave it out with a glob"
 
 
 class NotTextError(UserError):
-    """A file does not contain text at all, for example a picture. `kind` is the name for such files in a count of them."""
+    """A file does not contain text at all, for example a picture. `kind` names such files in a count of them."""
 
     def __init__(self, message: str, kind: str):
         super().__init__(message)
@@ -68,7 +68,7 @@ def content_suffix(path: Path) -> str:
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryFile]:
-    """Opens a file for a reader of any kind: a stream of bytes, decompressed if the first bytes are those of gzip or zstd.
+    """Opens a file as a stream of bytes, decompressed if its first bytes are those of gzip or zstd.
 
     `peek(HEAD_BYTES)[:HEAD_BYTES]` gives all of the first `HEAD_BYTES` bytes before anything is read.
 
@@ -97,7 +97,7 @@ def open_file(path: Path) -> Iterator[BinaryFile]:
 
 
 def _compression(path: Path, file: BinaryFile) -> str:
-    """Returns the compression of a file at its beginning. Refuses first bytes that mean that it is not read."""
+    """Returns the compression of a file opened at its beginning, and refuses a file in an unsupported format."""
     head = file.peek(HEAD_BYTES)
     for first_bytes, problem in REFUSED.items():
         if head.startswith(first_bytes):
@@ -105,23 +105,23 @@ def _compression(path: Path, file: BinaryFile) -> str:
     kinds = [kind for first_bytes, kind in NOT_TEXT.items() if head.startswith(first_bytes)]
     if kinds or head.startswith(TAR, TAR_POSITION):
         kind = kinds[0] if kinds else "tar archives"
-        raise NotTextError(f"{path}: {kind} are not read; unpack or convert the file", kind)
+        raise NotTextError(f"{path}: {kind} are not supported; unpack or convert the file", kind)
     return compression_of(head)
 
 
 def detect_format(path: Path, wanted: TextFormat | Literal["auto"] = "auto") -> tuple[TextFormat, bool]:
-    """Returns the format of a file of a corpus, and whether it is JSON although its extension says plain text, which decides.
+    """Returns the format of a corpus file, and whether it is JSON that counts as plain text because of its extension.
 
     Known first bytes decide, or else a known extension. A file without either is text, unless its first `HEAD_BYTES` bytes are
     JSON.
 
     Args:
       path: the file, which may be compressed.
-      wanted: the format that the user has settled; "auto" if none.
+      wanted: the format that the user chose; "auto" if none.
 
     Raises:
       NotTextError: the file is empty or has NUL bytes.
-      UserError: see `open_file`; or the file is JSON and has another extension, or is not in UTF-8, or not in the format that its
+      UserError: see `open_file`; or the file is JSON with another extension, is not UTF-8, or is not in the format that its
         extension or `wanted` says.
     """
     with open_file(path) as file:
@@ -161,6 +161,6 @@ def decode_text(data: bytes, path: Path, line: int, complete: bool = True) -> st
 
 
 def encoding_error(error: UnicodeDecodeError, path: Path, line: int) -> UserError:
-    """Returns the error for bytes, of which the first are in the given line of a file, that are not UTF-8."""
+    """Returns the error for bytes that begin in the given line of a file and are not UTF-8."""
     line += error.object.count(b"\n", 0, error.start)
     return UserError(f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; convert the file to UTF-8")

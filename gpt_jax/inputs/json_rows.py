@@ -1,4 +1,4 @@
-"""Files of JSON objects, on lines, one after the other, or in an array. They are read one object at a time."""
+"""Files of JSON objects: one per line, one after the other, or in an array. They are read one object at a time."""
 
 import codecs
 import json
@@ -11,8 +11,8 @@ from gpt_jax.inputs.formats import BinaryFile, encoding_error
 from gpt_jax.inputs.json_values import WHITE_SPACE, is_cut_off, json_error, require_characters, require_object
 
 MAX_JSON_BYTES = 64 << 20
-"""Maximum size of a JSON value that contains a document. Longer ones are collections in one value, and reading one takes several
-times its size in memory."""
+"""Maximum size of a JSON value that contains a document. Longer ones are whole collections, and reading one takes several times
+its size in memory."""
 
 JSON_CHUNK = 1 << 20
 """Number of bytes that are read at a time."""
@@ -22,7 +22,7 @@ def json_objects(file: BinaryFile, path: Path) -> Iterator[tuple[int, dict[str, 
     """Yields the objects of a JSON array, or objects that follow one another, each with the number of the line it begins in.
 
     Raises:
-      UserError: something else is there, or an object is too long. The message names the file and the line.
+      UserError: the file contains something else, or an object is too long. The message names the file and the line.
     """
     text = JsonText(file, path)
     end = "]" if text.skip("[") else ""
@@ -62,13 +62,13 @@ class JsonText:
                 return self._text[self._position : self._position + 1]
 
     def skip(self, character: str) -> bool:
-        """Skips white space, and then a character if it is the next one. Returns whether it is."""
+        """Skips white space, and then `character` if it comes next. Returns whether it does."""
         found = self.next_character() == character
         self._move(self._position + len(character) * found)
         return found
 
     def parse_value(self) -> Any:
-        """Returns the value that begins with the next character, and skips it.
+        """Returns the value that begins with the next character, and moves past it.
 
         Raises:
           UserError: there is no valid JSON value, or it is too long.

@@ -30,7 +30,7 @@ _MISSING = object()
 
 
 def mismatch(value: Any, shape: Shape, name: str = "") -> str:
-    """Returns a phrase that names the first part of a JSON value that does not have its shape; empty if all parts have it.
+    """Returns a phrase that names the first part of a JSON value with the wrong shape; empty if there is none.
 
     Args:
       value: as returned by `json.loads`.

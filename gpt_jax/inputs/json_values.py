@@ -10,7 +10,7 @@ from gpt_jax.errors import UserError, described, shortened
 
 _DECODER = json.JSONDecoder()
 WHITE_SPACE = re.compile("[ \t\r\n\ufeff]*")
-"""White space between values. Files that were joined have byte-order marks in it."""
+"""White space between values. In concatenated files, it includes byte-order marks."""
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """An escape that may be half of a pair. A half on its own is a code point that no encoding of text can represent."""
 
@@ -44,7 +44,7 @@ def parse_json_object(text: str, path: Path, line: int = 1) -> dict[str, Any]:
 
 
 def require_object(value: Any, path: Path, line: int) -> dict[str, Any]:
-    """Returns a JSON value that must be an object, and begins in the given line of a file.
+    """Returns a JSON value that begins in the given line of a file and must be an object.
 
     Raises:
       UserError: it is not an object.
@@ -61,7 +61,7 @@ def require_characters(value: Any, text: str, start: int, end: int) -> None:
 
 
 def json_error(error: ValueError | RecursionError, path: Path, line: int, start: int = 0) -> UserError:
-    """Returns the one-line error for an exception that was raised for JSON.
+    """Returns the one-line error for an exception that was raised while parsing JSON.
 
     Args:
       error: the exception.
@@ -74,7 +74,7 @@ def json_error(error: ValueError | RecursionError, path: Path, line: int, start:
             before, rest = error.doc[start : error.pos], error.doc[error.pos :].strip()
             lines = (before if rest else before.rstrip()).count("\n")
             place = repr(shortened(rest, 20)) if rest else "the end"
-            # In JSON lines, a bracket that is missing in one line is noticed in the next one.
+            # In JSON lines, a missing bracket is noticed only in the next line.
             begin = f" (in the value that begins in line {line})" if lines and line > 1 and error.msg != "Extra data" else ""
             return UserError(f"{path}:{line + lines}: not valid JSON: {error.msg.removesuffix(' at')} at {place}{begin}")
         case UnicodeEncodeError():
@@ -96,7 +96,7 @@ def is_cut_off(error: Exception) -> bool:
 def looks_like_json(head: str, complete: bool) -> bool:
     """Returns whether the beginning of a file, or more than half of it, consists of JSON arrays, objects or strings.
 
-    Numbers and constants do not count, because they are the same as plain text.
+    Numbers and constants do not count, because they look like plain text.
 
     Args:
       head: the beginning of the file.
@@ -108,7 +108,7 @@ def looks_like_json(head: str, complete: bool) -> bool:
             _, end = _DECODER.raw_decode(head, position)
         except (ValueError, RecursionError) as error:
             if not isinstance(error, json.JSONDecodeError) or (not complete and is_cut_off(error)):
-                return True  # Only JSON is nested too deeply or has a number with too many digits.
+                return True  # Only JSON can be nested too deeply or have a number with too many digits.
             break
         position = WHITE_SPACE.match(head, end).end()  # type: ignore[union-attr]
     # In plain text, a quotation begins like a string.

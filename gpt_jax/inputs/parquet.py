@@ -13,7 +13,7 @@ memory; larger numbers are hardly faster."""
 
 
 def parquet_texts(path: Path, column: str) -> Iterator[str | None]:
-    """Yields the strings in a column of a Parquet file, in which nulls are None.
+    """Yields the strings in a column of a Parquet file, with None for nulls.
 
     Raises:
       UserError: as `parquet_rows`; or there is no such column of strings.
@@ -23,7 +23,7 @@ def parquet_texts(path: Path, column: str) -> Iterator[str | None]:
     def select(schema: Any) -> list[str]:
         nonlocal kind
         if schema.names.count(column) != 1:
-            hint = nearest(column, schema.names) if column not in schema.names else "there are several of this name"
+            hint = nearest(column, schema.names) if column not in schema.names else "several columns have this name"
             raise UserError(f"{path}: no column '{column}' (--data.text-field); {hint}")
         kind = schema.field(column).type
         return [column]
@@ -35,11 +35,11 @@ def parquet_texts(path: Path, column: str) -> Iterator[str | None]:
 
 
 def parquet_rows(path: Path, select: Callable[[Any], list[str]]) -> Iterator[dict[str, Any]]:
-    """Yields the values of each row of a Parquet file by column. Bytes, as which some programs store strings, are decoded.
+    """Yields the values of each row of a Parquet file by column. Bytes are decoded, because some programs store strings as bytes.
 
     Args:
       path: the file.
-      select: returns the names of the wanted columns for a `pyarrow.Schema`, in which they occur once.
+      select: returns the names of the wanted columns of a `pyarrow.Schema`, each of which must occur once.
 
     Raises:
       UserError: the file is damaged, would unpack to more than `archives.max_unpacked_size`, or has strings that are not UTF-8.
@@ -54,7 +54,7 @@ def parquet_rows(path: Path, select: Callable[[Any], list[str]]) -> Iterator[dic
                 raise _too_large(path, limit)
             for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns):
                 rows = batch.to_pylist()
-                # The batch may contain a string once that is in all of its rows.
+                # The batch may store only once a string that is in all of its rows.
                 size += batch.nbytes + sum(len(value) for row in rows for value in row.values() if isinstance(value, str | bytes))
                 if size > limit:
                     raise _too_large(path, limit)
@@ -63,12 +63,12 @@ def parquet_rows(path: Path, select: Callable[[Any], list[str]]) -> Iterator[dic
                     yield {name: _decoded(row[name], path, number, name) for name in columns}
     except UserError:
         raise
-    except Exception as error:  # pyarrow raises exceptions of many types for files that are damaged.
+    except Exception as error:  # pyarrow raises exceptions of many types for damaged files.
         raise UserError(f"{path}: cannot be read as a Parquet file: {one_line(error)}") from error
 
 
 def _decoded(value: Any, path: Path, row: int, column: str) -> Any:
-    """Returns a value of a row, in which bytes are replaced with a string."""
+    """Returns a value of a row, as a string if it is bytes."""
     try:
         return value.decode() if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""A count of things that were left out, with examples, for a line that tells the user."""
+"""A count of things that were left out, with examples, for a line shown to the user."""
 
 from gpt_jax.errors import printable, shortened
 

@@ -1,4 +1,4 @@
-"""The text files that a path or a glob means: which of them contain text, what is left out, and their documents."""
+"""The text files that a path or a glob stands for: which of them contain text, what is left out, and their documents."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ MAX_SKIPPED = 0.01
 
 
 class MissingSourceError(UserError):
-    """There is nothing to read where a source was named. A finished token store does without it."""
+    """The named source has nothing to read. A finished token store no longer needs it."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -34,7 +34,7 @@ class TextFiles:
       source: the path or glob, as in `--data.source`.
       format: the format of all files; "auto" if it is decided for each of them.
       text_field: the field of a JSON object, or the column of a Parquet file, that contains the text.
-      allow_skipped: whether more than `MAX_SKIPPED` of the files may be without text.
+      allow_skipped: whether more than `MAX_SKIPPED` of the files may lack text.
       log: receives lines about what is left out.
 
     Raises:
@@ -59,7 +59,7 @@ class TextFiles:
         return {"files": len(self._list.files), "bytes": sum(status.st_size for status in self._list.files.values())}
 
     def identity(self) -> dict[str, Any]:
-        """Returns the size and a checksum of the names, sizes and checksums of all files, also of those without text.
+        """Returns the size and a checksum of the names, sizes and checksums of all files, including those without text.
 
         Raises:
           UserError: a file cannot be read.
@@ -81,7 +81,7 @@ class TextFiles:
         Raises:
           UserError: they would.
         """
-        reason = "the text would change with every file written there; give a folder outside"
+        reason = "the text would change with every file written there; give a folder outside it"
         require(not self._list.reaches(folder), field, f"'{folder}' is inside --data.source '{self.source}': {reason}")
 
     def documents(self) -> Iterator[str]:
@@ -136,7 +136,7 @@ class TextFiles:
         """Logs which files contain no text.
 
         Raises:
-          UserError: they are too many.
+          UserError: there are too many.
         """
         count = sum(tally.count for tally in skipped.values())
         total = len(self._list.files) + sum(tally.count for tally in self._list.unreadable.values())
@@ -153,7 +153,7 @@ def _described(tallies: Mapping[str, Tally]) -> str:
 
 
 def _list_files(source: str) -> FileList:
-    """Returns the files that a path or a glob means."""
+    """Returns the files that a path or a glob stands for."""
     path = Path(source)
     if path.exists():
         return FileList(path)

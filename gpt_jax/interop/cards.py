@@ -3,7 +3,7 @@
 labels.json has the same fields in every format:
 
     task, kind      the task's title and its kind, as in `--task.kind`
-    id2label        the label of each output by its number; of multiple choice, the names of the answers
+    id2label        the label of each output by its number; for multiple choice, the names of the answers
     score_range     the lowest and the highest score of a regression, whose outputs are the whole numbers in this range; or null
     special_tokens  the ids of the special tokens that fine-tuning added
 """
@@ -52,10 +52,10 @@ def card(
     origin = [f"- {name}: {manifest[name]}" for name in names if manifest.get(name, "") != ""]
     paragraphs = [
         *(["---\nlibrary_name: transformers\n---"] if format_ == "huggingface" else []),
-        f"# GPT-1, fine-tuned on {task.title}" if task else "# GPT-1, language model",
+        f"# GPT-1, fine-tuned on {task.title}" if task else "# GPT-1 language model",
         f"Trained with gpt_jax and exported as {format_} in {dtype}. The model has "
         f"{layers if model.kind == 'transformer' else f'an LSTM of {model.lstm_units} units'}, width {model.embed_dim}, "
-        f"{model.vocab_size:,} tokens and a context of {model.context_length}. Architecture and training follow "
+        f"a vocabulary of {model.vocab_size:,} and a context of {model.context_length}. Architecture and training follow "
         '"Improving Language Understanding by Generative Pre-Training" (2018).',
         "## Use",
         usage(format_, tokenizer, task, function).rstrip(),

@@ -35,7 +35,7 @@ LARGEST_ADDITION = 10.0
 """Largest number that folding the bias may add to a weight. Larger numbers would cause rounding errors of 1e-5 and more."""
 
 LARGEST = 2**31 - 1
-"""Largest number in config.json that is plausible."""
+"""Largest plausible number in config.json."""
 
 # Name, type and default value in config.json of each of our fields. A field without a default is required.
 FIELDS: dict[str, tuple[str, Any, Any]] = {

@@ -135,7 +135,7 @@ def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: b
     _require_numbers(folder, model, tensors)
     try:
         maps = param_map.tensor_maps(format_, model, head)
-    except UserError as error:  # It is written for an export.
+    except UserError as error:  # Its message is written for an export.
         raise UserError(f"{folder}: {str(error).removeprefix('--format: ').partition(';')[0]}") from None
     if format_ == "openai":  # Its arrays have an order, but no names.
         tensors |= {m.name: tensors.pop(name) for m, name in zip(maps, list(tensors), strict=False)}
@@ -148,7 +148,7 @@ def load_params(folder: Path, foreign: ForeignModel, mesh: Mesh, trust_pickle: b
 
 
 def _require_numbers(folder: Path, model: ModelConfig, tensors: Tensors) -> None:
-    """Raises an error if a model is much larger than its file, before anything of the model's size is made."""
+    """Raises an error if a model is much larger than its file, before anything of the model's size is allocated."""
     numbers = sum(tensor.size for tensor in tensors.values())
     if model.num_parameters > 2 * numbers:
         size = shortened(f"{model.num_parameters:,}")
@@ -210,7 +210,7 @@ def _load_tokenizer(folder: Path, given: Path | None) -> Tokenizer:
             if all((place / name).is_file() for name in names):
                 try:
                     return GPT1(*((place / name).read_bytes() for name in names))
-                except UserError as error:  # It names the released files.
+                except UserError as error:  # Its message names the released files.
                     message = str(error)
                     for released, name in zip(GPT1.files, names, strict=True):
                         message = message.replace(released, name)

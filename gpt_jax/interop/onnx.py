@@ -95,7 +95,7 @@ class _Graph:
         return self("Add", self("MatMul", x, kernel), self.parameter(f"{path}/bias", layer, (width,)))
 
     def index(self, name: str, size: str | list[int]) -> str:
-        """Adds an input of indices in int64, with `size` in place of negative ones.
+        """Adds an input of indices as int64, with negative ones replaced by `size`.
 
         The operators would count negative indices from the end. `size` is out of range, which ONNX Runtime reports as an error.
         """

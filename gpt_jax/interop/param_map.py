@@ -195,6 +195,6 @@ def _check_fit(folder: Path, tensors: Mapping[str, np.ndarray], maps: Sequence[T
 
 
 def first_problems(problems: Sequence[str]) -> str:
-    """Returns the problems as one phrase; of many, the first ones and the number of the others."""
+    """Returns the problems as one phrase; if there are many, the first ones and the number of the others."""
     more = f"; and {len(problems) - LISTED:,} more" if len(problems) > LISTED else ""
     return "; ".join(problems[:LISTED]) + more

@@ -42,7 +42,7 @@ def staged_folder(out: Path, field: str) -> Iterator[Path]:
             raise UserError(str(error).replace(str(content), str(out)).replace(str(staging), str(out))) from error
     finally:
         for folder in (staging, *missing):
-            with contextlib.suppress(OSError):  # It contains the result, or has never been made.
+            with contextlib.suppress(OSError):  # It contains the result, or was never created.
                 folder.rmdir()
 
 

@@ -62,7 +62,7 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
         # The library's class for this model type would use only the vocabulary and split text in its own way.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
-        # An entry of the vocabulary pads batches, so that no id changes. What it says does not matter: it is masked.
+        # An entry of the vocabulary pads batches, so that no id changes. Which one does not matter: it is masked.
         "pad_token": names.get("unk_token", END),
         # A text is continued from its last token, which must therefore be at the end of the row.
         "padding_side": "right" if specials else "left",
@@ -76,7 +76,7 @@ def tokenizer_config(tokenizer: Tokenizer, specials: Sequence[str], context_leng
 
 
 def pad_id(tokenizer: Tokenizer) -> int:
-    """Returns the id that pads batches: that of the unknown entry, or of the end of a text in `bytes`, which knows every byte."""
+    """Returns the id that pads batches: that of the unknown entry, or of the end of a text in `bytes`, which lacks one."""
     return tokenizer.eos_id if isinstance(tokenizer, Bytes) else 0
 
 

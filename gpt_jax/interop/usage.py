@@ -25,14 +25,14 @@ def usage(format_: str, tokenizer: Tokenizer, task: Task | None, function: Expor
 
 
 def _about_ids(task: Task | None) -> str:
-    text = "gpt_jax/tokenizer has the tokenizer; `gpt_jax.data.tokenizers.load_tokenizer` reads it."
+    text = "gpt_jax/tokenizer contains the tokenizer; `gpt_jax.data.tokenizers.load_tokenizer` reads it."
     return text + (f" {LABELS} names the outputs and has the ids of the special tokens." if task else "")
 
 
 # -- files of tensors -------------------------------------------------------------------------------------------------------
 
 FILES = {
-    "npz": """params.npz has the parameters by the paper's names: W_e and W_p are the embeddings, h0/... the blocks.
+    "npz": """params.npz contains the parameters under the paper's names: W_e and W_p are the embeddings, h0/... the blocks.
 
 ```python
 import numpy as np
@@ -41,8 +41,8 @@ params = np.load("params.npz")
 print(params["W_e"].shape)
 ```
 """,
-    "openai": "params_0.npy to params_9.npy are one array of all parameters, cut into ten, and params_shapes.json has their "
-    "shapes, as in openai/finetune-transformer-lm.",
+    "openai": "params_0.npy to params_9.npy are one array of all parameters, cut into ten parts, and params_shapes.json has "
+    "their shapes, as in openai/finetune-transformer-lm.",
 }
 SCORES_OF_LABELS = f"\nColumn i of W_y and entry i of b_y give the score of label i in {LABELS}."
 SCORE_OF_ANSWER = "\nW_y and b_y give the score of one answer."
@@ -111,7 +111,7 @@ WRONG_TYPE = {
     "onnx": "ONNX Runtime refuses other types, such as int64; convert them with `ids.astype(np.int32)`.",
 }
 OUT_OF_RANGE = "If an id or a position is out of range, all outputs of its example are NaN."
-REFUSED = "ONNX Runtime refuses a batch with an id or a position that is out of range, also with a negative one."
+REFUSED = "ONNX Runtime refuses a batch with an id or a position that is out of range, including a negative one."
 
 
 def _graph(format_: str, tokenizer: Tokenizer, task: Task | None, function: ExportedFunction) -> str:
@@ -123,18 +123,18 @@ def _graph(format_: str, tokenizer: Tokenizer, task: Task | None, function: Expo
     table += [f"| {role} | {name} | {dtype} | [{', '.join(map(str, shape))}] |" for role, name, dtype, shape in shapes]
     limit = f"; time is at most {function.model.context_length}" if function.limits else ""
     rules = [
-        f"Batch and time can have any size from 1 on{limit}.",
+        f"Batch and time can have any size of at least 1{limit}.",
         f"Ids are in [0, {function.model.vocab_size}). {REFUSED if format_ == 'onnx' else OUT_OF_RANGE}",
         f"Inputs are int32. {WRONG_TYPE[format_]}",
     ]
     code = GRAPHS[format_].format(inputs=TEXTS, output=output)
     if task is None:
-        rules.append("The logits are the scores of the next token, before the softmax.")
+        rules.append("The logits are the scores of the next token before the softmax.")
     else:
         sequences = SEQUENCES[task.kind].format(answers=len(task.labels))
         example = EXAMPLE.format(special_tokens=", ".join(map(str, special_tokens(tokenizer))), sequences=sequences)
         code = GRAPHS[format_].format(inputs=example, output=output) + _print_prediction(task)
-        rules.append("extract has the positions of the extract tokens, in [0, time). What follows these tokens has no effect.")
+        rules.append("extract contains the positions of the extract tokens, in [0, time). What follows them has no effect.")
         rules.append(f"Output i is the logarithm of the probability of label i in {LABELS}.")
     if format_ == "stablehlo":
         rules.append(
@@ -166,8 +166,8 @@ print(tokenizer.batch_decode(tokens, skip_special_tokens=True))
 ```
 
 The tokenizer pads on the left, so that each text ends where its continuation begins. `generate` takes this into account in
-transformers 5.24, but not in 5.0; with an old version, give it texts of equal length. The longest text and the new tokens must
-fit into the context.
+transformers 5.24, but not in 5.0; with older versions, give it texts of equal length. The longest text and the new tokens must
+together fit into the context.
 
 ```python
 {load}batch = tokenizer(["A", "The"], padding=True, padding_side="right", return_tensors="pt")
@@ -201,7 +201,7 @@ BATCHES = {
         "sum(model(**tokenizer(*pair, **padding)).logits for pair in ((first, second), (second, first)))",
     ),
 }
-BOTH_ORDERS = "Both orders of each pair are scored and added. Each of the two scores includes half of the classifier's bias.\n"
+BOTH_ORDERS = "Each pair is scored in both orders, and the scores are added. Each includes half of the classifier's bias.\n"
 
 CHOICES = """```python
 {load}answers = {answers}

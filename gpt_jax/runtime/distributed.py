@@ -31,7 +31,7 @@ def start(config: DistributedConfig, log: Log) -> None:
     tasks, an indexed Kubernetes job, or a TPU pod, all of which JAX detects. Otherwise the run has a single process.
 
     Raises:
-      UserError: the environment variables are invalid or incomplete, or the devices that they name are not there.
+      UserError: the environment variables are invalid or incomplete, or the devices that they name do not exist.
       TrainingError: the other processes did not connect within `timeout_seconds`.
     """
     arguments = environment.cluster_arguments(config)
@@ -55,7 +55,7 @@ def _join(arguments: dict[str, Any], seconds: int, log: Log) -> None:
         except RuntimeError as error:
             raise TrainingError(f"{failure}: {str(error).splitlines()[0]}") from error
         except ValueError as error:
-            problem = f"JAX does not find the processes of this run in the variables of the cluster ({error})"
+            problem = f"JAX cannot find the processes of this run in the cluster's variables ({error})"
             raise UserError(f"{problem}; set {environment.JOIN}") from error
         finally:
             timer.cancel()

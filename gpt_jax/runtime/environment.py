@@ -1,7 +1,7 @@
 """Checks of the environment variables that JAX, XLA, CUDA and clusters read.
 
 A wrong value is a user's mistake, but it is not reported as one: JAX raises an exception from deep inside, XLA aborts the
-process, CUDA hides the GPUs, and processes that miss a variable train alone. So the values are checked before JAX reads them.
+process, CUDA hides the GPUs, and processes that lack a variable train alone. So the values are checked before JAX reads them.
 """
 
 import functools
@@ -18,7 +18,7 @@ from gpt_jax.errors import UserError, field_error, shortened
 from gpt_jax.runtime.memory import keep_freed_memory
 
 ADDRESS = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.%]+\]):([0-9]{1,5})"
-"""Pattern of HOST:PORT; an IPv6 address stands in brackets."""
+"""Pattern of HOST:PORT; an IPv6 address is in brackets."""
 NODE = r"[A-Za-z0-9._-]+(\[[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*\][A-Za-z0-9._-]*)*"
 """Pattern of one entry in a list of SLURM's nodes, such as "node7" or "node[001-004,007]"."""
 GPU = r"[0-9]+|(GPU|MIG)-[0-9A-Za-z/-]+"
@@ -42,7 +42,7 @@ def _require(name: str, pattern: str, expected: str) -> None:
 
 
 def _number(name: str, least: int, most: int | None = None) -> int:
-    """Returns the value of a variable that must be a whole number from `least` to `most` (None: without a limit)."""
+    """Returns the value of a variable that must be a whole number from `least` to `most` (None: no limit)."""
     if not os.environ.get(name):
         raise UserError(f"{name} is not set, but the processes of a run need it; set {JOIN}, or unset all of them")
     value = int(os.environ[name]) if re.fullmatch("[0-9]{1,18}", os.environ[name]) else -1
@@ -65,7 +65,7 @@ def cluster_arguments(config: DistributedConfig) -> dict[str, Any] | None:
     """Returns the arguments of jax.distributed.initialize, {} if JAX detects them, or None for a single process.
 
     Raises:
-      UserError: a variable that describes the processes is missing or makes no sense.
+      UserError: a variable that describes the processes is missing or invalid.
     """
     env = os.environ
     arguments: dict[str, Any] | None
@@ -125,9 +125,9 @@ def _is_tpu_pod() -> bool:
 
 
 def _check_jax_details() -> None:
-    """Checks the further variables that jax.distributed.initialize reads."""
+    """Checks the other variables that jax.distributed.initialize reads."""
     env = os.environ
-    if env.keys() >= set(SLURM):  # JAX then takes what it is not told from SLURM, such as the number of the GPU.
+    if env.keys() >= set(SLURM):  # JAX then takes from SLURM what it is not told, such as the number of the GPU.
         _number("SLURM_JOB_ID", 0)
         _number("SLURM_PROCID", 0, _number("SLURM_NTASKS", 1) - 1)
         _number("SLURM_LOCALID", 0)
@@ -149,7 +149,7 @@ def check_variables() -> None:
     """Checks the variables that XLA, CUDA and JAX read when they are first used.
 
     Raises:
-      UserError: a value makes no sense.
+      UserError: a value is invalid.
     """
     if (flags := os.environ.get("XLA_FLAGS", "").strip()) and (problem := _xla_flags_problem(flags)):
         raise _mistake("XLA_FLAGS", problem)
@@ -165,7 +165,7 @@ def check_variables() -> None:
 
 
 def explain_import_error(error: ValueError) -> UserError | None:
-    """Returns a mistake that names the variable whose value JAX has refused when it was imported; None for other errors."""
+    """Returns an error that names the variable whose value JAX rejected on import; None for other errors."""
     match = re.search("JAX flag (jax_[a-z0-9_]+)|environment '(JAX_[A-Z0-9_]+)'", str(error))
     name = (match[1] or match[2]).upper() if match else ""
     return _mistake(name, f"JAX does not accept this value ({str(error).splitlines()[0]})") if name in os.environ else None
@@ -198,10 +198,10 @@ def _xla_flags_problem(flags: str) -> str:
 
 
 def require_devices() -> None:
-    """Starts JAX's backends and checks that they have the devices that were asked for. On CPUs, freed memory is kept for reuse.
+    """Starts JAX's backends and checks that they have the requested devices. On CPUs, freed memory is kept for reuse.
 
     Raises:
-      UserError: a platform in JAX_PLATFORMS is not available, or CUDA_VISIBLE_DEVICES names GPUs that are not there.
+      UserError: a platform in JAX_PLATFORMS is not available, or CUDA_VISIBLE_DEVICES names GPUs that do not exist.
     """
     import jax
 

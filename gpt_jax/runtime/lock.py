@@ -1,28 +1,29 @@
 """The lock of a folder, such as a run's: at most one process writes there.
 
 A lock is a file `lock.N` in the folder, one JSON object that names its holder (host, process id, start) and changes every ten
-seconds (the heartbeat). It needs nothing from the file system but that creating a file fails if it exists, so that it works
-on network file systems and mounted buckets, where `flock` is often missing or local to one machine.
+seconds (the heartbeat). All it needs from the file system is that creating a file fails if it exists, so it works on network file
+systems and mounted buckets, where `flock` is often missing or local to one machine.
 
 To take the lock, a process
 
 1. reads all lock files, and stops if one of them may belong to a running process;
 2. creates `lock.N+1`, where N is the largest number, which only one process can do;
 3. reads all lock files again, and deletes its own if another one may now belong to a running process;
-4. deletes the files of the dead.
+4. deletes the files of dead processes.
 
-To hold it means to have come to the end of step 4 with the file still there. Two processes cannot hold it: both have created a
-file in step 2, and the one that did so later has found the other's file in step 3. A dead holder's file is deleted by one process
-only, because only one can create the next number; so two processes that find the same dead holder do not delete each other's.
+A process holds the lock once it has completed step 4 and while its file is still there. Two processes cannot hold it: both
+created a file in step 2, and the one that did so later found the other's file in step 3. Only one process deletes a dead holder's
+file, because only one can create the next number; so two processes that find the same dead holder do not delete each other's
+files.
 
 A holder is dead if its process has ended. On its own machine, this can be seen at once: the process id is gone, or belongs to a
-process that started at another time. A process id says nothing on another machine or in another container, even if the host has
-the same name there. Then a holder is dead if its file has not changed for `SILENCE_SECONDS`, while this process was watching:
-the clocks of two machines are never compared.
+process that started at another time. A process id means nothing on another machine or in another container, even if the host has
+the same name there. In that case, a holder is dead if its file has not changed for `SILENCE_SECONDS` while this process was
+watching: the clocks of two machines are never compared.
 
-Such a holder may also have been suspended. Therefore a holder asks `require_held` before it writes, and stops if its file is no
-longer there. No check can be closer to the write than the file system's own delay. What a suspended process may still write in
-that instant is a line of a record or an unfinished checkpoint, which the new holder ignores.
+Such a holder may only have been suspended. So a holder calls `require_held` before it writes, and stops if its file is no longer
+there. No check can be closer to the write than the file system's own delay. What a suspended process may still write in that
+instant is a line of a record or an unfinished checkpoint, which the new holder ignores.
 """
 
 import contextlib
@@ -47,11 +48,11 @@ HEARTBEAT_SECONDS = 10.0
 SILENCE_SECONDS = 60.0
 """Time without a change of the lock file after which a holder that cannot be observed otherwise counts as dead."""
 REPORT_SECONDS = 15.0
-"""Time between lines that say what is waited for."""
+"""Time between lines that say what this process is waiting for."""
 LONGEST_LOOK_SECONDS = 5.0
-"""Maximum time that counts between two looks at a silent lock file, because a process that was suspended did not watch."""
+"""Maximum time that counts between two looks at a silent lock file, because a suspended process does not watch."""
 VERIFY_SECONDS = 1.0
-"""Minimum time between two readings of the own lock file, each of which is a request to the server on some file systems."""
+"""Minimum time between two reads of a process's own lock file, each of which is a request to the server on some file systems."""
 WAIT = "GPT_JAX_WAIT_FOR_LOCK"
 """Environment variable; if it is 1, a process waits for a lock that another one holds. `supervise` and launched jobs set it."""
 
@@ -71,7 +72,7 @@ class Holder(NamedTuple):
     since: str
     """When the lock was taken, by the holder's clock, in UTC."""
     heartbeat: str
-    """The time of the last heartbeat, by the holder's clock. Only that it changes has a meaning."""
+    """The time of the last heartbeat, by the holder's clock. All that matters is that it changes."""
     folder: str
     """Absolute path of the folder. It differs in a copy of the folder, whose lock file is a copy as well."""
     machine: str
@@ -96,7 +97,7 @@ class Holder(NamedTuple):
 
 
 def seconds() -> float:
-    """Returns the time since some fixed moment, which goes on while the machine sleeps."""
+    """Returns the time since some fixed moment, including time in which the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -112,7 +113,7 @@ class FolderLock:
         self._folder, self._log, self._clock = folder, log, clock
         self._created: list[Path] = []
         self._own: tuple[Path, Holder] | None = None
-        self._verified = 0.0  # when the own lock file was read for the last time
+        self._verified = 0.0  # when our own lock file was last read
         self._released = threading.Event()
         self._seen: dict[str, tuple[bytes, float]] = {}  # content of the other lock files, and `_watched` when it was new
         self._started = self._looked = clock()
@@ -228,7 +229,7 @@ class FolderLock:
     # -- holding it --
 
     def require_held(self) -> None:
-        """Checks that this process still holds the lock. The file is read at most once in `VERIFY_SECONDS`.
+        """Checks that this process still holds the lock. The file is read at most once every `VERIFY_SECONDS`.
 
         Raises:
           LockLost: the lock file was deleted, or another process has taken the lock.
@@ -265,12 +266,12 @@ class FolderLock:
         return f"{self._folder}: this process has lost the lock of this folder ({cause}), so it stopped writing; {hint}"
 
     def beat(self) -> None:
-        """Changes the lock file, as a sign of life. It is changed in place, because a file that was deleted must stay so."""
+        """Changes the lock file, as a sign of life. It is changed in place, because a deleted file must stay deleted."""
         own = self._own
         if own is not None and self._is_own():
             path, holder = own
             with os.fdopen(os.open(path, os.O_WRONLY), "wb") as file:
-                file.write(_encode(holder._replace(heartbeat=_now())))  # as long as before
+                file.write(_encode(holder._replace(heartbeat=_now())))  # the same length as before
 
     def _keep_beating(self) -> None:
         released = self._released
@@ -279,7 +280,7 @@ class FolderLock:
                 self.beat()
 
     def release(self) -> None:
-        """Gives the lock back: deletes its file unless another process has taken it, and the folder if it was created in vain."""
+        """Releases the lock: deletes its file unless another process has taken it, and a folder created in vain."""
         self._released.set()
         if self in _held:
             _held.remove(self)

@@ -1,4 +1,4 @@
-"""The identity of this machine and of its processes: which process a process id, written down earlier, belongs to."""
+"""The identity of this machine and of its processes: which process a previously recorded process id belongs to."""
 
 import contextlib
 import functools
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @functools.cache
 def machine_id() -> str:
-    """Returns a text that identifies this machine, since it was started, and this namespace of processes; empty if unknown.
+    """Returns a string that identifies this machine since it was started, and this process namespace; empty if unknown.
 
-    Two processes can see each other's process ids if it is the same. Containers have their own, even on the same machine.
+    Two processes can see each other's process ids if theirs are the same. Containers have their own, even on the same machine.
     """
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
@@ -20,9 +20,9 @@ def machine_id() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """Returns a text that identifies when a process of this machine started, or None if that cannot be seen.
+    """Returns a string that identifies when a process of this machine started, or None if that is unknown.
 
-    The text is empty if there is no such process, or if it has ended and only its parent has not noticed yet.
+    The string is empty if there is no such process, or if it is a zombie.
     """
     try:
         os.kill(pid, 0)

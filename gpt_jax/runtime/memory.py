@@ -10,9 +10,9 @@ KEPT_BYTES = 1 << 30
 def keep_freed_memory() -> None:
     """Lets this process keep up to a GiB of freed memory for its next arrays, instead of returning it to the system.
 
-    By default, glibc returns each large block when it is freed, and the system clears the pages of the next one. The blocks that
-    a step of the demo's model allocates made it 1.39 times as long (docs/benchmarks.md). Blocks that XLA's own threads allocate
-    are still returned from 64 MiB on, so that large models gain nothing. Without effect where the C library is not glibc.
+    By default, glibc returns each large block when it is freed, and the system clears the pages of the next one. With the demo's
+    model, this made a step take 1.39 times as long (docs/benchmarks.md). Blocks of 64 MiB or more that XLA's own threads allocate
+    are still returned, so large models gain nothing. There is no effect if the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:

@@ -59,7 +59,7 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
-"""The errors of a disk, a quota or a file server, rather than of a path."""
+"""The errors that come from a disk, a quota or a file server, rather than from a path."""
 
 
 @contextlib.contextmanager
@@ -95,7 +95,7 @@ def read_json(path: Path, shape: Shape = dict) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON: byte {error.start} is not UTF-8") from None
     values = parse_json_object(text, path)
     if problem := mismatch(values, shape):
-        raise UserError(f"{path}: {problem}; it was changed since it was written")
+        raise UserError(f"{path}: {problem}; it has changed since it was written")
     return values
 
 
@@ -241,7 +241,7 @@ class RunDir:
         return [record for record in map(_parse, lines) if record is not None]
 
     def read_result(self, of_checkpoint: bool) -> dict[str, Any]:
-        """Reads result.json. With `of_checkpoint`, the scores in it must be those of the best checkpoint.
+        """Reads result.json. With `of_checkpoint`, it must contain the scores of the best checkpoint.
 
         Raises:
           UserError: there is no such file, or entries are missing or have the wrong types.
@@ -274,7 +274,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the record in a line; None if it is not one, because a process that was killed while writing cut it off."""
+    """Returns the record in a line; None if it is incomplete, because a process was killed while writing it."""
     with contextlib.suppress(ValueError, RecursionError):
         record = json.loads(line)
         return None if mismatch(record, RECORD_SHAPE) else record

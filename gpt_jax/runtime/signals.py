@@ -9,7 +9,7 @@ _active: list["StopSignals"] = []
 
 
 def stop_requested() -> bool:
-    """Returns whether a signal was counted by a `StopSignals` whose block is being executed."""
+    """Returns whether a `StopSignals` whose block is being executed has counted a signal."""
     return any(signals.count for signals in _active)
 
 

@@ -130,7 +130,7 @@ def _count_labels(task: Task, splits: Mapping[str, TaskSplit], log: Callable[[st
 
 
 def _warn_of_repeated_texts(splits: Mapping[str, TaskSplit], log: Callable[[str], None]) -> None:
-    """Logs the number of examples in the other splits whose texts are those of a training example."""
+    """Logs the number of examples in the other splits that have the same texts as a training example."""
     known = {example.texts for example in splits["train"].examples} if "train" in splits else set()
     for name, split in splits.items():
         repeated = sum(example.texts in known for example in split.examples)

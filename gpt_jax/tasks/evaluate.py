@@ -71,8 +71,8 @@ def evaluate_text(
 
     As in a token store, each document is followed by the end-of-document token, and blank documents are left out. The text is the
     sequence of all documents in the order of the source. Every token but the first is scored once, in windows of the context
-    length, or of the whole text if it is shorter. Bits per byte are those of the scored tokens, divided by the bytes of the whole
-    text in UTF-8.
+    length, or of the whole text if it is shorter. Bits per byte are the bits of the scored tokens, divided by the bytes of the
+    whole text in UTF-8.
 
     Args:
       path: a run's folder or one checkpoint's; for a fine-tuning run, its best checkpoint is used.
@@ -112,7 +112,7 @@ def _read_text(data: DataConfig, tokenizer: Tokenizer, max_bytes: int | None) ->
             size += len(document.encode("utf-8", "replace"))
             if max_bytes is not None and size >= max_bytes:
                 break
-    except UserError as error:  # The sources name the option of a config.
+    except UserError as error:  # The message names the option of a config.
         raise UserError(str(error).replace("--data.source", "--text")) from None
     tokens = np.concatenate([*pieces, np.empty(0, np.int32)])
     if tokens.size < 2:
@@ -186,7 +186,7 @@ def _describe_outputs(task: Task) -> str:
 
 
 def sound_checkpoints(run: Path) -> list[CheckpointInfo]:
-    """Returns the sound checkpoints of a run after step 0, one of each step, in the order of their steps.
+    """Returns the sound checkpoints of a run after step 0, one per step, in the order of their steps.
 
     Raises:
       UserError: there are none.

@@ -43,7 +43,7 @@ class FileLayout:
     articles: bool = False
     """Whether a record is an article with several questions, as in RACE."""
     superseded: bool = False
-    """Whether the folders of another release also have these files, and the other release is used."""
+    """Whether the folder of another release, which is then used instead, also contains these files."""
     held_out: int = 0
     """Number of training rows that form the validation split, if the two splits share a file."""
     drops: tuple[str, ...] = ()

@@ -136,7 +136,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
 
 
 def _schedule(config: FinetuneRunConfig, steps_per_epoch: int) -> Schedule:
-    """Returns the length and the intervals of a run, including the released code's evaluations if they are wanted."""
+    """Returns the length and the intervals of a run, including the released code's evaluations if requested."""
     schedule = resolve_schedule(config, None, steps_per_epoch * config.train.batch_size)
     wanted = RELEASED_EVALS if config.train.eval_in_first_epoch else ()
     return schedule._replace(extra_evals=frozenset(step for step in wanted if step <= steps_per_epoch))
@@ -213,7 +213,7 @@ class InitSource(NamedTuple):
 def find_init(init: TransferConfig, log: Log, run: RunDir | None = None) -> InitSource:
     """Finds the model that `--init.from` and `--init.like` name.
 
-    If it cannot be read (any more), a run that has a checkpoint of its own continues from that one, which contains all it needs.
+    If it cannot be read, a run that has a checkpoint of its own continues from that one, which contains all it needs.
 
     Raises:
       UserError: there is no checkpoint, its tokenizer does not fit its model, or the architecture or the tokenizer is not given.

@@ -13,7 +13,7 @@ MISSING = frozenset(
     {"", "-", "?", ".", "nan", "-nan", "na", "n/a", "<na>", "none", "null", "\\n"}
     | {"#n/a", "#na", "#value!", "#ref!", "#name?", "#div/0!", "#num!", "#null!"}
 )
-"""Texts for a missing label, in lowercase: those of SNLI, pandas, R, Weka, Stata and databases, and spreadsheets' errors."""
+"""Strings that mean a missing label, in lowercase: those of SNLI, pandas, R, Weka, Stata, databases, and spreadsheet errors."""
 
 HIDDEN = "-1"
 """Number that GLUE and tensorflow-datasets write instead of a label in a test split."""
@@ -21,7 +21,7 @@ HIDDEN = "-1"
 MAX_CLASSES = 1000
 """Maximum number of classes that are read from training rows, and of outputs of a regression."""
 FEW_CLASSES = 20
-"""Number of classes up to which there may be one for each row."""
+"""Up to this number of classes, every row may have its own."""
 MAX_LENGTH = 200
 """Maximum number of characters in a class that is read from training rows."""
 
@@ -52,12 +52,12 @@ def label_text(value: Any) -> str:
 
 
 def score_of(text: str) -> float | None:
-    """Returns the number that a label's text is; None if it is not a number, or has a decimal comma."""
+    """Returns a label's text as a number; None if it is not a number, or has a decimal comma."""
     return float(text) if _NUMBER.fullmatch(text) and "," not in text else None
 
 
 def is_missing(text: str) -> bool:
-    """Returns whether the text of a label, if it does not name a class, says that there is no label."""
+    """Returns whether the text of a label, if it does not name a class, means that there is no label."""
     return text.casefold() in MISSING
 
 
@@ -76,7 +76,7 @@ def classes_of(records: Iterable[Record], column: str) -> tuple[str, ...]:
 
     Raises:
       UserError: a label is missing or is not one value, two labels differ only in case or blanks, or the labels are scores or
-        identifiers and not classes. The message names rows.
+        identifiers rather than classes. The message names rows.
     """
     faults: list[tuple[str, str]] = []
     rows = collections.defaultdict[str, list[str]](list)
@@ -119,4 +119,4 @@ def _require_classes(rows: dict[str, list[str]], column: str) -> None:
         other = alike.setdefault(" ".join(text.split()).casefold(), text)
         if other != text:
             pair = f"the label '{shortened(text)}' differs from '{shortened(other)}' ({rows[other][0]}) only in case or blanks"
-            raise UserError(f"{rows[text][0]}: {pair}; write them in one way, or list both in --task.labels")
+            raise UserError(f"{rows[text][0]}: {pair}; write them the same way, or list both in --task.labels")

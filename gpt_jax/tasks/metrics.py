@@ -32,7 +32,7 @@ Predictions = Int64[np.ndarray, " n"] | Float64[np.ndarray, " n"]
 
 
 def predict(task: Task, probabilities: Float32[np.ndarray, "n outputs"]) -> Predictions:
-    """Returns the most likely label of each row (in a tie the first), or the expectation of a score over the outputs."""
+    """Returns the most likely label of each row (the first in a tie), or the expected score over the outputs."""
     if task.regression:
         return probabilities.astype(np.float64) @ task.output_values
     return probabilities.argmax(axis=1)

@@ -1,8 +1,8 @@
-"""Tables of users, which spreadsheets, pandas and scripts write in different ways.
+"""Users' tables, which spreadsheets, pandas and scripts write in different ways.
 
-The extension of a file says whether it has separators, JSON or Parquet. In a table with separators, the first row names the
+A file's extension says whether it contains separators, JSON or Parquet. In a table with separators, the first row names the
 columns, and the separator (comma, tab, semicolon or bar) is the one with which the wanted columns appear in it. Cells may be
-quoted, but many tables with tabs are not quoted and have stray quotation marks. `_read_tabs` finds out which is the case.
+quoted, but many tables with tabs are not quoted and have stray quotation marks. `_read_tabs` decides which is the case.
 """
 
 import csv
@@ -22,7 +22,7 @@ DELIMITERS = {".csv": ",;\t|", ".tsv": "\t,;|", ".tab": "\t,;|", ".txt": "\t,;|"
 INNER_RETURN = re.compile(r"\r(?!\n?\Z)")
 """A carriage return that does not end a line."""
 MASK = "\ufdd0"
-"""A code point that is not a character in any text."""
+"""A code point that is not a character, so no text contains it."""
 EXTENSIONS = (*DELIMITERS, ".jsonl", ".ndjson", ".json", ".parquet")
 
 
@@ -40,14 +40,14 @@ class OwnTable(NamedTuple):
         tables.require_columns(names, self.columns, f"{self.path}:1", f"--{field}")
 
     def find_columns(self, name: str, field: str) -> tuple[str, ...]:
-        """Returns the column with a name, or the columns whose names it joins with "+"; raises errors as `require_columns`."""
+        """Returns the column of this name, or the columns that it joins with "+"; raises errors like `require_columns`."""
         columns = _split_name(name, self.columns)
         self.require_columns(columns, field)
         return columns
 
 
 def _split_name(name: str, columns: Sequence[str]) -> tuple[str, ...]:
-    """Returns the names of columns that a name joins with "+". A column whose own name contains it is preferred."""
+    """Returns the names of columns that a name joins with "+". A column of exactly this name is preferred."""
     return (name,) if name in columns else tuple(part.strip() for part in name.split("+"))
 
 
@@ -78,7 +78,7 @@ def read_own_table(path: str, field: str, wanted: Sequence[str]) -> OwnTable:
 
 
 def _read_parquet(file: Path, wanted: Sequence[str]) -> OwnTable:
-    """Reads those columns of a Parquet file that the task can need."""
+    """Reads the columns of a Parquet file that the task may need."""
     names: list[str] = []
 
     def select(schema: Any) -> list[str]:
@@ -101,7 +101,7 @@ def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTa
     header = next((line for line in lines if line.strip()), "").replace("\r", "")
 
     def fit(delimiter: str) -> tuple[int, int]:
-        """Returns the number of wanted columns that the header has, and that of all its columns."""
+        """Returns the number of wanted columns in the header, and the number of all its columns."""
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), ())]
         return sum(set(_split_name(name, names)) <= set(names) for name in wanted), len(names)
 
@@ -116,7 +116,7 @@ def _read_separated(file: Path, delimiters: str, wanted: Sequence[str]) -> OwnTa
 def _read_quoted(file: Path, lines: Iterable[str], delimiter: str) -> Rows:
     """Returns the rows of a table whose cells may be quoted.
 
-    Python's csv module, and so pandas, writes carriage returns without quotes, but does not read them.
+    Python's csv module, and therefore pandas, writes carriage returns without quotes, but cannot read them back.
     """
     masked = (INNER_RETURN.sub(MASK, line) for line in lines)
     rows = tables.parse_csv(masked, delimiter, file, skip_spaces=delimiter != "\t")
@@ -126,9 +126,9 @@ def _read_quoted(file: Path, lines: Iterable[str], delimiter: str) -> Rows:
 def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
     """Returns the rows of a table with tabs, and a note for the log if it is not certain whether its cells are quoted.
 
-    Cells are quoted if all names of columns are, or if rows of equal length result only from reading them in this way and no
-    cell contains a line that looks like a row. If both readings give rows of equal length, cells are quoted if every cell that
-    begins with a quotation mark needs quotes because of the quotation marks in it.
+    Cells are quoted if all column names are, or if only reading them as quoted gives rows of equal length and no cell contains a
+    line that looks like a row. If both readings give rows of equal length, cells are quoted if every cell that begins with a
+    quotation mark contains doubled ones.
     """
     plain = list(tables.parse_tabs(lines))
     opened = [cell for _, cells in plain for cell in cells if cell.startswith('"')]
@@ -146,7 +146,7 @@ def _read_tabs(file: Path, lines: Sequence[str]) -> tuple[Rows, str]:
     if quoted and _are_equal(quoted) and not takes_rows and (doubled or not _are_equal(plain)):
         return quoted, f"{file}: quotation marks around cells ({len(opened):,}) are removed"
     note = f"{file}: quotation marks at the beginning of cells ({len(opened):,}) are taken as part of the text"
-    return plain, f"{note}; if they enclose cells, write them around the names of the columns, too"
+    return plain, f"{note}; if they enclose cells, put them around the names of the columns, too"
 
 
 def _are_equal(rows: Rows) -> bool:

@@ -128,7 +128,7 @@ def _open_own_task(task: Task, config: TaskConfig, split: SplitName) -> tuple[Fi
         return FileLayout("tsv", path, config.texts), {}, ""
     table = read_own_table(path, f"task.{split}", (*config.texts, config.label))
     texts = tuple(table.find_columns(name, "task.texts") for name in config.texts)
-    # A test split may lack the column, but not have it under a name with other capitals.
+    # A test split may lack the column, but must not capitalize it differently.
     if split != "test" or config.label.casefold() in map(str.casefold, table.columns):
         table.require_columns((config.label,), "task.label")
     return FileLayout("tsv", path, texts, config.label), {"": table.records}, table.note
@@ -180,7 +180,7 @@ def _parse_label(task: Task, classes: Mapping[str, int], layout: FileLayout, rec
       classes: the index of each label by its text; empty if the task is a regression.
       layout: the layout of the file.
       record: the row.
-      split: the split, of which a test split may have hidden labels.
+      split: the split; only a test split may have hidden labels.
     """
     try:
         text = label_text(record.fields.get(layout.label))

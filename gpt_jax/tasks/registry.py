@@ -71,7 +71,7 @@ def get_task(name: str) -> Task:
 
 
 METRICS = {"classes": ("accuracy", "f1", "matthews"), "answers": ("accuracy",), "scores": ("pearson", "spearman")}
-"""Metrics of a user-defined task, by what its labels are."""
+"""Metrics of a user-defined task, by the kind of its labels."""
 
 
 def task_from_config(config: TaskConfig) -> Task:
@@ -90,8 +90,8 @@ def task_from_config(config: TaskConfig) -> Task:
     labels = _own_labels(config)
     metrics = config.metrics or (METRICS[kind] if kind == "scores" else ("accuracy",))
     for metric in metrics:
-        require(metric in METRICS[kind], "task.metrics", f"'{metric}' is not a metric of {kind}; known: {listed(METRICS[kind])}")
-    wanted = f"f1 is a metric of two labels, not of {len(labels)}; use accuracy or matthews"
+        require(metric in METRICS[kind], "task.metrics", f"'{metric}' is not a metric for {kind}; known: {listed(METRICS[kind])}")
+    wanted = f"f1 is a metric for two labels, not for {len(labels)}; use accuracy or matthews"
     require("f1" not in metrics or len(labels) == 2, "task.metrics", wanted)
     return Task("", "own task", config.kind, labels, metrics=metrics, regression=kind == "scores")
 
@@ -101,7 +101,7 @@ def _own_labels(config: TaskConfig) -> tuple[str, ...]:
     answers = len(config.texts) - 1 if config.kind == "multiple_choice" else 0
     if config.score_range:
         span = config.score_range[-1] - config.score_range[0] if len(config.score_range) == 2 else 0
-        wanted = f"must be the lowest and the highest score, fewer than {MAX_CLASSES:,} apart, such as 0 5"
+        wanted = f"must be the lowest and the highest score, less than {MAX_CLASSES:,} apart, such as 0 5"
         require(0 < span < MAX_CLASSES, "task.score_range", wanted)
         require(not answers, "task.score_range", "does not apply to multiple_choice, whose labels are answers")
         require(not config.labels, "task.labels", "are names of classes; omit them with --task.score-range")

@@ -1,4 +1,4 @@
-"""The files of a released task in a user's folder: which release they are, and their rows.
+"""The files of a released task in a user's folder: which release they belong to, and their rows.
 
 Names of files and folders are compared without case, and files may be compressed. Hidden files, such as the `._NAME` that macOS
 puts into archives, are not read.
@@ -69,7 +69,7 @@ def _find_release(task: Task, given: Path) -> tuple[FileLayout, Path]:
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
-    """Returns what matches a glob below a folder, without case, perhaps compressed, and is not hidden."""
+    """Returns the paths below a folder that match a glob, ignoring case and compression, and are not hidden."""
     names = (pattern + extension for extension in ("", *COMPRESSIONS))
     globs = [re.sub("[a-zA-Z]", lambda letter: f"[{letter[0].lower()}{letter[0].upper()}]", name) for name in names]
     return sorted(path for glob in globs for path in folder.glob(glob) if not path.name.startswith("."))

@@ -1,6 +1,6 @@
 """Rows of labeled files, and the files of releases: tab-separated, comma-separated, JSON lines, and single JSON objects.
 
-`own_tables` reads the files of users, which may be written in many more ways.
+`own_tables` reads users' files, which may be written in many more ways.
 """
 
 import csv
@@ -36,11 +36,11 @@ class Record(NamedTuple):
 
 
 def check_rows(faults: Sequence[tuple[str, str]]) -> None:
-    """Checks that there are no faulty rows, which are given by their location and a description of their error.
+    """Checks that there are no faulty rows. Each is given by its location and a description of its error.
 
     Raises:
-      UserError: the message has the first row's location and error, and the number and locations of all of them, of which only
-        the first are listed.
+      UserError: there are some. The message has the first row's location and error, the number of rows, and the first few
+        locations.
     """
     if faults:
         where, message = faults[0]
@@ -75,7 +75,7 @@ def read_table(path: Path, file_format: TableFormat, required: Iterable[str], he
 
 
 def read_json_records(path: Path) -> Iterator[Record]:
-    """Yields the objects of a file of JSON: one on each line, in an array, or one after the other.
+    """Yields the objects of a JSON file: one per line, in an array, or one after the other.
 
     Raises:
       UserError: the file is malformed. The message names the line.
@@ -83,7 +83,7 @@ def read_json_records(path: Path) -> Iterator[Record]:
     last = 0
     with open_file(path) as file:
         for number, (line, fields) in enumerate(json_objects(file, path), start=1):
-            # Programs write arrays without line ends.
+            # Many programs write arrays without line ends.
             place = f" (object {number:,})" if line == last else ""
             yield Record(f"{path}:{line}{place}", fields)
             last = line
@@ -95,7 +95,7 @@ def make_record(where: str, columns: Sequence[str], cells: Sequence[str], note: 
     if len(cells) != len(columns):
         fault = f"{len(cells)} columns; there must be {len(columns)}: {listed(columns)}" + (f" ({note})" if note else "")
     elif len(columns) > 1 and [cell.strip() for cell in cells] == list(columns):
-        fault = "the names of the columns again; remove this row"
+        fault = "repeats the names of the columns; remove this row"
     return Record(where, dict(zip(columns, cells, strict=False)), fault)
 
 
@@ -114,7 +114,7 @@ def require_columns(wanted: Iterable[str], names: Sequence[str], where: str, opt
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Yields the lines of a file with their line ends. Only a line feed ends a line, since texts contain other separators.
+    """Yields the lines of a file with their line ends. Only a line feed ends a line, since texts contain other line separators.
 
     If there is no line feed, carriage returns end the lines, as on old Macs.
 
@@ -123,7 +123,7 @@ def read_lines(path: Path) -> Iterator[str]:
     """
     with open_file(path) as file:
         for number, data in enumerate(file, start=1):
-            # Tables that were joined have a byte-order mark before each header.
+            # Concatenated tables have a byte-order mark before each header.
             line = decode_text(data, path, number).removeprefix("\ufeff")
             if "\0" in line:
                 raise UserError(f"{path}:{number}: a NUL character; the file is damaged, or it is not text")
@@ -132,7 +132,7 @@ def read_lines(path: Path) -> Iterator[str]:
 
 
 def parse_tabs(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yields the rows of a table with tabs and without quoting, each with the number of its line. Empty lines are skipped."""
+    """Yields the rows of an unquoted table with tabs, each with the number of its line. Empty lines are skipped."""
     for number, line in enumerate(lines, start=1):
         if content := line.rstrip("\r\n"):
             yield number, content.split("\t")

@@ -13,7 +13,7 @@ PLACEHOLDER = re.compile(r"\[MASK\]|(?<!\w)_+(?!\w)")
 
 
 MAX_CANDIDATES = 5
-"""Maximum number of candidates. Schemas have two, and the pronoun disambiguation problems of the challenge of 2016 up to five."""
+"""Maximum number of candidates. Schemas have two, and the pronoun disambiguation problems of the 2016 challenge up to five."""
 
 
 def read_winograd(path: Path) -> TaskSplit:
@@ -43,7 +43,7 @@ def _parse_schema(path: Path, identifier: str, lines: list[tuple[int, str]]) -> 
         if not condition:
             raise UserError(f"{path}:{lines[line][0]}: {message}")
 
-    parts = "sentence, pronoun, the candidates, answer"
+    parts = "sentence, pronoun, candidates, answer"
     check(len(lines) == 4, 0, f"an example must have four lines ({parts}) before the blank one, not {len(lines)}")
     sentence, pronoun, listed, answer = (text for _, text in lines)
     match = PLACEHOLDER.search(sentence) or re.search(rf"(?<!\w){re.escape(pronoun)}(?!\w)", sentence)

@@ -192,7 +192,7 @@ def _score_choices(
 ) -> tuple[Float64[np.ndarray, "n choices"], int]:
     """Returns a score for each choice of each example, and the number of examples that lost their beginning.
 
-    If some examples have fewer choices than others, their scores are followed by minus infinity.
+    If some examples have fewer choices than others, their scores are padded with minus infinity.
     """
     encode = functools.lru_cache(maxsize=1024)(tokenizer.encode)  # an example's choices share a context or a continuation
     spans = []

@@ -11,8 +11,8 @@ and, written last, `manifest.json`, one JSON object of format version 2:
 Version 1 can still be read. Its state has the optimizer's own tree in place of `moments`, and its selection metric is the
 metric "rank" if there is one, otherwise "loss".
 
-The manifest says which checkpoint a folder is. A copy of the folder is the same checkpoint, wherever it is and whatever it is
-called; so is a link to it. In RUN/checkpoints, only folders that are named by their step are ever deleted.
+The manifest identifies a checkpoint. A copy of the folder is the same checkpoint, wherever it is and whatever it is called; so is
+a link to it. In RUN/checkpoints, only folders that are named after their step are ever deleted.
 
 Orbax loads a corrupted file without raising an error, hence the checksums. A folder without a manifest is a save that was cut
 short ("incomplete"); one that differs from its manifest is "damaged". Neither is ever restored.
@@ -55,7 +55,7 @@ class CheckpointInfo(NamedTuple):
     """One checkpoint on disk."""
 
     step: int
-    """The step in the manifest, or the name of a folder without a sound one; -1 if neither is a step."""
+    """The step in the manifest or, without a sound manifest, in the folder's name; -1 if neither has one."""
     path: Path
     state: Literal["sound", "incomplete", "damaged"]
     problem: str
@@ -82,7 +82,7 @@ class CheckpointInfo(NamedTuple):
 
 
 def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInfo]:
-    """Returns all checkpoints of a run by ascending step, among them copies and links, which come before the original.
+    """Returns all checkpoints of a run by ascending step, including copies and links, which come before the original.
 
     Args:
       folder: RUN or RUN/checkpoints; any folder of checkpoints; or a single checkpoint.
@@ -96,9 +96,9 @@ def list_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInf
 
 
 def own_checkpoints(folder: Path, checksums: bool = True) -> list[CheckpointInfo]:
-    """Returns the checkpoints of a run as `list_checkpoints`, but without copies of another run's.
+    """Returns the checkpoints of a run as `list_checkpoints` does, but without copies of another run's.
 
-    A checkpoint that is named by its step counts as the run's, and so does any other one with the same digests.
+    A checkpoint that is named after its step counts as the run's, and so does any other one with the same digests.
     """
     infos = list_checkpoints(folder, checksums)
     own = {info.digests for info in infos if info.named_by_step and info.digests}
@@ -227,7 +227,7 @@ def _checkpoint_folders(folder: Path) -> list[Path]:
 
 
 def step_in_name(path: Path) -> int:
-    """Returns the step that a folder is named by, or -1 if its name is not that of a step."""
+    """Returns the step that a folder is named after, or -1 if its name is not a step."""
     return int(path.name) if re.fullmatch("0|[1-9][0-9]{,17}", path.name) else -1
 
 
@@ -259,7 +259,7 @@ def require_sound(info: CheckpointInfo) -> CheckpointInfo:
 
 
 def best_checkpoints(infos: Sequence[CheckpointInfo], count: int) -> list[CheckpointInfo]:
-    """Returns the `count` sound checkpoints with the lowest selection metric, best first; of equal ones, the older first."""
+    """Returns the `count` sound checkpoints with the lowest selection metric, best first; in a tie, the older first."""
     ranked = [(info.selection_metric, info.step, info) for info in infos if info.selection_metric is not None]
     return [info for _, _, info in sorted(ranked, key=lambda item: item[:2])][:count]
 

@@ -28,7 +28,7 @@ def learning_rate(config: OptimConfig, total_steps: int, warmup_steps: float, st
       total_steps: number of updates in the whole run.
       warmup_steps: number of warm-up updates; may be fractional.
     """
-    # Whole updates are compared. The small term is for warm-ups such as 0.57 % of 10,000 updates, in floats 56.99999999999999.
+    # Whole updates are compared. The small term is for warm-ups such as 0.57 % of 10,000 updates: 56.99999999999999 in floats.
     in_warmup = jnp.asarray(step) <= math.floor(warmup_steps + 1e-6)
     step = jnp.asarray(step, jnp.float32)
     x = step / total_steps

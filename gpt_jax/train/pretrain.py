@@ -65,7 +65,7 @@ def pretrain(
         digests = [store.content_digest, store.digest]
         if dataset_version:
             digests = [hashlib.sha256(f"{digest} {dataset_version}".encode()).hexdigest() for digest in digests]
-        # Runs of earlier versions have recorded the digest of the whole index, which includes the path of the text.
+        # Runs of earlier versions recorded the digest of the whole index, which includes the path of the text.
         stored = ctx.run.stored().get("data_digest")
         digest = next((digest for digest in digests if digest == stored), digests[0])
 

@@ -71,7 +71,7 @@ RANDOM = ("", "none")
 
 
 def describe_start(info: CheckpointInfo) -> dict[str, Any]:
-    """Returns what identifies a checkpoint that a run starts from, and its training, wherever they are moved."""
+    """Returns what identifies a checkpoint that a run starts from, and its training, even if they are moved."""
     config, data_digest = read_config(info), read_manifest(info)["data_digest"]
     training = hashlib.sha256(f"{config_digest(config)} {data_digest} {config.init.from_}".encode()).hexdigest()
     # An imported model was not trained here, so another one may have the same config.
@@ -104,7 +104,7 @@ def check_start(run: RunDir, path: str, allow_changes: bool) -> None:
         name = "fingerprint" if is_checkpoint(Path(path)) else "training"
         same = not (then and now) or any(found[name] == start[name] for found in now for start in then)
     if not same and not allow_changes:
-        starts = f"started from {_name_start(before, then)}, and --init.from is {_name_start(path, now)}"
+        starts = f"started from {_name_start(before, then)}, but --init.from is {_name_start(path, now)}"
         raise UserError(f"{run.path} contains a run that {starts}. {INTENDED}")
     run.start = stored.get("init") if same else next(reversed(now), None)
 

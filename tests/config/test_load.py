@@ -94,7 +94,7 @@ def test_help_lists_fields_with_their_meaning(capsys):
     assert "--optim.peak-lr" in shown
     assert "Maximum learning rate of the schedule" in shown
     inputs = "--data.source, --data.store, --data.tokenizer.path, --init.from."
-    assert f"A path to the same content is the same value: {inputs}" in shown
+    assert f"Paths to the same content count as the same value: {inputs}" in shown
 
 
 # -- digests and round trips ------------------------------------------------------------------------------------------------

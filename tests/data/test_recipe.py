@@ -180,7 +180,7 @@ def test_the_tokenizer_is_compared_by_its_fingerprint(texts, tmp_path):
     for path in (tmp_path / "one", tmp_path / "copied", tmp_path / "missing", ""):
         check(store, make_config(texts, "sentencepiece", 300, path))
         prepare(make_config(texts, "sentencepiece", 300, path), store.folder, lambda line: None)
-    message = rf"store: made with another tokenizer than --data.tokenizer.path {tmp_path}/two; give another --data.store"
+    message = rf"store: made with a different tokenizer than --data.tokenizer.path {tmp_path}/two; give another --data.store"
     with pytest.raises(UserError, match=message):
         check(store, make_config(texts, "sentencepiece", 300, tmp_path / "two"))
     with pytest.raises(UserError, match=message):

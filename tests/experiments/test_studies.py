@@ -179,7 +179,7 @@ def test_a_damaged_file_of_variants_is_one_line(config_file, tmp_path, content):
         studies.find_variants("layers", config, task_from_config(config.task), file, "", quiet)
     variants = [{"variant": "a", "x": 1, "config": config_to_dict(PretrainConfig())}]
     file.write_text(json.dumps({"variants": variants}))
-    with pytest.raises(UserError, match=f"^{file}: contains a config of a pre-training; "):
+    with pytest.raises(UserError, match=f"^{file}: contains a pre-training config; "):
         studies.find_variants("layers", config, task_from_config(config.task), file, "", quiet)
 
 

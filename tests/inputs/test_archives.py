@@ -122,7 +122,7 @@ def test_an_archive_of_zeros_is_refused_without_filling_the_memory(tmp_path, kin
     done = subprocess.run([sys.executable, "-c", BOMB, str(path), kind], capture_output=True, text=True, check=True)
     message, kilobytes = done.stdout.splitlines()
     assert f"{path}: unpacks to more than 67,108,864 bytes (the limit is 200 times its size, or 67,108,864)" in message
-    assert message.endswith(f"; if it is text nevertheless, decompress it yourself with {kind} -d")
+    assert message.endswith(f"; if it really is text, decompress it yourself with {kind} -d")
     assert int(kilobytes) < 300_000
 
 

@@ -56,7 +56,7 @@ def test_a_name_with_a_dot_or_the_name_of_a_nested_field_is_one_column(tmp_path)
         ("meta", r"a.parquet: the column 'meta' contains struct<url: string>, not strings$"),
         ("url", r"no column 'url'"),
         ("latin", r"a.parquet: row 2 of the column 'latin': byte 0xe9 is not UTF-8$"),
-        ("twice", r"no column 'twice' .*; there are several of this name$"),
+        ("twice", r"no column 'twice' .*; several columns have this name$"),
     ],
 )
 def test_a_column_without_texts_is_refused(tmp_path, name, message):

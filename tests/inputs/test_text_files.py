@@ -343,7 +343,7 @@ def test_a_folder_inside_the_source_is_refused(tmp_path):
     many(tmp_path / "texts", 1)
     for source in (tmp_path / "texts", tmp_path / "texts" / "**"):
         with pytest.raises(
-            UserError, match=r"^--workdir: '.*texts/run' is inside --data.source '.*': .*; give a folder outside$"
+            UserError, match=r"^--workdir: '.*texts/run' is inside --data.source '.*': .*; give a folder outside it$"
         ):
             texts_of(source).require_outside(tmp_path / "texts" / "run", "workdir")
     texts_of(tmp_path / "texts" / "*.txt").require_outside(tmp_path / "texts" / "run", "workdir")

@@ -58,7 +58,7 @@ def test_a_cluster_that_jax_does_not_recognize_is_a_mistake(monkeypatch):
     with pytest.raises(UserError) as caught:
         distributed.start(DistributedConfig(), silent)
     assert str(caught.value) == (
-        "JAX does not find the processes of this run in the variables of the cluster (coordinator_address should be defined.); "
+        "JAX cannot find the processes of this run in the cluster's variables (coordinator_address should be defined.); "
         "set JAX_COORDINATOR_ADDRESS (HOST:PORT of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     )
 

@@ -205,7 +205,7 @@ def test_a_config_json_that_is_not_json_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"config": []}, ": 'config' is a list, not an object; it was changed since it was written"),
+        ({"config": []}, ": 'config' is a list, not an object; it has changed since it was written"),
         ({"config": None}, ": 'config' is null, not an object; "),
         ({"config": {"train": 5}}, ": no config field is named 'train'; "),
         ({"config": {"train": {"seed": "3"}}}, ": --train.seed: '3' is not a whole number"),
@@ -240,7 +240,7 @@ def test_a_config_json_that_lacks_a_value_is_one_line(tmp_path, name):
         tmp_path / "config.json",
         json.dumps({key: value for key, value in read_json(tmp_path / "config.json").items() if key != name}),
     )
-    with pytest.raises(UserError, match=f"config.json: '{name}' is missing; it was changed since it was written"):
+    with pytest.raises(UserError, match=f"config.json: '{name}' is missing; it has changed since it was written"):
         attempt(tmp_path)
 
 

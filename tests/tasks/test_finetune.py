@@ -248,10 +248,10 @@ def test_another_source_is_refused_although_its_architecture_is_the_same(finishe
     other = dataclasses.replace(config, init=TransferConfig(str(pretrained / "checkpoints" / "1")))
     message = error_of(finetune, other, run)
     assert message.startswith(f"{run} contains a run that started from {pretrained} (checkpoint 2, fingerprint ")
-    assert f"), and --init.from is {pretrained}/checkpoints/1 (checkpoint 1, fingerprint " in message
+    assert f"), but --init.from is {pretrained}/checkpoints/1 (checkpoint 1, fingerprint " in message
     assert message.endswith("Use another --workdir, or add --allow-changes if this is intended")
     random = dataclasses.replace(config, init=TransferConfig("none", like=str(pretrained)))
-    assert "), and --init.from is random parameters. " in error_of(finetune, random, run)
+    assert "), but --init.from is random parameters. " in error_of(finetune, random, run)
     assert (run / "config.json").read_bytes() == before
     assert finetune(other, run, allow_changes=True) == read_result(run)
 
@@ -269,7 +269,7 @@ def test_another_source_is_refused_although_its_architecture_is_the_same(finishe
 def test_a_result_with_bad_values_is_one_line(finished, config, tmp_path, content, problem):
     run = shutil.copytree(finished[0], tmp_path / "run")
     (run / "result.json").write_text(json.dumps(finished[1] | content))
-    assert error_of(finetune, config, run) == f"{run}/result.json: {problem}; it was changed since it was written"
+    assert error_of(finetune, config, run) == f"{run}/result.json: {problem}; it has changed since it was written"
     if "best_step" in content:
         assert problem in error_of(evaluate.best_checkpoint, run)
 

@@ -152,8 +152,8 @@ def test_identifiers_and_texts_are_not_classes(values):
 
 def test_labels_that_differ_in_case_or_blanks_are_refused():
     assert error_of(["Yes", "no", "yes"]) == (
-        "my.csv:4: the label 'yes' differs from 'Yes' (my.csv:2) only in case or blanks; write them in one way, or list both in "
-        "--task.labels"
+        "my.csv:4: the label 'yes' differs from 'Yes' (my.csv:2) only in case or blanks; write them the same way, or list both "
+        "in --task.labels"
     )
     assert error_of(["not  sure", "no", "not sure"]).startswith(
         "my.csv:4: the label 'not sure' differs from 'not  sure' (my.csv:2)"

@@ -156,9 +156,9 @@ def test_rows_with_too_few_or_too_many_cells_have_a_fault(tmp_path):
 def test_a_second_header_is_refused_and_not_a_class(tmp_path):
     """Tables that were joined with `cat` have one for each of them."""
     table = read(tmp_path, "a.csv", "text,label\na,1\ntext, label\nb,0\n")
-    assert [record.fault for record in table.records] == ["", "the names of the columns again; remove this row", ""]
+    assert [record.fault for record in table.records] == ["", "repeats the names of the columns; remove this row", ""]
     table = read(tmp_path, "a.csv", "\ufefftext,label\na,1\n\ufefftext,label\nb,0\n")  # Each has a byte-order mark.
-    assert table.records[1].fault == "the names of the columns again; remove this row"
+    assert table.records[1].fault == "repeats the names of the columns; remove this row"
     assert rows_of(read(tmp_path, "a.csv", "text\ntext\n"), "text") == [("text",)]
 
 
@@ -194,7 +194,7 @@ def test_quotation_marks_around_whole_cells_are_kept_with_a_note(tmp_path):
     assert rows_of(table) == [('"Great film!"', "1"), ("bad", "0"), ('"So so."', "0")]
     assert table.note == (
         f"{tmp_path}/a.tsv: quotation marks at the beginning of cells (2) are taken as part of the text; if they enclose cells, "
-        "write them around the names of the columns, too"
+        "put them around the names of the columns, too"
     )
     table = read(tmp_path, "a.tsv", '"text"\t"label"\n"Great film!"\t1\nbad\t0\n"So so."\t0\n')  # as the note says
     assert rows_of(table) == [("Great film!", "1"), ("bad", "0"), ("So so.", "0")]

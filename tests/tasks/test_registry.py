@@ -189,24 +189,24 @@ def test_metrics_have_defaults_by_the_kind_of_label(tmp_path, fields, metrics):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"metrics": ("f1_score",)}, "--task.metrics: 'f1_score' is not a metric of classes; known: accuracy, f1, matthews"),
-        ({"metrics": ("pearson",)}, "--task.metrics: 'pearson' is not a metric of classes; known: accuracy, f1, matthews"),
+        ({"metrics": ("f1_score",)}, "--task.metrics: 'f1_score' is not a metric for classes; known: accuracy, f1, matthews"),
+        ({"metrics": ("pearson",)}, "--task.metrics: 'pearson' is not a metric for classes; known: accuracy, f1, matthews"),
         (
             {"metrics": ("accuracy",), "score_range": (0, 5)},
-            "--task.metrics: 'accuracy' is not a metric of scores; known: pearson, spearman",
+            "--task.metrics: 'accuracy' is not a metric for scores; known: pearson, spearman",
         ),
         (
             {"metrics": ("f1",), "kind": "multiple_choice", "texts": ("c", "a", "b")},
-            "--task.metrics: 'f1' is not a metric of answers; known: accuracy",
+            "--task.metrics: 'f1' is not a metric for answers; known: accuracy",
         ),
         (
             {"metrics": ("f1",), "labels": ("a", "b", "c")},
-            "--task.metrics: f1 is a metric of two labels, not of 3; use accuracy or matthews",
+            "--task.metrics: f1 is a metric for two labels, not for 3; use accuracy or matthews",
         ),
         *(
             (
                 {"score_range": score_range},
-                "--task.score-range: must be the lowest and the highest score, fewer than 1,000 apart, such as 0 5",
+                "--task.score-range: must be the lowest and the highest score, less than 1,000 apart, such as 0 5",
             )
             for score_range in ((5,), (5, 0), (1, 1), (0, 1, 2), (0, 1000))
         ),

@@ -108,13 +108,13 @@ def test_another_checkpoint_at_the_same_path_is_refused(source, tmp_path):
 def test_random_parameters_are_another_start(source, tmp_path, kind, random):
     attempt(tmp_path / "run", source, kind=kind)
     assert refusal(tmp_path / "run", random).endswith(
-        "), and --init.from is random parameters. Use another --workdir, or add --allow-changes if this is intended"
+        "), but --init.from is random parameters. Use another --workdir, or add --allow-changes if this is intended"
     )
     attempt(tmp_path / "other", random, kind=kind)
     assert attempt(tmp_path / "other", random, kind=kind) is None
-    assert f"started from random parameters, and --init.from is {source} (checkpoint 6," in refusal(tmp_path / "other", source)
+    assert f"started from random parameters, but --init.from is {source} (checkpoint 6," in refusal(tmp_path / "other", source)
     # A path that leads nowhere is not random parameters either.
-    assert "and --init.from is nowhere. Use another" in refusal(tmp_path / "other", "nowhere")
+    assert "but --init.from is nowhere. Use another" in refusal(tmp_path / "other", "nowhere")
 
 
 def test_a_source_that_was_trained_on_is_the_same_start(source, tmp_path):
