@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib.metadata
 import re
@@ -44,6 +45,13 @@ class InstalledDocs:
     @functools.cached_property
     def passages(self) -> list[tuple[str, str]]:
         """Pairs of the package that a document comes from ("python" for the Python library) and the document."""
+        gc.freeze()  # A new syntax tree makes the garbage collector run many times; it need not visit all of JAX's objects, too.
+        try:
+            return self._read()
+        finally:
+            gc.unfreeze()
+
+    def _read(self) -> list[tuple[str, str]]:
         passages: list[tuple[str, str]] = []
         num_bytes = 0
         seen: set[bytes] = set()

@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,6 @@ Leaves = dict[tuple[str, ...], Any]
 
 # Orbax logs every phase of a save, and every error that it also raises.
 logging.getLogger("absl").addFilter(lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname)
-# If one of its writes fails, Orbax abandons the others.
-warnings.filterwarnings("ignore", r"coroutine 'OrbaxLayout\..*' was never awaited", RuntimeWarning)
-
-
-def _ignore_abandoned_writes(unraisable: Any, show: Callable[[Any], Any] = sys.unraisablehook) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        show(unraisable)
-
-
-sys.unraisablehook = _ignore_abandoned_writes
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------------
@@ -175,6 +165,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
             reason = _system_error(error)
             if reason is None:
                 raise
+            _silence_abandoned_writes()
             require_held()  # Otherwise, the failure is that another process has cleared the folder.
             if jax.process_index() == 0:
                 self._delete_failed_save(step)
@@ -198,6 +189,18 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
     def _unfinished(self) -> list[Path]:
         """Returns the folders of saves that Orbax has not committed."""
         return list(self._folder.glob("*.orbax-checkpoint-tmp*"))
+
+
+def _silence_abandoned_writes() -> None:
+    """Suppresses what Python says about Orbax's other writes, which Orbax abandons if one of them has failed."""
+    warnings.filterwarnings("ignore", r"coroutine 'OrbaxLayout\..*' was never awaited", RuntimeWarning)
+    show = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _system_error(error: BaseException | None) -> str | None:
