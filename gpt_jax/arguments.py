@@ -213,9 +213,7 @@ def _add_import(sub: argparse.ArgumentParser) -> None:
 def _add_checkpoint_verb(sub: argparse.ArgumentParser) -> None:
     text = "list them, verify every file, or delete all but the newest and best"
     sub.add_argument("action", choices=("list", "verify", "prune"), help=text)
-    sub.add_argument(
-        "run_folder", type=_path, metavar="RUN", help="a run's folder, or a single checkpoint to list or verify"
-    )
+    sub.add_argument("run_folder", type=_path, metavar="RUN", help="a run's folder, or a single checkpoint to list or verify")
     text = "prune: number of newest checkpoints to keep (default: 1)"
     sub.add_argument("--keep-latest", type=number(int, POSITIVE), help=text)
     text = "prune: number of best checkpoints to keep (default: 1)"
