@@ -12,6 +12,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.inputs.numbers import BYTES, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, number
 from gpt_jax.launch import command
 
+BENCHMARKS = ("train",)
 DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, generate, export. See `gpt-jax VERB --help` for the arguments."
 
 
@@ -221,8 +222,14 @@ def _add_checkpoint_verb(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
-    text = "input: the input pipeline; matmul: matrix products; padding: fine-tuning with batches padded in three ways"
-    sub.add_argument("name", choices=("input", "matmul", "padding"), help=text)
+    sub.add_argument("name", choices=BENCHMARKS, help=f"the benchmark: {', '.join(BENCHMARKS)}")
     sub.set_defaults(takes_overrides=True)
-    sub.add_argument("--config", help="padding: a fine-tuning config, with its --section.field overrides")
-    sub.add_argument("--store", type=_path, help="input: a token store to read (default: a temporary one of random tokens)")
+    text = "other projects' programs to measure beside ours, such as torch and transformers; each must be installed"
+    sub.add_argument("--against", nargs="+", default=[], metavar="PEER", help=text)
+    sub.add_argument("--config", help="train, finetune: the config to measure, with --section.field overrides (default: gpt1)")
+    text = "train, generate: one or several batch sizes"
+    sub.add_argument("--batch-size", type=number(int, POSITIVE), nargs="+", metavar="N", help=text)
+    sub.add_argument("--products", action="store_true", help="train: also time the matrix products of a step alone")
+    text = "number of rounds, in which the programs take turns (default: 5)"
+    sub.add_argument("--rounds", type=number(int, POSITIVE), default=5, help=text)
+    sub.add_argument("--json", type=_path, metavar="FILE", help="also write all measurements to this file")

@@ -301,25 +301,12 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     return UserError.exit_code if any(info.state == "damaged" for info in infos) else 0
 
 
-def _bench(options: argparse.Namespace, overrides: list[str]) -> None:
-    if options.store and options.name != "input":
-        raise field_error("store", f"requires the benchmark 'input', not '{options.name}'")
-    if options.name == "padding":
-        if options.config is None:
-            raise field_error("config", "name the fine-tuning config to time, for example finetune/cola")
-        config = _load_config(options, overrides, "finetune")
-        from gpt_jax.experiments.bench import bench_padding
+def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
+    from gpt_jax.bench import command as bench
 
-        bench_padding(config)
-        return
-    if overrides or options.config:
-        raise UserError(f"'{overrides[0] if overrides else '--config'}' is not an argument of gpt-jax bench {options.name}")
-    from gpt_jax.experiments.bench import bench_input, bench_matmul
-
-    if options.name == "input":
-        bench_input(options.store)
-    else:
-        bench_matmul()
+    bench.check_options(options, overrides)
+    verb = "finetune" if options.name == "finetune" else "pretrain"
+    return bench.bench(options, _load_config(options, overrides, verb) if options.config else None)
 
 
 VERBS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
@@ -339,6 +326,6 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
     "bench": _bench,
 }
 """The function of each verb. It takes the options and the words that override fields of a config."""
-WITHOUT_JAX = ("prepare", "launch", "supervise")
-ON_THIS_MACHINE = ("evaluate", "generate", "export", "import", "bench")
+WITHOUT_JAX = ("prepare", "launch", "supervise", "bench")
+ON_THIS_MACHINE = ("evaluate", "generate", "export", "import")
 """The verbs that compute in a single process. Others join the processes of a run before they use devices."""

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     {"__main__", "cli"},
     {"arguments"},
-    {"experiments"},
+    {"bench", "experiments"},
     {"launch", "plan"},
     {"interop"},
     {"tasks"},

@@ -1,0 +1,29 @@
+"""What a benchmark times: a program, which a worker process builds from the name of a function and its arguments."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+
+class Program(NamedTuple):
+    """A program that is ready to run."""
+
+    run: Callable[[int], object]
+    """Does the work the given number of times and returns when the results exist. The first call may compile."""
+    details: Callable[[], dict[str, float]] = dict
+    """Returns further figures at the end, by name, for example seconds of parts of the work."""
+
+
+class Recipe(NamedTuple):
+    """How to build a program in another process."""
+
+    function: str
+    """MODULE:NAME of a function that returns a `Program`."""
+    arguments: Mapping[str, Any]
+    """Keyword arguments of the function, which must survive JSON."""
+
+    def build(self) -> Program:
+        """Returns the program."""
+        module, _, name = self.function.partition(":")
+        program: Program = getattr(importlib.import_module(module), name)(**self.arguments)
+        return program

@@ -1,0 +1,118 @@
+"""The table and the JSON of measured contests, with the machine and the versions that they were measured with."""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.bench.contest import Outcome, Timing, num_cores
+from gpt_jax.experiments.score_tables import format_table
+from gpt_jax.runtime.chips import CHIPS
+from gpt_jax.runtime.rundir import environment, installed_versions, write_atomic
+
+BUSY = 0.3
+"""Load for each core, before the start, from which a machine is called busy."""
+
+PEER_PACKAGES = ("torch", "transformers", "ctranslate2")
+
+
+def describe_run(peers: Sequence[str]) -> dict[str, Any]:
+    """Returns the machine, its load, the versions, the date and the command, before any program has started."""
+    facts = environment()
+    packages = PEER_PACKAGES if peers else ()
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
+        "machine": f"{_cpu_name()}, {num_cores()} cores, {platform.system()} {platform.machine()}",
+        "load_before": round(os.getloadavg()[0], 2),
+        "versions": facts["versions"] | installed_versions(packages),
+        "commit": facts["commit"],
+        "command": shlex.join(["gpt-jax", *sys.argv[1:]]),
+    }
+
+
+def print_header(facts: dict[str, Any]) -> None:
+    """Prints what `describe_run` returned, and a warning if other programs were running."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    print(f"{facts['command']}\n{facts['date']}; {facts['machine']}; load average {facts['load_before']}\n{versions}")
+    if facts["load_before"] > BUSY * num_cores():
+        print(f"The load average was {facts['load_before']} at the start, so other programs lowered these figures.")
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Prints the table of one contest, and a line for each program that failed."""
+    contest, finished = outcome.contest, outcome.finished
+    print(f"\n{contest.title}")
+    rated = bool(contest.unit)
+    header = [f"{contest.unit}/s", "min", "max"] if rated else []
+    header += ["s"] if rated else ["s", "min", "max"]
+    header += ["GFLOP/s"] if contest.flops else []
+    table: list[Sequence[object]] = [("program", *header, f"x {outcome.reference}", "set-up, s", "peak GB")]
+    for name, timing in finished.items():
+        low, high = min(timing.seconds), max(timing.seconds)
+        spread = [contest.work / seconds for seconds in (timing.median, high, low)] if rated else []
+        figures = [*map(rounded, [*spread, timing.median] if rated else [timing.median, low, high])]
+        figures += [rounded(contest.flops / timing.median / 1e9)] if contest.flops else []
+        table.append(
+            (name, *figures, f"{outcome.speed_ratio(name):.2f}", f"{timing.setup:.1f}", f"{timing.peak_bytes / 1e9:.2f}")
+        )
+    if finished:
+        print(format_table(table))
+    for name, timing in outcome.timings.items():
+        if timing.failure:
+            print(f"{name} failed: {timing.failure}")
+        if utilization := _utilization(contest.flops, timing):
+            print(f"{name}: {utilization}")
+        for part, value in timing.details.items():
+            print(f"  {name}, {part}: {rounded(value)}")
+
+
+def write_json(path: Path, facts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+    """Writes the facts and all measurements; times are seconds of one repetition in each round."""
+    contests = [
+        {
+            "title": outcome.contest.title,
+            "unit": outcome.contest.unit,
+            "work": outcome.contest.work,
+            "flops": outcome.contest.flops,
+            "reference": outcome.reference,
+            "programs": {name: _as_json(outcome, name) for name in outcome.timings},
+        }
+        for outcome in outcomes
+    ]
+    facts = facts | {"load_after": round(os.getloadavg()[0], 2)}
+    write_atomic(path, json.dumps({**facts, "contests": contests}, indent=1) + "\n")
+
+
+def rounded(value: float) -> str:
+    """Returns a number with three significant digits, or as a whole number with separators if it has more."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+
+
+def _as_json(outcome: Outcome, name: str) -> dict[str, Any]:
+    timing = outcome.timings[name]
+    if timing.failure:
+        return {"failure": timing.failure}
+    figures = {"seconds": timing.seconds, "median": timing.median, "speed_ratio": outcome.speed_ratio(name)}
+    return figures | {name: getattr(timing, name) for name in ("setup", "peak_bytes", "details", "device")}
+
+
+def _utilization(flops: float, timing: Timing) -> str:
+    """Returns the model FLOPs utilization of an accelerator, or "" if its peak is not known."""
+    chip = CHIPS.get(timing.device)
+    if chip is None or not flops:
+        return ""
+    return f"MFU {flops / timing.median / chip.peak_flops['bfloat16']:.1%} of the bfloat16 peak of {timing.device}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown processor")

@@ -1,0 +1,64 @@
+"""The process of one program in a benchmark: builds the program, runs it on request, and reports times as JSON lines.
+
+It reads JSON lines from standard input: first the fields of a `Recipe`, then one integer for each round, the number of
+repetitions. For each line it writes one line to the original standard output. When the input ends, it writes a last line. What
+libraries print goes to standard error.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+from gpt_jax.bench.program import Recipe
+from gpt_jax.errors import UserError, one_line
+
+
+def main() -> None:
+    """Serves one program until standard input ends, or until an error has been reported."""
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as channel:
+        os.dup2(2, 1)
+
+        def answer(**fields: Any) -> None:
+            print(json.dumps(fields), file=channel, flush=True)
+
+        try:
+            _serve(answer)
+        except UserError as error:
+            answer(mistake=str(error))
+        except Exception as error:
+            answer(failure=one_line(error))
+            raise  # The traceback goes to standard error.
+
+
+def _serve(answer: Any) -> None:
+    begin = time.perf_counter()
+    program = Recipe(*json.loads(sys.stdin.readline())).build()
+    program.run(1)
+    answer(setup=time.perf_counter() - begin)
+    for line in sys.stdin:
+        begin = time.perf_counter()
+        program.run(int(line))
+        answer(seconds=time.perf_counter() - begin)
+    answer(peak_bytes=peak_memory(), details=program.details(), device=_device())
+
+
+def peak_memory() -> int:
+    """Returns the largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device() -> str:
+    """Returns the kind of accelerator that this process has used; empty for a CPU."""
+    if (jax := sys.modules.get("jax")) and (device := jax.devices()[0]).platform != "cpu":
+        return str(device.device_kind)
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return ""
+
+
+if __name__ == "__main__":
+    main()
