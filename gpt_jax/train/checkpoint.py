@@ -166,7 +166,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
             if reason is None:
                 raise
             _silence_abandoned_writes()
-            require_held()  # Otherwise, the failure is that another process has cleared the folder.
+            require_held()  # If the lock is lost, the save failed because another process cleared the folder.
             if jax.process_index() == 0:
                 self._delete_failed_save(step)
             sound = [info.step for info in list_checkpoints(self._folder, checksums=False) if info.state == "sound"]
@@ -174,7 +174,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
             raise UserError(f"{self._folder}: checkpoint {step} could not be saved ({reason}); {rest}") from error
 
     def _delete_failed_save(self, step: int) -> None:
-        """Deletes what a failed save has left, until its other writes, which are still in progress, leave nothing new behind."""
+        """Deletes what a failed save has left, until its other writes, still in progress, leave nothing new behind."""
         quiet = 0
         for _ in range(100):
             leftovers = [*self._unfinished(), *self._folder.glob(str(step))]
@@ -204,7 +204,7 @@ def _silence_abandoned_writes() -> None:
 
 
 def _system_error(error: BaseException | None) -> str | None:
-    """Returns what the operating system has reported, or None if the error is of another kind."""
+    """Returns what the operating system reported, or None if the error is of another kind."""
     if code := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore reports it in a ValueError.
         return os.strerror(int(code[1]))
     if isinstance(error, UserError):  # from `write_atomic`

@@ -387,7 +387,7 @@ def test_a_table_without_a_header_is_refused_in_a_short_line(tmp_path):
         ("a.csv", b'text,label\na,1\n"b,2\n', ":3: unexpected end of data; quote cells that contain separators or quotes"),
         ("a.csv", b'text,label\n"a" b,1\n', ":2: ',' expected after '\"'; quote cells"),
         ("a.txt", "text\tlabel\n".encode("utf-16"), ": .*UTF-16.*iconv"),
-        ("a.csv", b"PK\x03\x04....", ": .*zip archive.* not read; "),  # an .xlsx under another name
+        ("a.csv", b"PK\x03\x04....", ": .*zip archive.* not supported; "),  # an .xlsx under another name
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', ":[23]: not valid JSON: Expecting ',' delimiter"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r":1: \\ud800 is half of a surrogate pair"),
         ("a.jsonl", b'{"label": ' + b"9" * 5000 + b"}\n", ":1: not readable: a number has more than 4,300 digits"),

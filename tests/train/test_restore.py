@@ -86,7 +86,7 @@ def test_another_checkpoint_is_refused_unless_changes_are_allowed(source, tmp_pa
     start, other = attempt(tmp_path / "run", source, kind=kind), FIXTURES / "adamw_v1"
     theirs = json.loads((other / "checkpoints" / "6" / "manifest.json").read_text())["sha256"]
     assert refusal(tmp_path / "run", other) == (
-        f"{tmp_path}/run contains a run that started from {source} (checkpoint 6, fingerprint {start['fingerprint'][:12]}), and "
+        f"{tmp_path}/run contains a run that started from {source} (checkpoint 6, fingerprint {start['fingerprint'][:12]}), but "
         f"--init.from is {other} (checkpoint 6, fingerprint {theirs[:12]}). Use another --workdir, or add --allow-changes if "
         "this is intended"
     )
