@@ -162,9 +162,6 @@ def finetune_synthetic_tasks(config: PretrainConfig, workdir: Path, passages: li
 
     A task's other model has the same architecture, settings and batches, and starts from random parameters.
     """
-    # Runs whose batches have the same shapes compile the same programs.
-    jax.config.update("jax_compilation_cache_dir", str(workdir / "tasks" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     inits = {"pretrained": TransferConfig(str(workdir)), "nothing": TransferConfig("none", like=str(workdir))}
     held_out = functools.partial(is_held_out, validation_share=config.data.validation_share)
     folder, seed, scores = workdir / "tasks", config.train.seed, {}

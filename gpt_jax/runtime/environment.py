@@ -198,12 +198,16 @@ def _xla_flags_problem(flags: str) -> str:
 
 
 def require_devices() -> None:
-    """Starts JAX's backends and checks that they have the requested devices. On CPUs, freed memory is kept for reuse.
+    """Starts JAX's backends and checks that they have the requested devices, and lets JAX keep compiled programs.
+
+    On CPUs, freed memory is kept for reuse.
 
     Raises:
       UserError: a platform in JAX_PLATFORMS is not available, or CUDA_VISIBLE_DEVICES names GPUs that do not exist.
     """
     import jax
+
+    from gpt_jax.runtime import compilation_cache, console
 
     try:
         devices = jax.devices()
@@ -218,3 +222,4 @@ def require_devices() -> None:
         raise _mistake("CUDA_VISIBLE_DEVICES", f"names {wanted} GPUs, but only {len(devices)} of them can be used")
     if devices[0].platform == "cpu":
         keep_freed_memory()
+    compilation_cache.enable(console.say if jax.process_index() == 0 else lambda line: None)

@@ -1,10 +1,24 @@
-"""The identity of this machine and of its processes: which process a previously recorded process id belongs to."""
+"""The identity of this machine, of its CPU and of its processes: which process a previously recorded process id belongs to."""
 
 import contextlib
 import functools
 import os
 import subprocess
 from pathlib import Path
+
+CPU_FIELDS = {
+    *("vendor_id", "cpu family", "model", "flags"),  # x86
+    *("CPU implementer", "CPU architecture", "CPU variant", "CPU part", "Features"),  # ARM
+}
+"""The fields of /proc/cpuinfo that determine for which CPU a compiler produces code."""
+
+
+def cpu_model() -> str:
+    """Returns a string that identifies the model and the instruction sets of this machine's CPU; empty if they are unknown."""
+    with contextlib.suppress(OSError):
+        first_core = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+        return "\n".join(line for line in first_core.splitlines() if line.partition(":")[0].strip() in CPU_FIELDS)
+    return _output("sysctl", "-n", "machdep.cpu.brand_string")  # macOS
 
 
 @functools.cache
