@@ -12,7 +12,9 @@ from gpt_jax.errors import UserError
 from gpt_jax.inputs.numbers import BYTES, NOT_NEGATIVE, POSITIVE, PROBABILITY, SEED, number
 from gpt_jax.launch import command
 
-BENCHMARKS = ("train",)
+BENCHMARKS = ("train", "attention", "loss", "generate", "finetune", "input", "tokenize", "checkpoint", "startup", "matmul", "all")
+"""The names that `bench` takes."""
+
 DESCRIPTION = "GPT-1 in JAX: pre-train, fine-tune, evaluate, generate, export. See `gpt-jax VERB --help` for the arguments."
 
 
@@ -222,14 +224,21 @@ def _add_checkpoint_verb(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("name", choices=BENCHMARKS, help=f"the benchmark: {', '.join(BENCHMARKS)}")
+    sub.epilog = (
+        "train: the whole training step; attention, loss: parts of it; generate: continuing prompts; finetune: ten batches of a "
+        "task; input: the input pipeline; tokenize: the tokenizer; checkpoint: saving and restoring; startup: the time to the "
+        "first update; matmul: one matrix product; all: all of these except finetune, with their defaults."
+    )
+    sub.add_argument("name", choices=BENCHMARKS, help="what to measure (see below)")
     sub.set_defaults(takes_overrides=True)
-    text = "other projects' programs to measure beside ours, such as torch and transformers; each must be installed"
+    text = "programs to measure beside ours: torch, torch-compiled, transformers, transformers-compiled (train; others know some)"
     sub.add_argument("--against", nargs="+", default=[], metavar="PEER", help=text)
-    sub.add_argument("--config", help="train, finetune: the config to measure, with --section.field overrides (default: gpt1)")
-    text = "train, generate: one or several batch sizes"
+    text = "the config to measure, which --section.field options change (default: gpt1; checkpoint: mini; finetune: none)"
+    sub.add_argument("--config", help=text)
+    text = "one or several batch sizes (default: the config's own; without --config, small ones)"
     sub.add_argument("--batch-size", type=number(int, POSITIVE), nargs="+", metavar="N", help=text)
-    sub.add_argument("--products", action="store_true", help="train: also time the matrix products of a step alone")
+    sub.add_argument("--products", action="store_true", help="train: also time the matrix products of a step, each alone")
+    sub.add_argument("--store", type=_path, help="input: a token store to read (default: a temporary file of random tokens)")
     text = "number of rounds, in which the programs take turns (default: 5)"
     sub.add_argument("--rounds", type=number(int, POSITIVE), default=5, help=text)
     sub.add_argument("--json", type=_path, metavar="FILE", help="also write all measurements to this file")

@@ -12,10 +12,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from gpt_jax.bench.peers import PEERS
+from gpt_jax.bench.machine import busy_seconds, num_cores, process_seconds
 from gpt_jax.bench.program import Recipe
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.console import say
@@ -35,6 +37,8 @@ class Request(NamedTuple):
     peers: Sequence[str] = ()
     products: bool = False
     """Whether `train` also times the matrix products of a step alone."""
+    store: Path | None = None
+    """The token store that `input` reads; None: random tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +51,13 @@ class Contest:
     work: float
     """Amount of work in one repetition."""
     programs: dict[str, Recipe]
-    """The programs by name. Those that are named in `PEERS` are what the others are compared with."""
+    """The programs by name."""
+    peers: tuple[str, ...] = ()
+    """Names of the programs of other projects; the fastest of them is what the others are compared with."""
     flops: float = 0.0
     """Floating-point operations in one repetition; 0: not counted."""
+    part: str = ""
+    """Name of a program that does only a part of the first program's work; empty: there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +89,8 @@ class Outcome:
 
     contest: Contest
     timings: dict[str, Timing]
+    other_cores: float | None
+    """Mean number of cores that the machine's other programs used during the rounds; None: not known."""
 
     @property
     def finished(self) -> dict[str, Timing]:
@@ -90,13 +100,17 @@ class Outcome:
     @property
     def reference(self) -> str:
         """The program that the others are compared with: the fastest peer, or the first program if there are no peers."""
-        peers = [name for name in self.finished if name in PEERS]
+        peers = [name for name in self.contest.peers if name in self.finished]
         return min(peers, key=lambda name: self.timings[name].median) if peers else next(iter(self.finished), "")
 
-    def speed_ratio(self, name: str) -> float:
-        """Returns how many times as fast as the reference a program is: the median of the ratios in each round."""
-        pairs = zip(self.timings[self.reference].seconds, self.timings[name].seconds, strict=True)
-        return statistics.median(other / own for other, own in pairs)
+    def speed_ratio(self, name: str, other: str = "") -> float:
+        """Returns how many times as fast as another program this one is: the median of the ratios in each round.
+
+        Args:
+          other: empty: the reference.
+        """
+        pairs = zip(self.timings[other or self.reference].seconds, self.timings[name].seconds, strict=True)
+        return statistics.median(theirs / own for theirs, own in pairs)
 
 
 def run_contest(contest: Contest, rounds: int, round_seconds: float = ROUND_SECONDS) -> Outcome:
@@ -111,8 +125,7 @@ def run_contest(contest: Contest, rounds: int, round_seconds: float = ROUND_SECO
     """
     timings: dict[str, Timing] = {}
     with contextlib.ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        counts, setups = {}, {}
+        workers, counts, setups = {}, {}, {}
         for name, recipe in contest.programs.items():
             say(f"{contest.title}: preparing {name}")
             worker = stack.enter_context(start_worker(recipe))
@@ -123,6 +136,7 @@ def run_contest(contest: Contest, rounds: int, round_seconds: float = ROUND_SECO
                 timings[name] = Timing(failure=str(error))
             else:
                 workers[name] = worker
+        meter = OtherLoad([os.getpid(), *(worker.pid for worker in workers.values())])
         seconds: dict[str, list[float]] = {name: [] for name in workers}
         for number in range(rounds):
             say(f"{contest.title}: round {number + 1} of {rounds}")
@@ -133,9 +147,28 @@ def run_contest(contest: Contest, rounds: int, round_seconds: float = ROUND_SECO
                 except WorkerError as error:
                     del workers[name]
                     timings[name] = Timing(failure=str(error))
+        other_cores = meter.cores()
         for name, worker in workers.items():
             timings[name] = Timing(setups[name], tuple(seconds[name]), **worker.finish())
-    return Outcome(contest, {name: timings[name] for name in contest.programs})
+    return Outcome(contest, {name: timings[name] for name in contest.programs}, other_cores)
+
+
+class OtherLoad:
+    """Measures how busy the programs other than some processes keep this machine, from its creation on."""
+
+    def __init__(self, own: Sequence[int]):
+        self._own = own
+        self._start = time.monotonic(), *self._used()
+
+    def cores(self) -> float | None:
+        """Returns the mean number of cores that other programs have used; None if it is not known."""
+        (start, machine, own), (machine_now, own_now) = self._start, self._used()
+        if machine is None or machine_now is None:
+            return None
+        return max(0.0, (machine_now - machine) - (own_now - own)) / (time.monotonic() - start)
+
+    def _used(self) -> tuple[float | None, float]:
+        return busy_seconds(), sum(map(process_seconds, self._own))
 
 
 # -- processes --------------------------------------------------------------------------------------------------------------
@@ -154,6 +187,11 @@ class Worker:
         self._recipe, self._process, self._log = recipe, process, log
         self._requests, self._answers = process.stdin, process.stdout
 
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
     def setup(self) -> float:
         """Builds the program and runs it once; returns the seconds that this took."""
         return float(self._ask(self._recipe)["setup"])
@@ -165,7 +203,9 @@ class Worker:
     def finish(self) -> dict[str, Any]:
         """Ends the process; returns its peak memory, details and device."""
         self._requests.close()
-        return self._answer()
+        answer = self._answer()
+        self._process.wait()
+        return answer
 
     def _ask(self, request: Any) -> dict[str, Any]:
         with contextlib.suppress(BrokenPipeError):  # The process has ended, and `_answer` says why.
@@ -195,12 +235,13 @@ class Worker:
 
 @contextlib.contextmanager
 def start_worker(recipe: Recipe) -> Iterator[Worker]:
-    """Starts the process of a program, and ends it when the block exits."""
+    """Starts the process of a program, and ends it and deletes its temporary files when the block exits."""
     command = [sys.executable, "-m", "gpt_jax.bench.worker"]
     pipe = subprocess.PIPE
     with (
+        tempfile.TemporaryDirectory() as scratch,
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, bufsize=0, env=worker_environment(), stdin=pipe, stdout=pipe, stderr=log) as process,
+        subprocess.Popen(command, bufsize=0, env=worker_environment(scratch), stdin=pipe, stdout=pipe, stderr=log) as process,
     ):
         try:
             yield Worker(recipe, process, log)
@@ -208,12 +249,7 @@ def start_worker(recipe: Recipe) -> Iterator[Worker]:
             process.kill()
 
 
-def num_cores() -> int:
-    """Returns the number of cores that this process, and so each program, may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def worker_environment() -> dict[str, str]:
-    """Returns the environment of all programs: one thread for each core, and a GPU that several processes share."""
+def worker_environment(scratch: str) -> dict[str, str]:
+    """Returns a program's environment: a thread for each core, a folder of its own, and a GPU that it shares with the others."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_cores()))
-    return {**os.environ, **threads, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return {**os.environ, **threads, "TMPDIR": scratch, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

@@ -27,8 +27,6 @@ PEERS = {
     "transformers-compiled": Peer(("torch", "transformers"), _HUGGINGFACE, compiled=True),
     "torch": Peer(("torch",), _HUGGINGFACE),
     "torch-compiled": Peer(("torch",), _HUGGINGFACE, compiled=True),
-    "ctranslate2": Peer(("ctranslate2", "transformers"), "pip install ctranslate2 'gpt_jax[huggingface]'"),
-    "sentencepiece": Peer(("sentencepiece",), "pip install sentencepiece"),
 }
 """All peers by their names in `--against`."""
 

@@ -27,3 +27,11 @@ class Recipe(NamedTuple):
         module, _, name = self.function.partition(":")
         program: Program = getattr(importlib.import_module(module), name)(**self.arguments)
         return program
+
+
+def start_jax() -> None:
+    """Checks the environment and starts JAX's devices, as the commands that train do."""
+    from gpt_jax.runtime.environment import check_variables, require_devices
+
+    check_variables()
+    require_devices()

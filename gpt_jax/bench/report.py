@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.bench.contest import Outcome, Timing, num_cores
+from gpt_jax.bench.contest import Outcome, Timing
+from gpt_jax.bench.machine import num_cores, processor_name
 from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.rundir import environment, installed_versions, write_atomic
 
-BUSY = 0.3
-"""Load for each core, before the start, from which a machine is called busy."""
+BUSY = 0.1
+"""Share of the cores from which other programs are worth a warning."""
 
 PEER_PACKAGES = ("torch", "transformers", "ctranslate2")
 
@@ -27,7 +28,7 @@ def describe_run(peers: Sequence[str]) -> dict[str, Any]:
     packages = PEER_PACKAGES if peers else ()
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
-        "machine": f"{_cpu_name()}, {num_cores()} cores, {platform.system()} {platform.machine()}",
+        "machine": f"{processor_name()}, {num_cores()} cores, {platform.system()} {platform.machine()}",
         "load_before": round(os.getloadavg()[0], 2),
         "versions": facts["versions"] | installed_versions(packages),
         "commit": facts["commit"],
@@ -36,11 +37,9 @@ def describe_run(peers: Sequence[str]) -> dict[str, Any]:
 
 
 def print_header(facts: dict[str, Any]) -> None:
-    """Prints what `describe_run` returned, and a warning if other programs were running."""
+    """Prints what `describe_run` returned."""
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     print(f"{facts['command']}\n{facts['date']}; {facts['machine']}; load average {facts['load_before']}\n{versions}")
-    if facts["load_before"] > BUSY * num_cores():
-        print(f"The load average was {facts['load_before']} at the start, so other programs lowered these figures.")
 
 
 def print_outcome(outcome: Outcome) -> None:
@@ -62,6 +61,11 @@ def print_outcome(outcome: Outcome) -> None:
         )
     if finished:
         print(format_table(table))
+    if (outcome.other_cores or 0) > BUSY * num_cores():
+        print(f"Other programs used {outcome.other_cores:.1f} of {num_cores()} cores meanwhile, which distorts these figures.")
+    first = next(iter(outcome.timings))
+    if {first, contest.part} <= finished.keys():
+        print(f"{contest.part}: {1 / outcome.speed_ratio(contest.part, first):.0%} of the time of {first}")
     for name, timing in outcome.timings.items():
         if timing.failure:
             print(f"{name} failed: {timing.failure}")
@@ -80,6 +84,7 @@ def write_json(path: Path, facts: dict[str, Any], outcomes: Sequence[Outcome]) -
             "work": outcome.contest.work,
             "flops": outcome.contest.flops,
             "reference": outcome.reference,
+            "other_cores": outcome.other_cores,
             "programs": {name: _as_json(outcome, name) for name in outcome.timings},
         }
         for outcome in outcomes
@@ -107,12 +112,3 @@ def _utilization(flops: float, timing: Timing) -> str:
     if chip is None or not flops:
         return ""
     return f"MFU {flops / timing.median / chip.peak_flops['bfloat16']:.1%} of the bfloat16 peak of {timing.device}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown processor")

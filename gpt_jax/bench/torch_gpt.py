@@ -1,4 +1,4 @@
-"""GPT-1 in plain PyTorch, as a peer: what a good engineer writes with PyTorch's own building blocks, and its training step."""
+"""GPT-1 in plain PyTorch, as a peer: a model made of PyTorch's own building blocks, and a training step."""
 
 import functools
 import os
@@ -15,7 +15,7 @@ def plain_gpt(config: ModelConfig) -> Any:
 
     It is the model of `model/transformer.py` with the same dropout sites: post-layer-norm blocks, GELU in its tanh
     approximation, `scaled_dot_product_attention`, and an output layer that shares the token embeddings. Parameters start from
-    N(0, init_stddev).
+    N(0, init_stddev). `forward` is `logits` of `hidden`.
     """
     import torch
     from torch import nn
@@ -52,12 +52,18 @@ def plain_gpt(config: ModelConfig) -> Any:
                 if parameter.dim() == 2:
                     nn.init.normal_(parameter, std=config.init_stddev)
 
-        def forward(self, tokens: Any) -> Any:
+        def hidden(self, tokens: Any) -> Any:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
             x = self.dropout(self.tokens(tokens) + self.positions(positions))
             for block in self.blocks:
                 x = block(x)
-            return F.linear(x, self.tokens.weight)
+            return x
+
+        def logits(self, hidden: Any) -> Any:
+            return F.linear(hidden, self.tokens.weight)
+
+        def forward(self, tokens: Any) -> Any:
+            return self.logits(self.hidden(tokens))
 
     return Gpt()
 

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe
+from gpt_jax.bench.program import Program, Recipe, start_jax
 from gpt_jax.config import ModelConfig, PretrainConfig
 from gpt_jax.config.load import config_from_dict, config_to_dict
 from gpt_jax.errors import require
 
+PRODUCTS = "products alone"
 PEERS = ("transformers", "transformers-compiled", "torch", "torch-compiled")
 
 
@@ -39,12 +40,13 @@ def _contest(config: PretrainConfig, request: Request) -> Contest:
         kind, _, suffix = peer.partition("-")
         programs[peer] = Recipe(f"{__name__}:peer", {**settings, "kind": kind, "compiled": suffix == "compiled"})
     if request.products:
-        programs["products alone"] = Recipe("gpt_jax.bench.products:step_products", settings)
+        programs[PRODUCTS] = Recipe("gpt_jax.bench.products:step_products", settings)
     rates = dict.fromkeys((model.embed_dropout, model.attention_dropout, model.residual_dropout))
     shape = f"{model.num_layers} x {model.embed_dim}, batch {size} x {model.context_length}"
     title = f"train {request.config_name}: {shape}, dropout {'/'.join(f'{rate:g}' for rate in rates)}"
     tokens = size * model.context_length
-    return Contest(title, "tokens", tokens, programs, flops=tokens * flops_per_token(model))
+    part = PRODUCTS if request.products else ""
+    return Contest(title, "tokens", tokens, programs, tuple(request.peers), tokens * flops_per_token(model), part)
 
 
 def random_batch(model: ModelConfig, batch_size: int) -> dict[str, np.ndarray]:
@@ -64,10 +66,7 @@ def read_config(values: dict[str, Any]) -> PretrainConfig:
 
 def ours(config: dict[str, Any]) -> Program:
     """Returns the step that `gpt-jax pretrain` runs, with its guard and the norm of the gradient."""
-    from gpt_jax.runtime.environment import check_variables, require_devices
-
-    check_variables()
-    require_devices()
+    start_jax()
     import jax
 
     from gpt_jax.runtime import sharding

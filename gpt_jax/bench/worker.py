@@ -46,8 +46,8 @@ def _serve(answer: Any) -> None:
 
 
 def peak_memory() -> int:
-    """Returns the largest resident memory of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Returns the largest resident memory so far, in bytes, of this process or of one that it has started."""
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return peak if sys.platform == "darwin" else peak * 1024
 
 

@@ -1,0 +1,100 @@
+"""Benchmark `attention`: the implementations of attention, and PyTorch's, on queries, keys and values of one layer."""
+
+import dataclasses
+import typing
+from typing import Any
+
+from gpt_jax.bench import torch_gpt
+from gpt_jax.bench.contest import Contest, Request
+from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.train import read_config
+from gpt_jax.config import ModelOptions
+from gpt_jax.config.load import config_to_dict
+
+PEERS = ("torch",)
+
+
+def implementations() -> list[str]:
+    """Returns the names of the implementations of attention."""
+    names = typing.get_args(typing.get_type_hints(ModelOptions)["attention"])
+    return [name for name in names if name != "auto"]
+
+
+def contests(request: Request) -> list[Contest]:
+    """Returns two contests for each batch size: the output without dropout, and output and gradients with it."""
+    return [
+        _contest(request, size, gradients)
+        for size in request.batch_sizes or (request.config.train.batch_size,)
+        for gradients in (False, True)
+    ]
+
+
+def _contest(request: Request, batch_size: int, gradients: bool) -> Contest:
+    config, model = request.config, request.config.model
+    train = dataclasses.replace(config.train, batch_size=batch_size)
+    settings = {"config": config_to_dict(dataclasses.replace(config, train=train)), "gradients": gradients}
+    programs = {name: Recipe(f"{__name__}:ours", {**settings, "implementation": name}) for name in implementations()}
+    programs |= {peer: Recipe(f"{__name__}:peer", settings) for peer in request.peers}
+    shape = f"batch {batch_size} x {model.context_length}, {model.num_heads} heads of {model.head_dim}"
+    work = f"output and gradients, dropout {model.attention_dropout:g}" if gradients else "output, no dropout"
+    products = 6 if gradients else 2
+    flops = products * 2 * batch_size * model.context_length**2 * model.embed_dim
+    return Contest(f"attention, {work}: {shape}", "", 0, programs, tuple(request.peers), flops)
+
+
+def ours(config: dict[str, Any], implementation: str, gradients: bool) -> Program:
+    """Returns a program that computes attention once."""
+    start_jax()
+    import jax
+    import jax.numpy as jnp
+
+    from gpt_jax.model.attention import attention
+    from gpt_jax.model.dropout import Site, mask_stream
+    from gpt_jax.model.transformer import compute_dtype
+
+    settings = read_config(config)
+    model, batch = settings.model, settings.train.batch_size
+    shape = (batch, model.context_length, model.num_heads, model.head_dim)
+    dtype = compute_dtype(model)
+    arrays = [jax.random.normal(key, shape, dtype) for key in jax.random.split(jax.random.key(0), 3)]
+
+    def attend(*arrays: jax.Array) -> jax.Array:
+        rate = model.attention_dropout if gradients else 0.0
+        rows = jnp.arange(batch)[:, None]
+        stream = mask_stream(0, 0, 0, Site.ATTENTION, rows, jnp.arange(model.num_heads)) if rate else None
+        return attention(*arrays, stream=stream, rate=rate, implementation=implementation)
+
+    def with_gradients(*arrays: jax.Array) -> Any:
+        output, backward = jax.vjp(attend, *arrays)
+        return backward(output)
+
+    compute = jax.jit(with_gradients if gradients else attend)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(compute(*arrays))
+
+    return Program(run)
+
+
+def peer(config: dict[str, Any], gradients: bool) -> Program:
+    """Returns PyTorch's scaled_dot_product_attention."""
+    device = torch_gpt.start_torch()
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    settings = read_config(config)
+    model = settings.model
+    shape = (settings.train.batch_size, model.num_heads, model.context_length, model.head_dim)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    arrays = [torch.randn(shape, device=device, dtype=dtype, requires_grad=gradients) for _ in range(3)]
+    rate = model.attention_dropout if gradients else 0.0
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            output = scaled_dot_product_attention(*arrays, dropout_p=rate, is_causal=True)
+            if gradients:
+                torch.autograd.grad(output, arrays, output.detach())
+        torch_gpt.synchronize(device)
+
+    return Program(run)

@@ -1,0 +1,78 @@
+"""Benchmark `generate`: greedy continuation of random prompts by a model with random parameters."""
+
+from typing import Any
+
+import numpy as np
+
+from gpt_jax.bench import torch_gpt
+from gpt_jax.bench.contest import Contest, Request
+from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.train import read_config
+from gpt_jax.config import ModelConfig
+from gpt_jax.config.load import config_to_dict
+
+PEERS = ("transformers",)
+PROMPT_TOKENS = 32
+NEW_TOKENS = 64
+
+
+def contests(request: Request) -> list[Contest]:
+    """Returns a contest for each batch size."""
+    model, peers = request.config.model, tuple(request.peers)
+    result = []
+    for size in request.batch_sizes or (1,):
+        settings = {"config": config_to_dict(request.config), "batch_size": size}
+        programs = {"gpt_jax": Recipe(f"{__name__}:ours", settings)}
+        programs |= {peer: Recipe(f"{__name__}:peer", settings) for peer in peers}
+        shape = f"{model.num_layers} x {model.embed_dim}, batch {size}, {NEW_TOKENS} tokens after {PROMPT_TOKENS}"
+        result.append(Contest(f"generate {request.config_name}: {shape}", "tokens", size * NEW_TOKENS, programs, peers))
+    return result
+
+
+def random_prompts(model: ModelConfig, batch_size: int) -> np.ndarray:
+    """Returns prompts of random tokens, int64 [batch, time]."""
+    return np.random.default_rng(0).integers(model.vocab_size, size=(batch_size, PROMPT_TOKENS))
+
+
+def ours(config: dict[str, Any], batch_size: int) -> Program:
+    """Returns `decode.generate` with temperature 0."""
+    start_jax()
+    import jax
+
+    from gpt_jax.model.decode import generate
+    from gpt_jax.model.network import network
+
+    model = read_config(config).model
+    params = jax.jit(lambda key: network(model).init(model, key))(jax.random.key(0))
+    prompts = random_prompts(model, batch_size).tolist()
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            generate(model, params, prompts, NEW_TOKENS, temperature=0.0)
+
+    return Program(run)
+
+
+def peer(config: dict[str, Any], batch_size: int) -> Program:
+    """Returns transformers' GPT-2 of the same size, whose `generate` has a cache of keys and values."""
+    device = torch_gpt.start_torch()
+    import torch
+    import transformers
+
+    model = read_config(config).model
+    sizes = {"n_layer": model.num_layers, "n_embd": model.embed_dim, "n_head": model.num_heads, "n_inner": model.mlp_dim}
+    settings = transformers.GPT2Config(vocab_size=model.vocab_size, n_positions=model.context_length, **sizes)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    module = transformers.GPT2LMHeadModel(settings).to(device, dtype).eval()
+    # Neither program may stop early.
+    module.generation_config.eos_token_id = module.generation_config.pad_token_id = None
+    prompts = torch_gpt.to_torch(random_prompts(model, batch_size), device)
+    mask = torch.ones_like(prompts)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            with torch.inference_mode():
+                module.generate(prompts, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True)
+        torch_gpt.synchronize(device)
+
+    return Program(run)

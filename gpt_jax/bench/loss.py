@@ -1,0 +1,83 @@
+"""Benchmark `loss`: the output layer and the cross-entropy of a batch, with the gradients of hidden states and embeddings."""
+
+import dataclasses
+from typing import Any
+
+from gpt_jax.bench import torch_gpt
+from gpt_jax.bench.contest import Contest, Request
+from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.train import random_batch, read_config
+from gpt_jax.config.load import config_to_dict
+
+PEERS = ("torch", "torch-compiled")
+
+
+def contests(request: Request) -> list[Contest]:
+    """Returns a contest for each batch size."""
+    return [_contest(request, size) for size in request.batch_sizes or (request.config.train.batch_size,)]
+
+
+def _contest(request: Request, batch_size: int) -> Contest:
+    config, model = request.config, request.config.model
+    train = dataclasses.replace(config.train, batch_size=batch_size)
+    settings = {"config": config_to_dict(dataclasses.replace(config, train=train))}
+    programs = {"gpt_jax": Recipe(f"{__name__}:ours", settings)}
+    for peer in request.peers:
+        programs[peer] = Recipe(f"{__name__}:peer", {**settings, "compiled": peer.endswith("-compiled")})
+    tokens = batch_size * model.context_length
+    title = f"loss and gradients: batch {batch_size} x {model.context_length}, {model.embed_dim} x {model.vocab_size:,}"
+    return Contest(title, "tokens", tokens, programs, tuple(request.peers), 6.0 * tokens * model.embed_dim * model.vocab_size)
+
+
+def ours(config: dict[str, Any]) -> Program:
+    """Returns `loss.cross_entropy` with its gradients, in the chunks that a training step uses."""
+    start_jax()
+    import jax
+    import jax.numpy as jnp
+
+    from gpt_jax.model.loss import cross_entropy, normalize
+    from gpt_jax.model.transformer import compute_dtype
+
+    settings = read_config(config)
+    model = settings.model
+    batch = normalize({name: jnp.asarray(array) for name, array in random_batch(model, settings.train.batch_size).items()})
+    chunk = model.loss_chunk or (0 if jax.default_backend() == "cpu" else 128)
+    hidden = jax.random.normal(jax.random.key(0), (*batch["tokens"].shape, model.embed_dim), compute_dtype(model))
+    table = model.init_stddev * jax.random.normal(jax.random.key(1), (model.padded_vocab_size, model.embed_dim))
+
+    @jax.jit
+    def compute(hidden: jax.Array, table: jax.Array) -> Any:
+        loss = lambda *arrays: cross_entropy(*arrays, batch["targets"], batch["loss_weights"], model.vocab_size, chunk)  # noqa: E731
+        return jax.value_and_grad(loss, argnums=(0, 1))(hidden, table)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(compute(hidden, table))
+
+    return Program(run)
+
+
+def peer(config: dict[str, Any], compiled: bool) -> Program:
+    """Returns PyTorch's linear layer and cross_entropy."""
+    device = torch_gpt.start_torch()
+    import torch
+    from torch.nn import functional as F
+
+    settings = read_config(config)
+    model, size = settings.model, settings.train.batch_size
+    targets = torch_gpt.to_torch(random_batch(model, size)["targets"], device).flatten()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    hidden = torch.randn(len(targets), model.embed_dim, device=device, dtype=dtype, requires_grad=True)
+    table = (model.init_stddev * torch.randn(model.vocab_size, model.embed_dim, device=device, dtype=dtype)).requires_grad_()
+
+    def forward(hidden: Any, table: Any) -> Any:
+        return F.cross_entropy(F.linear(hidden, table).float(), targets)
+
+    loss = torch.compile(forward) if compiled else forward
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            torch.autograd.grad(loss(hidden, table), (hidden, table))
+        torch_gpt.synchronize(device)
+
+    return Program(run)

@@ -1,0 +1,49 @@
+"""Benchmark `matmul`: the product of 1,024 tokens with the matrix of GPT-1's feed-forward layer, in float32.
+
+The rate is what a training step's FLOP/s can be compared with. `train --products` measures all products of a step.
+"""
+
+from gpt_jax.bench import torch_gpt
+from gpt_jax.bench.contest import Contest, Request
+from gpt_jax.bench.program import Program, Recipe, start_jax
+
+PEERS = ("torch",)
+ROWS, INNER, COLUMNS = 1024, 768, 3072
+
+
+def contests(request: Request) -> list[Contest]:
+    """Returns the only contest."""
+    programs = {"gpt_jax": Recipe(f"{__name__}:ours", {})}
+    programs |= {peer: Recipe(f"{__name__}:peer", {}) for peer in request.peers}
+    return [Contest(f"matmul: {ROWS} x {INNER} x {COLUMNS}", "", 0, programs, tuple(request.peers), 2.0 * ROWS * INNER * COLUMNS)]
+
+
+def ours() -> Program:
+    """Returns JAX's product."""
+    start_jax()
+    import jax
+    import jax.numpy as jnp
+
+    left, right = jnp.ones((ROWS, INNER)), jnp.ones((INNER, COLUMNS))
+    product = jax.jit(jnp.matmul)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            jax.block_until_ready(product(left, right))
+
+    return Program(run)
+
+
+def peer() -> Program:
+    """Returns PyTorch's product."""
+    device = torch_gpt.start_torch()
+    import torch
+
+    left, right = torch.ones(ROWS, INNER, device=device), torch.ones(INNER, COLUMNS, device=device)
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            torch.matmul(left, right)
+        torch_gpt.synchronize(device)
+
+    return Program(run)

@@ -1,0 +1,53 @@
+"""Benchmark `tokenize`: encoding text, document by document, on one core, beside the sentencepiece library alone in a loop."""
+
+import functools
+
+from gpt_jax.bench.contest import Contest, Request
+from gpt_jax.bench.program import Program, Recipe
+from gpt_jax.data.installed_docs import InstalledDocs
+from gpt_jax.data.tokenizers import SentencePiece
+
+TEXT_BYTES = 1_000_000
+VOCABULARY = 4096
+LIBRARY = "sentencepiece alone"
+
+
+def contests(request: Request) -> list[Contest]:
+    """Returns the only contest."""
+    programs = {"gpt_jax": Recipe(f"{__name__}:ours", {}), LIBRARY: Recipe(f"{__name__}:library", {})}
+    work = sum(len(text.encode("utf-8", "replace")) for text in _documents()) / 1e6
+    title = f"tokenize: installed documentation, {work:.1f} MB, {VOCABULARY:,} pieces"
+    return [Contest(title, "MB", work, programs, peers=(LIBRARY,))]
+
+
+@functools.cache
+def _documents() -> list[str]:
+    return list(InstalledDocs(TEXT_BYTES).documents())
+
+
+def ours() -> Program:
+    """Returns `SentencePiece.encode`."""
+    tokenizer = _tokenizer()
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            for text in _documents():
+                tokenizer.encode(text)
+
+    return Program(run)
+
+
+def library() -> Program:
+    """Returns the library's own function for a text."""
+    processor = _tokenizer().processor
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            for text in _documents():
+                processor.encode(text)
+
+    return Program(run)
+
+
+def _tokenizer() -> SentencePiece:
+    return SentencePiece.train(_documents(), VOCABULARY, "identity")
