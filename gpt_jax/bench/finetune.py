@@ -86,7 +86,6 @@ def ours(config: dict[str, Any]) -> Program:
 
     from gpt_jax.runtime import sharding
     from gpt_jax.tasks.finetune import make_head
-    from gpt_jax.train.compilation import CompiledByShape
     from gpt_jax.train.step import init_state, lower_step
 
     data = _load(config, "buckets")
@@ -97,16 +96,21 @@ def ours(config: dict[str, Any]) -> Program:
     rows = sharding.host_rows(mesh, size)
     local = [{name: array[rows] for name, array in batch.items()} for batch in data.batches]
     placed = [sharding.place_batch(mesh, batch, size) for batch in local]
+    updates: dict[tuple[int, ...], jax.stages.Compiled] = {}
+    for batch in placed:
+        shape = batch["tokens"].shape
+        if shape not in updates:
+            arrays = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), batch)
+            updates[shape] = lower_step(settings, mesh, total_steps=1_000_000, model=model, batch=arrays).compile()
 
     def run(count: int) -> None:
         nonlocal state
-        with jax.set_mesh(mesh):
-            for _ in range(count):
-                for batch in placed:
-                    state, _ = update(state, batch)
+        for _ in range(count):
+            for batch in placed:
+                state, _ = updates[batch["tokens"].shape](state, batch)
         jax.block_until_ready(state)
 
-    return Program(run, lambda: _details(data, update.num_shapes))
+    return Program(run, lambda: _details(data, len(updates)))
 
 
 def peer(config: dict[str, Any], to_context: bool) -> Program:
