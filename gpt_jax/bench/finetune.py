@@ -65,14 +65,29 @@ def _load(config: dict[str, Any], padding: str) -> _Data:
     assert isinstance(settings, FinetuneRunConfig)
     size, context = settings.train.batch_size, settings.model.context_length
     tokenizer = find_init(settings.init, say).tokenizer
-    data = load_dataset(settings.task, tokenizer, context, size, say, ("train", "validation"))
-    lengths: Sequence[int] = {"buckets": data.lengths, "longest": range(1, context + 1), "context": (context,)}[padding]
+    data = load_dataset(settings.task, tokenizer, context, say, ("train", "validation"))
+    lengths: Sequence[int] = range(1, context + 1) if padding == "longest" else (context,)
+    if padding == "buckets":
+        lengths = _bucket_lengths(settings, data.encoded)
     bucketed = padding == "buckets" and settings.task.bucket_by_length
     batches = TaskBatches(data.encoded["train"], size, settings.train.seed, lengths, bucketed)
     one_row = np.arange(1)
     by_length = sorted(range(batches.steps_per_epoch), key=lambda step: batches.batch_at(step, one_row)["tokens"].shape[-1])
     chosen = (by_length[int((number + 0.5) / BATCHES * len(by_length))] for number in range(BATCHES))
     return _Data(settings, data.task, [batches.batch_at(step, np.arange(size)) for step in chosen], batches.padding_share())
+
+
+def _bucket_lengths(config: FinetuneRunConfig, encoded: dict[str, Any]) -> tuple[int, ...]:
+    """Returns the lengths that a run with this config pads its batches to on this machine."""
+    import jax
+
+    from gpt_jax.tasks.batches import count_steps
+    from gpt_jax.tasks.finetune import task_schedule
+    from gpt_jax.tasks.lengths import count_passes, resolve_lengths
+
+    steps_per_epoch = count_steps(encoded["train"], config.train.batch_size)
+    passes = count_passes(task_schedule(config, steps_per_epoch), steps_per_epoch)
+    return resolve_lengths(config, encoded, passes, jax.default_backend())
 
 
 def _details(data: _Data, compilations: int) -> dict[str, float]:

@@ -476,8 +476,9 @@ class TaskConfig(Section, section="task"):
     every segment is cut to `max_tokens` / 2 - 2 tokens, as in the released code."""
     bucket_by_length: bool = field(True, affects="result")
     """Whether to put examples of similar length into the same batch, which reduces padding; False: random batches."""
-    num_length_buckets: int = field(8, affects="speed", within=POSITIVE)
-    """Maximum number of lengths that batches are padded to. Training and scoring are each compiled once per length. > 0."""
+    num_length_buckets: int = field(0, affects="speed", within=NOT_NEGATIVE)
+    """Maximum number of lengths that batches are padded to. Training and scoring are each compiled once per length. 0: chosen by
+    the length of the run, so that more compilations would take longer than the padding that they save."""
     lm_weight: float = field(0.5, affects="result", within=NOT_NEGATIVE)
     """Weight of the auxiliary language-model loss (section 4.1: lambda = 0.5); 0: off."""
     classifier_dropout: float = field(0.1, affects="result", within=FRACTION)

@@ -165,6 +165,7 @@ def import_tensorflow() -> Any:
       UserError: it is not installed.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # It would announce its matrix products, which are not used.
     try:
         import tensorflow as tf
     except ModuleNotFoundError:

@@ -1,6 +1,6 @@
 """The device mesh, shardings by logical axis names (`mesh.RULES`), and per-shard computations."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -110,3 +110,19 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray], batch_size: int) -> di
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, shard)
 
     return {name: place(array) for name, array in batch.items()}
+
+
+def abstract_batch(
+    mesh: Mesh, spec: Mapping[str, tuple[tuple[int | None, ...], np.dtype]], length: int | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes, dtypes and shardings of the arrays that `place_batch` returns for a batch of a source.
+
+    Args:
+      spec: the source's `element_spec` for the global batch.
+      length: the size of the axes that the spec leaves open.
+    """
+    sharding = named_sharding(mesh, ("batch",))
+    return {
+        name: jax.ShapeDtypeStruct(tuple(length if size is None else size for size in shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in spec.items()
+    }

@@ -21,38 +21,21 @@ import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
 from gpt_jax.data.windows import ElementSpec, NumpyBatch, epoch_keys, permute
-from gpt_jax.errors import UserError
+from gpt_jax.errors import field_error
 from gpt_jax.tasks.transforms import EncodedSplit
 
 
-def choose_lengths(splits: Sequence[Integer[np.ndarray, " n"]], batch_size: int, max_lengths: int) -> tuple[int, ...]:
-    """Returns the lengths, ascending and at most `max_lengths`, for which the splits' batches need the least padding.
+def count_steps(encoded: EncodedSplit, batch_size: int) -> int:
+    """Returns the number of training batches in an epoch.
 
-    The batches of a split contain its examples in order of length, so the lengths of the batches are those of every
-    `batch_size`-th example, starting from the longest. Dynamic programming over these lengths is exact for `ScoringBatches`. For
-    bucketed training batches, it ignores the shift by the few examples that an epoch leaves out.
-
-    Args:
-      splits: for each split that shares the result, the lengths of the examples' longest sequences (`EncodedSplit.longest`).
-      batch_size: examples in a batch.
-      max_lengths: maximum number of lengths. > 0.
+    Raises:
+      UserError: the split has fewer examples than one batch.
     """
-    batches = np.concatenate([np.sort(longest)[::-1][::batch_size] for longest in splits])
-    distinct, counts = np.unique(batches, return_counts=True)
-    ends = np.concatenate([[0], distinct])
-    below = np.concatenate([[0], counts.cumsum()])  # number of batches of at most ends[i] tokens
-    # cost[i, j]: tokens in one row of each batch that is longer than ends[i] and at most ends[j] long, padded to ends[j].
-    cost = np.where(ends[:, None] <= ends, (below - below[:, None]) * ends, np.inf)
-    least = cost[0]
-    steps = []  # steps[k][j]: the best i for the length before ends[j], if ends[j] is the last of k + 2 lengths
-    for _ in range(max_lengths - 1):
-        totals = least[:, None] + cost
-        steps.append(totals.argmin(axis=0))
-        least = totals.min(axis=0)
-    chosen = [len(ends) - 1]
-    for step in reversed(steps):
-        chosen.append(step[chosen[-1]])
-    return tuple(sorted({int(ends[i]) for i in chosen} - {0}))
+    count = len(encoded.lengths)
+    if count < batch_size:
+        problem = f"{batch_size} is more than the {count} examples of the training split; lower it or add examples"
+        raise field_error("train.batch_size", problem)
+    return count // batch_size
 
 
 class _PaddedBatches(abc.ABC):
@@ -114,11 +97,6 @@ class _PaddedBatches(abc.ABC):
             "example_id": (sequences, int32),
         }
 
-    def _padding_share(self, examples: Int64[np.ndarray, "steps batch_size"]) -> float:
-        lengths = self._lengths_of(examples)
-        padded = self._padded_lengths(lengths.max(axis=(1, 2)))
-        return 1 - float(lengths.sum(dtype=np.int64) / (padded.sum() * lengths[0].size))
-
     def _lengths_of(self, examples: Int64[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape S"]:
         """Returns the lengths of the examples' sequences; 0 for example -1."""
         return np.where(examples[..., None] >= 0, self._encoded.lengths[examples], 0)
@@ -139,18 +117,13 @@ class TaskBatches(_PaddedBatches):
       bucket_by_length: whether the examples of a batch have about the same length.
 
     Raises:
-      UserError: the split has fewer examples than one batch.
+      UserError: as `count_steps`.
     """
 
     def __init__(self, encoded: EncodedSplit, batch_size: int, seed: int, lengths: Sequence[int], bucket_by_length: bool) -> None:
         super().__init__(encoded, lengths)
         self._num_examples = len(encoded.lengths)
-        self.steps_per_epoch = self._num_examples // batch_size
-        if not self.steps_per_epoch:
-            raise UserError(
-                f"--train.batch-size: {batch_size} is more than the {self._num_examples} examples of the training split; lower "
-                "it or add examples"
-            )
+        self.steps_per_epoch = count_steps(encoded, batch_size)
         self._batch_size = batch_size
         self._seed = seed
         self._bucket_by_length = bucket_by_length
@@ -164,7 +137,21 @@ class TaskBatches(_PaddedBatches):
 
     def padding_share(self, epoch: int = 0) -> float:
         """Returns the share of padding among the tokens of an epoch's batches."""
-        return self._padding_share(self._epoch(epoch))
+        lengths = self._lengths_of(self._epoch(epoch))
+        padded = self._padded_lengths(lengths.max(axis=(1, 2)))
+        return 1 - float(lengths.sum(dtype=np.int64) / (padded.sum() * lengths[0].size))
+
+    def used_lengths(self, start_step: int, end_step: int) -> list[int]:
+        """Returns the padded lengths of the batches of steps start_step, ..., end_step - 1, in the order of their first use."""
+        used: dict[int, None] = {}
+        for epoch in range(start_step // self.steps_per_epoch, -(-end_step // self.steps_per_epoch)):
+            first = epoch * self.steps_per_epoch
+            steps = slice(max(start_step - first, 0), end_step - first)
+            longest = self._lengths_of(self._epoch(epoch)[steps]).max(axis=(1, 2))
+            used |= dict.fromkeys(self._padded_lengths(longest).tolist())
+            if len(used) == len(self._lengths):
+                break
+        return list(used)
 
     def _arrange(self, epoch: int) -> Int64[np.ndarray, "steps batch_size"]:
         """Returns the examples of each batch of an epoch."""
@@ -182,25 +169,52 @@ class TaskBatches(_PaddedBatches):
 class ScoringBatches(_PaddedBatches):
     """Batches of all examples of a split, longest first, so that the rows that fill up the last batch are cheap.
 
-    A split with few batches tends to have more padding than the training split, because its few batches cover all lengths.
-
     Args:
       encoded: the split.
-      batch_size: examples in one global batch.
-      lengths: the lengths that sequences may be padded to (`choose_lengths`), ascending.
+      batch_size: examples in a batch of the greatest length.
+      lengths: the lengths that sequences may be padded to (`lengths.choose_lengths`), ascending.
+      growth: maximum factor by which a batch of shorter sequences has more examples. It never has more tokens than a batch of the
+        greatest length, so it fits into the memory of any device that trains on such a batch.
     """
 
-    def __init__(self, encoded: EncodedSplit, batch_size: int, lengths: Sequence[int]) -> None:
+    def __init__(self, encoded: EncodedSplit, batch_size: int, lengths: Sequence[int], growth: int = 1) -> None:
         super().__init__(encoded, lengths)
         order = np.argsort(-encoded.longest, kind="stable")
-        self.num_batches = -(-order.size // batch_size)
-        self._examples = np.full((self.num_batches, batch_size), -1, np.int64)
-        self._examples.flat[: order.size] = order
+        self._batches = []
+        while order.size:
+            length = self._padded_lengths(encoded.longest[order[:1]])[0]
+            rows = batch_size * max(min(growth, int(self._lengths[-1] // length)), 1)
+            self._batches.append(np.pad(order[:rows], (0, max(rows - order.size, 0)), constant_values=-1))
+            order = order[rows:]
+        self.num_batches = len(self._batches)
 
-    def example_numbers(self, step: int) -> Int64[np.ndarray, " batch_size"]:
+    def example_numbers(self, step: int) -> Int64[np.ndarray, " rows"]:
         """Returns the number within the split of the example in each row of batch `step`; -1 if a row only fills up the batch."""
-        return self._examples[step]
+        return self._batches[step]
+
+    def shape_at(self, step: int) -> tuple[int, int]:
+        """Returns the number of rows of batch `step`, and the length that its sequences are padded to."""
+        examples = self._batches[step]
+        return examples.size, int(self._padded_lengths(self._lengths_of(examples).max()))
 
     def padding_share(self) -> float:
         """Returns the share of padding among the tokens of all batches."""
-        return self._padding_share(self._examples)
+        sequences = self._encoded.lengths.shape[1]
+        padded = sum(rows * length * sequences for rows, length in map(self.shape_at, range(self.num_batches)))
+        return 1 - float(self._encoded.lengths.sum(dtype=np.int64) / padded)
+
+
+def largest_scoring_batches(
+    encoded: EncodedSplit, batch_size: int, lengths: Sequence[int], max_padding: float | None = None
+) -> ScoringBatches:
+    """Returns the `ScoringBatches` with the greatest growth for which the share of padding is at most `max_padding`.
+
+    Without growth, a split with few batches may have a larger share. None stands for that share.
+    """
+    smallest = ScoringBatches(encoded, batch_size, lengths)
+    allowed = smallest.padding_share() if max_padding is None else max_padding
+    for growth in range(lengths[-1] // lengths[0], 1, -1):
+        batches = ScoringBatches(encoded, batch_size, lengths, growth)
+        if batches.padding_share() <= allowed:
+            return batches
+    return smallest

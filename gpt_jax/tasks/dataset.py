@@ -11,7 +11,6 @@ from gpt_jax.config import TaskConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import epoch_keys, permute
 from gpt_jax.errors import UserError, listed, require, shortened
-from gpt_jax.tasks.batches import choose_lengths
 from gpt_jax.tasks.file_layouts import SPLITS, SplitName
 from gpt_jax.tasks.metrics import require_scorable
 from gpt_jax.tasks.readers import Example, TaskSplit, read_split
@@ -27,8 +26,6 @@ class TaskDataset(NamedTuple):
     """The examples that are used, by split. "test" may be missing or may not have labels."""
     encoded: dict[str, EncodedSplit]
     """The examples as token ids, by split."""
-    lengths: tuple[int, ...]
-    """The lengths in tokens that batches are padded to, ascending."""
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -63,7 +60,6 @@ def load_dataset(
     config: TaskConfig,
     tokenizer: Tokenizer,
     context_length: int,
-    batch_size: int,
     log: Callable[[str], None],
     splits: Sequence[SplitName] = SPLITS,
 ) -> TaskDataset:
@@ -73,7 +69,6 @@ def load_dataset(
       config: names or describes the task.
       tokenizer: encodes the texts.
       context_length: maximum number of tokens that the model processes at once.
-      batch_size: examples in a batch, for which the lengths are chosen.
       log: receives lines about the splits once all of them are read.
       splits: the splits to read. If there are several, "test" may be missing from the data.
 
@@ -116,9 +111,7 @@ def load_dataset(
         if not task.regression:
             _count_labels(task, loaded, log)
         _warn_of_repeated_texts(loaded, log)
-    # The lengths are chosen for the training and validation splits, which every epoch uses. The test split is scored only once.
-    longest = [split.longest if name != "test" else split.longest.max(keepdims=True) for name, split in encoded.items()]
-    return TaskDataset(task, loaded, encoded, choose_lengths(longest, batch_size, config.num_length_buckets))
+    return TaskDataset(task, loaded, encoded)
 
 
 def _count_labels(task: Task, splits: Mapping[str, TaskSplit], log: Callable[[str], None]) -> None:

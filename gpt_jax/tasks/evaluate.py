@@ -20,6 +20,7 @@ from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.dataset import load_dataset
 from gpt_jax.tasks.file_layouts import SplitName
 from gpt_jax.tasks.finetune import TaskScorer, make_head
+from gpt_jax.tasks.lengths import SCORING_PASS, resolve_lengths
 from gpt_jax.tasks.metrics import require_scorable
 from gpt_jax.tasks.readers import TaskSplit, read_split
 from gpt_jax.tasks.registry import Task, get_task, task_from_config
@@ -151,8 +152,11 @@ def evaluate_task(
     restored = load_model(path, head.trainable_model())
     batch_size = config.train.batch_size * num_shards(restored.mesh.shape, "batch")
     run_config = dataclasses.replace(restored.config, train=dataclasses.replace(restored.config.train, batch_size=batch_size))
-    dataset = load_dataset(task_config, restored.tokenizer, config.model.context_length, batch_size, log, (split,))
-    scorer = TaskScorer(run_config, restored.mesh, head, dataset)
+    dataset = load_dataset(task_config, restored.tokenizer, config.model.context_length, log, (split,))
+    platform = restored.mesh.devices.flat[0].platform
+    settings = dataclasses.replace(config, task=task_config, train=dataclasses.replace(config.train, batch_size=batch_size))
+    lengths = resolve_lengths(settings, dataset.encoded, {split: SCORING_PASS}, platform)
+    scorer = TaskScorer(run_config, restored.mesh, head, dataset, lengths)
     if out is None:
         require_scorable(dataset.task, dataset.splits[split].examples)
         return scorer.scores(scorer.log_probabilities(restored.params, split), split)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,10 +30,11 @@ from gpt_jax.runtime import distributed
 from gpt_jax.runtime.console import Log, say
 from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.runtime.rundir import RunDir, write_atomic
-from gpt_jax.runtime.sharding import host_rows, make_mesh, place_batch
-from gpt_jax.tasks.batches import ScoringBatches, TaskBatches
+from gpt_jax.runtime.sharding import abstract_batch, host_rows, make_mesh, place_batch
+from gpt_jax.tasks.batches import TaskBatches, count_steps, largest_scoring_batches
 from gpt_jax.tasks.dataset import TaskDataset, load_dataset
 from gpt_jax.tasks.head import Head, transfer
+from gpt_jax.tasks.lengths import count_passes, resolve_lengths
 from gpt_jax.tasks.metrics import predict, score, write_glue, write_predictions
 from gpt_jax.tasks.registry import Task, task_from_config
 from gpt_jax.tasks.transforms import SpecialTokens
@@ -46,6 +48,7 @@ from gpt_jax.train.checkpoint_info import (
     own_checkpoints,
     read_config,
 )
+from gpt_jax.train.compilation import AbstractBatch, BackgroundCompiler, CompiledByShape
 from gpt_jax.train.loop import Schedule, Scores, resolve_schedule, run_training, start_run
 from gpt_jax.train.restore import check_start, describe_start
 from gpt_jax.train.step import State, abstract_state, init_state, jit_evaluation, state_shardings
@@ -79,24 +82,22 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         check_model(mesh.shape, resolved.model)
 
         with distributed.primary_first("the task's data", ctx.log):  # tensorflow-datasets may have to write the data.
-            dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, batch_size, ctx.log)
-        batches = TaskBatches(dataset.encoded["train"], batch_size, train.seed, dataset.lengths, resolved.task.bucket_by_length)
-        padding = {
-            "train": batches.padding_share(),
-            "validation": ScoringBatches(dataset.encoded["validation"], batch_size, dataset.lengths).padding_share(),
-        }
-        ctx.log(
-            f"padded to {', '.join(map(str, dataset.lengths))} tokens: {padding['train']:.1%} of the training tokens and "
-            f"{padding['validation']:.1%} of the validation tokens are padding"
-        )
+            dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, ctx.log)
+        steps_per_epoch = count_steps(dataset.encoded["train"], batch_size)
+        schedule = task_schedule(resolved, steps_per_epoch)
+        passes = count_passes(schedule, steps_per_epoch)
+        lengths = resolve_lengths(resolved, dataset.encoded, passes, mesh.devices.flat[0].platform)
+        batches = TaskBatches(dataset.encoded["train"], batch_size, train.seed, lengths, resolved.task.bucket_by_length)
         head = make_head(dataset.task, resolved)
-        scorer = TaskScorer(resolved, mesh, head, dataset)
+        scorer = TaskScorer(resolved, mesh, head, dataset, lengths, batches.padding_share())
+        padding = {"train": batches.padding_share(), "validation": scorer.padding_share("validation")}
+        ctx.log(_describe_padding(lengths, padding))
         examples = dataset.splits["train"].examples
 
         def evaluate(step: int, params: Params) -> Scores:
             metrics = scorer.scores(scorer.log_probabilities(params, "validation"), "validation")
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-            ctx.log(f"step {step}, epoch {step / batches.steps_per_epoch:.3g}: validation {shown}")
+            ctx.log(f"step {step}, epoch {step / steps_per_epoch:.3g}: validation {shown}")
             return Scores(metrics, -metrics[dataset.task.metrics[0]])
 
         def summarize(state: State, scores: Scores) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
             mesh,
             head.trainable_model(),
             batches,
-            _schedule(resolved, batches.steps_per_epoch),
+            schedule,
             tokenizer=source.tokenizer,
             data_digest=dataset.digest,
             title=f"{dataset.task.title}: {len(examples):,} examples",
@@ -129,17 +130,25 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
             batch_provenance=lambda step: {"examples": [examples[i].where for i in batches.example_numbers(step)]},
             summarize=summarize,
             save_evaluated=True,
+            lengths_from=lambda step: batches.used_lengths(step, schedule.total_steps),
+            compile_evaluation=scorer.compile_ahead,
             allow_changes=allow_changes,
         )
         ctx.log(f"done: {workdir}: {_describe_result(result)}")
         return result
 
 
-def _schedule(config: FinetuneRunConfig, steps_per_epoch: int) -> Schedule:
+def task_schedule(config: FinetuneRunConfig, steps_per_epoch: int) -> Schedule:
     """Returns the length and the intervals of a run, including the released code's evaluations if requested."""
     schedule = resolve_schedule(config, None, steps_per_epoch * config.train.batch_size)
     wanted = RELEASED_EVALS if config.train.eval_in_first_epoch else ()
     return schedule._replace(extra_evals=frozenset(step for step in wanted if step <= steps_per_epoch))
+
+
+def _describe_padding(lengths: Sequence[int], shares: Mapping[str, float]) -> str:
+    """Returns a line with the lengths of the batches and the share of padding in each split."""
+    parts = (f"{share:.1%} of the {split} tokens" for split, share in shares.items())
+    return f"padded to {', '.join(map(str, lengths))} tokens: {' and '.join(parts)} are padding"
 
 
 def _describe_result(result: dict[str, Any]) -> str:
@@ -308,24 +317,58 @@ def make_head(task: Task, config: FinetuneRunConfig) -> Head:
 
 
 class TaskScorer:
-    """Scores parameters on the splits of a dataset. It compiles once for each shape of a batch."""
+    """Scores parameters on the splits of a dataset. It compiles once for each shape of a batch.
 
-    def __init__(self, config: RunConfig, mesh: Mesh, head: Head, dataset: TaskDataset):
+    Args:
+      lengths: the lengths that batches are padded to (`lengths.resolve_lengths`).
+      max_padding: maximum share of padding that larger batches may lead to; see `largest_scoring_batches`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        head: Head,
+        dataset: TaskDataset,
+        lengths: Sequence[int],
+        max_padding: float | None = None,
+    ):
         self._mesh, self._dataset = mesh, dataset
-        self._batch_size = config.train.batch_size
-        self._score = jit_evaluation(config, mesh, head.log_probabilities)
+        self._batches = {
+            name: largest_scoring_batches(split, config.train.batch_size, lengths, max_padding)
+            for name, split in dataset.encoded.items()
+            if name != "train"
+        }
+        params = abstract_state(config, mesh, head.trainable_model())["params"]
+        score = jit_evaluation(config, mesh, head.log_probabilities)
+
+        def lower(batch: AbstractBatch) -> jax.stages.Lowered:
+            with jax.set_mesh(mesh):
+                return score.lower(params, batch)
+
+        self._score = CompiledByShape(lower)
+
+    def padding_share(self, split: str) -> float:
+        """Returns the share of padding among the tokens of a split's batches."""
+        return self._batches[split].padding_share()
+
+    def compile_ahead(self, compiler: BackgroundCompiler) -> None:
+        """Starts to compile the scoring of the validation split in the background."""
+        batches = self._batches["validation"]
+        shapes = dict.fromkeys(batches.shape_at(step) for step in range(batches.num_batches))
+        named = {f"the scoring of {rows} x {length} tokens": (rows, length) for rows, length in shapes}
+        ahead = {name: abstract_batch(self._mesh, batches.element_spec(rows), length) for name, (rows, length) in named.items()}
+        self._score.compile_ahead(compiler, ahead)
 
     def log_probabilities(self, params: Params, split: str) -> np.ndarray:
         """Returns the log-probabilities of every example's outputs, float32 [examples, outputs]."""
-        encoded = self._dataset.encoded[split]
-        batches = ScoringBatches(encoded, self._batch_size, self._dataset.lengths)
-        rows = host_rows(self._mesh, self._batch_size)
-        result = np.zeros(encoded.labels.shape, np.float32)
-        with jax.set_mesh(self._mesh):
-            for step in range(batches.num_batches):
-                batch = place_batch(self._mesh, batches.batch_at(step, rows), self._batch_size)
-                examples = batches.example_numbers(step)
-                result[examples[examples >= 0]] = np.asarray(self._score(params, batch))[examples >= 0]
+        batches = self._batches[split]
+        result = np.zeros(self._dataset.encoded[split].labels.shape, np.float32)
+        for step in range(batches.num_batches):
+            examples = batches.example_numbers(step)
+            local = batches.batch_at(step, host_rows(self._mesh, examples.size))
+            placed = place_batch(self._mesh, local, examples.size)
+            result[examples[examples >= 0]] = np.asarray(self._score(params, placed))[examples >= 0]
         return result
 
     def scores(self, log_probabilities: np.ndarray, split: str) -> dict[str, float]:

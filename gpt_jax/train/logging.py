@@ -27,7 +27,7 @@ FADE_SECONDS = 30
 """Time constant, in seconds, of the exponential average behind the displayed throughput."""
 
 
-def flops_per_token(model: ModelConfig) -> float:
+def flops_per_token(model: ModelConfig) -> int:
     """Returns the number of floating-point operations that training on one token takes.
 
     This is 6 per parameter in a matrix product (the embedding counts once, as the output layer), plus 12 x layers x width x

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +23,9 @@ from gpt_jax.runtime import console, distributed, rundir, sharding
 from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.checkpoint import CheckpointWriter
 from gpt_jax.train.checkpoint_info import CheckpointInfo
+from gpt_jax.train.compilation import AbstractBatch, BackgroundCompiler, CompiledByShape
 from gpt_jax.train.logging import ProgressLogger, Unit
-from gpt_jax.train.step import AbstractBatch, CompiledByShape, State, TrainableModel, abstract_state, lower_step
+from gpt_jax.train.step import State, TrainableModel, abstract_state, lower_step
 
 
 class RunContext(NamedTuple):
@@ -34,6 +35,7 @@ class RunContext(NamedTuple):
     stop: distributed.StopRequest
     log: console.Log
     """Prints a line, on process 0 only."""
+    compiler: BackgroundCompiler
 
 
 class Schedule(NamedTuple):
@@ -78,7 +80,9 @@ def start_run(config: RunConfig, workdir: Path) -> Iterator[RunContext]:
         contextlib.closing(rundir.RunDir(workdir, primary)) as run,
         distributed.exit_if_peer_lost(),
     ):
-        yield RunContext(run, stop, console.say if primary else lambda line: None)
+        log = console.say if primary else lambda line: None
+        with contextlib.closing(BackgroundCompiler(log)) as compiler:
+            yield RunContext(run, stop, log, compiler)
         if stop.count:
             raise Preempted(f"stop requested; {workdir} is already finished")
 
@@ -135,6 +139,8 @@ def run_training(
     batch_provenance: Callable[[int], dict[str, Any]],
     summarize: Callable[[State, Scores], dict[str, Any]],
     save_evaluated: bool = False,
+    lengths_from: Callable[[int], Sequence[int | None]] = lambda step: (None,),
+    compile_evaluation: Callable[[BackgroundCompiler], None] = lambda compiler: None,
     dataset_fn: DatasetFn | None = None,
     allow_changes: bool = False,
 ) -> dict[str, Any]:
@@ -150,6 +156,9 @@ def run_training(
       batch_provenance: step -> the origin of its batch, recorded if the update is not finite.
       summarize: (last state, last scores) -> entries of result.json besides step, parameters and throughput.
       save_evaluated: also save at every evaluation, so that the best of these checkpoints can be selected.
+      lengths_from: step -> the padded lengths of the batches from this step on, in the order of their first use, in which the
+        update is compiled for them; None stands for a fixed length.
+      compile_evaluation: gives the programs of `evaluate` to a compiler, after those of the update.
       dataset_fn: makes the tf.data.Dataset of training batches in place of `pipeline.make_dataset`.
       allow_changes: continue even if the data have changed.
 
@@ -170,15 +179,11 @@ def run_training(
     if step == total and run.result.exists() and (result := run.read_result(save_evaluated)).get("step") == step:
         log(f"{run.path}: already finished at step {step}; nothing to do")
         return result
-    if newest:
-        state, origin = checkpoint.restore(newest, abstract_state(config, mesh, model)), f"resuming at step {step}"
-    else:
-        state, origin = initialize()
-    device = mesh.devices.flat[0]
-    run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
-    if distributed.is_primary():
-        tokenizer.save(run.tokenizer)
-    run.supersede(step)
+    update = _start_compiling(ctx, config, mesh, model, source, schedule, lengths_from(step) if step < total else ())
+    compile_evaluation(ctx.compiler)
+    resumed = newest and (checkpoint.restore(newest, abstract_state(config, mesh, model)), f"resuming at step {step}")
+    state, origin = resumed or initialize()
+    _open_folder(run, config, mesh, data_digest, tokenizer, step)
     log(_header(config, mesh, title, total))
     log(f"{origin}; compiling")
     run.record("event", step, event="start", origin=origin)
@@ -189,7 +194,7 @@ def run_training(
     with contextlib.closing(progress), contextlib.closing(batches):
         with CheckpointWriter(run.checkpoints, config, data_digest, run.tokenizer) as writer:
             state, scores = train_loop(
-                ctx, config, mesh, model, schedule, state, batches, evaluate, batch_provenance, writer, progress, save_evaluated
+                ctx, config, mesh, update, schedule, state, batches, evaluate, batch_provenance, writer, progress, save_evaluated
             )
         summary = summarize(state, scores)
     speed = {f"{unit}_per_second": round(progress.rate, 1), "seconds": round(time.monotonic() - started, 1)}
@@ -197,6 +202,37 @@ def run_training(
     run.record("final", **result)
     run.write_result(result)
     return result
+
+
+def _start_compiling(
+    ctx: RunContext,
+    config: RunConfig,
+    mesh: Mesh,
+    model: TrainableModel,
+    source: BatchSource,
+    schedule: Schedule,
+    lengths: Sequence[int | None],
+) -> CompiledByShape:
+    """Returns the update, and starts to compile it for batches of these lengths (None: a fixed one), in this order."""
+
+    def lower(batch: AbstractBatch) -> jax.stages.Lowered:
+        total, warmup = schedule.total_steps, schedule.warmup_steps
+        return lower_step(config, mesh, total_steps=total, warmup_steps=warmup, model=model, batch=batch)
+
+    update, spec = CompiledByShape(lower), source.element_spec(config.train.batch_size)
+    names = ("the update" if length is None else f"the update for {length} tokens" for length in lengths)
+    batches = (sharding.abstract_batch(mesh, spec, length) for length in lengths)
+    update.compile_ahead(ctx.compiler, dict(zip(names, batches, strict=True)))
+    return update
+
+
+def _open_folder(run: rundir.RunDir, config: RunConfig, mesh: Mesh, data_digest: str, tokenizer: Tokenizer, step: int) -> None:
+    """Records what an attempt that starts at `step` consists of."""
+    device = mesh.devices.flat[0]
+    run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
+    if distributed.is_primary():
+        tokenizer.save(run.tokenizer)
+    run.supersede(step)
 
 
 def _newest_checkpoint(run: rundir.RunDir, log: console.Log) -> CheckpointInfo | None:
@@ -222,7 +258,7 @@ def train_loop(
     ctx: RunContext,
     config: RunConfig,
     mesh: Mesh,
-    model: TrainableModel,
+    update: CompiledByShape,
     schedule: Schedule,
     state: State,
     batches: Iterator[Any],
@@ -244,9 +280,6 @@ def train_loop(
     run, total, scores = ctx.run, schedule.total_steps, Scores({})
     step = int(state["step"])
 
-    def lower(batch: AbstractBatch) -> jax.stages.Lowered:
-        return lower_step(config, mesh, total_steps=total, warmup_steps=schedule.warmup_steps, model=model, batch=batch)
-
     def log_metrics(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         if not values.pop("ok"):
@@ -254,14 +287,13 @@ def train_loop(
         run.record("train", step, **values)
         progress.update(step, values)
 
-    update = CompiledByShape(lower)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     if step == total:  # The run was interrupted after its last save, before its result was written.
         scores = evaluate(total, state["params"])
     for batch in batches:
-        compilations = update.compilations
+        num_shapes = update.num_shapes
         state, metrics = update(state, sharding.place_batch(mesh, batch, config.train.batch_size))
-        if update.compilations > compilations:  # The batch had a new shape. Compilation is not training time.
+        if update.num_shapes > num_shapes:  # The wait for the program of a new shape is not training time.
             progress.resume_clock(step)
         if pending is not None:
             log_metrics(*pending)

@@ -20,13 +20,12 @@ from gpt_jax.model.loss import Batch, language_model_loss, normalize
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec, compute_dtype
 from gpt_jax.runtime.sharding import constrain, named_sharding
+from gpt_jax.train.compilation import AbstractBatch
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
 State = dict[str, Any]
 """The training state, a nested dictionary of arrays: `params`, `moments` (`optimizer.Moments`), `step` (updates made, int32) and
 `ok` (bool: whether every update so far was finite)."""
-
-AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
 
 class TrainableModel(NamedTuple):
@@ -105,31 +104,13 @@ def lower_step(
         return step.lower(abstract_state(config, mesh, model), batch or abstract_batch(config, mesh))
 
 
-def jit_evaluation(
-    config: RunConfig, mesh: Mesh, function: Callable[[ModelConfig, Params, Batch], Any]
-) -> Callable[[Params, Batch], Any]:
-    """Returns a compiled function (params, batch) -> `function(model_config, params, batch)`; call it under `jax.set_mesh`.
+def jit_evaluation(config: RunConfig, mesh: Mesh, function: Callable[[ModelConfig, Params, Batch], Any]) -> jax.stages.Wrapped:
+    """Returns a jitted function (params, batch) -> `function(model_config, params, batch)`; call it under `jax.set_mesh`.
 
     The arrays that it returns are replicated on every device.
     """
     model_config = _settle_by_device(config, mesh).model
     return jax.jit(functools.partial(function, model_config), out_shardings=named_sharding(mesh, ()))
-
-
-class CompiledByShape:
-    """A function of (state or parameters, batch) that is compiled once for each batch shape, on first use."""
-
-    def __init__(self, lower: Callable[[AbstractBatch], jax.stages.Lowered]):
-        self._compile = functools.cache(lambda arrays: lower(dict(arrays)).compile())
-
-    @property
-    def compilations(self) -> int:
-        """Number of compilations so far."""
-        return self._compile.cache_info().misses
-
-    def __call__(self, state: Any, batch: Batch) -> Any:
-        arrays = ((name, jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)) for name, x in batch.items())
-        return self._compile(tuple(arrays))(state, batch)
 
 
 def train_step(

@@ -300,7 +300,7 @@ def test_a_whole_number_is_a_number():
         ((DistributedConfig, "timeout_seconds"), 1, 0),
         ((TaskConfig, "max_train"), 0, -1),
         ((TaskConfig, "max_tokens"), 0, -1),
-        ((TaskConfig, "num_length_buckets"), 1, 0),
+        ((TaskConfig, "num_length_buckets"), 0, -1),
         ((TaskConfig, "lm_weight"), 0.0, -1.0),
         ((TaskConfig, "classifier_dropout"), 0.0, 1.0),
     ],

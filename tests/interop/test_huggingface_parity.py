@@ -27,8 +27,9 @@ from gpt_jax.tasks.evaluate import evaluate_task
 from gpt_jax.tasks.head import Head
 from gpt_jax.tasks.readers import Example
 from gpt_jax.tasks.transforms import SpecialTokens, encode_examples
+from gpt_jax.train.compilation import CompiledByShape
 from gpt_jax.train.restore import load_model
-from gpt_jax.train.step import LANGUAGE_MODEL, CompiledByShape, TrainableModel, init_state, lower_step, state_shardings
+from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel, init_state, lower_step, state_shardings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by transformers when it is first imported
 torch = pytest.importorskip("torch", reason="torch is not installed")

@@ -8,20 +8,8 @@ import pytest
 
 from gpt_jax.data.windows import epoch_keys, permute
 from gpt_jax.errors import UserError
-from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, choose_lengths
-from gpt_jax.tasks.transforms import EncodedSplit
-
-
-def numbered(lengths, num_outputs=3):
-    """Returns examples with sequences of these lengths [n, S]. Their tokens are 1, 2, 3, ..., so each reveals its position."""
-    lengths = np.array(lengths, np.int32)
-    ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
-    labels = np.eye(num_outputs, dtype=np.float32)[np.arange(len(lengths)) % num_outputs]
-    return EncodedSplit(np.arange(1, lengths.sum() + 1, dtype=np.int32), ends - lengths, lengths, labels, num_truncated=0)
-
-
-def random_lengths(count, sequences=1, longest=30, seed=0):
-    return np.random.default_rng(seed).integers(3, longest + 1, (count, sequences))
+from gpt_jax.tasks.batches import ScoringBatches, TaskBatches
+from tests.encoded import numbered, random_lengths
 
 
 def epoch_of(batches, epoch):
@@ -234,39 +222,7 @@ def test_scoring_covers_every_example_once(count):
     assert np.sort(seen[seen > 0]).tolist() == encoded.tokens.tolist()
 
 
-# -- lengths ----------------------------------------------------------------------------------------------------------------
-
-
-def padded_tokens(splits, batch_size, lengths):
-    """Returns the tokens in one row of every batch, with each split in order of length; infinite if a batch does not fit."""
-    total = 0
-    for longest in splits:
-        ordered = sorted(longest, reverse=True)
-        for begin in range(0, len(ordered), batch_size):
-            total += min((length for length in lengths if length >= ordered[begin]), default=np.inf)
-    return total
-
-
-@pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("most", [1, 2, 3, 4])
-def test_no_other_lengths_need_less_padding(batch_size, most):
-    for seed in range(20):
-        rng = np.random.default_rng(seed)
-        splits = [rng.geometric(0.2, size).clip(max=12) + 2 for size in (20, 5)]
-        chosen = choose_lengths(splits, batch_size, most)
-        assert len(chosen) <= most
-        assert list(chosen) == sorted(set(chosen))
-        candidates = itertools.combinations(range(3, 15), most)
-        best = min(padded_tokens(splits, batch_size, lengths) for lengths in candidates)
-        assert padded_tokens(splits, batch_size, chosen) == best
-
-
-def test_there_are_no_more_lengths_than_distinct_ones():
-    assert choose_lengths([np.array([4, 4, 9, 4])], 1, 8) == (4, 9)
-
-
-def test_the_greatest_length_fits_every_split():
-    assert choose_lengths([np.array([5, 6]), np.array([40])], 2, 3)[-1] == 40
+# -- padding ---------------------------------------------------------------------------------------------------------------
 
 
 def test_padding_share_by_hand():
@@ -282,26 +238,3 @@ def test_padding_share_is_that_of_the_batches():
         made = [batches.batch_at(epoch * batches.steps_per_epoch + number, np.arange(8)) for number in range(8)]
         padding = sum((batch["tokens"] == 0).sum() for batch in made)
         assert batches.padding_share(epoch) == pytest.approx(padding / sum(batch["tokens"].size for batch in made))
-
-
-def glue(path, columns, header):
-    """Returns examples as long as those of a GLUE file in a context of 512, if a token has four bytes."""
-    lines = path.read_text(encoding="utf-8").splitlines()[header:]
-    texts = [[line.split("\t")[column] for column in columns] for line in lines]
-    tokens = [sum(max(len(text.encode()) // 4, 1) for text in row) + len(row) + 1 for row in texts]
-    return numbered(np.minimum(tokens, 512)[:, None])
-
-
-@pytest.mark.parametrize(
-    ("task", "columns", "header"), [("CoLA", (3,), 0), ("RTE", (1, 2), 1), ("SST-2", (0,), 1)], ids=["CoLA", "RTE", "SST-2"]
-)
-def test_eight_lengths_leave_little_padding(shared_data, task, columns, header):
-    """At most 15% of the training tokens are padding, even though validation shares the lengths."""
-    folder = shared_data("glue") / task
-    training, validation = (glue(folder / name, columns, header) for name in ("train.tsv", "dev.tsv"))
-    lengths = choose_lengths([training.longest, validation.longest], 32, 8)
-    assert len(lengths) <= 8
-    batches = TaskBatches(training, 32, 0, lengths, True)
-    assert max(batches.padding_share(epoch) for epoch in range(3)) <= 0.15
-    scoring = ScoringBatches(validation, 32, lengths)
-    assert {scoring.batch_at(step, np.arange(1))["tokens"].shape[2] for step in range(scoring.num_batches)} <= set(lengths)

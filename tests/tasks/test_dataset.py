@@ -1,7 +1,5 @@
 """Tests of reading and encoding all splits of a task."""
 
-import pytest
-
 from gpt_jax.config import TaskConfig
 from gpt_jax.data.tokenizers import Bytes
 from gpt_jax.tasks.dataset import load_dataset
@@ -14,33 +12,7 @@ def load(folder, train, validation, **fields):
         files[name] = str(folder / f"{name}.tsv")
         (folder / f"{name}.tsv").write_text("".join(f"{row}\n" for row in ("text\tlabel", *rows)))
     lines = []
-    return load_dataset(TaskConfig(**files, **fields), Bytes(), 64, 2, lines.append), lines
-
-
-@pytest.fixture
-def table(tmp_path):
-    def write(name, lengths):
-        lines = [f"{'a' * length}\t{number % 2}" for number, length in enumerate(lengths)]
-        (tmp_path / name).write_text("\n".join(["text\tlabel", *lines]) + "\n")
-        return str(tmp_path / name)
-
-    return write
-
-
-def test_lengths_suit_the_splits_that_every_epoch_uses(table):
-    """The test split, which is scored once, must fit but does not compete for lengths."""
-    special = 2  # start and extract
-    task = TaskConfig(
-        kind="classification",
-        texts=("text",),
-        label="label",
-        train=table("train.tsv", [5] * 4 + [10] * 4),
-        validation=table("dev.tsv", [20] * 4),
-        test=table("test.tsv", [4, 8, 15, 30] * 50),
-        num_length_buckets=4,
-    )
-    dataset = load_dataset(task, Bytes(), 64, 4, lambda line: None)
-    assert dataset.lengths == (5 + special, 10 + special, 20 + special, 30 + special)
+    return load_dataset(TaskConfig(**files, **fields), Bytes(), 64, lines.append), lines
 
 
 def test_the_number_of_examples_of_each_class_is_logged(tmp_path):
@@ -83,7 +55,7 @@ def test_the_same_file_for_training_and_validation_is_noticed(tmp_path):
     (tmp_path / "link.tsv").symlink_to(tmp_path / "train.tsv")
     lines = []
     files = {"train": "train.tsv", "validation": "link.tsv", "test": "train.tsv"}
-    load_dataset(TaskConfig(**{split: str(tmp_path / name) for split, name in files.items()}), Bytes(), 64, 2, lines.append)
+    load_dataset(TaskConfig(**{split: str(tmp_path / name) for split, name in files.items()}), Bytes(), 64, lines.append)
     assert lines[-2:] == [
         "warning: 2 of the 2 validation examples have the same texts as a training example",
         "warning: 2 of the 2 test examples have the same texts as a training example",

@@ -17,9 +17,10 @@ from gpt_jax.runtime.distributed import StopRequest
 from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.checkpoint import CheckpointWriter
+from gpt_jax.train.compilation import BackgroundCompiler, CompiledByShape
 from gpt_jax.train.logging import ProgressLogger
 from gpt_jax.train.loop import RunContext, Schedule, Scores, train_loop
-from gpt_jax.train.step import LANGUAGE_MODEL, abstract_state, init_state
+from gpt_jax.train.step import abstract_state, init_state, lower_step
 
 LENGTH = 16
 
@@ -72,7 +73,8 @@ def start(config, folder, *, total=20, end=None, state=None, batch_at=random_bat
 
     with contextlib.ExitStack() as stack:
         run = stack.enter_context(contextlib.closing(RunDir(folder)))
-        ctx = RunContext(run, stack.enter_context(StopRequest()), say)
+        compiler = stack.enter_context(contextlib.closing(BackgroundCompiler(say)))
+        ctx = RunContext(run, stack.enter_context(StopRequest()), say, compiler)
         run.open(config, "")
         progress = ProgressLogger(config, mesh, total, "tokens", run.tensorboard, say)
         batches = iterate_batches(Source(batch_at), int(state["step"]), end or total, np.arange(8), kind="threads", prefetch=2)
@@ -81,7 +83,7 @@ def start(config, folder, *, total=20, end=None, state=None, batch_at=random_bat
             ctx,
             config,
             mesh,
-            LANGUAGE_MODEL,
+            CompiledByShape(lambda batch: lower_step(config, mesh, total_steps=total, warmup_steps=3.0, batch=batch)),
             Schedule(total, 3.0, every, every),
             state,
             batches,
