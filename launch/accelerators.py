@@ -3,8 +3,9 @@
 An accelerator is named FAMILY-SIZE. TPU sizes are those of Cloud TPU: chips for v5e and v6e, TensorCores (two in a chip) for v4,
 v5p and 7x. GPU and CPU sizes count the devices of one node; "cpu-4" is a node on which JAX simulates four devices.
 
-Sources: "TPU architecture" and the page of each generation (memory, chips in a host, slice names), "Plan TPUs in GKE" (labels and
-topologies), "GPU machine types" (Google Cloud documentation, 2026); names of TPU7x from xpk's system characteristics.
+Sources: "TPU architecture" and the page of each generation (chips in a host, slice names), "Plan TPUs in GKE" (labels and
+topologies), "GPU machine types" (Google Cloud documentation, 2026); names of TPU7x from xpk's system characteristics. The memory
+is that of `runtime/chips.py`.
 """
 
 import bisect
@@ -14,8 +15,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from gpt_jax.errors import UserError, nearest
-
-GIB = 1 << 30
+from gpt_jax.runtime.chips import CHIPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +64,12 @@ class Accelerator:
 
 _FLAT = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"
 _CUBES = "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16"
-_TPUS = {  # name in gcloud, name in GKE, GiB per chip, units of size per chip, devices per chip, topologies
-    "v4": ("v4", "tpu-v4-podslice", 32, 2, 1, _CUBES),
-    "v5e": ("v5litepod", "tpu-v5-lite-podslice", 16, 1, 1, _FLAT),
-    "v5p": ("v5p", "tpu-v5p-slice", 95, 2, 1, f"{_CUBES} 4x4x12 4x8x12 16x16x16 16x16x24"),
-    "v6e": ("v6e", "tpu-v6e-slice", 32, 1, 1, _FLAT),
-    "7x": ("tpu7x", "tpu7x", 192, 2, 2, f"1x1x1 {_CUBES} 4x4x12 12x16x16 16x16x16 16x16x24"),
+_TPUS = {  # name in gcloud, name in GKE, device kind in JAX, units of size per chip, devices per chip, topologies
+    "v4": ("v4", "tpu-v4-podslice", "TPU v4", 2, 1, _CUBES),
+    "v5e": ("v5litepod", "tpu-v5-lite-podslice", "TPU v5 lite", 1, 1, _FLAT),
+    "v5p": ("v5p", "tpu-v5p-slice", "TPU v5", 2, 1, f"{_CUBES} 4x4x12 4x8x12 16x16x16 16x16x24"),
+    "v6e": ("v6e", "tpu-v6e-slice", "TPU v6 lite", 1, 1, _FLAT),
+    "7x": ("tpu7x", "tpu7x", "TPU7x", 2, 2, f"1x1x1 {_CUBES} 4x4x12 12x16x16 16x16x16 16x16x24"),
 }
 _ALIASES = {gcloud: family for family, (gcloud, *_) in _TPUS.items()}
 
@@ -77,19 +77,19 @@ RUNTIMES = {"v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v
 """Software version for each family that Cloud TPU offers as TPU VMs."""
 
 
-_GPUS = {  # GB per GPU from its data sheet, name in GKE, name in SkyPilot
-    "l4": (24, "nvidia-l4", "L4"),
-    "a100": (40, "nvidia-tesla-a100", "A100"),
-    "a100-80gb": (80, "nvidia-a100-80gb", "A100-80GB"),
-    "h100": (80, "nvidia-h100-80gb", "H100"),
-    "h200": (141, "nvidia-h200-141gb", "H200"),
-    "b200": (180, "nvidia-b200", "B200"),
+_GPUS = {  # device kind in JAX, name in GKE, name in SkyPilot
+    "l4": ("NVIDIA L4", "nvidia-l4", "L4"),
+    "a100": ("NVIDIA A100-SXM4-40GB", "nvidia-tesla-a100", "A100"),
+    "a100-80gb": ("NVIDIA A100-SXM4-80GB", "nvidia-a100-80gb", "A100-80GB"),
+    "h100": ("NVIDIA H100 80GB HBM3", "nvidia-h100-80gb", "H100"),
+    "h200": ("NVIDIA H200", "nvidia-h200-141gb", "H200"),
+    "b200": ("NVIDIA B200", "nvidia-b200", "B200"),
 }
 _FAMILIES = [*_TPUS, *_GPUS, "cpu"]
 
 
 def _tpu_slices() -> Iterator[Accelerator]:
-    for family, (gcloud, gke, memory, size_per_chip, devices_per_chip, topologies) in _TPUS.items():
+    for family, (gcloud, gke, device_kind, size_per_chip, devices_per_chip, topologies) in _TPUS.items():
         for topology in topologies.split():
             chips = math.prod(map(int, topology.split("x")))
             chips_per_host = chips if topology in ("1x1", "1x1x1", "2x4") else 4
@@ -101,7 +101,7 @@ def _tpu_slices() -> Iterator[Accelerator]:
                 hosts=chips // chips_per_host,
                 chips_per_host=chips_per_host,
                 devices_per_host=chips_per_host * devices_per_chip,
-                memory=memory * GIB // devices_per_chip,
+                memory=CHIPS[device_kind].memory,
                 gcloud=f"{gcloud}-{size}",
                 gke=gke,
                 topology=topology,
@@ -110,9 +110,10 @@ def _tpu_slices() -> Iterator[Accelerator]:
 
 
 def _nodes() -> Iterator[Accelerator]:
-    for family, (memory, gke, sky) in _GPUS.items():
+    for family, (device_kind, gke, sky) in _GPUS.items():
         for count in (1, 2, 4, 8):
-            yield Accelerator(f"{family}-{count}", "gpu", family, 1, count, count, memory * GIB, gke=gke, sky=sky)
+            memory = CHIPS[device_kind].memory
+            yield Accelerator(f"{family}-{count}", "gpu", family, 1, count, count, memory, gke=gke, sky=sky)
     for count in range(1, 257):
         yield Accelerator(f"cpu-{count}", "cpu", "cpu", 1, count, count)
 

@@ -50,7 +50,13 @@ WITHOUT_JAX = (
         "gpt_jax/inputs/",
     ),
     *("gpt_jax/errors.py", "gpt_jax/runtime/console.py", "gpt_jax/runtime/git_info.py", "gpt_jax/runtime/mesh.py"),
-    *("gpt_jax/runtime/lock.py", "gpt_jax/runtime/machine.py", "gpt_jax/runtime/rundir.py", "gpt_jax/runtime/signals.py"),
+    *(
+        "gpt_jax/runtime/chips.py",
+        "gpt_jax/runtime/lock.py",
+        "gpt_jax/runtime/machine.py",
+        "gpt_jax/runtime/rundir.py",
+        "gpt_jax/runtime/signals.py",
+    ),
 )
 """Folders and modules that import none of the libraries in `ACCELERATED`, not even inside a function."""
 

@@ -77,7 +77,7 @@ def bench(options: argparse.Namespace, config: Any) -> int:
     """
     peers = usable_peers(options.against)
     if options.name == ALL:
-        contests = _all_contests(peers)
+        contests = all_contests(peers)
     else:
         request = Request(config, options.config or "", options.batch_size or (), peers, options.products, options.store)
         contests = BENCHMARKS[options.name].contests(request)
@@ -93,7 +93,7 @@ def bench(options: argparse.Namespace, config: Any) -> int:
     return 1 if any(timing.failure for outcome in outcomes for timing in outcome.timings.values()) else 0
 
 
-def _all_contests(peers: Sequence[str]) -> list[Contest]:
+def all_contests(peers: Sequence[str]) -> list[Contest]:
     """Returns the contests of all benchmarks, each with its default config and those of the peers that it knows."""
     contests = []
     for name, benchmark in BENCHMARKS.items():

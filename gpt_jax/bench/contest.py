@@ -27,7 +27,7 @@ ROUND_SECONDS = 2.0
 
 
 class Request(NamedTuple):
-    """What the user wants to measure."""
+    """A user's choice of config, sizes and peers for one benchmark."""
 
     config: Any = None
     """A `PretrainConfig` or `FinetuneConfig`; None for benchmarks without one."""
@@ -113,17 +113,18 @@ class Outcome:
         return statistics.median(theirs / own for theirs, own in pairs)
 
 
-def run_contest(contest: Contest, rounds: int, round_seconds: float = ROUND_SECONDS) -> Outcome:
+def run_contest(contest: Contest, rounds: int, round_seconds: float | None = None) -> Outcome:
     """Measures all programs of a contest. A program that fails, or runs out of memory, does not keep the others from finishing.
 
     Args:
       rounds: number of rounds of each program.
-      round_seconds: shortest duration of a round.
+      round_seconds: shortest duration of a round; None: `ROUND_SECONDS`.
 
     Raises:
       UserError: a program reported a user's mistake.
     """
     timings: dict[str, Timing] = {}
+    shortest = ROUND_SECONDS if round_seconds is None else round_seconds
     with contextlib.ExitStack() as stack:
         workers, counts, setups = {}, {}, {}
         for name, recipe in contest.programs.items():
@@ -131,7 +132,7 @@ def run_contest(contest: Contest, rounds: int, round_seconds: float = ROUND_SECO
             worker = stack.enter_context(start_worker(recipe))
             try:
                 setups[name] = worker.setup()
-                counts[name] = max(1, round(round_seconds / worker.run(1)))
+                counts[name] = max(1, round(shortest / worker.run(1)))
             except WorkerError as error:
                 timings[name] = Timing(failure=str(error))
             else:

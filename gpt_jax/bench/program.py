@@ -1,4 +1,4 @@
-"""What a benchmark times: a program, which a worker process builds from the name of a function and its arguments."""
+"""The programs that benchmarks time. A worker process builds each from the name of a function and its arguments."""
 
 import importlib
 from collections.abc import Callable, Mapping

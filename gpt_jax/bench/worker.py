@@ -5,11 +5,14 @@ repetitions. For each line it writes one line to the original standard output. W
 libraries print goes to standard error.
 """
 
+import contextlib
 import json
 import os
+import re
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from gpt_jax.bench.program import Recipe
@@ -47,8 +50,13 @@ def _serve(answer: Any) -> None:
 
 def peak_memory() -> int:
     """Returns the largest resident memory so far, in bytes, of this process or of one that it has started."""
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak if sys.platform == "darwin" else peak * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    own, children = (resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    with contextlib.suppress(OSError):  # On Linux, ru_maxrss includes the memory that the starting process had at that moment.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        if match := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
+            own = int(match[1]) * 1024
+    return max(own, children)
 
 
 def _device() -> str:

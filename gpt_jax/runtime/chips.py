@@ -1,13 +1,13 @@
 """Accelerator chips: clock, peak throughput, memory and bandwidths, from their vendors' data sheets. It does not depend on JAX.
 
-Sources, all read in November 2026:
+Sources:
 
 - TPU v4 to TPU7x: the page of each generation in "Cloud TPU documentation: TPU architecture" (Google Cloud). Inter-chip bandwidth
   is that of all links of a chip in both directions. Google publishes no clocks except that of v4 (Jouppi et al., "TPU v4: An
   Optically Reconfigurable Supercomputer", 2023, table 4).
 - A100: "NVIDIA A100 Tensor Core GPU" data sheet. H100: "NVIDIA H100 Tensor Core GPU Architecture" white paper, table 3. H200,
-  B200, L4: their data sheets. GeForce: "NVIDIA Ada GPU Architecture" white paper, appendix A. Peaks are without sparsity.
-  Bandwidth between chips is that of NVLink in both directions.
+  B200, L4: their data sheets. GeForce: "NVIDIA Ampere GA102 GPU Architecture" and "NVIDIA Ada GPU Architecture" white papers.
+  Peaks are without sparsity. Bandwidth between chips is that of NVLink in both directions.
 """
 
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ CHIPS = {
     "NVIDIA H100 80GB HBM3": _gpu(989.4, 494.7, 66.9, 80, 3350, 900, 1830),
     "NVIDIA H100 PCIe": _gpu(756, 378, 51.2, 80, 2000, 600, 1620),
     "NVIDIA H200": _gpu(989.4, 494.7, 66.9, 141, 4800, 900, 1830),
-    "NVIDIA B200": _gpu(2250, 1125, 75, 180, 8000, 1800, 1965),
+    "NVIDIA B200": _gpu(2250, 1125, 75, 180, 8000, 1800, 0),
     "NVIDIA L4": _gpu(121, 60, 30.3, 24, 300, 0, 2040),
     "NVIDIA GeForce RTX 3090": _gpu(71, 35.6, 35.6, 24, 936, 112.5, 1695),
     "NVIDIA GeForce RTX 4090": _gpu(165.2, 82.6, 82.6, 24, 1008, 0, 2520),

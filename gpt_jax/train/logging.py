@@ -9,16 +9,8 @@ from typing import Any, Literal
 from jax.sharding import Mesh
 
 from gpt_jax.config import ModelConfig, RunConfig
+from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.console import Log, ProgressLine, format_duration
-
-# Peak dense bfloat16 throughput of one JAX device in FLOP/s, from the vendors' data sheets, by `device_kind`. Utilization is
-# not shown for chips that are not listed. (TPU v7x presents each chip as two devices.)
-PEAK_FLOPS = {
-    **{"TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "TPU7x": 1153.5e12},
-    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), 312e12),
-    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), 989.4e12),
-    **{"NVIDIA H100 PCIe": 756e12, "NVIDIA B200": 2250e12, "NVIDIA L4": 121e12},
-}
 
 Unit = Literal["tokens", "examples"]
 """The unit of the training throughput."""
@@ -51,10 +43,12 @@ class ProgressLogger:
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, total_steps: int, unit: Unit, tensorboard: Path, log: Log | None):
-        train, peak = config.train, PEAK_FLOPS.get(mesh.devices.flat[0].device_kind)
+        train, chip = config.train, CHIPS.get(mesh.devices.flat[0].device_kind)
         self._total_steps, self._unit, self._log = total_steps, unit, log
         self._units_per_step = train.batch_size * (config.model.context_length if unit == "tokens" else 1)
-        self._utilization_per_rate = flops_per_token(config.model) / (peak * mesh.size) if peak and unit == "tokens" else 0.0
+        self._utilization_per_rate = 0.0  # Utilization is not shown for chips that are not listed.
+        if chip is not None and unit == "tokens":
+            self._utilization_per_rate = flops_per_token(config.model) / (chip.peak_flops["bfloat16"] * mesh.size)
         self._line = ProgressLine(train.log_seconds, lambda line: log(time.strftime("%H:%M:%S ") + line)) if log else None
         self._writer: Any = None
         if train.tensorboard and log is not None:

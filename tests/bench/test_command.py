@@ -1,0 +1,143 @@
+"""The command `bench`: its benchmarks, and what each of our programs computes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gpt_jax import arguments
+from gpt_jax.bench import peers
+from gpt_jax.bench.command import BENCHMARKS, all_contests
+from gpt_jax.bench.contest import Contest, Request
+from gpt_jax.cli import main
+from gpt_jax.errors import UserError
+from tests.tiny import replace_fields, write_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_command_line_knows_every_benchmark_and_peer():
+    assert (*BENCHMARKS, "all") == arguments.BENCHMARKS
+    assert {peer for benchmark in BENCHMARKS.values() for peer in benchmark.peers} == peers.PEERS.keys()
+    usage = Path(ROOT, "README.md").read_text()
+    assert all(name in usage for name in BENCHMARKS)
+
+
+def build(contest: Contest) -> None:
+    """Builds each of our programs in this process and runs it twice."""
+    for name, recipe in contest.programs.items():
+        if name not in contest.peers:
+            program = recipe.build()
+            program.run(1)
+            program.run(2)
+            assert all(isinstance(value, (int, float)) for value in program.details().values())
+
+
+@pytest.mark.parametrize("name", ["train", "attention", "loss", "generate", "checkpoint"])
+def test_programs_of_a_config_run(tiny, name, monkeypatch):
+    monkeypatch.setattr("gpt_jax.bench.generate.PROMPT_TOKENS", 8)
+    monkeypatch.setattr("gpt_jax.bench.generate.NEW_TOKENS", 4)
+    for contest in BENCHMARKS[name].contests(Request(tiny, "tiny", (8,))):
+        assert "tiny" in contest.title or name in ("attention", "loss")
+        build(contest)
+
+
+def test_programs_without_a_config_run(monkeypatch):
+    monkeypatch.setattr("gpt_jax.bench.tokenize.TEXT_BYTES", 30_000)
+    monkeypatch.setattr("gpt_jax.bench.tokenize.VOCABULARY", 500)
+    for name in ("tokenize", "matmul"):
+        for contest in BENCHMARKS[name].contests(Request()):
+            build(contest)
+
+
+def test_the_input_benchmark_reads_a_store(pretrained, monkeypatch):
+    monkeypatch.setattr("gpt_jax.bench.input.CONTEXT_LENGTH", 32)
+    monkeypatch.setattr("gpt_jax.bench.input.importlib.util.find_spec", lambda name: None)  # Importing tensorflow takes seconds.
+    contests = BENCHMARKS["input"].contests(Request(store=pretrained / "store"))
+    assert [contest.work for contest in contests] == [64 * 32, 256 * 32]
+    for contest in contests:
+        assert list(contest.programs) == ["threads"]
+        build(contest)
+
+
+def test_all_runs_every_benchmark_but_fine_tuning_against_the_peers_that_it_has(monkeypatch, capsys):
+    monkeypatch.setattr("gpt_jax.bench.tokenize.TEXT_BYTES", 30_000)
+    contests = all_contests(["torch", "transformers"])
+    assert "finetune is left out" in capsys.readouterr().err
+    titles = {contest.title.replace(",", "").replace(":", "").split()[0] for contest in contests}
+    assert titles == BENCHMARKS.keys() - {"finetune"}
+    chosen = {contest.title.split()[0]: set(contest.peers) for contest in contests}
+    assert chosen["train"] == {"torch", "transformers"}
+    assert chosen["generate"] == {"transformers"}
+    assert chosen["matmul:"] == {"torch"}
+
+
+def test_a_config_can_be_measured_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("gpt_jax.bench.contest.ROUND_SECONDS", 0.0)
+    file = write_config(tiny, tmp_path / "tiny.py")
+    words = [
+        "bench",
+        "train",
+        "--config",
+        str(file),
+        "--model.num-layers",
+        "1",
+        "--rounds",
+        "2",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    assert main(words) == 0
+    [contest] = json.loads((tmp_path / "out.json").read_text())["contests"]
+    assert "1 x 16, batch 8 x 32, dropout 0.1" in contest["title"]
+    assert len(contest["programs"]["gpt_jax"]["seconds"]) == 2
+    assert contest["work"] == 8 * 32
+    assert contest["title"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "bench train --against tensorflow",
+            "'tensorflow' is not a peer of train; its peers are transformers, transformers-compiled",
+        ),
+        ("bench startup --against torch", "'torch' is not a peer of startup; it has none"),
+        ("bench matmul --batch-size 3", "--batch-size: belongs to train, attention, loss, generate, input, not to matmul"),
+        ("bench loss --products", "--products: belongs to train, not to loss"),
+        ("bench all --config demo", "--config: belongs to train, attention, loss, generate, finetune, checkpoint, not to all"),
+        ("bench matmul --train.seed 3", "'--train.seed' is not an argument of gpt-jax bench matmul"),
+        ("bench finetune", "--config: name the fine-tuning config to time, for example finetune/cola"),
+        ("bench finetune --config demo", "demo is a config for gpt-jax pretrain"),
+        ("bench train --batch-size 0", "--batch-size: must be positive, not 0"),
+        ("bench train --model.num-layrs 3", "--model.num-layrs: no such field; did you mean model.num-layers or"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, capsys):
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert message in err
+
+
+def test_a_peer_that_is_not_installed_is_named_with_its_command(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError) as error:
+        peers.usable_peers(["torch"])
+    assert str(error.value) == "--against: torch needs torch, which is not installed: pip install 'gpt_jax[huggingface]'"
+
+
+def test_a_compiled_peer_is_left_out_without_a_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    assert peers.usable_peers(["torch", "torch-compiled", "torch"]) == ["torch", "torch-compiled"]
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert peers.usable_peers(["torch", "torch-compiled"]) == ["torch"]
+    assert "torch-compiled is left out: torch.compile needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_transformers_cannot_have_another_inner_width(tiny):
+    request = Request(replace_fields(tiny, model={"mlp_dim": 48}), "tiny", (), ("transformers",))
+    with pytest.raises(UserError, match="inner width of 4 x 16, not 48"):
+        BENCHMARKS["train"].contests(request)

@@ -1,0 +1,38 @@
+"""The table of chips: figures that are independent of each other fit together."""
+
+import pytest
+
+from gpt_jax.runtime.chips import CHIPS, GIB
+
+MULTIPLY_ADDS = {
+    # Multiprocessors times multiply-adds of a multiprocessor and cycle, in bfloat16, from NVIDIA's white papers.
+    "NVIDIA A100-SXM4-40GB": 108 * 1024,
+    "NVIDIA A100-SXM4-80GB": 108 * 1024,
+    "NVIDIA A100 80GB PCIe": 108 * 1024,
+    "NVIDIA H100 80GB HBM3": 132 * 2048,
+    "NVIDIA H100 PCIe": 114 * 2048,
+    "NVIDIA H200": 132 * 2048,
+    "NVIDIA L4": 58 * 512,
+    "NVIDIA GeForce RTX 3090": 82 * 256,
+    "NVIDIA GeForce RTX 4090": 128 * 256,
+    # Two TensorCores with four matrix units of 128 x 128.
+    "TPU v4": 2 * 4 * 128 * 128,
+}
+
+
+@pytest.mark.parametrize("kind", MULTIPLY_ADDS)
+def test_the_peak_is_that_of_all_units_at_the_clock(kind):
+    chip = CHIPS[kind]
+    assert chip.peak_flops["bfloat16"] == pytest.approx(2 * MULTIPLY_ADDS[kind] * chip.clock, rel=0.01)
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+def test_units_are_right(kind):
+    chip = CHIPS[kind]
+    assert 50e12 < chip.peak_flops["bfloat16"] < 3e15
+    assert 15 * GIB < chip.memory < 200 * GIB
+    assert 2e11 < chip.memory_bandwidth < 1e13
+    assert chip.link_bandwidth == 0 or 1e11 < chip.link_bandwidth < 2e12
+    assert chip.clock == 0 or 1e9 < chip.clock < 3e9
+    # Every chip needs many operations for each byte, and none of these more than a thousand.
+    assert 50 < chip.peak_flops["bfloat16"] / chip.memory_bandwidth < 1000
