@@ -140,6 +140,11 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
     return {name: jnp.repeat(array[:, None], positions, axis=1) for name, array in (("hidden", hidden), ("cell", cell))}
 
 
+def unstack_layers(config: ModelConfig, params: Params, cache: Cache) -> tuple[Params, Cache]:
+    """Returns its arguments, because there is one layer, which is not stacked."""
+    return params, cache
+
+
 def _zero_state(config: ModelConfig, batch: Any) -> State:  # In an exported graph, the batch is symbolic and not an int.
     """Returns the state before the first token. The cell is a sum over time, so it is float32 for any compute dtype."""
     shape = (batch, config.lstm_units)

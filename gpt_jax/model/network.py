@@ -9,7 +9,7 @@ from gpt_jax.model import lstm, transformer
 def network(config: ModelConfig) -> ModuleType:
     """Returns the module that implements the architecture of `config.kind`.
 
-    Both modules provide `init`, `param_specs`, `apply`, `apply_cached` and `empty_cache`, as specified by the docstrings of
-    `transformer`.
+    Both modules provide `init`, `param_specs`, `apply`, `apply_cached`, `empty_cache` and `unstack_layers`, as specified by
+    the docstrings of `transformer`.
     """
     return {"transformer": transformer, "lstm": lstm}[config.kind]

@@ -10,6 +10,7 @@ are derived, and whether weight decay applies to it.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,8 +33,9 @@ Starts = Int[Array, "batch"]
 MaskStream = UInt32[Array, "batch heads 2"]
 """Determines the dropout masks of one layer's attention probabilities (`dropout.mask_stream`)."""
 Cache = dict[str, Any]
-"""Keys and values of earlier positions, under "key" and "value": [layers, batch, positions, heads, dim], without the layer axis
-inside a block. The LSTM caches its states instead (lstm.py)."""
+"""Keys and values of earlier positions, under "key" and "value": [layers, batch, heads, positions, dim], without the layer axis
+inside a block. In this order, the products of attention read a head's positions without a transposed copy. The LSTM caches its
+states instead (lstm.py)."""
 
 
 class ParamSpec(NamedTuple):
@@ -96,8 +98,8 @@ class Attention(nnx.Module):
         qkv = constrain(self.qkv(x), "batch", None, None, "heads", None)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
         if cache is not None and start is not None:
-            cache = write_cache(cache, {"key": key, "value": value}, start)
-            key, value = cache["key"], cache["value"]
+            cache = write_cache(cache, {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}, start)
+            key, value = cache["key"].swapaxes(1, 2), cache["value"].swapaxes(1, 2)
         attend = functools.partial(attention, rate=self.config.attention_dropout, implementation=self.config.attention)
         mixed = attend(query, key, value, stream=stream, segment_ids=segment_ids, query_offset=start)
         return self.out(constrain(mixed, "batch", None, "heads", None)), cache
@@ -192,15 +194,15 @@ def apply_cached(
     config: ModelConfig,
     params: Params,
     tokens: Tokens,
-    cache: Cache | None,
+    cache: Cache | list[Cache] | None,
     start: Starts | None,
     dropout_key: DropoutKey | None = None,
     segment_ids: Tokens | None = None,
-) -> tuple[Hidden, Cache | None]:
+) -> tuple[Hidden, Cache | list[Cache] | None]:
     """Continues row i, whose first `start[i]` positions are cached; returns the output at new positions and the updated cache.
 
     Keys and values beyond a row's own length, left there by padding, are never attended to and are overwritten as the row
-    grows. Without a cache and `start`, rows begin at position 0.
+    grows. Without a cache and `start`, rows begin at position 0. Parameters and cache may be those of `unstack_layers`.
     """
     embedding = params["embedding"]
     positions = _positions(tokens, segment_ids) if start is None else start[:, None] + jnp.arange(tokens.shape[1])
@@ -217,20 +219,38 @@ def apply_cached(
         x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
         x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
         x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
+        if isinstance(cache, list):
+            caches: list[Any] = []
+            for number, (layer_params, layer_cache) in enumerate(zip(params["blocks"], cache, strict=True)):
+                x, updated = layer(x, (layer_params, jnp.int32(number), layer_cache))
+                caches.append(updated)
+            return x, caches
         return jax.lax.scan(rematerialize(config, layer), x, (params["blocks"], jnp.arange(config.num_layers), cache))
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
     """Returns a key-value cache with room for `positions` tokens in each row, in the compute dtype."""
-    shape = (config.num_layers, batch, positions, config.num_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_heads, positions, config.head_dim)
     return {name: jnp.zeros(shape, compute_dtype(config)) for name in ("key", "value")}
+
+
+def unstack_layers(config: ModelConfig, params: Params, cache: Cache) -> tuple[Params, list[Cache]]:
+    """Returns parameters and cache for a loop over `apply_cached`, with the layers in lists instead of along a leading axis.
+
+    A scan over stacked layers copies the slices of each layer. For a few tokens, copying the weights takes longer than the
+    products. Here they are copied once, before the loop.
+    """
+    layers = [jax.tree.map(operator.itemgetter(layer), (params["blocks"], cache)) for layer in range(config.num_layers)]
+    blocks, caches = map(list, zip(*layers, strict=True))
+    return params | {"blocks": blocks}, caches
 
 
 def logits(config: ModelConfig, params: Params, hidden: Hidden) -> Float[Array, "batch time vocab"]:
     """Returns float32 next-token logits over the unpadded vocabulary, computed with the transposed token embeddings."""
-    table = params["embedding"]["tokens"][: config.vocab_size].astype(hidden.dtype)
+    table = params["embedding"]["tokens"].astype(hidden.dtype)
     with jax.default_matmul_precision(config.matmul_precision):
-        return jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
+    return scores[..., : config.vocab_size]  # A slice of the table would be a copy of it.
 
 
 def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype:
@@ -286,6 +306,6 @@ def module_param_specs(
 
 
 def write_cache(cache: Cache, new: Cache, start: Starts) -> Cache:
-    """Returns the cache with the arrays of new positions written into row i from position `start[i]` on."""
-    write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=0))
+    """Returns the cache with new positions, the last axis but one, written into row i from position `start[i]` on."""
+    write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=-2))
     return {name: write(cache[name], new[name], start) for name in cache}

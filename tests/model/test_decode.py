@@ -1,6 +1,8 @@
 """Generation from a cache against doing it the long way, and sampling against its definition."""
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -44,26 +46,30 @@ def continued(params, prompt, number):
 # -- the cache --------------------------------------------------------------------------------------------------------------
 
 
-def test_cached_scores_equal_uncached_ones_at_every_position(params):
+@pytest.mark.parametrize("unstacked", [False, True])
+def test_cached_scores_equal_uncached_ones_at_every_position(params, unstacked):
     """Rows of differing length are padded at their end; then each goes on from its own position."""
     texts = np.random.default_rng(1).integers(0, 60, (3, 48)).astype(np.int32)
     lengths, width = np.array([11, 1, 16], np.int32), 16
     expected = np.asarray(score(TINY, params, texts))
 
     @jax.jit
-    def step(tokens, cache, start):
+    def step(params, tokens, cache, start):
         hidden, cache = transformer.apply_cached(TINY, params, tokens, cache, start)
         return transformer.logits(TINY, params, hidden), cache
 
     padded = np.where(np.arange(width) < lengths[:, None], texts[:, :width], 59).astype(np.int32)
-    scores, cache = step(padded, transformer.empty_cache(TINY, 3, 40), np.zeros(3, np.int32))
-    assert cache["key"].shape == (2, 3, 40, 2, 8)
+    scores, cache = step(params, padded, transformer.empty_cache(TINY, 3, 40), np.zeros(3, np.int32))
+    assert cache["key"].shape == (2, 3, 2, 40, 8)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(scores[row, :length], expected[row, :length], atol=1e-5)
     rows = np.arange(3)
+    if unstacked:
+        params, cache = transformer.unstack_layers(TINY, params, cache)
+        assert [layer["key"].shape for layer in cache] == [(3, 2, 40, 8)] * 2
     for number in range(20):
         at = lengths + number
-        scores, cache = step(texts[rows, at][:, None], cache, at)
+        scores, cache = step(params, texts[rows, at][:, None], cache, at)
         np.testing.assert_allclose(scores[:, 0], expected[rows, at], atol=1e-5)
 
 
@@ -90,10 +96,41 @@ def test_the_likeliest_alone_is_greedy(params, greedy):
     assert generate(TINY, params, PROMPTS, NEW, top_p=1e-6, seed=3) == greedy
 
 
-def test_one_program_serves_prompts_and_settings(params, greedy):
+def test_one_program_serves_prompts_numbers_of_tokens_and_settings(params, greedy):
     before = decode._generate._cache_size()
-    generate(TINY, params, [[1, 2], [3] * 30, [4]], NEW, temperature=0.5, top_k=7, top_p=0.9, stop=2, seed=9)
+    generate(TINY, params, [[1, 2], [3] * 20, [4]], NEW + 4, temperature=0.5, top_k=7, top_p=0.9, stop=2, seed=9)
+    for number in (1, 2, NEW - 1, 21):
+        text = generate(TINY, params, PROMPTS, number, temperature=0.0)
+        assert [row[:NEW] for row in text] == [row[:number] for row in greedy]
+        assert {len(row) for row in text} == {number}
     assert decode._generate._cache_size() == before
+
+
+def test_few_programs_serve_all_lengths():
+    """Prompt and cache have a power of two of positions, or fill the context."""
+    for context in (1, 31, 48, 512, 1000):
+        lengths = [decode._bucket(length, context) for length in range(1, context + 1)]
+        assert all(length <= bucket <= context for length, bucket in enumerate(lengths, 1))
+        assert all(bucket < max(2 * length, 33) for length, bucket in enumerate(lengths, 1))
+    assert set(lengths) == {32, 64, 128, 256, 512, 1000}
+
+
+def test_a_token_copies_no_weights(params):
+    """No instruction of the compiled loop over tokens has a result with as many elements as a matrix of weights has."""
+    settings = np.float32(1), np.int32(5), np.float32(0.9)
+    arguments = np.zeros((3, 32), np.int32), np.full(3, 5, np.int32), np.int32(4), settings, np.int32(2), np.uint32(0)
+    program = decode._generate.lower(TINY, 32, params, *arguments).compile().as_text()
+    computations = dict(re.findall(r"^%?([\w.-]+) \(.*\{\n((?:  .*\n)+)\}", program, re.MULTILINE))
+    loop = max((computations[name] for name in re.findall(r"body=%([\w.-]+)", program)), key=len)
+    results = {"forwarded": set(), "computed": set()}
+    for dimensions, operation in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", loop):
+        kind = "forwarded" if operation in ("get-tuple-element", "bitcast") else "computed"
+        results[kind].add(math.prod(map(int, dimensions.split(","))))
+    matrices = {leaf[0].size for leaf in jax.tree.leaves(params["blocks"])} | {params["embedding"]["tokens"].size}
+    matrices -= set(range(100))  # gains and biases
+    assert matrices == {16 * 48, 16 * 16, 16 * 32, 128 * 16}
+    assert matrices <= results["forwarded"], "the loop over tokens contains the products of all layers"
+    assert not matrices & results["computed"]
 
 
 def test_a_stop_token_ends_its_row_alone(params, greedy):
@@ -108,6 +145,23 @@ def test_seeds(params):
     assert draw(seed=1) == draw(seed=1)
     assert all(one != two for one, two in zip(draw(seed=1), draw(seed=2), strict=True))
     assert draw(seed=1)[0] != generate(TINY, params, [PROMPTS[0]] * 3, NEW, seed=1)[1], "equal prompts differ by row"
+
+
+def test_sampled_generation_equals_the_long_way(params):
+    """The random numbers of a token depend on the seed, its number and its row; equal seeds give the text of all versions."""
+    temperature, top_k, seed = 0.8, 9, 11
+    expected = []
+    for row, prompt in enumerate(PROMPTS):
+        text = list(prompt)
+        for number in range(NEW):
+            padded = np.zeros((1, TINY.context_length), np.int32)
+            padded[0, : len(text)] = text
+            scores = np.asarray(score(TINY, params, padded)[0, len(text) - 1]) / temperature
+            scores[np.argsort(-scores)[top_k:]] = -np.inf
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), number), row)
+            text.append(int(jax.random.categorical(key, scores)))
+        expected.append(text[len(prompt) :])
+    assert generate(TINY, params, PROMPTS, NEW, temperature=temperature, top_k=top_k, seed=seed) == expected
 
 
 def test_each_token_is_drawn_anew(params):
@@ -269,6 +323,22 @@ def test_of_equally_likely_tokens_those_with_lower_ids_are_taken(top_k, top_p, a
     keys = jax.random.split(jax.random.key(0), 100)
     tokens = sample_many(np.broadcast_to(TIED, (10, 7)), keys, np.float32(1), np.int32(top_k), np.float32(top_p))
     assert set(np.unique(tokens)) == allowed
+
+
+def test_the_search_keeps_what_a_sort_keeps():
+    """Weights are multiples of 1/64, so that sums in any order are exact; many scores are equal, and some are infinite."""
+    draw, keep = np.random.default_rng(0), jax.jit(decode._keep)
+    for ties in (2, 5, 1000):
+        scores = -draw.integers(0, ties, (20, 300)).astype(np.float32) / 7
+        scores[draw.random(scores.shape) < 0.1] = -np.inf
+        weights = draw.integers(0, 4, scores.shape).astype(np.float32) / 64
+        order = np.argsort(-scores, axis=-1, kind="stable")
+        sorted_weights = np.take_along_axis(weights, order, axis=-1)
+        before = np.cumsum(sorted_weights, axis=-1) - sorted_weights
+        for limit in (1 / 64, 0.5, 1.0, 3.25, 100.0):
+            kept = np.zeros(scores.shape, bool)
+            np.put_along_axis(kept, order, before < limit, axis=-1)
+            np.testing.assert_array_equal(keep(scores, weights, np.float32(limit)), np.where(kept, scores, -np.inf))
 
 
 def test_the_most_likely_one_is_greedy_even_if_it_is_not_alone():
