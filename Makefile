@@ -26,11 +26,11 @@ test: $(VENV)/.installed-test ## Run the quick tests; ARGS="tests/test_config.py
 test-slow: $(VENV)/.installed-test ## Run the slow tests, compiled with all optimizations.
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n $(workers) --dist worksteal -m slow $(ARGS)
 
-interop: ## Run all tests of exports and imports with torch, transformers and ONNX Runtime, in .venv-interop.
+interop: ## Run all tests of exports, imports and benchmarks with torch, transformers and ONNX Runtime, in .venv-interop.
 	@$(MAKE) --no-print-directory VENV=.venv-interop test-interop
 
 test-interop: $(VENV)/.installed-interop
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n 2 --dist worksteal tests/interop $(ARGS)
+	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n 2 --dist worksteal tests/interop tests/bench $(ARGS)
 
 slurm: $(VENV)/.installed-test ## Run the batch file of `gpt-jax launch slurm` on a SLURM of this machine (Debian's slurm-wlm and munge, as root).
 	@GPT_JAX_SLURM=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -m slow tests/launch/test_slurm_real.py $(ARGS)

@@ -3,6 +3,8 @@
 import contextlib
 import os
 import platform
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -37,3 +39,21 @@ def process_seconds(pid: int) -> float:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
     return 0.0
+
+
+class OtherLoad:
+    """Measures how busy the programs other than some processes keep this machine, from its creation on."""
+
+    def __init__(self, own: Sequence[int]):
+        self._own = own
+        self._start = time.monotonic(), *self._used()
+
+    def cores(self) -> float | None:
+        """Returns the mean number of cores that other programs have used; None if it is not known."""
+        (start, machine, own), (machine_now, own_now) = self._start, self._used()
+        if machine is None or machine_now is None:
+            return None
+        return max(0.0, (machine_now - machine) - (own_now - own)) / (time.monotonic() - start)
+
+    def _used(self) -> tuple[float | None, float]:
+        return busy_seconds(), sum(map(process_seconds, self._own))

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,36 +43,42 @@ def print_header(facts: dict[str, Any]) -> None:
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """Prints the table of one contest, and a line for each program that failed."""
-    contest, finished = outcome.contest, outcome.finished
-    print(f"\n{contest.title}")
-    rated = bool(contest.unit)
-    header = [f"{contest.unit}/s", "min", "max"] if rated else []
-    header += ["s"] if rated else ["s", "min", "max"]
+    """Prints the table of one contest and remarks about it."""
+    print(f"\n{outcome.contest.title}")
+    if outcome.finished:
+        print(format_table(_table(outcome)))
+    for remark in _remarks(outcome):
+        print(remark)
+
+
+def _table(outcome: Outcome) -> list[Sequence[object]]:
+    """Returns the header, and a row for each program that finished, with its rate (or only its time), median and range."""
+    contest, rates = outcome.contest, bool(outcome.contest.unit)
+    header = [f"{contest.unit}/s", "min", "max", "s"] if rates else ["s", "min", "max"]
     header += ["GFLOP/s"] if contest.flops else []
     table: list[Sequence[object]] = [("program", *header, f"x {outcome.reference}", "set-up, s", "peak GB")]
-    for name, timing in finished.items():
-        low, high = min(timing.seconds), max(timing.seconds)
-        spread = [contest.work / seconds for seconds in (timing.median, high, low)] if rated else []
-        figures = [*map(rounded, [*spread, timing.median] if rated else [timing.median, low, high])]
-        figures += [rounded(contest.flops / timing.median / 1e9)] if contest.flops else []
-        table.append(
-            (name, *figures, f"{outcome.speed_ratio(name):.2f}", f"{timing.setup:.1f}", f"{timing.peak_bytes / 1e9:.2f}")
-        )
-    if finished:
-        print(format_table(table))
-    if (outcome.other_cores or 0) > BUSY * num_cores():
-        print(f"Other programs used {outcome.other_cores:.1f} of {num_cores()} cores meanwhile, which distorts these figures.")
+    for name, timing in outcome.finished.items():
+        median, low, high = timing.median, min(timing.seconds), max(timing.seconds)
+        figures = [*(contest.work / s for s in (median, high, low)), median] if rates else [median, low, high]
+        figures += [contest.flops / median / 1e9] if contest.flops else []
+        rest = (f"{outcome.speed_ratio(name):.2f}", f"{timing.setup:.1f}", f"{timing.peak_bytes / 1e9:.2f}")
+        table.append((name, *map(rounded, figures), *rest))
+    return table
+
+
+def _remarks(outcome: Outcome) -> Iterator[str]:
+    contest, finished, cores = outcome.contest, outcome.finished, num_cores()
+    if (outcome.other_cores or 0) > BUSY * cores:
+        yield f"Other programs used {outcome.other_cores:.1f} of {cores} cores meanwhile, which distorts these figures."
     first = next(iter(outcome.timings))
     if {first, contest.part} <= finished.keys():
-        print(f"{contest.part}: {1 / outcome.speed_ratio(contest.part, first):.0%} of the time of {first}")
+        yield f"{contest.part}: {1 / outcome.speed_ratio(contest.part, first):.0%} of the time of {first}"
     for name, timing in outcome.timings.items():
         if timing.failure:
-            print(f"{name} failed: {timing.failure}")
+            yield f"{name} failed: {timing.failure}"
         if utilization := _utilization(contest.flops, timing):
-            print(f"{name}: {utilization}")
-        for part, value in timing.details.items():
-            print(f"  {name}, {part}: {rounded(value)}")
+            yield f"{name}: {utilization}"
+        yield from (f"  {name}, {part}: {rounded(value)}" for part, value in timing.details.items())
 
 
 def write_json(path: Path, facts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:

@@ -55,7 +55,8 @@ def _command(*words: str) -> list[str]:
 def _train(command: Sequence[str], metrics: Path, cache: Path) -> None:
     """Runs a command, with a folder for its compilation cache, until the metrics file has the record of an update."""
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_ENABLE_COMPILATION_CACHE"):  # The cache is the default one.
+        environment.pop(name, None)
     with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
         try:
             while not metrics.is_file() or '"kind": "train"' not in metrics.read_text(encoding="utf-8"):

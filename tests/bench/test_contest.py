@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gpt_jax.bench.contest import Contest, OtherLoad, Outcome, Timing, run_contest
-from gpt_jax.bench.machine import num_cores
+from gpt_jax.bench.contest import Contest, Outcome, Timing, run_contest
+from gpt_jax.bench.machine import OtherLoad, num_cores
 from gpt_jax.bench.program import Recipe
 from gpt_jax.errors import UserError
 
@@ -79,6 +79,12 @@ def test_a_program_that_fails_does_not_keep_others_from_finishing(tmp_path, fail
     assert outcome.timings["bad"] == Timing(failure=reason)
     assert len(outcome.timings["good"].seconds) == 3
     assert outcome.reference == "good"
+
+
+def test_a_contest_of_which_every_program_fails_has_no_reference():
+    outcome = run_contest(contest(a=recipe("exiting"), b=recipe("raising", after=2)), rounds=2, round_seconds=0.0)
+    assert outcome.reference == ""
+    assert all(timing.failure for timing in outcome.timings.values())
 
 
 def test_a_mistake_of_the_user_ends_the_contest(tmp_path):

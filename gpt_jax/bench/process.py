@@ -1,0 +1,99 @@
+"""The controlling side of worker processes: starts one for each program of a contest, and exchanges JSON lines with it."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import IO, Any
+
+from gpt_jax.bench.machine import num_cores
+from gpt_jax.bench.program import Recipe
+from gpt_jax.errors import UserError
+
+
+class WorkerError(Exception):
+    """A program failed for a reason that is not a user's mistake."""
+
+
+class Worker:
+    """The controlling side of one `worker` process."""
+
+    def __init__(self, recipe: Recipe, process: subprocess.Popen[bytes], log: IO[bytes]):
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._recipe, self._process, self._log = recipe, process, log
+        self._requests, self._answers = process.stdin, process.stdout
+
+    @property
+    def pid(self) -> int:
+        """Number of the process."""
+        return self._process.pid
+
+    def setup(self) -> float:
+        """Builds the program and runs it once; returns the seconds that this took."""
+        return float(self._ask(self._recipe)["setup"])
+
+    def run(self, count: int) -> float:
+        """Runs the program `count` times; returns the seconds that this took."""
+        return float(self._ask(count)["seconds"])
+
+    def finish(self) -> dict[str, Any]:
+        """Ends the process; returns its peak memory, details and device."""
+        self._requests.close()
+        answer = self._answer()
+        self._process.wait()
+        return answer
+
+    def _ask(self, request: Any) -> dict[str, Any]:
+        with contextlib.suppress(BrokenPipeError):  # The process has ended, and `_answer` says why.
+            self._requests.write(json.dumps(request).encode() + b"\n")
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        """Returns the next answer.
+
+        Raises:
+          UserError: the program reported a user's mistake.
+          WorkerError: the program failed, or its process ended.
+        """
+        line = self._answers.readline()
+        if not line:
+            code = self._process.wait()
+            self._log.seek(0)
+            last = (self._log.read().decode(errors="replace").strip().splitlines() or ["nothing was printed"])[-1]
+            raise WorkerError("killed, probably for lack of memory" if code == -9 else f"ended with exit code {code}: {last}")
+        answer: dict[str, Any] = json.loads(line)
+        if "mistake" in answer:
+            raise UserError(answer["mistake"])
+        if "failure" in answer:
+            raise WorkerError(answer["failure"])
+        return answer
+
+
+@contextlib.contextmanager
+def start_worker(recipe: Recipe) -> Iterator[Worker]:
+    """Starts the process of a program, and ends it and deletes its temporary files when the block exits."""
+    command = [sys.executable, "-m", "gpt_jax.bench.worker"]
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen(command, bufsize=0, env=worker_environment(scratch), stdin=pipe, stdout=pipe, stderr=log) as process,
+    ):
+        try:
+            yield Worker(recipe, process, log)
+        finally:
+            process.kill()
+
+
+def worker_environment(scratch: str) -> dict[str, str]:
+    """Returns a program's environment: a thread for each core, a folder of its own, and a GPU that it shares with the others.
+
+    Compiled programs are not kept, so that the set-up always includes compilation.
+    """
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_cores()))
+    jax = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return {**os.environ, **threads, **jax, "TMPDIR": scratch}
