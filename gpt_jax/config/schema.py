@@ -207,12 +207,12 @@ class ModelOptions(Section, section="model"):
     """Type of the stored parameters. The optimizer always computes in float32 and keeps its moments in float32."""
     matmul_precision: Literal["default", "high", "highest"] = field("default", affects="result")
     """Precision of float32 matrix products on hardware that would otherwise reduce it (TPUs, GPUs with TF32)."""
-    remat: Literal["off", "dots", "full"] = field("off", affects="speed")
-    """Activations that the backward pass recomputes instead of storing. `off`: none; `dots`: all except the outputs of matrix
-    products with parameters; `full`: all activations of a block, from its input."""
-    attention: Literal["auto", "plain"] = field("auto", affects="speed")
-    """Implementation of attention. `plain` computes all probabilities as one array, on any device; `auto` selects the fastest
-    implementation for this device."""
+    remat: Literal["auto", "off", "dots", "full"] = field("auto", affects="speed")
+    """Activations that the backward pass recomputes instead of storing. `off`: none; `dots`: all except the results of attention
+    and of matrix products with parameters; `full`: all activations of a block; `auto`: `dots`, and `off` for an LSTM."""
+    attention: Literal["auto", "plain", "blockwise"] = field("auto", affects="speed")
+    """Implementation of attention. `plain` computes all probabilities as one array; `blockwise` computes them in blocks, twice,
+    and stores none; both run on any device. `auto`: `blockwise` on a CPU, otherwise `plain`."""
     loss_chunk: int = field(0, affects="speed", within=NOT_NEGATIVE)
     """Number of time steps whose logits are in memory at once in the loss; 0: chosen automatically (128 on accelerators, and as
     many as fit into the cache on a CPU)."""

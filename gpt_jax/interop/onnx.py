@@ -12,7 +12,7 @@ import numpy as np
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.interop.parity import Computation, ExportedFunction
-from gpt_jax.model.attention import NEGATIVE
+from gpt_jax.model.kernels.blockwise import MASKED
 
 OPSET, IR_VERSION = 20, 9
 """Versions of ONNX 1.15 (2023), the first release in which GELU is an operator."""
@@ -148,7 +148,7 @@ def _add_transformer(graph: _Graph, model: ModelConfig, x: str) -> str:
         query, value = (graph("Transpose", by_head[index], perm=[0, 2, 1, 3]) for index in (0, 2))
         key = graph("Transpose", by_head[1], perm=[0, 2, 3, 1])
         scores = graph("Div", graph("MatMul", query, key), math.sqrt(model.head_dim))
-        probabilities = graph("Softmax", graph("Where", allowed, scores, NEGATIVE), axis=-1)
+        probabilities = graph("Softmax", graph("Where", allowed, scores, MASKED), axis=-1)
         mixed = graph("Transpose", graph("MatMul", probabilities, value), perm=[0, 2, 1, 3])
         mixed = graph("Reshape", mixed, [0, 0, model.embed_dim])
         x = norm(graph("Add", x, graph.linear(mixed, "blocks/attention/out", layer)), "blocks/attention_norm", layer)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from gpt_jax.model.dropout import dropout
-
-NEGATIVE = -1e30  # Finite, so that a row without any allowed key gives a uniform softmax instead of NaN.
+from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, MASKED, blockwise_attention
 
 
 def attention(
@@ -21,6 +21,7 @@ def attention(
     rate: float = 0.0,
     segment_ids: Int[Array, "batch keys"] | None = None,
     query_offset: Int[Array, "batch"] | Int[Array, ""] | int | None = None,
+    precision: str = "default",
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads dim"]:
     """Computes scaled dot-product attention under a causal mask, with dropout on the probabilities.
@@ -36,7 +37,9 @@ def attention(
       segment_ids: numbers of packed examples; a query attends only to keys of its own segment. Also requires as many queries as
         keys.
       query_offset: position of the first query, one for all rows or one per row; None means keys - queries.
-      implementation: "plain", or "auto" for the fastest one that is available on this machine.
+      precision: precision of float32 products, forward and backward, on hardware that would otherwise reduce it.
+      implementation: a name in `IMPLEMENTATIONS`, or "auto" for the one that suits this machine's devices. Decoding, which has
+        fewer queries than keys or an offset, always uses "plain".
 
     Returns:
       Sums of values weighted by probabilities, in the compute dtype. The softmax is computed in float32.
@@ -45,19 +48,29 @@ def attention(
       ValueError: `stream` is given, but the numbers of queries and keys differ.
     """
     queries, keys = query.shape[1], key.shape[1]
+    if queries == keys and query_offset is None:
+        name = choose_attention(jax.default_backend()) if implementation == "auto" else implementation
+        return IMPLEMENTATIONS[name](query, key, value, stream, rate, segment_ids, precision)
     if stream is not None and queries != keys:
         raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
     offset = keys - queries if query_offset is None else query_offset
-    return IMPLEMENTATIONS[resolve_attention(implementation)](query, key, value, stream, rate, segment_ids, offset)
+    return _plain(query, key, value, stream, rate, segment_ids, precision, offset)
 
 
-def resolve_attention(implementation: str) -> str:
-    """Returns `implementation`, with "auto" replaced by the implementation that it selects on this machine."""
-    return "plain" if implementation == "auto" else implementation
+def choose_attention(platform: str) -> str:
+    """Returns the implementation that "auto" stands for on the devices of a platform ("cpu", "gpu" or "tpu")."""
+    return "blockwise" if platform == "cpu" else "plain"
 
 
 def _plain(
-    query: Array, key: Array, value: Array, stream: Array | None, rate: float, segment_ids: Array | None, offset: Array | int
+    query: Array,
+    key: Array,
+    value: Array,
+    stream: Array | None,
+    rate: float,
+    segment_ids: Array | None,
+    precision: str,
+    offset: Array | int = 0,
 ) -> Array:
     """Computes attention by its definition, with all probabilities in one [batch, heads, queries, keys] array."""
     positions = jnp.asarray(offset)[..., None, None] + jnp.arange(query.shape[1])[:, None]
@@ -67,11 +80,13 @@ def _plain(
     if allowed.ndim == 3:
         allowed = allowed[:, None]  # the same for every head
 
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
-    probabilities = jax.nn.softmax(jnp.where(allowed, scores, NEGATIVE), axis=-1)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=precision, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(query.shape[-1])
+    probabilities = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
     if stream is not None:
         probabilities = dropout(probabilities, stream, rate)
-    return jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value)
+    mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value, precision=precision)
+    return checkpoint_name(mixed, ATTENTION_OUTPUT)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain}
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain, "blockwise": blockwise_attention}

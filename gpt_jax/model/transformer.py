@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.attention import attention
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
+from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT
 from gpt_jax.runtime.sharding import constrain
 
 Params = dict[str, Any]
@@ -60,11 +61,40 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(config.param_dtype), axes=names, decay=True)
         bias = jnp.zeros(tuple(outputs.values()), config.param_dtype)
         self.bias = nnx.Param(bias, axes=names[len(inputs) :], decay=False)
-        self.num_inputs = len(inputs)
+        self.num_inputs, self.precision = len(inputs), config.matmul_precision
 
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return jnp.tensordot(x, kernel, axes=self.num_inputs) + bias
+        return product(x, kernel, self.num_inputs, self.precision) + bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def product(x: jax.Array, kernel: jax.Array, num_inputs: int, precision: str) -> jax.Array:
+    """Returns the product over the last `num_inputs` axes of `x` and the first ones of `kernel`.
+
+    Its gradients are those of `jnp.tensordot`, for which JAX would compute the kernel's gradient transposed, and transpose it
+    afterward. XLA does not remove these copies on CPUs, where they took a tenth of the training step (docs/benchmarks.md).
+    """
+    return jnp.tensordot(x, kernel, axes=num_inputs, precision=precision)
+
+
+def _product_fwd(
+    x: jax.Array, kernel: jax.Array, num_inputs: int, precision: str
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(x, kernel, num_inputs, precision), (x, kernel)
+
+
+def _product_bwd(
+    num_inputs: int, precision: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows, outputs = range(x.ndim - num_inputs), range(x.ndim - num_inputs, gradient.ndim)
+    multiply = functools.partial(jax.lax.dot_general, precision=precision)
+    x_gradient = multiply(gradient, kernel, ((outputs, range(num_inputs, kernel.ndim)), ((), ())))
+    return x_gradient, multiply(x, gradient, ((rows, rows), ((), ())))
+
+
+product.defvjp(_product_fwd, _product_bwd)
 
 
 class LayerNorm(nnx.Module):
@@ -96,12 +126,14 @@ class Attention(nnx.Module):
         self, x: Hidden, stream: MaskStream | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
     ) -> tuple[Hidden, Cache | None]:
         qkv = constrain(self.qkv(x), "batch", None, None, "heads", None)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        query, key, value = (part[:, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
         if cache is not None and start is not None:
             cache = write_cache(cache, {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}, start)
             key, value = cache["key"].swapaxes(1, 2), cache["value"].swapaxes(1, 2)
-        attend = functools.partial(attention, rate=self.config.attention_dropout, implementation=self.config.attention)
-        mixed = attend(query, key, value, stream=stream, segment_ids=segment_ids, query_offset=start)
+        config = self.config
+        attend = functools.partial(attention, precision=config.matmul_precision, implementation=config.attention)
+        rate = config.attention_dropout
+        mixed = attend(query, key, value, stream=stream, rate=rate, segment_ids=segment_ids, query_offset=start)
         return self.out(constrain(mixed, "batch", None, "heads", None)), cache
 
 
@@ -264,12 +296,18 @@ def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype
     return jnp.dtype(config.compute_dtype)
 
 
+def choose_remat(config: ModelConfig) -> str:
+    """Returns what `config.remat` stands for. An LSTM has no large intermediate results, so it recomputes nothing by default."""
+    return {"transformer": "dots", "lstm": "off"}[config.kind] if config.remat == "auto" else config.remat
+
+
 def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps the body of a scan so that its backward pass recomputes values as specified by `config.remat`."""
-    if config.remat == "off":
+    remat, keep = choose_remat(config), jax.checkpoint_policies
+    if remat == "off":
         return body
-    keep = jax.checkpoint_policies
-    policy = keep.dots_with_no_batch_dims_saveable if config.remat == "dots" else keep.nothing_saveable
+    products = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(ATTENTION_OUTPUT))
+    policy = keep.nothing_saveable if remat == "full" else products
     return jax.checkpoint(body, policy=policy, prevent_cse=False)  # CSE cannot undo it inside a scan.
 
 

@@ -18,11 +18,12 @@ from gpt_jax.config import RunConfig, load, schema
 from gpt_jax.data.pipeline import BatchSource, DatasetFn, iterate_batches
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.errors import Preempted, TrainingError, UserError, require
-from gpt_jax.model import attention, transformer
+from gpt_jax.model import transformer
 from gpt_jax.runtime import console, distributed, rundir, sharding
 from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.checkpoint import CheckpointWriter
 from gpt_jax.train.checkpoint_info import CheckpointInfo
+from gpt_jax.train.choices import changed_choices
 from gpt_jax.train.compilation import AbstractBatch, BackgroundCompiler, CompiledByShape
 from gpt_jax.train.logging import ProgressLogger, Unit
 from gpt_jax.train.step import State, TrainableModel, abstract_state, lower_step
@@ -183,10 +184,14 @@ def run_training(
     compile_evaluation(ctx.compiler)
     resumed = newest and (checkpoint.restore(newest, abstract_state(config, mesh, model)), f"resuming at step {step}")
     state, origin = resumed or initialize()
+    changes = changed_choices(run, config)
     _open_folder(run, config, mesh, data_digest, tokenizer, step)
     log(_header(config, mesh, title, total))
     log(f"{origin}; compiling")
     run.record("event", step, event="start", origin=origin)
+    for name, change in changes.items():
+        log(f"--{name} is {change}, so this run is equal to an uninterrupted one only up to rounding")
+        run.record("event", step, event="choice", field=name, change=change)
 
     progress = ProgressLogger(config, mesh, total, unit, run.tensorboard, log if distributed.is_primary() else None)
     rows, data = sharding.host_rows(mesh, config.train.batch_size), config.data
@@ -251,7 +256,7 @@ def _header(config: RunConfig, mesh: Mesh, title: str, total_steps: int) -> str:
     size = f"{model.num_parameters:,} parameters | {title} in {total_steps:,} steps"
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes}"
     numerics = f"{transformer.compute_dtype(model)} over {model.param_dtype}"
-    return f"{size} | {devices} | attention {attention.resolve_attention(model.attention)} | {numerics}"
+    return f"{size} | {devices} | attention {model.attention} | {numerics}"
 
 
 def train_loop(

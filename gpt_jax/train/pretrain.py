@@ -23,6 +23,7 @@ from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import console, distributed, sharding
 from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.train import checkpoint, checkpoint_info
+from gpt_jax.train.choices import keep_choices
 from gpt_jax.train.loop import Evaluate, RunContext, Scores, require_tokenizer, resolve_schedule, run_training, start_run
 from gpt_jax.train.restore import check_start, describe_start
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
@@ -56,6 +57,7 @@ def pretrain(
         mesh = sharding.make_mesh(config.mesh)
         check_batch(mesh.shape, train.batch_size, train.grad_accum_steps)
         check_model(mesh.shape, config.model)
+        config = keep_choices(ctx.run, config, mesh.devices.flat[0].platform)
 
         store = open_store(config, workdir, ctx.log, allow_changes)
         tokenizer = store.tokenizer()

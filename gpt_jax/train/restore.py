@@ -53,7 +53,8 @@ def load_model(path: Path, model: TrainableModel = LANGUAGE_MODEL) -> RestoredMo
     info = find_checkpoint(path, console.say)
     config = read_config(info)
     mesh = local_mesh(config.model)
-    config = dataclasses.replace(config, mesh=MeshConfig())
+    here: Any = {"attention": "auto", "remat": "auto", "loss_chunk": 0}  # The run has chosen them for its own devices.
+    config = dataclasses.replace(config, mesh=MeshConfig(), model=dataclasses.replace(config.model, **here))
     params = restore_params(info, abstract_state(config, mesh, model)["params"])
     return RestoredModel(config, mesh, params, load_tokenizer(info.path / "tokenizer"), info)
 

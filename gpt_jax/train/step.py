@@ -20,6 +20,7 @@ from gpt_jax.model.loss import Batch, language_model_loss, normalize
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec, compute_dtype
 from gpt_jax.runtime.sharding import constrain, named_sharding
+from gpt_jax.train.choices import choose
 from gpt_jax.train.compilation import AbstractBatch
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
@@ -97,7 +98,7 @@ def lower_step(
       total_steps, warmup_steps: length and warm-up of the run, in updates; the defaults suffice if only the cost matters.
       batch: abstract arrays of a batch; None means `abstract_batch`.
     """
-    update = functools.partial(train_step, _settle_by_device(config, mesh), model, total_steps, warmup_steps)
+    update = functools.partial(train_step, _settle(config, mesh), model, total_steps, warmup_steps)
     shardings = state_shardings(config, mesh, model), named_sharding(mesh, ())
     step = jax.jit(update, out_shardings=shardings, donate_argnums=0)
     with jax.set_mesh(mesh):
@@ -109,7 +110,7 @@ def jit_evaluation(config: RunConfig, mesh: Mesh, function: Callable[[ModelConfi
 
     The arrays that it returns are replicated on every device.
     """
-    model_config = _settle_by_device(config, mesh).model
+    model_config = _settle(config, mesh).model
     return jax.jit(functools.partial(function, model_config), out_shardings=named_sharding(mesh, ()))
 
 
@@ -158,12 +159,11 @@ def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
     return {"params": params, "moments": init_moments(params), "step": jnp.zeros((), jnp.int32), "ok": jnp.ones((), jnp.bool)}
 
 
-def _settle_by_device(config: RunConfig, mesh: Mesh) -> RunConfig:
+def _settle(config: RunConfig, mesh: Mesh) -> RunConfig:
     """Resolves the settings that depend on the mesh's devices, which need not be those of this machine."""
     platform = mesh.devices.flat[0].platform
     dtype: Any = str(compute_dtype(config.model, platform))
-    chunk = config.model.loss_chunk or (0 if platform == "cpu" else 128)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype, loss_chunk=chunk))
+    return dataclasses.replace(config, model=dataclasses.replace(choose(config.model, platform), compute_dtype=dtype))
 
 
 def _map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:

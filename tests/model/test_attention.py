@@ -74,7 +74,9 @@ def test_dropout_falls_on_the_probabilities(implementation):
     causal = np.tril(np.ones((20, 20)))
     actual = run(*arrays, stream=stream, rate=0.25, implementation=implementation)
     np.testing.assert_allclose(actual, expected(*arrays, causal, kept), atol=1e-6)
-    np.testing.assert_array_equal(run(*arrays, stream=stream, rate=0.0, implementation=implementation), run(*arrays))
+    np.testing.assert_array_equal(
+        run(*arrays, stream=stream, rate=0.0, implementation=implementation), run(*arrays, implementation=implementation)
+    )
 
 
 def test_bfloat16_keeps_its_type_and_softmax_in_float32():

@@ -293,6 +293,6 @@ def test_remat_saves_memory_and_changes_no_number():
         compiled = jax.jit(jax.value_and_grad(loss)).lower(params, tokens, dropout_key).compile()
         results[remat] = compiled(params, tokens, dropout_key)
         memory[remat] = compiled.memory_analysis().temp_size_in_bytes
-    assert memory["full"] < 0.8 * memory["dots"] < 0.8 * memory["off"]
+    assert memory["full"] < 0.95 * memory["dots"] < 0.7 * memory["off"]
     for remat in ("dots", "full"):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), results[remat], results["off"])

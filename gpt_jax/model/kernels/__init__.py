@@ -1,0 +1,1 @@
+"""Implementations of attention other than its plain definition."""
