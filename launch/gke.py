@@ -166,7 +166,7 @@ def _container(job: Job) -> dict[str, Any]:
 def _environment(job: Job) -> list[dict[str, Any]]:
     """Returns the variables that `distributed.start` and the TPU runtime read, and SLICE_INDEX for the number of the process."""
     first = f"{job.name}-{WORKERS}-0-0.{job.name}"  # The JobSet's headless service has the JobSet's name.
-    values, indexes = job.accelerator.environment, ["SLICE_INDEX"]
+    values, indexes = job.environment, ["SLICE_INDEX"]
     values |= {"JAX_COORDINATOR_ADDRESS": f"{first}:{PORT}", "JAX_NUM_PROCESSES": str(job.slices * job.accelerator.hosts)}
     if job.is_multislice:
         values |= {"MEGASCALE_COORDINATOR_ADDRESS": f"{first}:{MEGASCALE_PORT}", "MEGASCALE_NUM_SLICES": str(job.slices)}

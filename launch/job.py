@@ -60,6 +60,14 @@ class Job:
         """Whether the job spans several TPU slices, which the TPU runtime has to connect."""
         return self.accelerator.kind == "tpu" and self.slices > 1
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables of a process on a machine that may be replaced after a preemption.
+
+        Compiled programs are kept in the run's folder, so that another machine need not compile them again.
+        """
+        return {**self.accelerator.environment, "JAX_COMPILATION_CACHE_DIR": f"{to_mount_paths([self.workdir])[0]}/compiled"}
+
     def command(self) -> list[str]:
         """Returns the command that each process of the training runs."""
         seeds = ["--seeds", str(self.seeds)] if self.seeds > 1 else []

@@ -92,7 +92,7 @@ def _task(job: Job) -> dict[str, Any]:
     task: dict[str, Any] = {"name": job.name, "num_nodes": job.slices, "resources": _resources(job), "file_mounts": {}}
     for bucket in mount_names(job.command(), BUCKETS):
         task["file_mounts"][f"{BUCKETS}{bucket}"] = {"source": f"gs://{bucket}", "mode": "MOUNT"}
-    script = [f"export {name}={value}" for name, value in {**job.accelerator.environment, WAIT: "1"}.items()]
+    script = [f"export {name}={shlex.quote(value)}" for name, value in {**job.environment, WAIT: "1"}.items()]
     if not job.image:
         checkout = git_info.find_checkout()
         task |= {"workdir": str(checkout.folder), "setup": SETUP.format(extras=job.accelerator.extras)}

@@ -130,7 +130,8 @@ def run(lock: int) -> None:
     job = read_job()
     words, begin = [str(PYTHON), "-m", "gpt_jax", *job["command"][1:]], LOG.stat().st_size
     # With a broken TPU, JAX would otherwise train on the CPU. Training waits while another process still uses the run's folder.
-    environment = {"JAX_PLATFORMS": "tpu,cpu", "GPT_JAX_WAIT_FOR_LOCK": "1", **os.environ}
+    environment = {"JAX_PLATFORMS": "tpu,cpu", "GPT_JAX_WAIT_FOR_LOCK": "1"}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": f"{job['workdir']}/compiled", **os.environ}
     training = subprocess.Popen(words, cwd=SOURCE, env=environment, pass_fds=[lock])
     _write(PID, f"{training.pid} {os.getpid()} {job['digest']}")
     code = training.wait()

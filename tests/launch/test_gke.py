@@ -274,6 +274,12 @@ def test_only_jobs_of_several_slices_have_the_variables_that_connect_slices():
         assert not any("MEGASCALE" in name for _, environment in pods(manifest(**KINDS[kind])) for name in environment)
 
 
+def test_every_attempt_uses_the_same_compiled_programs():
+    folders = {environment["JAX_COMPILATION_CACHE_DIR"] for _, environment in pods(manifest(**KINDS["two slices"]))}
+    assert len(folders) == 1
+    assert folders.pop().endswith("/compiled")
+
+
 def test_the_platform_is_named_so_that_a_broken_driver_is_an_error():
     platforms = {kind: next(pods(manifest(**fields)))[1]["JAX_PLATFORMS"] for kind, fields in KINDS.items()}
     assert platforms == {"slice": "tpu,cpu", "two slices": "tpu,cpu", "host": "tpu,cpu", "GPU nodes": "cuda,cpu", "CPUs": "cpu"}

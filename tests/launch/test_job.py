@@ -36,3 +36,9 @@ def test_buckets_become_mounts():
     ]
     assert mount_names([*words, "/gcs/runs/c"], BUCKETS) == ["runs", "data"]
     assert mount_names(words, CLAIMS) == ["disk"]
+
+
+def test_machines_that_may_be_replaced_keep_compiled_programs_in_the_runs_folder():
+    folders = [make(workdir=workdir).environment["JAX_COMPILATION_CACHE_DIR"] for workdir in ("gs://runs/a", "/mnt/disk/b")]
+    assert folders == ["/gcs/runs/a/compiled", "/mnt/disk/b/compiled"]
+    assert make().environment["JAX_PLATFORMS"] == "tpu,cpu"
