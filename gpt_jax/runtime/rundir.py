@@ -101,7 +101,7 @@ def read_json(path: Path, shape: Shape = dict) -> dict[str, Any]:
 
 RECORD_SHAPE = {"kind": str, "step": int, "attempt": int}
 START_SHAPE = {"step": int, "fingerprint": str, "training": str}
-CONFIG_SHAPE = {"config": dict, "data_digest": str, "init?": (START_SHAPE, None)}
+CONFIG_SHAPE = {"config": dict, "data_digest": str, "init?": (START_SHAPE, None), "lengths?": ([int], None)}
 RESULT_SHAPE = {"step": int, "loss?": float, "test?": {str: float}}
 INTENDED = "Use another --workdir, or add --allow-changes if this is intended"
 
@@ -120,6 +120,8 @@ class RunDir:
         self.attempt = 1
         self.start: dict[str, Any] | None = None
         """Identifies the checkpoint that the run started from (`restore.describe_start`), if there is one. `open` records it."""
+        self.lengths: tuple[int, ...] | None = None
+        """The lengths that a fine-tuning run pads its batches to. `open` records them."""
         self._primary = primary
         self._metrics: Any = None
 
@@ -180,7 +182,7 @@ class RunDir:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         facts |= {"config_version": CONFIG_VERSION, "digest_version": DIGEST_VERSION, "digest": config_digest(config)}
-        facts |= {"data_digest": data_digest, "init": self.start}
+        facts |= {"data_digest": data_digest, "init": self.start, "lengths": self.lengths}
         facts |= environment() | {"config": config_to_dict(config)}
         write_atomic(self._config, json.dumps(facts, indent=1) + "\n")
         if diff := find_checkout().diff:

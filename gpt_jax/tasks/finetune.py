@@ -34,7 +34,7 @@ from gpt_jax.runtime.sharding import abstract_batch, host_rows, make_mesh, place
 from gpt_jax.tasks.batches import TaskBatches, count_steps, largest_scoring_batches
 from gpt_jax.tasks.dataset import TaskDataset, load_dataset
 from gpt_jax.tasks.head import Head, transfer
-from gpt_jax.tasks.lengths import count_passes, resolve_lengths
+from gpt_jax.tasks.lengths import count_passes, keep_lengths
 from gpt_jax.tasks.metrics import predict, score, write_glue, write_predictions
 from gpt_jax.tasks.registry import Task, task_from_config
 from gpt_jax.tasks.transforms import SpecialTokens
@@ -48,6 +48,7 @@ from gpt_jax.train.checkpoint_info import (
     own_checkpoints,
     read_config,
 )
+from gpt_jax.train.choices import keep_choices
 from gpt_jax.train.compilation import AbstractBatch, BackgroundCompiler, CompiledByShape
 from gpt_jax.train.loop import Schedule, Scores, resolve_schedule, run_training, start_run
 from gpt_jax.train.restore import check_start, describe_start
@@ -80,13 +81,15 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         mesh = make_mesh(resolved.mesh)
         check_batch(mesh.shape, batch_size, train.grad_accum_steps)
         check_model(mesh.shape, resolved.model)
+        platform = mesh.devices.flat[0].platform
+        resolved = keep_choices(ctx.run, resolved, platform)
 
         with distributed.primary_first("the task's data", ctx.log):  # tensorflow-datasets may have to write the data.
             dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, ctx.log)
         steps_per_epoch = count_steps(dataset.encoded["train"], batch_size)
         schedule = task_schedule(resolved, steps_per_epoch)
         passes = count_passes(schedule, steps_per_epoch)
-        lengths = resolve_lengths(resolved, dataset.encoded, passes, mesh.devices.flat[0].platform)
+        lengths = ctx.run.lengths = keep_lengths(ctx.run.stored(), resolved, dataset.encoded, passes, platform)
         batches = TaskBatches(dataset.encoded["train"], batch_size, train.seed, lengths, resolved.task.bucket_by_length)
         head = make_head(dataset.task, resolved)
         scorer = TaskScorer(resolved, mesh, head, dataset, lengths, batches.padding_share())
@@ -146,9 +149,11 @@ def task_schedule(config: FinetuneRunConfig, steps_per_epoch: int) -> Schedule:
 
 
 def _describe_padding(lengths: Sequence[int], shares: Mapping[str, float]) -> str:
-    """Returns a line with the lengths of the batches and the share of padding in each split."""
-    parts = (f"{share:.1%} of the {split} tokens" for split, share in shares.items())
-    return f"padded to {', '.join(map(str, lengths))} tokens: {' and '.join(parts)} are padding"
+    """Returns a line with the lengths of the batches and the share of padding in the training and validation splits."""
+    return (
+        f"padded to {', '.join(map(str, lengths))} tokens: {shares['train']:.1%} of the training tokens and "
+        f"{shares['validation']:.1%} of the validation tokens are padding"
+    )
 
 
 def _describe_result(result: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """The lengths that batches of a task are padded to: few, because each is compiled, and enough to waste little on padding."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Integer
@@ -17,6 +19,8 @@ On a CPU, this is 4 s at 50 GFLOP/s (measured on two cores). On accelerators it 
 fixed, because a measured time would make the lengths, and with them the last bits of a loss, differ between two runs."""
 SCORING_PASS = 1 / 3
 """The work of scoring a token, in units of training on it. Training also has a backward pass, which is twice as much work."""
+EARLIER_NUMBER = 8
+"""Number of lengths of runs that recorded neither the lengths nor their number."""
 MAX_LENGTHS = 16
 """Maximum number of lengths. With 16, padding is rarely more than a few percent, and each program takes memory."""
 
@@ -47,6 +51,31 @@ def resolve_lengths(
     cost = compilation_cost(config.model, platform) / (batch_size * sequences)
     longest, weights = [split.longest for split in encoded.values()], [passes[name] for name in encoded]
     return choose_lengths(longest, batch_size, MAX_LENGTHS, weights, cost)
+
+
+def keep_lengths(
+    stored: Mapping[str, Any],
+    config: FinetuneRunConfig,
+    encoded: Mapping[str, EncodedSplit],
+    passes: Mapping[str, float],
+    platform: str,
+) -> tuple[int, ...]:
+    """Returns the lengths of a run that resumes on the same platform, and otherwise those that `resolve_lengths` chooses.
+
+    Args:
+      stored: the contents of the run's config.json; empty for a new run.
+      config, encoded, passes, platform: as for `resolve_lengths`.
+    """
+    task = config.task
+    if task.num_length_buckets or stored.get("platform") != platform:
+        return resolve_lengths(config, encoded, passes, platform)
+    if stored.get("lengths") is None:  # Runs of earlier versions recorded only the number, which was never chosen.
+        number = stored["config"]["task"].get("num_length_buckets", EARLIER_NUMBER)
+        config = dataclasses.replace(config, task=dataclasses.replace(task, num_length_buckets=number))
+        return resolve_lengths(config, encoded, passes, platform)
+    longest = max(int(split.longest.max()) for split in encoded.values())
+    lengths = tuple(stored["lengths"])
+    return lengths if longest <= lengths[-1] else resolve_lengths(config, encoded, passes, platform)  # The data may have changed.
 
 
 def count_passes(schedule: Schedule, steps_per_epoch: int) -> dict[str, float]:

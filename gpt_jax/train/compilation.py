@@ -4,13 +4,14 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from gpt_jax.model.loss import Batch
 from gpt_jax.runtime.console import Log
 
+Program = TypeVar("Program")
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
 REPORTED_SECONDS = 1.0
@@ -27,19 +28,19 @@ class BackgroundCompiler:
     def __init__(self, log: Log) -> None:
         self._log = log
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compilation")
-        self._programs: dict[str, Future[jax.stages.Compiled]] = {}
+        self._programs: dict[str, Future[Any]] = {}
 
-    def submit(self, name: str, compile_program: Callable[[], jax.stages.Compiled]) -> Future[jax.stages.Compiled]:
+    def submit(self, name: str, compile_program: Callable[[], Program]) -> Future[Program]:
         """Returns the future result of a function that compiles a program. An error is raised where the result is used."""
         future = self._programs[name] = self._thread.submit(self._compile, name, compile_program)
         return future
 
-    def _compile(self, name: str, compile_program: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled:
+    def _compile(self, name: str, compile_program: Callable[[], Program]) -> Program:
         started = time.monotonic()
         program = compile_program()
         seconds = time.monotonic() - started
         if seconds >= REPORTED_SECONDS:
-            left = [other for other, future in self._programs.items() if other != name and not future.done()]
+            left = [other for other, future in self._programs.copy().items() if other != name and not future.done()]
             rest = f"; compiling {left[0]}, {len(left)} left" if left else ""
             self._log(f"compiled {name} in {seconds:.1f} s{rest}")
         return program

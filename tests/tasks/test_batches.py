@@ -238,3 +238,56 @@ def test_padding_share_is_that_of_the_batches():
         made = [batches.batch_at(epoch * batches.steps_per_epoch + number, np.arange(8)) for number in range(8)]
         padding = sum((batch["tokens"] == 0).sum() for batch in made)
         assert batches.padding_share(epoch) == pytest.approx(padding / sum(batch["tokens"].size for batch in made))
+
+
+# -- larger batches for scoring ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("growth", [1, 2, 3, 7])
+def test_shorter_sequences_come_in_larger_batches_of_no_more_tokens(growth):
+    """Lengths of 10, 20 and 40 tokens, of which at least two are a whole batch of 8 rows of 40 tokens."""
+    encoded = numbered(random_lengths(200, sequences=2, longest=40))
+    batches = ScoringBatches(encoded, 8, [10, 20, 40], growth)
+    examples = [batches.example_numbers(step) for step in range(batches.num_batches)]
+    together = np.concatenate(examples)
+    assert np.sort(together[together >= 0]).tolist() == list(range(200))
+    assert (np.concatenate(examples[:-1]) >= 0).all()
+    expected = {40: 8, 20: 8 * min(growth, 2), 10: 8 * min(growth, 4)}
+    for step, numbers in enumerate(examples):
+        rows, length = batches.shape_at(step)
+        assert rows == numbers.size == expected[length]
+        assert rows * length <= 8 * 40
+        assert batches.batch_at(step, np.arange(rows))["tokens"].shape == (rows, 2, length)
+
+
+def test_scoring_batches_are_the_largest_without_more_padding_than_allowed():
+    encoded, lengths = numbered(random_lengths(300, longest=40)), [10, 20, 40]
+    shares = {growth: ScoringBatches(encoded, 8, lengths, growth).padding_share() for growth in (1, 2, 3, 4)}
+    assert len(set(shares.values())) > 1
+    for allowed in shares.values():
+        best = max(growth for growth, share in shares.items() if share <= allowed)
+        chosen = largest_scoring_batches(encoded, 8, lengths, allowed)
+        expected = ScoringBatches(encoded, 8, lengths, best)
+        assert [chosen.shape_at(step) for step in range(chosen.num_batches)] == [
+            expected.shape_at(step) for step in range(expected.num_batches)
+        ]
+    assert largest_scoring_batches(encoded, 8, lengths, 0.0).padding_share() == shares[1]
+    assert largest_scoring_batches(encoded, 8, lengths).padding_share() <= shares[1]
+
+
+def test_padding_share_of_larger_batches_by_hand():
+    """Two rows of 8 tokens, then four of 4: 7 + 6 and 4 + 3 + 2 of 16 + 16 tokens."""
+    batches = ScoringBatches(numbered([[3], [6], [4], [2], [7]]), 2, [4, 8], 2)
+    assert [batches.shape_at(step) for step in range(batches.num_batches)] == [(2, 8), (4, 4)]
+    assert batches.padding_share() == pytest.approx(1 - 22 / 32)
+
+
+# -- lengths in the order of their use --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bucket_by_length", [True, False])
+@pytest.mark.parametrize(("start", "end"), [(0, 1), (0, 30), (3, 5), (7, 9), (8, 8), (12, 40)])
+def test_used_lengths_are_those_of_the_batches_in_order(bucket_by_length, start, end):
+    batches = TaskBatches(numbered(random_lengths(67)), 8, 0, [8, 14, 20, 30], bucket_by_length)
+    made = [batches.batch_at(step, np.arange(1))["tokens"].shape[2] for step in range(start, end)]
+    assert batches.used_lengths(start, end) == list(dict.fromkeys(made))

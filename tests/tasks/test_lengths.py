@@ -8,7 +8,7 @@ import pytest
 from gpt_jax.config import FinetuneLoopConfig, FinetuneRunConfig, ModelConfig, TaskConfig
 from gpt_jax.tasks import lengths as lengths_module
 from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, count_steps
-from gpt_jax.tasks.lengths import choose_lengths, count_passes, resolve_lengths
+from gpt_jax.tasks.lengths import choose_lengths, count_passes, keep_lengths, resolve_lengths
 from gpt_jax.train.loop import Schedule
 from tests.encoded import numbered, random_lengths
 
@@ -109,6 +109,35 @@ def test_a_given_number_of_lengths_suits_the_splits_that_every_epoch_uses():
     sizes = {"train": [5] * 4 + [10] * 4, "validation": [20] * 4, "test": [4, 8, 15, 30] * 50}
     encoded = {name: numbered([[size] for size in split]) for name, split in sizes.items()}
     assert resolve_lengths(settings(num_length_buckets=4), encoded, {}, "cpu") == (5, 10, 20, 30)
+
+
+# -- resumption -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_its_lengths():
+    encoded = {"train": numbered(random_lengths(4000, longest=100)), "validation": numbered(random_lengths(100, longest=100))}
+    passes = count_passes(Schedule(1000, 0.0, 1000, 1000), 1000)
+    chosen = resolve_lengths(settings(), encoded, passes, "cpu")
+
+    def kept(stored, platform="cpu", **task):
+        return keep_lengths(stored, settings(**task), encoded, passes, platform)
+
+    stored = {"platform": "cpu", "lengths": [50, 120], "config": {"task": {"num_length_buckets": 0}}}
+    assert kept({}) == chosen
+    assert kept(stored) == (50, 120)
+    assert kept(stored, platform="gpu") == resolve_lengths(settings(), encoded, passes, "gpu")
+    assert kept(stored, num_length_buckets=3) == resolve_lengths(settings(num_length_buckets=3), encoded, passes, "cpu")
+    assert kept(stored | {"lengths": [50, 60]}) == chosen  # other data, whose sequences are longer
+
+
+@pytest.mark.parametrize("recorded", [{"num_length_buckets": 5}, {}])
+def test_a_run_of_an_earlier_version_keeps_its_number_of_lengths(recorded):
+    encoded = {"train": numbered(random_lengths(4000, longest=100))}
+    stored = {"platform": "cpu", "config": {"task": recorded}}
+    number = recorded.get("num_length_buckets", 8)
+    expected = resolve_lengths(settings(num_length_buckets=number), encoded, {}, "cpu")
+    assert len(expected) == number
+    assert keep_lengths(stored, settings(), encoded, {"train": 1.0}, "cpu") == expected
 
 
 def glue(path, columns, header):
