@@ -41,8 +41,9 @@ def ours(config: dict[str, Any], batch_size: int) -> Program:
 
     from gpt_jax.model.decode import generate
     from gpt_jax.model.network import network
+    from gpt_jax.train.choices import choose
 
-    model = read_config(config).model
+    model = choose(read_config(config).model, jax.default_backend())
     params = jax.jit(lambda key: network(model).init(model, key))(jax.random.key(0))
     prompts = random_prompts(model, batch_size).tolist()
 

@@ -37,17 +37,17 @@ def ours(config: dict[str, Any]) -> Program:
 
     from gpt_jax.model.loss import cross_entropy, normalize
     from gpt_jax.model.transformer import compute_dtype
+    from gpt_jax.train.choices import choose
 
     settings = read_config(config)
-    model = settings.model
+    model = choose(settings.model, jax.default_backend())
     batch = normalize({name: jnp.asarray(array) for name, array in random_batch(model, settings.train.batch_size).items()})
-    chunk = model.loss_chunk or (0 if jax.default_backend() == "cpu" else 128)
     hidden = jax.random.normal(jax.random.key(0), (*batch["tokens"].shape, model.embed_dim), compute_dtype(model))
     table = model.init_stddev * jax.random.normal(jax.random.key(1), (model.padded_vocab_size, model.embed_dim))
 
     @jax.jit
     def compute(hidden: jax.Array, table: jax.Array) -> Any:
-        loss = lambda *arrays: cross_entropy(*arrays, batch["targets"], batch["loss_weights"], model.vocab_size, chunk)  # noqa: E731
+        loss = lambda *arrays: cross_entropy(*arrays, batch["targets"], batch["loss_weights"], model.vocab_size, model.loss_chunk)  # noqa: E731
         return jax.value_and_grad(loss, argnums=(0, 1))(hidden, table)
 
     def run(count: int) -> None:
