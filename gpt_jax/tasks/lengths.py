@@ -70,7 +70,8 @@ def keep_lengths(
     if task.num_length_buckets or stored.get("platform") != platform:
         return resolve_lengths(config, encoded, passes, platform)
     if stored.get("lengths") is None:  # Runs of earlier versions recorded only the number, which was never chosen.
-        number = stored["config"]["task"].get("num_length_buckets", EARLIER_NUMBER)
+        recorded = stored["config"]["task"]
+        number = recorded.get("num_length_buckets", recorded.get("lengths", EARLIER_NUMBER))  # "lengths" was its first name.
         config = dataclasses.replace(config, task=dataclasses.replace(task, num_length_buckets=number))
         return resolve_lengths(config, encoded, passes, platform)
     longest = max(int(split.longest.max()) for split in encoded.values())

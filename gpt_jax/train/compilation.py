@@ -15,7 +15,7 @@ Program = TypeVar("Program")
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
 REPORTED_SECONDS = 1.0
-"""A line is logged after each compilation that took at least this long. Programs from the compilation cache take less."""
+"""A line is logged after each compilation that took at least this long. Most programs from the compilation cache take less."""
 
 
 class BackgroundCompiler:
@@ -41,7 +41,7 @@ class BackgroundCompiler:
         seconds = time.monotonic() - started
         if seconds >= REPORTED_SECONDS:
             left = [other for other, future in self._programs.copy().items() if other != name and not future.done()]
-            rest = f"; compiling {left[0]}, {len(left)} left" if left else ""
+            rest = f"; {len(left)} left, next {left[0]}" if left else ""
             self._log(f"compiled {name} in {seconds:.1f} s{rest}")
         return program
 

@@ -184,14 +184,8 @@ def run_training(
     compile_evaluation(ctx.compiler)
     resumed = newest and (checkpoint.restore(newest, abstract_state(config, mesh, model)), f"resuming at step {step}")
     state, origin = resumed or initialize()
-    changes = changed_choices(run, config)
-    _open_folder(run, config, mesh, data_digest, tokenizer, step)
     log(_header(config, mesh, title, total))
-    log(f"{origin}; compiling")
-    run.record("event", step, event="start", origin=origin)
-    for name, change in changes.items():
-        log(f"--{name} is {change}, so this run is equal to an uninterrupted one only up to rounding")
-        run.record("event", step, event="choice", field=name, change=change)
+    _start_attempt(ctx, config, mesh, data_digest, tokenizer, step, origin)
 
     progress = ProgressLogger(config, mesh, total, unit, run.tensorboard, log if distributed.is_primary() else None)
     rows, data = sharding.host_rows(mesh, config.train.batch_size), config.data
@@ -231,13 +225,20 @@ def _start_compiling(
     return update
 
 
-def _open_folder(run: rundir.RunDir, config: RunConfig, mesh: Mesh, data_digest: str, tokenizer: Tokenizer, step: int) -> None:
-    """Records what an attempt that starts at `step` consists of."""
-    device = mesh.devices.flat[0]
+def _start_attempt(
+    ctx: RunContext, config: RunConfig, mesh: Mesh, data_digest: str, tokenizer: Tokenizer, step: int, origin: str
+) -> None:
+    """Records what an attempt that starts at `step` consists of, and the choices that differ from the attempt before."""
+    run, device, changes = ctx.run, mesh.devices.flat[0], changed_choices(ctx.run, config)
     run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
     if distributed.is_primary():
         tokenizer.save(run.tokenizer)
     run.supersede(step)
+    ctx.log(f"{origin}; compiling")
+    run.record("event", step, event="start", origin=origin)
+    for name, change in changes.items():
+        ctx.log(f"--{name} is {change}, so this run is equal to an uninterrupted one only up to rounding")
+        run.record("event", step, event="choice", field=name, change=change)
 
 
 def _newest_checkpoint(run: rundir.RunDir, log: console.Log) -> CheckpointInfo | None:

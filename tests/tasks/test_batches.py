@@ -8,7 +8,7 @@ import pytest
 
 from gpt_jax.data.windows import epoch_keys, permute
 from gpt_jax.errors import UserError
-from gpt_jax.tasks.batches import ScoringBatches, TaskBatches
+from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, largest_scoring_batches
 from tests.encoded import numbered, random_lengths
 
 

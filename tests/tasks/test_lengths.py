@@ -130,11 +130,10 @@ def test_a_run_keeps_its_lengths():
     assert kept(stored | {"lengths": [50, 60]}) == chosen  # other data, whose sequences are longer
 
 
-@pytest.mark.parametrize("recorded", [{"num_length_buckets": 5}, {}])
-def test_a_run_of_an_earlier_version_keeps_its_number_of_lengths(recorded):
+@pytest.mark.parametrize(("recorded", "number"), [({"num_length_buckets": 5}, 5), ({"lengths": 3}, 3), ({}, 8)])
+def test_a_run_of_an_earlier_version_keeps_its_number_of_lengths(recorded, number):
     encoded = {"train": numbered(random_lengths(4000, longest=100))}
     stored = {"platform": "cpu", "config": {"task": recorded}}
-    number = recorded.get("num_length_buckets", 8)
     expected = resolve_lengths(settings(num_length_buckets=number), encoded, {}, "cpu")
     assert len(expected) == number
     assert keep_lengths(stored, settings(), encoded, {"train": 1.0}, "cpu") == expected

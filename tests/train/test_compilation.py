@@ -73,7 +73,7 @@ def test_lines_name_what_is_compiled_and_how_many_are_left(monkeypatch):
         start.set()
         assert all(future.result() for future in futures)
     assert [line.partition(" in ")[0] for line in lines] == ["compiled one", "compiled two", "compiled three"]
-    assert [line.partition(" s")[2] for line in lines] == ["; compiling two, 2 left", "; compiling three, 1 left", ""]
+    assert [line.partition(" s")[2] for line in lines] == ["; 2 left, next two", "; 1 left, next three", ""]
 
 
 def test_an_error_is_raised_where_the_program_is_used(compiler):
