@@ -164,7 +164,7 @@ def _keep(scores: Float[Array, "batch vocab"], weights: Float[Array, "batch voca
     """Returns the scores of the most likely tokens, as few as have a total weight of at least `limit`, and -inf for the others.
 
     `scores` are not positive. Of tokens with equal scores, those with lower ids come first. A binary search finds the last token
-    that is kept: a pass over the scores for each bit takes a tenth of the time of a sort.
+    that is kept. Its passes over the scores, one for each bit, together take about a tenth of the time of a sort.
     """
     # The bits of a float that is not negative, read as an integer, have the order of the floats; -score may be a negative zero.
     distance = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)
