@@ -104,6 +104,11 @@ def test_one_program_serves_prompts_numbers_of_tokens_and_settings(params, greed
         assert [row[:NEW] for row in text] == [row[:number] for row in greedy]
         assert {len(row) for row in text} == {number}
     assert decode._generate._cache_size() == before
+    generate(TINY, params, PROMPTS, 22, temperature=0.0)  # 33 positions: the cache fills the context of 48.
+    before = decode._generate._cache_size()
+    for number in (29, 37):
+        assert [row[:NEW] for row in generate(TINY, params, PROMPTS, number, temperature=0.0)] == greedy
+    assert decode._generate._cache_size() == before
 
 
 def test_few_programs_serve_all_lengths():
