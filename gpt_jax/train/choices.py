@@ -18,7 +18,7 @@ Config = TypeVar("Config", bound=RunConfig)
 CHOICES = ("attention", "remat", "loss_chunk")
 """Fields of `ModelConfig`."""
 EARLIER: dict[str, Any] = {"attention": "plain"}
-"""What "auto" meant in runs that did not record their choices."""
+"""The meaning of "auto" in runs that did not record their choices."""
 
 
 def choose(model: ModelConfig, platform: str) -> ModelConfig:

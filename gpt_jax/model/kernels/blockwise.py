@@ -39,7 +39,7 @@ Tile = Float[Array, "batch heads queries keys"]
 
 
 class Masks(NamedTuple):
-    """What decides whether a query attends to a key, apart from causality."""
+    """The masks beside the causal one."""
 
     stream: UInt32[Array, "batch heads 2"] | None
     """Streams of the dropout masks; None without dropout."""

@@ -1,0 +1,109 @@
+"""A run records what it chose where the config says "auto", and keeps it when it resumes."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.train.choices import choose
+from gpt_jax.train.pretrain import pretrain
+from tests.tiny import replace_fields, tiny_config, trajectory, write_text
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    source = write_text(tmp_path_factory.mktemp("text"))
+    return tiny_config(
+        source, model={"loss_chunk": 0}, train={"duration": "6 steps", "eval_every": "3 steps", "save_every": "3 steps"}
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The uninterrupted run, with the choices of this version."""
+    run = tmp_path_factory.mktemp("choices") / "whole"
+    pretrain(config, run)
+    return run
+
+
+def recorded(run):
+    model = json.loads((run / "config.json").read_text())["config"]["model"]
+    return {name: model[name] for name in ("attention", "remat", "loss_chunk")}
+
+
+def events(run):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(record["field"], record["change"]) for record in records if record.get("event") == "choice"]
+
+
+def interrupted(whole, folder):
+    """Returns a copy of the run that has reached only step 3."""
+    run = shutil.copytree(whole, folder / "run")
+    shutil.rmtree(run / "checkpoints" / "6")
+    return run
+
+
+def rewrite(run, **values):
+    """Changes the recorded fields of the model."""
+    path = run / "config.json"
+    stored = json.loads(path.read_text())
+    stored["config"]["model"] |= values
+    path.write_text(json.dumps(stored))
+
+
+@pytest.mark.parametrize(
+    ("platform", "attention", "loss_chunk"), [("cpu", "blockwise", 0), ("gpu", "plain", 128), ("tpu", "plain", 128)]
+)
+def test_choices_depend_on_the_platform(platform, attention, loss_chunk):
+    chosen = choose(ModelConfig(), platform)
+    assert (chosen.attention, chosen.remat, chosen.loss_chunk) == (attention, "dots", loss_chunk)
+    assert choose(chosen, "cpu") == chosen
+    given = ModelConfig(attention="plain", remat="full", loss_chunk=7)
+    assert choose(given, platform) == given
+
+
+def test_they_are_recorded(whole):
+    assert recorded(whole) == {"attention": "blockwise", "remat": "dots", "loss_chunk": 0}
+    assert events(whole) == []
+
+
+def test_a_run_keeps_what_an_earlier_version_chose(whole, config, tmp_path):
+    """A version that chose differently, and one that did not record what it chose."""
+    earlier = tmp_path / "earlier"
+    explicit = replace_fields(config, model={"attention": "plain", "remat": "off"})
+    pretrain(explicit, earlier)
+    assert trajectory(earlier) != trajectory(whole)  # It differs by rounding.
+    for folder, attention in (("recorded", "plain"), ("not recorded", "auto")):
+        run = interrupted(earlier, tmp_path / folder)
+        rewrite(run, attention=attention)
+        pretrain(config, run)
+        assert trajectory(run) == trajectory(earlier)
+        assert recorded(run) == {"attention": "plain", "remat": "off", "loss_chunk": 0}
+        assert events(run) == []
+
+
+def test_a_change_is_an_event(whole, config, tmp_path, capsys):
+    run = interrupted(whole, tmp_path)
+    pretrain(replace_fields(config, model={"attention": "plain"}), run)
+    assert events(run) == [("model.attention", "plain instead of blockwise")]
+    line = "--model.attention is plain instead of blockwise, so this run is equal to an uninterrupted one only up to rounding"
+    assert line in capsys.readouterr().err
+    for (*where, loss), (*there, expected) in zip(
+        (record[:3] for record in trajectory(run)), (record[:3] for record in trajectory(whole)), strict=True
+    ):
+        assert where == there
+        assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_another_platform_chooses_anew(whole, config, tmp_path):
+    run = interrupted(whole, tmp_path)
+    path = run / "config.json"
+    stored = json.loads(path.read_text()) | {"platform": "gpu"}
+    path.write_text(json.dumps(stored))
+    rewrite(run, attention="plain", loss_chunk=128)
+    pretrain(config, run)
+    assert jax.default_backend() == "cpu"
+    assert recorded(run)["attention"] == "blockwise"
+    assert [name for name, _ in events(run)] == ["model.attention", "model.loss_chunk"]
