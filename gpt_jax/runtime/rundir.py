@@ -101,7 +101,7 @@ def read_json(path: Path, shape: Shape = dict) -> dict[str, Any]:
 
 RECORD_SHAPE = {"kind": str, "step": int, "attempt": int}
 START_SHAPE = {"step": int, "fingerprint": str, "training": str}
-CONFIG_SHAPE = {"config": dict, "data_digest": str, "init?": (START_SHAPE, None), "lengths?": ([int], None)}
+CONFIG_SHAPE = {"config": dict, "data_digest": str, "platform?": str, "init?": (START_SHAPE, None), "lengths?": ([int], None)}
 RESULT_SHAPE = {"step": int, "loss?": float, "test?": {str: float}}
 INTENDED = "Use another --workdir, or add --allow-changes if this is intended"
 

@@ -34,28 +34,31 @@ def keep_choices(run: RunDir, config: Config, platform: str) -> Config:
 
     Fields that are not "auto" stay as they are. On another platform than before, the choices are made anew.
     """
-    recorded = _recorded(run)
-    if recorded is not None and recorded[1] == platform:
+    recorded = _recorded(run, platform)
+    if recorded is not None and run.stored().get("platform", platform) == platform:
         automatic = {name for name in CHOICES if getattr(config.model, name) in ("auto", 0)}
-        kept: dict[str, Any] = {name: getattr(recorded[0], name) for name in automatic}
+        kept: dict[str, Any] = {name: getattr(recorded, name) for name in automatic}
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **kept))
     return dataclasses.replace(config, model=choose(config.model, platform))
 
 
-def changed_choices(run: RunDir, config: RunConfig) -> dict[str, str]:
+def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, str]:
     """Returns a phrase for each choice that differs from the one that the run in this folder has made, keyed by field."""
-    recorded = _recorded(run)
+    recorded = _recorded(run, platform)
     if recorded is None:
         return {}
-    names = [name for name in CHOICES if getattr(config.model, name) != getattr(recorded[0], name)]
-    return {f"model.{name}": f"{getattr(config.model, name)} instead of {getattr(recorded[0], name)}" for name in names}
+    names = [name for name in CHOICES if getattr(config.model, name) != getattr(recorded, name)]
+    return {f"model.{name}": f"{getattr(config.model, name)} instead of {getattr(recorded, name)}" for name in names}
 
 
-def _recorded(run: RunDir) -> tuple[ModelConfig, str] | None:
-    """Returns the model's config with the choices that a run has made, and the platform; None if there is no run."""
+def _recorded(run: RunDir, platform: str) -> ModelConfig | None:
+    """Returns the model's config with the choices that a run has made, or None if there is no run.
+
+    The first version recorded no platform. `platform` is then taken for it.
+    """
     stored = run.stored()
     if not stored:
         return None
     model = config_from_dict(stored["config"], run.path).model
     earlier: dict[str, Any] = {name: value for name, value in EARLIER.items() if getattr(model, name) == "auto"}
-    return choose(dataclasses.replace(model, **earlier), stored["platform"]), stored["platform"]
+    return choose(dataclasses.replace(model, **earlier), stored.get("platform", platform))

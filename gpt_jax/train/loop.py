@@ -229,7 +229,8 @@ def _start_attempt(
     ctx: RunContext, config: RunConfig, mesh: Mesh, data_digest: str, tokenizer: Tokenizer, step: int, origin: str
 ) -> None:
     """Records what an attempt that starts at `step` consists of, and the choices that differ from the attempt before."""
-    run, device, changes = ctx.run, mesh.devices.flat[0], changed_choices(ctx.run, config)
+    run, device = ctx.run, mesh.devices.flat[0]
+    changes = changed_choices(run, config, device.platform)
     run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
     if distributed.is_primary():
         tokenizer.save(run.tokenizer)

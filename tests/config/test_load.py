@@ -77,7 +77,7 @@ def test_a_rule_across_fields_is_checked_after_all_overrides():
         (["--train.batch-size"], "--train.batch-size: needs a value"),
         (["--train.batch-size", ""], "--train.batch-size: '' is not a whole number"),
         (["--data.source", "my", "text.txt"], "--data.source: 'my text.txt' is not one value (quote it)"),
-        (["--model.remat", "some"], "--model.remat: 'some' is not one of off, dots, full"),
+        (["--model.remat", "some"], "--model.remat: 'some' is not one of auto, off, dots, full"),
         (["--model.num-heads", "7"], "--model.num-heads: 7 does not divide model.embed-dim 768"),
         (["5", "--train.seed", "1"], "'5' comes before any --field"),
     ],
