@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
@@ -55,7 +56,8 @@ class Lstm(nnx.Module):
             projected, fresh = now
             if fresh is not None:
                 hidden, cell = (jnp.where(fresh[:, None], 0, array) for array in (hidden, cell))
-            i, f, g, o = jnp.moveaxis((projected + jnp.tensordot(hidden, recurrent, 1)).astype(jnp.float32), 1, 0)
+            gates = checkpoint_name(projected + jnp.tensordot(hidden, recurrent, 1), transformer.PRODUCT)
+            i, f, g, o = jnp.moveaxis(gates.astype(jnp.float32), 1, 0)
             cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
             hidden = (jax.nn.sigmoid(o) * jnp.tanh(cell)).astype(x.dtype)
             state = constrain(hidden, "batch", None), constrain(cell, "batch", "mlp")

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from gpt_jax.config import ModelConfig
@@ -24,6 +25,9 @@ from gpt_jax.model.attention import attention
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT
 from gpt_jax.runtime.sharding import constrain
+
+PRODUCT = "product"
+"""The name of results of matrix products, by which the backward pass can keep them (`rematerialize`)."""
 
 Params = dict[str, Any]
 """Parameters as nested dictionaries of arrays."""
@@ -125,7 +129,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, stream: MaskStream | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
     ) -> tuple[Hidden, Cache | None]:
-        qkv = constrain(self.qkv(x), "batch", None, None, "heads", None)
+        qkv = checkpoint_name(constrain(self.qkv(x), "batch", None, None, "heads", None), PRODUCT)
         query, key, value = (part[:, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
         if cache is not None and start is not None:
             cache = write_cache(cache, {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}, start)
@@ -146,7 +150,8 @@ class Mlp(nnx.Module):
         self.down = Linear(config, mlp, embed, rngs=rngs)
 
     def __call__(self, x: Hidden) -> Hidden:
-        return self.down(constrain(jax.nn.gelu(self.up(x), approximate=True), "batch", None, "mlp"))
+        up = checkpoint_name(constrain(self.up(x), "batch", None, "mlp"), PRODUCT)
+        return self.down(jax.nn.gelu(up, approximate=True))
 
 
 class Block(nnx.Module):
@@ -169,9 +174,9 @@ class Block(nnx.Module):
             stream = constrain(stream, "batch", "heads", None)
         mixed, cache = self.attention(x, stream, segment_ids, cache, start)
         mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, Site.RESIDUAL_ATTENTION)
-        x = self.attention_norm(x + constrain(mixed, "batch", None, None))
+        x = self.attention_norm(checkpoint_name(x + constrain(mixed, "batch", None, None), PRODUCT))
         changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, Site.RESIDUAL_MLP)
-        return self.mlp_norm(x + constrain(changed, "batch", None, None)), cache
+        return self.mlp_norm(checkpoint_name(x + constrain(changed, "batch", None, None), PRODUCT)), cache
 
 
 class TokenEmbedding(nnx.Module):
@@ -306,8 +311,7 @@ def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[...
     remat, keep = choose_remat(config), jax.checkpoint_policies
     if remat == "off":
         return body
-    products = keep.save_from_both_policies(keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(ATTENTION_OUTPUT))
-    policy = keep.nothing_saveable if remat == "full" else products
+    policy = keep.nothing_saveable if remat == "full" else keep.save_only_these_names(PRODUCT, ATTENTION_OUTPUT)
     return jax.checkpoint(body, policy=policy, prevent_cse=False)  # CSE cannot undo it inside a scan.
 
 
