@@ -14,6 +14,7 @@ from gpt_jax.config.schema import (
     OptimConfig,
     PipelineConfig,
     PretrainConfig,
+    ProfileConfig,
     RunConfig,
     TaskConfig,
     TokenizerConfig,

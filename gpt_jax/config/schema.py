@@ -500,6 +500,14 @@ class TaskConfig(Section, section="task"):
             require(given >= 3, "task.texts", "multiple_choice takes a context column and at least two answer columns")
 
 
+class ProfileConfig(Section, section="profile"):
+    """A profile of a few updates."""
+
+    steps: str = field("", affects="display")
+    """Updates to profile, as FIRST:LAST, counted from 1; empty: none. The trace is written to `profile/` in the run's folder,
+    and a table of where the time went is shown."""
+
+
 class RunConfig(Section):
     """The settings of every training run: model, data, optimizer, training loop, devices and initial parameters."""
 
@@ -510,6 +518,7 @@ class RunConfig(Section):
     mesh: MeshConfig = MeshConfig()
     distributed: DistributedConfig = DistributedConfig()
     init: InitConfig = InitConfig()
+    profile: ProfileConfig = ProfileConfig()
 
 
 class PretrainConfig(RunConfig):

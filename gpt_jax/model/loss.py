@@ -85,7 +85,8 @@ def _over_shards(
     by_example, by_token, by_entry = ("batch", None, None), ("batch", None), ("vocab", None)
     out_names = ((), (by_example, by_entry)) if gradients else ()
     local = functools.partial(_local, vocab_size=vocab_size, chunk=chunk, gradients=gradients)
-    return per_shard(local, (by_example, by_entry, by_token, by_token), out_names)(hidden, table, targets, weights)
+    with jax.named_scope("loss"):
+        return per_shard(local, (by_example, by_entry, by_token, by_token), out_names)(hidden, table, targets, weights)
 
 
 def _backward(vocab_size: int, chunk: int, gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None, None]:

@@ -172,11 +172,17 @@ class Block(nnx.Module):
             seed, step, example_id, layer = dropout_key
             stream = mask_stream(seed, step, layer, Site.ATTENTION, example_id[:, None], jnp.arange(config.num_heads))
             stream = constrain(stream, "batch", "heads", None)
-        mixed, cache = self.attention(x, stream, segment_ids, cache, start)
-        mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, Site.RESIDUAL_ATTENTION)
-        x = self.attention_norm(checkpoint_name(x + constrain(mixed, "batch", None, None), PRODUCT))
-        changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, Site.RESIDUAL_MLP)
-        return self.mlp_norm(checkpoint_name(x + constrain(changed, "batch", None, None), PRODUCT)), cache
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(x, stream, segment_ids, cache, start)
+            mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, Site.RESIDUAL_ATTENTION)
+            x = checkpoint_name(x + constrain(mixed, "batch", None, None), PRODUCT)
+        with jax.named_scope("layer_norm"):
+            x = self.attention_norm(x)
+        with jax.named_scope("mlp"):
+            changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, Site.RESIDUAL_MLP)
+            x = checkpoint_name(x + constrain(changed, "batch", None, None), PRODUCT)
+        with jax.named_scope("layer_norm"):
+            return self.mlp_norm(x), cache
 
 
 class TokenEmbedding(nnx.Module):
@@ -252,10 +258,11 @@ def apply_cached(
 
     with jax.default_matmul_precision(config.matmul_precision):
         # The table is gathered over "fsdp" first, so that a lookup moves table rows and never the batch.
-        table = constrain(embedding["tokens"], "vocab", None)
-        x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
-        x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
-        x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
+        with jax.named_scope("embedding"):
+            table = constrain(embedding["tokens"], "vocab", None)
+            x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
+            x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
+            x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
         if isinstance(cache, list):
             caches: list[Any] = []
             for number, (layer_params, layer_cache) in enumerate(zip(params["blocks"], cache, strict=True)):

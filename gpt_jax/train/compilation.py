@@ -72,6 +72,10 @@ class CompiledByShape:
         """Number of different shapes that the function was called with."""
         return len(self._used)
 
+    def texts(self) -> list[str]:
+        """Returns the HLO text of each program that was called."""
+        return [program.as_text() or "" for program in self._used.values()]
+
     def __call__(self, state: Any, batch: Batch) -> Any:
         """Calls the program for the batch's shape, for which it may have to wait. An unexpected shape is compiled here."""
         arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}

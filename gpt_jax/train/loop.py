@@ -26,6 +26,7 @@ from gpt_jax.train.checkpoint_info import CheckpointInfo
 from gpt_jax.train.choices import changed_choices
 from gpt_jax.train.compilation import AbstractBatch, BackgroundCompiler, CompiledByShape
 from gpt_jax.train.logging import ProgressLogger, Unit
+from gpt_jax.train.profile import Profiler, parse_steps
 from gpt_jax.train.step import State, TrainableModel, abstract_state, lower_step
 
 
@@ -49,6 +50,8 @@ class Schedule(NamedTuple):
     save_every: int
     extra_evals: frozenset[int] = frozenset()
     """Steps of additional evaluations."""
+    profiled: range = range(0)
+    """Updates to profile, counted from 1."""
 
 
 class Scores(NamedTuple):
@@ -108,7 +111,7 @@ def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) 
       epoch: examples per epoch.
 
     Raises:
-      UserError: the run is shorter than one update, or not longer than its warm-up.
+      UserError: the run is shorter than one update, or not longer than its warm-up, or ends before the last update to profile.
     """
     train = config.train
     steps = functools.partial(schema.duration_to_steps, batch_size=train.batch_size, context_length=context_length, epoch=epoch)
@@ -120,7 +123,7 @@ def resolve_schedule(config: RunConfig, context_length: int | None, epoch: int) 
     require(warmup < total, "optim.warmup", f"must be shorter than the run of {total} steps, not {warmup:g} steps")
     eval_every = max(int(min(steps(train.eval_every, "train.eval_every", total=total), total)), 1)
     save_every = max(int(min(steps(train.save_every, "train.save_every", total=total), total)), 1)
-    return Schedule(total, warmup, eval_every, save_every)
+    return Schedule(total, warmup, eval_every, save_every, profiled=parse_steps(config.profile.steps, total))
 
 
 def run_training(
@@ -294,38 +297,43 @@ def train_loop(
         run.record("train", step, **values)
         progress.update(step, values)
 
+    profiled = schedule.profiled if distributed.is_primary() else range(0)
     pending: tuple[int, dict[str, jax.Array]] | None = None
     if step == total:  # The run was interrupted after its last save, before its result was written.
         scores = evaluate(total, state["params"])
-    for batch in batches:
-        num_shapes = update.num_shapes
-        state, metrics = update(state, sharding.place_batch(mesh, batch, config.train.batch_size))
-        if update.num_shapes > num_shapes:  # The wait for the program of a new shape is not training time.
-            progress.resume_clock(step)
-        if pending is not None:
-            log_metrics(*pending)
-        step += 1
-        pending = (step, metrics)
-        stopping = ctx.stop.after_update()
-        evaluating = step % schedule.eval_every == 0 or step in schedule.extra_evals or step == total
-        saving = step % schedule.save_every == 0 or step == total or stopping or (evaluating and save_evaluated)
-        if evaluating or saving:
-            log_metrics(*pending)
-            pending = None
-        if evaluating:
-            scores = evaluate(step, state["params"])  # before the save, which records the selection metric
-            if scores.metrics:
-                run.record("eval", step, **scores.metrics)
-            progress.scalars("eval", step, scores.metrics)
-        if saving:
-            run.sync()  # before the checkpoint is sealed, so that no records are missing if the run resumes from it
-            writer.save(step, state, *(scores if evaluating else Scores({})))
-        if stopping and step != total:
-            writer.wait()
-            run.record("event", step, event="preempted")
-            raise Preempted(f"stop requested: saved at step {step} of {total}; run the same command again to continue")
-        if evaluating or saving:
-            progress.resume_clock(step)
+    with contextlib.closing(Profiler(profiled, run.path / "profile", ctx.log)) as profiler:
+        for batch in batches:
+            num_shapes = update.num_shapes
+            profiler.before(step + 1, state)
+            state, metrics = update(state, sharding.place_batch(mesh, batch, config.train.batch_size))
+            if update.num_shapes > num_shapes:  # The wait for the program of a new shape is not training time.
+                progress.resume_clock(step)
+            if pending is not None:
+                log_metrics(*pending)
+            step += 1
+            pending = (step, metrics)
+            if profiler.after(step, state, update.texts):
+                progress.resume_clock(step)
+            stopping = ctx.stop.after_update()
+            evaluating = step % schedule.eval_every == 0 or step in schedule.extra_evals or step == total
+            saving = step % schedule.save_every == 0 or step == total or stopping or (evaluating and save_evaluated)
+            if evaluating or saving:
+                log_metrics(*pending)
+                pending = None
+            if evaluating:
+                scores = evaluate(step, state["params"])  # before the save, which records the selection metric
+                if scores.metrics:
+                    run.record("eval", step, **scores.metrics)
+                progress.scalars("eval", step, scores.metrics)
+            if saving:
+                run.sync()  # before the checkpoint is sealed, so that no records are missing if the run resumes from it
+                writer.save(step, state, *(scores if evaluating else Scores({})))
+            if stopping and step != total:
+                writer.wait()
+                run.record("event", step, event="preempted")
+                raise Preempted(f"stop requested: saved at step {step} of {total}; run the same command again to continue")
+            if evaluating or saving:
+                progress.resume_clock(step)
     if step < total:
         raise UserError(f"dataset_fn: the dataset ended after step {step} of {total}")
     return state, scores

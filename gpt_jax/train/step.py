@@ -125,14 +125,15 @@ def train_step(
         return model.loss(config.model, params, part, DropoutKey(config.train.seed, step, part["example_id"]))
 
     loss, gradients = _accumulate(jax.value_and_grad(loss_fn), params, batch, config.train.grad_accum_steps)
-    grad_norm = optax.tree.norm(gradients)
-    ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    with jax.named_scope("optimizer"):
+        grad_norm = optax.tree.norm(gradients)
+        ok = state["ok"] & jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    rate = learning_rate(config.optim, total_steps, warmup_steps, step)
-    optimizer = make_optimizer(config.optim, _map_specs(lambda spec: spec.decay, model.param_specs(config.model)))
-    updates, moments = optimizer.update(gradients, state["moments"], params, step=step, learning_rate=rate)
-    new = {"params": optax.apply_updates(params, updates), "moments": moments, "step": step + 1, "ok": ok}
-    guarded = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state | {"ok": ok})
+        rate = learning_rate(config.optim, total_steps, warmup_steps, step)
+        optimizer = make_optimizer(config.optim, _map_specs(lambda spec: spec.decay, model.param_specs(config.model)))
+        updates, moments = optimizer.update(gradients, state["moments"], params, step=step, learning_rate=rate)
+        new = {"params": optax.apply_updates(params, updates), "moments": moments, "step": step + 1, "ok": ok}
+        guarded = jax.tree.map(lambda after, before: jnp.where(ok, after, before), new, state | {"ok": ok})
     return guarded, {"loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "ok": ok}
 
 

@@ -163,7 +163,7 @@ TEXTS = {
 """The fields that take any text."""
 NOT_PATHS = {
     *("data.text-field", "distributed.coordinator", "optim.warmup", "task.label", "task.metric", "task.name"),
-    *("train.duration", "train.eval-every", "train.save-every"),
+    *("profile.steps", "train.duration", "train.eval-every", "train.save-every"),
 }
 
 

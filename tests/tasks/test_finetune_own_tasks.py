@@ -57,7 +57,7 @@ def test_a_regression_over_joined_columns(pretrained, tables, tmp_path):
     assert result["test"]["pearson"] == pytest.approx(stats.pearsonr(gold, predictions).statistic)
     assert min(gold) < 0 < max(gold)
     scores = evaluate.evaluate_task(run, [], "validation", None, print)
-    assert scores == pytest.approx(result["validation"])
+    assert scores == pytest.approx(result["validation"], rel=1e-4)  # other devices and batches round differently
     stored = json.loads((run / "config.json").read_text())["config"]["task"]
     assert (stored["score_range"], stored["labels"], stored["texts"]) == ([-1, 2], [], ["title+body"])
     with pytest.raises(UserError, match=r"\(scores from -1 to 2\), not of own task \(scores from 0 to 3\)$"):
