@@ -8,6 +8,7 @@ Two of JAX's own variables change this: JAX_COMPILATION_CACHE_DIR names another 
 and JAX_ENABLE_COMPILATION_CACHE=false switches the cache off.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -43,24 +44,26 @@ def enable(log: Log) -> None:
     named = jax.config.values["jax_compilation_cache_dir"]
     if named and "://" in named:
         return
-    folder = Path(named) if named else default_folder()
+    where = named or "the user's cache folder"
     try:
+        folder = Path(named) if named else default_folder()
+        where = str(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
         if not named:
             _delete_incomplete(folder)
-    except (OSError, NotImplementedError) as error:  # The latter is filelock's error where the file system has no locks.
+            _delete_unused(folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home folder, or the file system has no locks.
         jax.config.update("jax_enable_compilation_cache", False)
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         hint = "set JAX_COMPILATION_CACHE_DIR to a folder that can be written"
-        log(f"warning: compiled programs cannot be kept in {folder} ({reason}); {hint}")
+        log(f"warning: compiled programs cannot be kept in {where} ({reason}); {hint}")
         return
     if not named:
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
-        _delete_unused(folder)
 
 
 def default_folder() -> Path:
@@ -80,7 +83,8 @@ def _delete_incomplete(folder: Path) -> None:
     JAX writes the time of the last use after the program. If that file is missing, JAX neither replaces the program nor deletes
     any other to make room.
     """
-    with filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):  # the one that JAX holds while it writes
+    lock = filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS)  # the one that JAX holds while it writes
+    with contextlib.suppress(filelock.Timeout), lock:  # A later start can delete them as well.
         for program in folder.glob("*-cache"):
             if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                 program.unlink()
@@ -90,5 +94,6 @@ def _delete_unused(folder: Path) -> None:
     """Marks a subfolder as used, and deletes those that no run has used for `UNUSED_DAYS`."""
     os.utime(folder)
     for other in folder.parent.iterdir():
-        if time.time() - other.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
-            shutil.rmtree(other, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # Another process has just deleted it.
+            if time.time() - other.stat().st_mtime > UNUSED_DAYS * 24 * 3600:
+                shutil.rmtree(other, ignore_errors=True)

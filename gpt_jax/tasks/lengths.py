@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from gpt_jax.config import FinetuneRunConfig, ModelConfig
+from gpt_jax.errors import UserError
 from gpt_jax.tasks.transforms import EncodedSplit
 from gpt_jax.train.logging import flops_per_token
 from gpt_jax.train.loop import Schedule
@@ -67,7 +68,7 @@ def keep_lengths(
       config, encoded, passes, platform: as for `resolve_lengths`.
     """
     task = config.task
-    if task.num_length_buckets or stored.get("platform") != platform:
+    if task.num_length_buckets or not stored or stored.get("platform", platform) != platform:
         return resolve_lengths(config, encoded, passes, platform)
     if stored.get("lengths") is None:  # Runs of earlier versions recorded only the number, which was never chosen.
         recorded = stored["config"]["task"]
@@ -76,6 +77,8 @@ def keep_lengths(
         return resolve_lengths(config, encoded, passes, platform)
     longest = max(int(split.longest.max()) for split in encoded.values())
     lengths = tuple(stored["lengths"])
+    if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
+        raise UserError("config.json: 'lengths' must be ascending positive numbers; it has changed since it was written")
     return lengths if longest <= lengths[-1] else resolve_lengths(config, encoded, passes, platform)  # The data may have changed.
 
 

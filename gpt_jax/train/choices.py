@@ -48,7 +48,11 @@ def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, 
     if recorded is None:
         return {}
     names = [name for name in CHOICES if getattr(config.model, name) != getattr(recorded, name)]
-    return {f"model.{name}": f"{getattr(config.model, name)} instead of {getattr(recorded, name)}" for name in names}
+    changes = {f"model.{name}": f"{getattr(config.model, name)} instead of {getattr(recorded, name)}" for name in names}
+    before, now = run.stored().get("lengths"), list(run.lengths or ())
+    if before and now and before != now:
+        changes["task.num-length-buckets"] = f"{len(now)} ({now}) instead of {len(before)} ({before})"
+    return changes
 
 
 def _recorded(run: RunDir, platform: str) -> ModelConfig | None:

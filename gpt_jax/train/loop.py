@@ -233,7 +233,7 @@ def _start_attempt(
 ) -> None:
     """Records what an attempt that starts at `step` consists of, and the choices that differ from the attempt before."""
     run, device = ctx.run, mesh.devices.flat[0]
-    changes = changed_choices(run, config, device.platform)
+    changes = changed_choices(run, config, device.platform) if step else {}
     run.open(config, data_digest, platform=device.platform, devices=f"{mesh.size} x {device.device_kind}")
     if distributed.is_primary():
         tokenizer.save(run.tokenizer)

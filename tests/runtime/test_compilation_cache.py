@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import jax
 import pytest
 
 from gpt_jax.runtime import compilation_cache, machine
@@ -115,6 +117,26 @@ def test_a_folder_that_cannot_be_written_gives_a_warning(tmp_path, named):
     assert warning.startswith(f"warning: compiled programs cannot be kept in {tmp_path}/file")
     assert warning.endswith("set JAX_COMPILATION_CACHE_DIR to a folder that can be written")
     assert counts == ["hits 0", "misses 0"]
+
+
+def test_a_user_without_a_home_folder_gets_a_warning(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    lines, names = [], ("jax_enable_compilation_cache", "jax_compilation_cache_dir")
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (True, None), strict=True):
+        jax.config.update(name, value)
+    try:
+        compilation_cache.enable(lines.append)
+        assert not jax.config.values["jax_enable_compilation_cache"]
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    (line,) = lines
+    assert line.startswith("warning: compiled programs cannot be kept in the user's cache folder (Could not determine home")
 
 
 def test_a_program_that_was_not_written_completely_is_replaced(tmp_path):

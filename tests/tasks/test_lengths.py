@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import FinetuneLoopConfig, FinetuneRunConfig, ModelConfig, TaskConfig
+from gpt_jax.errors import UserError
 from gpt_jax.tasks import lengths as lengths_module
 from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, count_steps
 from gpt_jax.tasks.lengths import choose_lengths, count_passes, keep_lengths, resolve_lengths
@@ -128,6 +129,9 @@ def test_a_run_keeps_its_lengths():
     assert kept(stored, platform="gpu") == resolve_lengths(settings(), encoded, passes, "gpu")
     assert kept(stored, num_length_buckets=3) == resolve_lengths(settings(num_length_buckets=3), encoded, passes, "cpu")
     assert kept(stored | {"lengths": [50, 60]}) == chosen  # other data, whose sequences are longer
+    for damaged in ([], [0, 120], [120, 50], [50, 50, 120]):
+        with pytest.raises(UserError, match=r"^config.json: 'lengths' must be ascending positive numbers"):
+            kept(stored | {"lengths": damaged})
 
 
 @pytest.mark.parametrize(("recorded", "number"), [({"num_length_buckets": 5}, 5), ({"lengths": 3}, 3), ({}, 8)])

@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.train.choices import choose
+from gpt_jax.runtime.rundir import RunDir
+from gpt_jax.train.choices import changed_choices, choose, keep_choices
 from gpt_jax.train.pretrain import pretrain
 from tests.tiny import replace_fields, tiny_config, trajectory, write_text
 
@@ -95,6 +96,17 @@ def test_a_change_is_an_event(whole, config, tmp_path, capsys):
     ):
         assert where == there
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_other_lengths_are_a_change(whole, config):
+    run = RunDir(shutil.copytree(whole, whole.parent / "lengths"))
+    stored = json.loads((run.path / "config.json").read_text()) | {"lengths": [16, 32]}
+    (run.path / "config.json").write_text(json.dumps(stored))
+    settled = keep_choices(run, config, "cpu")
+    run.lengths = (16, 32)
+    assert changed_choices(run, settled, "cpu") == {}
+    run.lengths = (32,)
+    assert changed_choices(run, settled, "cpu") == {"task.num-length-buckets": "1 ([32]) instead of 2 ([16, 32])"}
 
 
 def test_another_platform_chooses_anew(whole, config, tmp_path):
