@@ -46,7 +46,7 @@ class BackgroundCompiler:
         return program
 
     def close(self) -> None:
-        """Drops the programs that are not being compiled yet. Python waits for the one that is before it exits."""
+        """Drops the programs that are not being compiled yet. If one is, Python waits for it before it exits."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
