@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax.bench import attention, checkpoint, finetune, generate, loss, matmul, report, startup, tokenize, train
 from gpt_jax.bench import input as input_
-from gpt_jax.bench.contest import Contest, Request, run_contest
+from gpt_jax.bench.contest import Contest, Outcome, Request, run_contest
 from gpt_jax.bench.peers import usable_peers
 from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError, field_error
@@ -62,6 +63,8 @@ def check_options(options: argparse.Namespace, overrides: Sequence[str]) -> None
         if peer not in benchmark.peers:
             known = f"its peers are {', '.join(benchmark.peers)}" if benchmark.peers else "it has none"
             raise field_error("against", f"'{peer}' is not a peer of {options.name}; {known}")
+    if options.json and not Path(options.json).parent.is_dir():
+        raise field_error("json", f"there is no folder '{Path(options.json).parent}'")
     if options.name == "finetune" and not options.config:
         raise field_error("config", "name the fine-tuning config to time, for example finetune/cola")
     if not options.config and benchmark.config:
@@ -83,8 +86,10 @@ def bench(options: argparse.Namespace, config: Any) -> int:
         contests = BENCHMARKS[options.name].contests(request)
     facts = report.describe_run(peers)
     report.print_header(facts)
-    outcomes = []
+    outcomes: list[Outcome] = []
     for contest in contests:
+        if options.json:  # Also before the first one, so that a path that cannot be written is reported at once.
+            report.write_json(options.json, facts, outcomes)
         outcomes.append(run_contest(contest, options.rounds))
         report.print_outcome(outcomes[-1])
         sys.stdout.flush()

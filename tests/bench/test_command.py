@@ -141,3 +141,9 @@ def test_transformers_cannot_have_another_inner_width(tiny):
     request = Request(replace_fields(tiny, model={"mlp_dim": 48}), "tiny", (), ("transformers",))
     with pytest.raises(UserError, match="inner width of 4 x 16, not 48"):
         BENCHMARKS["train"].contests(request)
+
+
+def test_a_json_file_that_cannot_be_written_is_reported_before_the_first_program(tmp_path, capsys):
+    path = tmp_path / "missing" / "out.json"
+    assert main(["bench", "matmul", "--json", str(path)]) == 2
+    assert capsys.readouterr().err == f"gpt-jax: --json: there is no folder '{path.parent}'\n"
