@@ -5,8 +5,8 @@ import typing
 from typing import Any
 
 from gpt_jax.bench import torch_gpt
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.bench.train import read_config
 from gpt_jax.config import ModelOptions
 from gpt_jax.config.load import config_to_dict
@@ -20,26 +20,26 @@ def implementations() -> list[str]:
     return [name for name in names if name != "auto"]
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns two contests for each batch size: the output without dropout, and output and gradients with it."""
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns two comparisons for each batch size: the output without dropout, and output and gradients with it."""
     return [
-        _contest(request, size, gradients)
+        _comparison(request, size, gradients)
         for size in request.batch_sizes or (request.config.train.batch_size,)
         for gradients in (False, True)
     ]
 
 
-def _contest(request: Request, batch_size: int, gradients: bool) -> Contest:
+def _comparison(request: Request, batch_size: int, gradients: bool) -> Comparison:
     config, model = request.config, request.config.model
     train = dataclasses.replace(config.train, batch_size=batch_size)
     settings = {"config": config_to_dict(dataclasses.replace(config, train=train)), "gradients": gradients}
-    programs = {name: Recipe(f"{__name__}:ours", {**settings, "implementation": name}) for name in implementations()}
-    programs |= {peer: Recipe(f"{__name__}:peer", settings) for peer in request.peers}
+    programs = {name: ProgramSpec(f"{__name__}:ours", {**settings, "implementation": name}) for name in implementations()}
+    programs |= {peer: ProgramSpec(f"{__name__}:peer", settings) for peer in request.peers}
     shape = f"batch {batch_size} x {model.context_length}, {model.num_heads} heads of {model.head_dim}"
     work = f"output and gradients, dropout {model.attention_dropout:g}" if gradients else "output, no dropout"
     products = 6 if gradients else 2
     flops = products * 2 * batch_size * model.context_length**2 * model.embed_dim
-    return Contest(f"attention, {work}: {shape}", "", 0, programs, tuple(request.peers), flops)
+    return Comparison(f"attention, {work}: {shape}", "", 0, programs, tuple(request.peers), flops)
 
 
 def ours(config: dict[str, Any], implementation: str, gradients: bool) -> Program:

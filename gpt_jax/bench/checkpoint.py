@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.bench.train import read_config
 from gpt_jax.config.load import config_to_dict
 
@@ -18,17 +18,17 @@ BYTES_PER_PARAMETER = 12
 """A float32 parameter and its two moments."""
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns a contest for saving and one for restoring."""
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns a comparison for saving and one for restoring."""
     gigabytes = request.config.model.num_parameters * BYTES_PER_PARAMETER / 1e9
     config = {"config": config_to_dict(request.config)}
     size = {"num_bytes": request.config.model.num_parameters * BYTES_PER_PARAMETER}
     return [
-        Contest(
+        Comparison(
             f"checkpoint, {verb} {request.config_name}: {gigabytes:.2f} GB",
             "GB",
             gigabytes,
-            {"gpt_jax": Recipe(f"{__name__}:{verb}", config), "a plain file": Recipe(f"{__name__}:plain_{verb}", size)},
+            {"gpt_jax": ProgramSpec(f"{__name__}:{verb}", config), "a plain file": ProgramSpec(f"{__name__}:plain_{verb}", size)},
             peers=("a plain file",),
         )
         for verb in ("save", "restore")

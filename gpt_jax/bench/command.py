@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax.bench import attention, checkpoint, finetune, generate, loss, matmul, report, startup, tokenize, train
 from gpt_jax.bench import input as input_
-from gpt_jax.bench.contest import Contest, Outcome, Request, run_contest
+from gpt_jax.bench.comparison import Comparison, Request, Result, run_comparison
 from gpt_jax.bench.peers import usable_peers
 from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError, field_error
@@ -18,7 +18,7 @@ from gpt_jax.runtime.console import say
 class Benchmark(NamedTuple):
     """A benchmark, its peers, and its own options."""
 
-    contests: Callable[[Request], list[Contest]]
+    comparisons: Callable[[Request], list[Comparison]]
     peers: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
     """The options that it takes, besides those of all benchmarks."""
@@ -29,16 +29,16 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
-    "train": Benchmark(train.contests, train.PEERS, ("config", "batch_size", "products"), "gpt1", (2,)),
-    "attention": Benchmark(attention.contests, attention.PEERS, ("config", "batch_size"), "gpt1", (2,)),
-    "loss": Benchmark(loss.contests, loss.PEERS, ("config", "batch_size"), "gpt1", (2,)),
-    "generate": Benchmark(generate.contests, generate.PEERS, ("config", "batch_size"), "gpt1", (1, 8)),
-    "finetune": Benchmark(finetune.contests, finetune.PEERS, ("config",)),
-    "input": Benchmark(input_.contests, options=("batch_size", "store")),
-    "tokenize": Benchmark(tokenize.contests),
-    "checkpoint": Benchmark(checkpoint.contests, options=("config",), config="mini"),
-    "startup": Benchmark(startup.contests),
-    "matmul": Benchmark(matmul.contests, matmul.PEERS),
+    "train": Benchmark(train.comparisons, train.PEERS, ("config", "batch_size", "products"), "gpt1", (2,)),
+    "attention": Benchmark(attention.comparisons, attention.PEERS, ("config", "batch_size"), "gpt1", (2,)),
+    "loss": Benchmark(loss.comparisons, loss.PEERS, ("config", "batch_size"), "gpt1", (2,)),
+    "generate": Benchmark(generate.comparisons, generate.PEERS, ("config", "batch_size"), "gpt1", (1, 8)),
+    "finetune": Benchmark(finetune.comparisons, finetune.PEERS, ("config",)),
+    "input": Benchmark(input_.comparisons, options=("batch_size", "store")),
+    "tokenize": Benchmark(tokenize.comparisons),
+    "checkpoint": Benchmark(checkpoint.comparisons, options=("config",), config="mini"),
+    "startup": Benchmark(startup.comparisons),
+    "matmul": Benchmark(matmul.comparisons, matmul.PEERS),
 }
 """All benchmarks by their names on the command line."""
 OPTIONS = ("config", "batch_size", "products", "store")
@@ -52,7 +52,7 @@ def check_options(options: argparse.Namespace, overrides: Sequence[str]) -> None
     Raises:
       UserError: an option or a peer belongs to other benchmarks.
     """
-    benchmark = BENCHMARKS.get(options.name, Benchmark(train.contests, train.PEERS))
+    benchmark = BENCHMARKS.get(options.name, Benchmark(train.comparisons, train.PEERS))
     for name in OPTIONS:
         if getattr(options, name) and name not in benchmark.options:
             takers = [other for other, known in BENCHMARKS.items() if name in known.options]
@@ -80,32 +80,32 @@ def bench(options: argparse.Namespace, config: Any) -> int:
     """
     peers = usable_peers(options.against)
     if options.name == ALL:
-        contests = all_contests(peers)
+        comparisons = all_comparisons(peers)
     else:
         request = Request(config, options.config or "", options.batch_size or (), peers, options.products, options.store)
-        contests = BENCHMARKS[options.name].contests(request)
+        comparisons = BENCHMARKS[options.name].comparisons(request)
     facts = report.describe_run(peers)
     report.print_header(facts)
-    outcomes: list[Outcome] = []
-    for contest in contests:
+    results: list[Result] = []
+    for comparison in comparisons:
         if options.json:  # Also before the first one, so that a path that cannot be written is reported at once.
-            report.write_json(options.json, facts, outcomes)
-        outcomes.append(run_contest(contest, options.rounds))
-        report.print_outcome(outcomes[-1])
+            report.write_json(options.json, facts, results)
+        results.append(run_comparison(comparison, options.rounds))
+        report.print_result(results[-1])
         sys.stdout.flush()
     if options.json:
-        report.write_json(options.json, facts, outcomes)
-    return 1 if any(timing.failure for outcome in outcomes for timing in outcome.timings.values()) else 0
+        report.write_json(options.json, facts, results)
+    return 1 if any(timing.failure for result in results for timing in result.timings.values()) else 0
 
 
-def all_contests(peers: Sequence[str]) -> list[Contest]:
-    """Returns the contests of all benchmarks, each with its default config and those of the peers that it knows."""
-    contests = []
+def all_comparisons(peers: Sequence[str]) -> list[Comparison]:
+    """Returns the comparisons of all benchmarks, each with its default config and those of the peers that it knows."""
+    comparisons = []
     for name, benchmark in BENCHMARKS.items():
         if name == "finetune":
             say("finetune is left out of `all`, because it needs a task: gpt-jax bench finetune --config finetune/cola")
             continue
         config = load_config(benchmark.config) if benchmark.config else None
         known = [peer for peer in peers if peer in benchmark.peers]
-        contests += benchmark.contests(Request(config, benchmark.config, benchmark.batch_sizes, known, products=True))
-    return contests
+        comparisons += benchmark.comparisons(Request(config, benchmark.config, benchmark.batch_sizes, known, products=True))
+    return comparisons

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt_jax.bench import torch_gpt
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.config import FinetuneRunConfig
 from gpt_jax.config.load import config_from_dict, config_to_dict
 from gpt_jax.runtime.console import say
@@ -20,8 +20,8 @@ PEERS = ("torch",)
 BATCHES = 10
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns the only contest.
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns the only comparison.
 
     Raises:
       UserError: the task, or the model to start from, cannot be read.
@@ -32,14 +32,14 @@ def contests(request: Request) -> list[Contest]:
     config = request.config
     resolved = resolve_config(config, task_from_config(config.task), find_init(config.init, say))
     settings = {"config": config_to_dict(resolved)}
-    programs = {"gpt_jax": Recipe(f"{__name__}:ours", settings)}
+    programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}
     peers = {}
     for name in request.peers:
-        peers[f"{name}, longest of the batch"] = Recipe(f"{__name__}:peer", {**settings, "to_context": False})
-        peers[f"{name}, the context"] = Recipe(f"{__name__}:peer", {**settings, "to_context": True})
+        peers[f"{name}, longest of the batch"] = ProgramSpec(f"{__name__}:peer", {**settings, "to_context": False})
+        peers[f"{name}, the context"] = ProgramSpec(f"{__name__}:peer", {**settings, "to_context": True})
     model, size = resolved.model, resolved.train.batch_size
     title = f"finetune {request.config_name}: {model.num_layers} x {model.embed_dim}, {BATCHES} batches of {size}"
-    return [Contest(title, "examples", BATCHES * size, programs | peers, tuple(peers))]
+    return [Comparison(title, "examples", BATCHES * size, programs | peers, tuple(peers))]
 
 
 class _Data(NamedTuple):

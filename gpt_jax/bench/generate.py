@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.bench import torch_gpt
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.bench.train import read_config
 from gpt_jax.config import ModelConfig
 from gpt_jax.config.load import config_to_dict
@@ -16,16 +16,17 @@ PROMPT_TOKENS = 32
 NEW_TOKENS = 64
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns a contest for each batch size."""
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns a comparison for each batch size."""
     model, peers = request.config.model, tuple(request.peers)
     result = []
     for size in request.batch_sizes or (1,):
         settings = {"config": config_to_dict(request.config), "batch_size": size}
-        programs = {"gpt_jax": Recipe(f"{__name__}:ours", settings)}
-        programs |= {peer: Recipe(f"{__name__}:peer", settings) for peer in peers}
+        programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}
+        programs |= {peer: ProgramSpec(f"{__name__}:peer", settings) for peer in peers}
         shape = f"{model.num_layers} x {model.embed_dim}, batch {size}, {NEW_TOKENS} tokens after {PROMPT_TOKENS}"
-        result.append(Contest(f"generate {request.config_name}: {shape}", "tokens", size * NEW_TOKENS, programs, peers))
+        title = f"generate {request.config_name}: {shape}"
+        result.append(Comparison(title, "tokens", size * NEW_TOKENS, programs, peers))
     return result
 
 

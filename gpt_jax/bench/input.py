@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec
 from gpt_jax.data.pipeline import iterate_batches
 from gpt_jax.data.store import Store, TokenArray
 from gpt_jax.data.windows import Windows
@@ -23,8 +23,8 @@ PREFETCH = 4
 LATE_STEP = 1_000_000
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns a contest of the installed pipelines for each batch size.
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns a comparison of the installed pipelines for each batch size.
 
     Raises:
       UserError: the store is damaged or shorter than one window.
@@ -35,9 +35,9 @@ def contests(request: Request) -> list[Contest]:
     result = []
     for size in request.batch_sizes or (64, 256):
         settings = {"store": str(request.store or ""), "batch_size": size}
-        programs = {kind: Recipe(f"{__name__}:pipeline", {**settings, "kind": kind}) for kind in kinds}
+        programs = {kind: ProgramSpec(f"{__name__}:pipeline", {**settings, "kind": kind}) for kind in kinds}
         title = f"input from {request.store or 'a memory-mapped file of random tokens'}: batch {size} x {CONTEXT_LENGTH}"
-        result.append(Contest(title, "tokens", size * CONTEXT_LENGTH, programs))
+        result.append(Comparison(title, "tokens", size * CONTEXT_LENGTH, programs))
     return result
 
 

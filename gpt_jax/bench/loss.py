@@ -4,29 +4,29 @@ import dataclasses
 from typing import Any
 
 from gpt_jax.bench import torch_gpt
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.bench.train import random_batch, read_config
 from gpt_jax.config.load import config_to_dict
 
 PEERS = ("torch", "torch-compiled")
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns a contest for each batch size."""
-    return [_contest(request, size) for size in request.batch_sizes or (request.config.train.batch_size,)]
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns a comparison for each batch size."""
+    return [_comparison(request, size) for size in request.batch_sizes or (request.config.train.batch_size,)]
 
 
-def _contest(request: Request, batch_size: int) -> Contest:
+def _comparison(request: Request, batch_size: int) -> Comparison:
     config, model = request.config, request.config.model
     train = dataclasses.replace(config.train, batch_size=batch_size)
     settings = {"config": config_to_dict(dataclasses.replace(config, train=train))}
-    programs = {"gpt_jax": Recipe(f"{__name__}:ours", settings)}
+    programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}
     for peer in request.peers:
-        programs[peer] = Recipe(f"{__name__}:peer", {**settings, "compiled": peer.endswith("-compiled")})
+        programs[peer] = ProgramSpec(f"{__name__}:peer", {**settings, "compiled": peer.endswith("-compiled")})
     tokens = batch_size * model.context_length
     title = f"loss and gradients: batch {batch_size} x {model.context_length}, {model.embed_dim} x {model.vocab_size:,}"
-    return Contest(title, "tokens", tokens, programs, tuple(request.peers), 6.0 * tokens * model.embed_dim * model.vocab_size)
+    return Comparison(title, "tokens", tokens, programs, tuple(request.peers), 6.0 * tokens * model.embed_dim * model.vocab_size)
 
 
 def ours(config: dict[str, Any]) -> Program:

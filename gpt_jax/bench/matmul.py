@@ -4,18 +4,20 @@ The rate is what a training step's FLOP/s can be compared with. `train --product
 """
 
 from gpt_jax.bench import torch_gpt
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 
 PEERS = ("torch",)
 ROWS, INNER, COLUMNS = 1024, 768, 3072
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns the only contest."""
-    programs = {"gpt_jax": Recipe(f"{__name__}:ours", {})}
-    programs |= {peer: Recipe(f"{__name__}:peer", {}) for peer in request.peers}
-    return [Contest(f"matmul: {ROWS} x {INNER} x {COLUMNS}", "", 0, programs, tuple(request.peers), 2.0 * ROWS * INNER * COLUMNS)]
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns the only comparison."""
+    programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", {})}
+    programs |= {peer: ProgramSpec(f"{__name__}:peer", {}) for peer in request.peers}
+    return [
+        Comparison(f"matmul: {ROWS} x {INNER} x {COLUMNS}", "", 0, programs, tuple(request.peers), 2.0 * ROWS * INNER * COLUMNS)
+    ]
 
 
 def ours() -> Program:

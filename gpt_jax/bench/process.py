@@ -1,4 +1,4 @@
-"""The controlling side of worker processes: starts one for each program of a contest, and exchanges JSON lines with it."""
+"""The controlling side of worker processes: starts one for each program of a comparison, and exchanges JSON lines with it."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from gpt_jax.bench.machine import num_cores
-from gpt_jax.bench.program import Recipe
+from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.errors import UserError
 
 
@@ -21,10 +21,10 @@ class WorkerError(Exception):
 class Worker:
     """The controlling side of one `worker` process."""
 
-    def __init__(self, recipe: Recipe, process: subprocess.Popen[bytes], log: IO[bytes]):
+    def __init__(self, spec: ProgramSpec, process: subprocess.Popen[bytes], log: IO[bytes]):
         assert process.stdin is not None
         assert process.stdout is not None
-        self._recipe, self._process, self._log = recipe, process, log
+        self._spec, self._process, self._log = spec, process, log
         self._requests, self._answers = process.stdin, process.stdout
 
     @property
@@ -34,7 +34,7 @@ class Worker:
 
     def setup(self) -> float:
         """Builds the program and runs it once; returns the seconds that this took."""
-        return float(self._ask(self._recipe)["setup"])
+        return float(self._ask(self._spec)["setup"])
 
     def run(self, count: int) -> float:
         """Runs the program `count` times; returns the seconds that this took."""
@@ -74,7 +74,7 @@ class Worker:
 
 
 @contextlib.contextmanager
-def start_worker(recipe: Recipe) -> Iterator[Worker]:
+def start_worker(spec: ProgramSpec) -> Iterator[Worker]:
     """Starts the process of a program, and ends it and deletes its temporary files when the block exits."""
     command = [sys.executable, "-m", "gpt_jax.bench.worker"]
     pipe = subprocess.PIPE
@@ -84,7 +84,7 @@ def start_worker(recipe: Recipe) -> Iterator[Worker]:
         subprocess.Popen(command, bufsize=0, env=worker_environment(scratch), stdin=pipe, stdout=pipe, stderr=log) as process,
     ):
         try:
-            yield Worker(recipe, process, log)
+            yield Worker(spec, process, log)
         finally:
             process.kill()
 

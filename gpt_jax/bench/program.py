@@ -14,7 +14,7 @@ class Program(NamedTuple):
     """Returns further figures at the end, by name, for example seconds of parts of the work."""
 
 
-class Recipe(NamedTuple):
+class ProgramSpec(NamedTuple):
     """How to build a program in another process."""
 
     function: str

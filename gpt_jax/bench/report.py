@@ -1,4 +1,4 @@
-"""The table and the JSON of measured contests, with the machine and the versions that they were measured with."""
+"""The table and the JSON of measured comparisons, with the machine and the versions that they were measured with."""
 
 import datetime
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.bench.contest import Outcome, Timing
+from gpt_jax.bench.comparison import Result, Timing
 from gpt_jax.bench.machine import num_cores, processor_name
 from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.runtime.chips import CHIPS
@@ -42,61 +42,61 @@ def print_header(facts: dict[str, Any]) -> None:
     print(f"{facts['command']}\n{facts['date']}; {facts['machine']}; load average {facts['load_before']}\n{versions}")
 
 
-def print_outcome(outcome: Outcome) -> None:
-    """Prints the table of one contest and remarks about it."""
-    print(f"\n{outcome.contest.title}")
-    if outcome.finished:
-        print(format_table(_table(outcome)))
-    for remark in _remarks(outcome):
+def print_result(result: Result) -> None:
+    """Prints the table of one comparison and remarks about it."""
+    print(f"\n{result.comparison.title}")
+    if result.finished:
+        print(format_table(_table(result)))
+    for remark in _remarks(result):
         print(remark)
 
 
-def _table(outcome: Outcome) -> list[Sequence[object]]:
+def _table(result: Result) -> list[Sequence[object]]:
     """Returns the header, and a row for each program that finished, with its rate (or only its time), median and range."""
-    contest, rates = outcome.contest, bool(outcome.contest.unit)
-    header = [f"{contest.unit}/s", "min", "max", "s"] if rates else ["s", "min", "max"]
-    header += ["GFLOP/s"] if contest.flops else []
-    table: list[Sequence[object]] = [("program", *header, f"x {outcome.reference}", "set-up, s", "peak GB")]
-    for name, timing in outcome.finished.items():
+    comparison, rates = result.comparison, bool(result.comparison.unit)
+    header = [f"{comparison.unit}/s", "min", "max", "s"] if rates else ["s", "min", "max"]
+    header += ["GFLOP/s"] if comparison.flops else []
+    table: list[Sequence[object]] = [("program", *header, f"x {result.reference}", "set-up, s", "peak GB")]
+    for name, timing in result.finished.items():
         median, low, high = timing.median, min(timing.seconds), max(timing.seconds)
-        figures = [*(contest.work / s for s in (median, high, low)), median] if rates else [median, low, high]
-        figures += [contest.flops / median / 1e9] if contest.flops else []
-        rest = (f"{outcome.speed_ratio(name):.2f}", f"{timing.setup:.1f}", f"{timing.peak_bytes / 1e9:.2f}")
+        figures = [*(comparison.work / s for s in (median, high, low)), median] if rates else [median, low, high]
+        figures += [comparison.flops / median / 1e9] if comparison.flops else []
+        rest = (f"{result.speed_ratio(name):.2f}", f"{timing.setup:.1f}", f"{timing.peak_bytes / 1e9:.2f}")
         table.append((name, *map(rounded, figures), *rest))
     return table
 
 
-def _remarks(outcome: Outcome) -> Iterator[str]:
-    contest, finished, cores = outcome.contest, outcome.finished, num_cores()
-    if (outcome.other_cores or 0) > BUSY * cores:
-        yield f"Other programs used {outcome.other_cores:.1f} of {cores} cores meanwhile, which distorts these figures."
-    first = next(iter(outcome.timings))
-    if {first, contest.part} <= finished.keys():
-        yield f"{contest.part}: {1 / outcome.speed_ratio(contest.part, first):.0%} of the time of {first}"
-    for name, timing in outcome.timings.items():
+def _remarks(result: Result) -> Iterator[str]:
+    comparison, finished, cores = result.comparison, result.finished, num_cores()
+    if (result.other_cores or 0) > BUSY * cores:
+        yield f"Other programs used {result.other_cores:.1f} of {cores} cores meanwhile, which distorts these figures."
+    first = next(iter(result.timings))
+    if {first, comparison.part} <= finished.keys():
+        yield f"{comparison.part}: {1 / result.speed_ratio(comparison.part, first):.0%} of the time of {first}"
+    for name, timing in result.timings.items():
         if timing.failure:
             yield f"{name} failed: {timing.failure}"
-        if utilization := _utilization(contest.flops, timing):
+        if utilization := _utilization(comparison.flops, timing):
             yield f"{name}: {utilization}"
         yield from (f"  {name}, {part}: {rounded(value)}" for part, value in timing.details.items())
 
 
-def write_json(path: Path, facts: dict[str, Any], outcomes: Sequence[Outcome]) -> None:
+def write_json(path: Path, facts: dict[str, Any], results: Sequence[Result]) -> None:
     """Writes the facts and all measurements; times are seconds of one repetition in each round."""
-    contests = [
+    comparisons = [
         {
-            "title": outcome.contest.title,
-            "unit": outcome.contest.unit,
-            "work": outcome.contest.work,
-            "flops": outcome.contest.flops,
-            "reference": outcome.reference,
-            "other_cores": outcome.other_cores,
-            "programs": {name: _as_json(outcome, name) for name in outcome.timings},
+            "title": result.comparison.title,
+            "unit": result.comparison.unit,
+            "work": result.comparison.work,
+            "flops": result.comparison.flops,
+            "reference": result.reference,
+            "other_cores": result.other_cores,
+            "programs": {name: _as_json(result, name) for name in result.timings},
         }
-        for outcome in outcomes
+        for result in results
     ]
     facts = facts | {"load_after": round(os.getloadavg()[0], 2)}
-    write_atomic(path, json.dumps({**facts, "contests": contests}, indent=1) + "\n")
+    write_atomic(path, json.dumps({**facts, "comparisons": comparisons}, indent=1) + "\n")
 
 
 def rounded(value: float) -> str:
@@ -104,11 +104,11 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
 
-def _as_json(outcome: Outcome, name: str) -> dict[str, Any]:
-    timing = outcome.timings[name]
+def _as_json(result: Result, name: str) -> dict[str, Any]:
+    timing = result.timings[name]
     if timing.failure:
         return {"failure": timing.failure}
-    figures = {"seconds": timing.seconds, "median": timing.median, "speed_ratio": outcome.speed_ratio(name)}
+    figures = {"seconds": timing.seconds, "median": timing.median, "speed_ratio": result.speed_ratio(name)}
     return figures | {name: getattr(timing, name) for name in ("setup", "peak_bytes", "details", "device")}
 
 

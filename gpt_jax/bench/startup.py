@@ -8,21 +8,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec
 from gpt_jax.errors import TrainingError
 
 POLL_SECONDS = 0.02
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns a contest between starts with a warm and with a cold compilation cache, and with text that is not yet prepared."""
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns a comparison of starts with a warm and with a cold compilation cache, and with text that is not yet prepared."""
     programs = {
-        "warm cache": Recipe(f"{__name__}:first_update", {"warm": True, "prepared": True}),
-        "cold cache": Recipe(f"{__name__}:first_update", {"warm": False, "prepared": True}),
-        "cold cache, text to prepare": Recipe(f"{__name__}:first_update", {"warm": False, "prepared": False}),
+        "warm cache": ProgramSpec(f"{__name__}:first_update", {"warm": True, "prepared": True}),
+        "cold cache": ProgramSpec(f"{__name__}:first_update", {"warm": False, "prepared": True}),
+        "cold cache, text to prepare": ProgramSpec(f"{__name__}:first_update", {"warm": False, "prepared": False}),
     }
-    return [Contest("startup: smoke, from the command to the first update", "", 0, programs)]
+    return [Comparison("startup: smoke, from the command to the first update", "", 0, programs)]
 
 
 def first_update(warm: bool, prepared: bool) -> Program:

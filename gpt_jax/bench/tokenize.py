@@ -2,8 +2,8 @@
 
 import functools
 
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec
 from gpt_jax.data.installed_docs import InstalledDocs
 from gpt_jax.data.tokenizers import SentencePiece
 
@@ -12,12 +12,12 @@ VOCABULARY = 4096
 LIBRARY = "sentencepiece alone"
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns the only contest."""
-    programs = {"gpt_jax": Recipe(f"{__name__}:ours", {}), LIBRARY: Recipe(f"{__name__}:library", {})}
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns the only comparison."""
+    programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", {}), LIBRARY: ProgramSpec(f"{__name__}:library", {})}
     work = sum(len(text.encode("utf-8", "replace")) for text in _documents()) / 1e6
     title = f"tokenize: installed documentation, {work:.1f} MB, {VOCABULARY:,} pieces"
-    return [Contest(title, "MB", work, programs, peers=(LIBRARY,))]
+    return [Comparison(title, "MB", work, programs, peers=(LIBRARY,))]
 
 
 @functools.cache

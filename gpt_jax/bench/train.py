@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.bench.contest import Contest, Request
-from gpt_jax.bench.program import Program, Recipe, start_jax
+from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.config import ModelConfig, PretrainConfig
 from gpt_jax.config.load import config_from_dict, config_to_dict
 from gpt_jax.errors import require
@@ -15,8 +15,8 @@ PRODUCTS = "products alone"
 PEERS = ("transformers", "transformers-compiled", "torch", "torch-compiled")
 
 
-def contests(request: Request) -> list[Contest]:
-    """Returns a contest for each batch size.
+def comparisons(request: Request) -> list[Comparison]:
+    """Returns a comparison for each batch size.
 
     Raises:
       UserError: a peer cannot run the config.
@@ -28,25 +28,25 @@ def contests(request: Request) -> list[Contest]:
         inner = f"transformers' model has an inner width of 4 x {model.embed_dim}, not {model.mlp_dim}; leave it out"
         require(model.mlp_dim == 4 * model.embed_dim, "against", inner)
     trains = (dataclasses.replace(config.train, batch_size=size) for size in request.batch_sizes or (config.train.batch_size,))
-    return [_contest(dataclasses.replace(config, train=train), request) for train in trains]
+    return [_comparison(dataclasses.replace(config, train=train), request) for train in trains]
 
 
-def _contest(config: PretrainConfig, request: Request) -> Contest:
+def _comparison(config: PretrainConfig, request: Request) -> Comparison:
     from gpt_jax.train.logging import flops_per_token
 
     model, size, settings = config.model, config.train.batch_size, {"config": config_to_dict(config)}
-    programs = {"gpt_jax": Recipe(f"{__name__}:ours", settings)}
+    programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}
     for peer in request.peers:
         kind, _, suffix = peer.partition("-")
-        programs[peer] = Recipe(f"{__name__}:peer", {**settings, "kind": kind, "compiled": suffix == "compiled"})
+        programs[peer] = ProgramSpec(f"{__name__}:peer", {**settings, "kind": kind, "compiled": suffix == "compiled"})
     if request.products:
-        programs[PRODUCTS] = Recipe("gpt_jax.bench.products:step_products", settings)
+        programs[PRODUCTS] = ProgramSpec("gpt_jax.bench.products:step_products", settings)
     rates = dict.fromkeys((model.embed_dropout, model.attention_dropout, model.residual_dropout))
     shape = f"{model.num_layers} x {model.embed_dim}, batch {size} x {model.context_length}"
     title = f"train {request.config_name}: {shape}, dropout {'/'.join(f'{rate:g}' for rate in rates)}"
     tokens = size * model.context_length
     part = PRODUCTS if request.products else ""
-    return Contest(title, "tokens", tokens, programs, tuple(request.peers), tokens * flops_per_token(model), part)
+    return Comparison(title, "tokens", tokens, programs, tuple(request.peers), tokens * flops_per_token(model), part)
 
 
 def random_batch(model: ModelConfig, batch_size: int) -> dict[str, np.ndarray]:

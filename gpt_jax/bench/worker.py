@@ -1,6 +1,6 @@
 """The process of one program in a benchmark: builds the program, runs it on request, and reports times as JSON lines.
 
-It reads JSON lines from standard input: first the fields of a `Recipe`, then one integer for each round, the number of
+It reads JSON lines from standard input: first the fields of a `ProgramSpec`, then one integer for each round, the number of
 repetitions. For each line it writes one line to the original standard output. When the input ends, it writes a last line. What
 libraries print goes to standard error.
 """
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.bench.program import Recipe
+from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.errors import UserError, one_line
 
 
@@ -38,7 +38,7 @@ def main() -> None:
 
 def _serve(answer: Any) -> None:
     begin = time.perf_counter()
-    program = Recipe(*json.loads(sys.stdin.readline())).build()
+    program = ProgramSpec(*json.loads(sys.stdin.readline())).build()
     program.run(1)
     answer(setup=time.perf_counter() - begin)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Programs for the tests of contests, which worker processes import."""
+"""Programs for the tests of comparisons, which worker processes import."""
 
 import os
 import signal

@@ -7,8 +7,8 @@ import pytest
 
 from gpt_jax import arguments
 from gpt_jax.bench import peers
-from gpt_jax.bench.command import BENCHMARKS, all_contests
-from gpt_jax.bench.contest import Contest, Request
+from gpt_jax.bench.command import BENCHMARKS, all_comparisons
+from gpt_jax.bench.comparison import Comparison, Request
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
 from tests.tiny import replace_fields, write_config
@@ -23,11 +23,11 @@ def test_the_command_line_knows_every_benchmark_and_peer():
     assert all(name in usage for name in BENCHMARKS)
 
 
-def build(contest: Contest) -> None:
+def build(comparison: Comparison) -> None:
     """Builds each of our programs in this process and runs it twice."""
-    for name, recipe in contest.programs.items():
-        if name not in contest.peers:
-            program = recipe.build()
+    for name, spec in comparison.programs.items():
+        if name not in comparison.peers:
+            program = spec.build()
             program.run(1)
             program.run(2)
             assert all(isinstance(value, (int, float)) for value in program.details().values())
@@ -37,36 +37,36 @@ def build(contest: Contest) -> None:
 def test_programs_of_a_config_run(tiny, name, monkeypatch):
     monkeypatch.setattr("gpt_jax.bench.generate.PROMPT_TOKENS", 8)
     monkeypatch.setattr("gpt_jax.bench.generate.NEW_TOKENS", 4)
-    for contest in BENCHMARKS[name].contests(Request(tiny, "tiny", (8,))):
-        assert "tiny" in contest.title or name in ("attention", "loss")
-        build(contest)
+    for comparison in BENCHMARKS[name].comparisons(Request(tiny, "tiny", (8,))):
+        assert "tiny" in comparison.title or name in ("attention", "loss")
+        build(comparison)
 
 
 def test_programs_without_a_config_run(monkeypatch):
     monkeypatch.setattr("gpt_jax.bench.tokenize.TEXT_BYTES", 30_000)
     monkeypatch.setattr("gpt_jax.bench.tokenize.VOCABULARY", 500)
     for name in ("tokenize", "matmul"):
-        for contest in BENCHMARKS[name].contests(Request()):
-            build(contest)
+        for comparison in BENCHMARKS[name].comparisons(Request()):
+            build(comparison)
 
 
 def test_the_input_benchmark_reads_a_store(pretrained, monkeypatch):
     monkeypatch.setattr("gpt_jax.bench.input.CONTEXT_LENGTH", 32)
     monkeypatch.setattr("gpt_jax.bench.input.importlib.util.find_spec", lambda name: None)  # Importing tensorflow takes seconds.
-    contests = BENCHMARKS["input"].contests(Request(store=pretrained / "store"))
-    assert [contest.work for contest in contests] == [64 * 32, 256 * 32]
-    for contest in contests:
-        assert list(contest.programs) == ["threads"]
-        build(contest)
+    comparisons = BENCHMARKS["input"].comparisons(Request(store=pretrained / "store"))
+    assert [comparison.work for comparison in comparisons] == [64 * 32, 256 * 32]
+    for comparison in comparisons:
+        assert list(comparison.programs) == ["threads"]
+        build(comparison)
 
 
 def test_all_runs_every_benchmark_but_fine_tuning_against_the_peers_that_it_has(monkeypatch, capsys):
     monkeypatch.setattr("gpt_jax.bench.tokenize.TEXT_BYTES", 30_000)
-    contests = all_contests(["torch", "transformers"])
+    comparisons = all_comparisons(["torch", "transformers"])
     assert "finetune is left out" in capsys.readouterr().err
-    titles = {contest.title.replace(",", "").replace(":", "").split()[0] for contest in contests}
+    titles = {comparison.title.replace(",", "").replace(":", "").split()[0] for comparison in comparisons}
     assert titles == BENCHMARKS.keys() - {"finetune"}
-    chosen = {contest.title.split()[0]: set(contest.peers) for contest in contests}
+    chosen = {comparison.title.split()[0]: set(comparison.peers) for comparison in comparisons}
     assert chosen["train"] == {"torch", "transformers"}
     assert chosen["generate"] == {"transformers"}
     assert chosen["matmul:"] == {"torch"}
@@ -74,7 +74,7 @@ def test_all_runs_every_benchmark_but_fine_tuning_against_the_peers_that_it_has(
 
 def test_a_config_can_be_measured_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setattr("gpt_jax.bench.contest.ROUND_SECONDS", 0.0)
+    monkeypatch.setattr("gpt_jax.bench.comparison.ROUND_SECONDS", 0.0)
     file = write_config(tiny, tmp_path / "tiny.py")
     words = [
         "bench",
@@ -89,11 +89,11 @@ def test_a_config_can_be_measured_from_the_command_line(tiny, tmp_path, monkeypa
         str(tmp_path / "out.json"),
     ]
     assert main(words) == 0
-    [contest] = json.loads((tmp_path / "out.json").read_text())["contests"]
-    assert "1 x 16, batch 8 x 32, dropout 0.1" in contest["title"]
-    assert len(contest["programs"]["gpt_jax"]["seconds"]) == 2
-    assert contest["work"] == 8 * 32
-    assert contest["title"] in capsys.readouterr().out
+    [comparison] = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    assert "1 x 16, batch 8 x 32, dropout 0.1" in comparison["title"]
+    assert len(comparison["programs"]["gpt_jax"]["seconds"]) == 2
+    assert comparison["work"] == 8 * 32
+    assert comparison["title"] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_compiled_peer_is_left_out_without_a_compiler(monkeypatch, capsys):
 def test_transformers_cannot_have_another_inner_width(tiny):
     request = Request(replace_fields(tiny, model={"mlp_dim": 48}), "tiny", (), ("transformers",))
     with pytest.raises(UserError, match="inner width of 4 x 16, not 48"):
-        BENCHMARKS["train"].contests(request)
+        BENCHMARKS["train"].comparisons(request)
 
 
 def test_a_json_file_that_cannot_be_written_is_reported_before_the_first_program(tmp_path, capsys):

@@ -1,28 +1,28 @@
-"""Reports of contests: the table, its remarks, and the JSON."""
+"""Reports of comparisons: the table, its remarks, and the JSON."""
 
 import json
 
 from gpt_jax.bench import report
-from gpt_jax.bench.contest import Contest, Outcome, Timing
+from gpt_jax.bench.comparison import Comparison, Result, Timing
 from gpt_jax.bench.machine import num_cores
-from gpt_jax.bench.program import Recipe
+from gpt_jax.bench.program import ProgramSpec
 
-RECIPE = Recipe("none:none", {})
+SPEC = ProgramSpec("none:none", {})
 
 
-def outcome(other_cores: float | None = 0.0, **contest: object) -> Outcome:
-    programs = dict.fromkeys(("ours", "theirs", "broken"), RECIPE)
+def result(other_cores: float | None = 0.0, **comparison: object) -> Result:
+    programs = dict.fromkeys(("ours", "theirs", "broken"), SPEC)
     timings = {
         "ours": Timing(3.0, (0.5, 0.25, 1.0), 2_000_000_000, {"padding, %": 12.3456}),
         "theirs": Timing(1.0, (1.0, 1.0, 1.0), 1_000_000_000),
         "broken": Timing(failure="killed, probably for lack of memory"),
     }
     arguments = {"title": "a test", "unit": "tokens", "work": 1000, "programs": programs, "peers": ("theirs",), "flops": 2e9}
-    return Outcome(Contest(**arguments | contest), timings, other_cores)  # type: ignore[arg-type]
+    return Result(Comparison(**arguments | comparison), timings, other_cores)  # type: ignore[arg-type]
 
 
 def test_the_table_has_rates_their_range_and_the_ratio_to_the_peer(capsys):
-    report.print_outcome(outcome())
+    report.print_result(result())
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["", "a test"]
     assert lines[2].split("  ")[0] == "program"
@@ -33,37 +33,37 @@ def test_the_table_has_rates_their_range_and_the_ratio_to_the_peer(capsys):
 
 
 def test_without_a_unit_the_table_has_seconds(capsys):
-    report.print_outcome(outcome(unit="", work=0, flops=0.0))
+    report.print_result(result(unit="", work=0, flops=0.0))
     header, ours = capsys.readouterr().out.splitlines()[2:4]
     assert header.split()[:4] == ["program", "s", "min", "max"]
     assert ours.split() == ["ours", "0.500", "0.250", "1.00", "2.00", "3.0", "2.00"]
 
 
 def test_a_part_is_a_share_of_the_first_program(capsys):
-    report.print_outcome(outcome(part="theirs"))
+    report.print_result(result(part="theirs"))
     assert "theirs: 200% of the time of ours" in capsys.readouterr().out
 
 
 def test_other_programs_are_mentioned(capsys):
-    report.print_outcome(outcome(other_cores=0.05 * num_cores()))
+    report.print_result(result(other_cores=0.05 * num_cores()))
     assert "Other programs" not in capsys.readouterr().out
-    report.print_outcome(outcome(other_cores=0.5 * num_cores()))
+    report.print_result(result(other_cores=0.5 * num_cores()))
     assert "Other programs used" in capsys.readouterr().out
 
 
 def test_utilization_needs_a_known_chip(capsys):
-    contest = Contest("a test", "", 0, {"ours": RECIPE}, flops=989.4e12 / 4)
+    comparison = Comparison("a test", "", 0, {"ours": SPEC}, flops=989.4e12 / 4)
     for device, expected in (("NVIDIA H100 80GB HBM3", True), ("an unknown chip", False), ("", False)):
-        report.print_outcome(Outcome(contest, {"ours": Timing(1.0, (0.5,), device=device)}, None))
+        report.print_result(Result(comparison, {"ours": Timing(1.0, (0.5,), device=device)}, None))
         assert ("ours: MFU 50.0% of the bfloat16 peak of NVIDIA H100" in capsys.readouterr().out) == expected
 
 
 def test_the_json_has_every_round(tmp_path):
     facts = report.describe_run([])
     assert {"date", "machine", "load_before", "versions", "commit", "command"} <= facts.keys()
-    report.write_json(tmp_path / "out.json", facts, [outcome()])
-    [contest] = json.loads((tmp_path / "out.json").read_text())["contests"]
-    assert contest["reference"] == "theirs"
-    assert contest["programs"]["ours"]["seconds"] == [0.5, 0.25, 1.0]
-    assert contest["programs"]["ours"]["speed_ratio"] == 2.0
-    assert contest["programs"]["broken"] == {"failure": "killed, probably for lack of memory"}
+    report.write_json(tmp_path / "out.json", facts, [result()])
+    [comparison] = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    assert comparison["reference"] == "theirs"
+    assert comparison["programs"]["ours"]["seconds"] == [0.5, 0.25, 1.0]
+    assert comparison["programs"]["ours"]["speed_ratio"] == 2.0
+    assert comparison["programs"]["broken"] == {"failure": "killed, probably for lack of memory"}

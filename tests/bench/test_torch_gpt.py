@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.bench import finetune, torch_gpt, train
-from gpt_jax.bench.contest import Request
+from gpt_jax.bench.comparison import Request
 from gpt_jax.config.load import load_config
 from gpt_jax.model.loss import language_model_loss, normalize
 from gpt_jax.model.transformer import Params
@@ -103,10 +103,10 @@ def test_programs_of_peers_run(tiny, name, monkeypatch):
     monkeypatch.setattr("gpt_jax.bench.generate.PROMPT_TOKENS", 8)
     monkeypatch.setattr("gpt_jax.bench.generate.NEW_TOKENS", 4)
     eager = [peer for peer in BENCHMARKS[name].peers if not peer.endswith("-compiled")]
-    for contest in BENCHMARKS[name].contests(Request(tiny, "tiny", (2,), eager)):
-        assert set(contest.peers) == set(eager)
-        for peer in contest.peers:
-            contest.programs[peer].build().run(2)
+    for comparison in BENCHMARKS[name].comparisons(Request(tiny, "tiny", (2,), eager)):
+        assert set(comparison.peers) == set(eager)
+        for peer in comparison.peers:
+            comparison.programs[peer].build().run(2)
 
 
 @pytest.fixture
@@ -119,10 +119,10 @@ def task(own_task, pretrained):
 
 def test_fine_tuning_peers_pad_random_batches_and_compute_our_loss(task, monkeypatch):
     monkeypatch.setattr(finetune, "BATCHES", 3)
-    [contest] = finetune.contests(Request(task, "own", (), ("torch",)))
-    assert contest.work == 3 * 8
-    assert contest.peers == ("torch, longest of the batch", "torch, the context")
-    settings = contest.programs["gpt_jax"].arguments["config"]
+    [comparison] = finetune.comparisons(Request(task, "own", (), ("torch",)))
+    assert comparison.work == 3 * 8
+    assert comparison.peers == ("torch, longest of the batch", "torch, the context")
+    settings = comparison.programs["gpt_jax"].arguments["config"]
     shapes = {padding: [batch["tokens"].shape for batch in finetune._load(settings, padding).batches] for padding in PADDINGS}
     assert {shape[0] for values in shapes.values() for shape in values} == {8}
     assert [shape[-1] for shape in shapes["context"]] == [32] * 3
@@ -130,7 +130,7 @@ def test_fine_tuning_peers_pad_random_batches_and_compute_our_loss(task, monkeyp
 
     seen = []
     monkeypatch.setattr(torch_gpt, "training_step", lambda network, loss, *rest, **options: seen.append((network, loss)))
-    contest.programs["torch, the context"].build()
+    comparison.programs["torch, the context"].build()
     [(network, loss)] = seen
 
     from gpt_jax.tasks.finetune import make_head

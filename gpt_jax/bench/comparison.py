@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax.bench.machine import OtherLoad
 from gpt_jax.bench.process import Worker, WorkerError, start_worker
-from gpt_jax.bench.program import Recipe
+from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.runtime.console import say
 
 ROUND_SECONDS = 2.0
@@ -37,7 +37,7 @@ class Request(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Contest:
+class Comparison:
     """Programs that do the same work."""
 
     title: str
@@ -45,7 +45,7 @@ class Contest:
     """The unit of the work, such as "tokens"; empty: only times are reported."""
     work: float
     """Amount of work in one repetition."""
-    programs: dict[str, Recipe]
+    programs: dict[str, ProgramSpec]
     """The programs by name."""
     peers: tuple[str, ...] = ()
     """Names of the programs of other projects; the fastest of them is what the others are compared with."""
@@ -79,10 +79,10 @@ class Timing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """A contest with the measurements of its programs."""
+class Result:
+    """A comparison with the measurements of its programs."""
 
-    contest: Contest
+    comparison: Comparison
     timings: dict[str, Timing]
     other_cores: float | None
     """Mean number of cores that the machine's other programs used during the rounds; None: not known."""
@@ -95,7 +95,7 @@ class Outcome:
     @property
     def reference(self) -> str:
         """The program that the others are compared with: the fastest peer, or the first program if there are no peers."""
-        peers = [name for name in self.contest.peers if name in self.finished]
+        peers = [name for name in self.comparison.peers if name in self.finished]
         return min(peers, key=lambda name: self.timings[name].median) if peers else next(iter(self.finished), "")
 
     def speed_ratio(self, name: str, other: str = "") -> float:
@@ -108,8 +108,8 @@ class Outcome:
         return statistics.median(theirs / own for theirs, own in pairs)
 
 
-def run_contest(contest: Contest, rounds: int, round_seconds: float | None = None) -> Outcome:
-    """Measures all programs of a contest. A program that fails, or runs out of memory, does not keep the others from finishing.
+def run_comparison(comparison: Comparison, rounds: int, round_seconds: float | None = None) -> Result:
+    """Measures all programs of a comparison. One that fails, or runs out of memory, does not keep the others from finishing.
 
     Args:
       rounds: number of rounds of each program.
@@ -123,9 +123,9 @@ def run_contest(contest: Contest, rounds: int, round_seconds: float | None = Non
     workers: dict[str, Worker] = {}
     counts, setups = {}, {}
     with contextlib.ExitStack() as stack:
-        for name, recipe in contest.programs.items():
-            say(f"{contest.title}: preparing {name}")
-            worker = stack.enter_context(start_worker(recipe))
+        for name, spec in comparison.programs.items():
+            say(f"{comparison.title}: preparing {name}")
+            worker = stack.enter_context(start_worker(spec))
             try:
                 setups[name] = worker.setup()
                 counts[name] = max(1, round(shortest / worker.run(1)))
@@ -140,7 +140,7 @@ def run_contest(contest: Contest, rounds: int, round_seconds: float | None = Non
             for name in [*list(workers)[first:], *list(workers)[:first]]:
                 try:
                     seconds[name].append(workers[name].run(counts[name]) / counts[name])
-                    say(f"{contest.title}: round {number + 1} of {rounds}, {name} {seconds[name][-1]:.3g} s")
+                    say(f"{comparison.title}: round {number + 1} of {rounds}, {name} {seconds[name][-1]:.3g} s")
                 except WorkerError as error:
                     del workers[name]
                     timings[name] = Timing(failure=str(error))
@@ -150,4 +150,4 @@ def run_contest(contest: Contest, rounds: int, round_seconds: float | None = Non
                 timings[name] = Timing(setups[name], tuple(seconds[name]), **worker.finish())
             except WorkerError as error:
                 timings[name] = Timing(failure=str(error))
-    return Outcome(contest, {name: timings[name] for name in contest.programs}, other_cores)
+    return Result(comparison, {name: timings[name] for name in comparison.programs}, other_cores)
