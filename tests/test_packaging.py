@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -253,6 +254,14 @@ except SystemExit as stop:
     loaded = loaded_by(code)
     assert "gpt_jax" in loaded
     assert not loaded & (ACCELERATED | HEAVY)
+
+
+def test_a_checkout_can_be_used_without_installing_it() -> None:
+    code = "import gpt_jax.cli, gpt_jax.launch.command, gpt_jax.configs.finetune.cola as c; print(c.config().task.name)"
+    paths = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+    command = [sys.executable, "-S", "-c", code]  # -S: without the links of an editable installation
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("cola\n", "")
 
 
 def test_training_does_not_import_tensorflow() -> None:

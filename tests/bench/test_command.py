@@ -11,6 +11,7 @@ from gpt_jax.bench.command import BENCHMARKS, all_comparisons
 from gpt_jax.bench.comparison import Comparison, Request
 from gpt_jax.cli import main
 from gpt_jax.errors import UserError
+from gpt_jax.model.attention import IMPLEMENTATIONS
 from tests.tiny import replace_fields, write_config
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,17 @@ def test_programs_of_a_config_run(tiny, name, monkeypatch):
     for comparison in BENCHMARKS[name].comparisons(Request(tiny, "tiny", (8,))):
         assert "tiny" in comparison.title or name in ("attention", "loss")
         build(comparison)
+
+
+def test_the_attention_benchmark_shows_how_far_an_implementation_is_from_the_definition(tiny, monkeypatch):
+    program = BENCHMARKS["attention"].comparisons(Request(tiny, "tiny", (8,)))[1].programs["blockwise"].build()
+    errors = program.details()
+    assert len(errors) == 2
+    assert all(0 < error < 1e-5 for error in errors.values())
+    blockwise = IMPLEMENTATIONS["blockwise"]
+    monkeypatch.setitem(IMPLEMENTATIONS, "blockwise", lambda *arguments: 1.25 * blockwise(*arguments))
+    program = BENCHMARKS["attention"].comparisons(Request(tiny, "tiny", (8,)))[1].programs["blockwise"].build()
+    assert list(program.details().values()) == pytest.approx([0.25, 0.25], rel=1e-4)
 
 
 def test_programs_without_a_config_run(monkeypatch):
