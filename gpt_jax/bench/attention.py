@@ -51,7 +51,7 @@ def ours(config: dict[str, Any], implementation: str, gradients: bool) -> Progra
     Its details are the relative L2 distances of its results from those of "plain" in float32, with the same dropout masks; for
     the gradients, it is the largest of the three.
     """
-    start_jax()
+    device = start_jax()
     import jax
     import jax.numpy as jnp
 
@@ -89,7 +89,7 @@ def ours(config: dict[str, Any], implementation: str, gradients: bool) -> Progra
         output, *rest = (float(jnp.linalg.norm(ours - theirs) / jnp.linalg.norm(theirs)) for ours, theirs in pairs)
         return {OUTPUT_ERROR: output} | ({GRADIENT_ERROR: max(rest)} if gradients else {})
 
-    return Program(run, errors)
+    return Program(run, errors, device)
 
 
 def peer(config: dict[str, Any], gradients: bool) -> Program:

@@ -69,6 +69,8 @@ class Timing:
     """Further figures of the program, by name."""
     device: str = ""
     """Kind of accelerator that the program used; empty for a CPU."""
+    num_devices: int = 1
+    """Number of accelerators that shared the work."""
     failure: str = ""
     """Why there are no measurements; empty if there are."""
 

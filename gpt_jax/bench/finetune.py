@@ -26,7 +26,7 @@ def comparisons(request: Request) -> list[Comparison]:
     Raises:
       UserError: the task, or the model to start from, cannot be read.
     """
-    from gpt_jax.tasks.finetune import find_init, resolve_config
+    from gpt_jax.tasks.init_source import find_init, resolve_config
     from gpt_jax.tasks.registry import task_from_config
 
     config = request.config
@@ -59,7 +59,7 @@ def _load(config: dict[str, Any], padding: str) -> _Data:
     """
     from gpt_jax.tasks.batches import TaskBatches
     from gpt_jax.tasks.dataset import load_dataset
-    from gpt_jax.tasks.finetune import find_init
+    from gpt_jax.tasks.init_source import find_init
 
     settings = config_from_dict(config)
     assert isinstance(settings, FinetuneRunConfig)
@@ -96,7 +96,7 @@ def _details(data: _Data, compilations: int) -> dict[str, float]:
 
 def ours(config: dict[str, Any]) -> Program:
     """Returns the updates of `gpt-jax finetune` on the batches, from random parameters."""
-    start_jax()
+    device = start_jax()
     import jax
 
     from gpt_jax.runtime import sharding
@@ -125,7 +125,7 @@ def ours(config: dict[str, Any]) -> Program:
                 state, _ = updates[batch["tokens"].shape](state, batch)
         jax.block_until_ready(state)
 
-    return Program(run, lambda: _details(data, len(updates)))
+    return Program(run, lambda: _details(data, len(updates)), device, mesh.size)
 
 
 def peer(config: dict[str, Any], to_context: bool) -> Program:
@@ -162,4 +162,4 @@ def peer(config: dict[str, Any], to_context: bool) -> Program:
                 step(*batch)
         torch_gpt.synchronize(device)
 
-    return Program(run, lambda: _details(data, 0))
+    return Program(run, lambda: _details(data, 0), torch_gpt.device_kind(device))

@@ -37,7 +37,7 @@ def random_prompts(model: ModelConfig, batch_size: int) -> np.ndarray:
 
 def ours(config: dict[str, Any], batch_size: int) -> Program:
     """Returns `decode.generate` with temperature 0."""
-    start_jax()
+    device = start_jax()
     import jax
 
     from gpt_jax.model.decode import generate
@@ -52,7 +52,7 @@ def ours(config: dict[str, Any], batch_size: int) -> Program:
         for _ in range(count):
             generate(model, params, prompts, NEW_TOKENS, temperature=0.0)
 
-    return Program(run)
+    return Program(run, device=device)
 
 
 def peer(config: dict[str, Any], batch_size: int) -> Program:
@@ -77,4 +77,4 @@ def peer(config: dict[str, Any], batch_size: int) -> Program:
                 module.generate(prompts, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, use_cache=True)
         torch_gpt.synchronize(device)
 
-    return Program(run)
+    return Program(run, device=torch_gpt.device_kind(device))

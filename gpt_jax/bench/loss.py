@@ -31,7 +31,7 @@ def _comparison(request: Request, batch_size: int) -> Comparison:
 
 def ours(config: dict[str, Any]) -> Program:
     """Returns `loss.cross_entropy` with its gradients, in the chunks that a training step uses."""
-    start_jax()
+    device = start_jax()
     import jax
     import jax.numpy as jnp
 
@@ -54,7 +54,7 @@ def ours(config: dict[str, Any]) -> Program:
         for _ in range(count):
             jax.block_until_ready(compute(hidden, table))
 
-    return Program(run)
+    return Program(run, device=device)
 
 
 def peer(config: dict[str, Any], compiled: bool) -> Program:
@@ -80,4 +80,4 @@ def peer(config: dict[str, Any], compiled: bool) -> Program:
             torch.autograd.grad(loss(hidden, table), (hidden, table))
         torch_gpt.synchronize(device)
 
-    return Program(run)
+    return Program(run, device=torch_gpt.device_kind(device))

@@ -22,7 +22,7 @@ def comparisons(request: Request) -> list[Comparison]:
 
 def ours() -> Program:
     """Returns JAX's product."""
-    start_jax()
+    device = start_jax()
     import jax
     import jax.numpy as jnp
 
@@ -33,7 +33,7 @@ def ours() -> Program:
         for _ in range(count):
             jax.block_until_ready(product(left, right))
 
-    return Program(run)
+    return Program(run, device=device)
 
 
 def peer() -> Program:
@@ -48,4 +48,4 @@ def peer() -> Program:
             torch.matmul(left, right)
         torch_gpt.synchronize(device)
 
-    return Program(run)
+    return Program(run, device=torch_gpt.device_kind(device))

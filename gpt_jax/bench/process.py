@@ -41,7 +41,7 @@ class Worker:
         return float(self._ask(count)["seconds"])
 
     def finish(self) -> dict[str, Any]:
-        """Ends the process; returns its peak memory, details and device."""
+        """Ends the process; returns its peak memory, its details and its devices."""
         self._requests.close()
         answer = self._answer()
         self._process.wait()

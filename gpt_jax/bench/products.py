@@ -67,7 +67,7 @@ def step_products(config: dict[str, Any]) -> Program:
 
     Its details are the rates of the products in GFLOP/s.
     """
-    start_jax()
+    device = start_jax()
     import jax
     import jax.numpy as jnp
 
@@ -94,4 +94,4 @@ def step_products(config: dict[str, Any]) -> Program:
         medians = {product: statistics.median(seconds[product.name]) for product in products}
         return {f"{product.repeats} x {product.name}, GFLOP/s": product.flops / s / 1e9 for product, s in medians.items()}
 
-    return Program(run, rates)
+    return Program(run, rates, device)

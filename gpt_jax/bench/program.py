@@ -12,6 +12,10 @@ class Program(NamedTuple):
     """Does the work the given number of times and returns when the results exist. The first call may compile."""
     details: Callable[[], dict[str, float]] = dict
     """Returns further figures at the end, by name, for example seconds of parts of the work."""
+    device: str = ""
+    """Kind of accelerator that it computes on; empty for a CPU."""
+    num_devices: int = 1
+    """Number of accelerators that share the work."""
 
 
 class ProgramSpec(NamedTuple):
@@ -29,9 +33,17 @@ class ProgramSpec(NamedTuple):
         return program
 
 
-def start_jax() -> None:
-    """Checks the environment and starts JAX's devices, as the commands that train do."""
+def start_jax() -> str:
+    """Starts JAX's devices, as the commands that train do; returns their kind, or "" for a CPU.
+
+    Raises:
+      UserError: the environment is wrong, or there is no such device.
+    """
     from gpt_jax.runtime.environment import check_variables, require_devices
 
     check_variables()
     require_devices()
+    import jax
+
+    device = jax.devices()[0]
+    return "" if device.platform == "cpu" else str(device.device_kind)

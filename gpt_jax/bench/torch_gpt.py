@@ -72,10 +72,20 @@ def transformers_gpt(config: ModelConfig) -> Any:
     """Returns transformers' OpenAIGPTLMHeadModel for a model whose inner width is four times its width."""
     import transformers
 
-    from gpt_jax.interop.huggingface import FIELDS
-
-    fields = {name: getattr(config, field) for field, (name, _, _) in FIELDS.items()}
-    return transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(**fields, afn="gelu"))
+    settings = transformers.OpenAIGPTConfig(
+        vocab_size=config.vocab_size,
+        n_positions=config.context_length,
+        n_layer=config.num_layers,
+        n_embd=config.embed_dim,
+        n_head=config.num_heads,
+        embd_pdrop=config.embed_dropout,
+        attn_pdrop=config.attention_dropout,
+        resid_pdrop=config.residual_dropout,
+        layer_norm_epsilon=config.layer_norm_epsilon,
+        initializer_range=config.init_stddev,
+        afn="gelu",  # In transformers, this is the tanh approximation.
+    )
+    return transformers.OpenAIGPTLMHeadModel(settings)
 
 
 def start_torch() -> Any:
@@ -115,6 +125,15 @@ def training_step(model: Any, loss: Callable[..., Any], config: OptimConfig, dev
         optimizer.step()
 
     return step
+
+
+def device_kind(device: Any) -> str:
+    """Returns the kind of a GPU, which is that of JAX (`chips.CHIPS`); empty for a CPU."""
+    if device.type != "cuda":
+        return ""
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
 
 
 def synchronize(device: Any) -> None:

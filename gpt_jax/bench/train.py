@@ -66,7 +66,7 @@ def read_config(values: dict[str, Any]) -> PretrainConfig:
 
 def ours(config: dict[str, Any]) -> Program:
     """Returns the step that `gpt-jax pretrain` runs, with its guard and the norm of the gradient."""
-    start_jax()
+    device = start_jax()
     import jax
 
     from gpt_jax.runtime import sharding
@@ -86,7 +86,7 @@ def ours(config: dict[str, Any]) -> Program:
             state, _ = update(state, batch)
         jax.block_until_ready(state)
 
-    return Program(run)
+    return Program(run, device=device, num_devices=mesh.size)
 
 
 def peer(config: dict[str, Any], kind: str, compiled: bool) -> Program:
@@ -116,4 +116,4 @@ def peer(config: dict[str, Any], kind: str, compiled: bool) -> Program:
             step(tokens, targets)
         torch_gpt.synchronize(device)
 
-    return Program(run)
+    return Program(run, device=torch_gpt.device_kind(device))

@@ -45,7 +45,7 @@ def _serve(answer: Any) -> None:
         begin = time.perf_counter()
         program.run(int(line))
         answer(seconds=time.perf_counter() - begin)
-    answer(peak_bytes=peak_memory(), details=program.details(), device=_device())
+    answer(peak_bytes=peak_memory(), details=program.details(), device=program.device, num_devices=program.num_devices)
 
 
 def peak_memory() -> int:
@@ -57,15 +57,6 @@ def peak_memory() -> int:
         if match := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
             own = int(match[1]) * 1024
     return max(own, children)
-
-
-def _device() -> str:
-    """Returns the kind of accelerator that this process has used; empty for a CPU."""
-    if (jax := sys.modules.get("jax")) and (device := jax.devices()[0]).platform != "cpu":
-        return str(device.device_kind)
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
-        return str(torch.cuda.get_device_name())
-    return ""
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from gpt_jax.runtime import distributed
 from gpt_jax.runtime.console import Log, say
 from gpt_jax.runtime.rundir import read_json, write_atomic
 from gpt_jax.tasks.evaluate import sound_checkpoints
-from gpt_jax.tasks.finetune import find_init, finetune_seeds, resolve_config
+from gpt_jax.tasks.finetune import finetune_seeds
+from gpt_jax.tasks.init_source import find_init, resolve_config
 from gpt_jax.tasks.registry import Task, task_from_config
 
 StudyName = Literal["layers", "ablations", "steps"]

@@ -6,48 +6,29 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gpt_jax.config import (
-    FinetuneConfig,
-    FinetuneRunConfig,
-    ModelConfig,
-    ModelOptions,
-    PretrainConfig,
-    RunConfig,
-    TokenizerConfig,
-    TransferConfig,
-)
-from gpt_jax.config.load import load_config
-from gpt_jax.data.tokenizers import Tokenizer, create_tokenizer, load_tokenizer
-from gpt_jax.errors import UserError, require
+from gpt_jax.config import FinetuneConfig, FinetuneRunConfig, RunConfig
+from gpt_jax.errors import require
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime import distributed
-from gpt_jax.runtime.console import Log, say
+from gpt_jax.runtime.console import say
 from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.runtime.rundir import RunDir, write_atomic
 from gpt_jax.runtime.sharding import abstract_batch, host_rows, make_mesh, place_batch
 from gpt_jax.tasks.batches import TaskBatches, count_steps, largest_scoring_batches
 from gpt_jax.tasks.dataset import TaskDataset, load_dataset
 from gpt_jax.tasks.head import Head, transfer
+from gpt_jax.tasks.init_source import InitSource, find_init, resolve_config
 from gpt_jax.tasks.lengths import count_passes, keep_lengths
 from gpt_jax.tasks.metrics import predict, score, write_glue, write_predictions
 from gpt_jax.tasks.registry import Task, task_from_config
-from gpt_jax.tasks.transforms import SpecialTokens
 from gpt_jax.train.checkpoint import restore_params
-from gpt_jax.train.checkpoint_info import (
-    CheckpointInfo,
-    best_checkpoints,
-    find_checkpoint,
-    find_step,
-    newest_checkpoint,
-    own_checkpoints,
-    read_config,
-)
+from gpt_jax.train.checkpoint_info import best_checkpoints, find_step, own_checkpoints
 from gpt_jax.train.choices import keep_choices
 from gpt_jax.train.compilation import AbstractBatch, BackgroundCompiler, CompiledByShape
 from gpt_jax.train.loop import Schedule, Scores, resolve_schedule, run_training, start_run
@@ -211,87 +192,6 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 # -- the initial parameters -------------------------------------------------------------------------------------------------
-
-
-class InitSource(NamedTuple):
-    """The model that a fine-tuning run starts from."""
-
-    model: ModelConfig
-    """The architecture; its vocabulary may contain the special tokens of an earlier fine-tuning run."""
-    tokenizer: Tokenizer
-    info: CheckpointInfo | None
-    """The checkpoint with the parameters; None: the parameters are random."""
-
-
-def find_init(init: TransferConfig, log: Log, run: RunDir | None = None) -> InitSource:
-    """Finds the model that `--init.from` and `--init.like` name.
-
-    If it cannot be read, a run that has a checkpoint of its own continues from that one, which contains all it needs.
-
-    Raises:
-      UserError: there is no checkpoint, its tokenizer does not fit its model, or the architecture or the tokenizer is not given.
-    """
-    require(bool(init.from_), "init.from", "name the run or checkpoint to fine-tune, or write none for random parameters")
-    origin = init.like if init.from_ == "none" else init.from_
-    require(bool(origin), "init.like", "name the run, checkpoint or config whose architecture the random parameters have")
-    try:
-        return _read_source(init, origin, log)
-    except UserError as error:
-        own = newest_checkpoint(run.checkpoints, log) if run else None
-        if own is None:
-            raise
-        log(f"continuing with the model and the tokenizer of {own.path} ({error})")
-        return _read_checkpoint(own)._replace(info=None)
-
-
-def _read_source(init: TransferConfig, origin: str, log: Log) -> InitSource:
-    if init.from_ != "none" or Path(origin).is_dir():
-        require(not init.tokenizer, "init.tokenizer", "leave it out; a checkpoint has its own tokenizer")
-        source = _read_checkpoint(find_checkpoint(Path(origin), log))
-        return source._replace(info=None) if init.from_ == "none" else source
-    try:
-        config = load_config(origin)
-    except UserError as error:
-        raise UserError(f"--init.like: there is no folder '{origin}', and {error}") from None
-    if not isinstance(config, PretrainConfig):
-        raise UserError(f"--init.like: '{origin}' is a fine-tuning config, which has no architecture")
-    kind = config.data.tokenizer.kind
-    require(bool(init.tokenizer) or kind == "bytes", "init.tokenizer", f"name the folder of the {kind} tokenizer to use")
-    wanted = TokenizerConfig(kind=kind, path=init.tokenizer)
-    tokenizer = create_tokenizer(wanted, config.model.vocab_size, lambda: (), field="init.tokenizer")
-    return InitSource(config.model, tokenizer, None)
-
-
-def _read_checkpoint(info: CheckpointInfo) -> InitSource:
-    model = read_config(info).model
-    tokenizer = load_tokenizer(info.path / "tokenizer")
-    if model.vocab_size - tokenizer.vocab_size not in (0, len(SpecialTokens._fields)):  # The latter was fine-tuned before.
-        raise UserError(
-            f"{info.path}: its model has {model.vocab_size:,} entries and its tokenizer {tokenizer.vocab_size:,}; they do not "
-            "fit together, so use another checkpoint"
-        )
-    return InitSource(model, tokenizer, info)
-
-
-def resolve_config(config: FinetuneConfig, task: Task, source: InitSource) -> FinetuneRunConfig:
-    """Returns the config with all fields that depend on the source and the task.
-
-    These are the source's architecture, with room for the special tokens, and the labels of a user-defined task, which may have
-    been read from its training rows.
-
-    Raises:
-      UserError: `--init.blocks` does not fit the architecture.
-    """
-    options = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(ModelOptions)}
-    vocab_size = source.tokenizer.vocab_size + len(SpecialTokens._fields)
-    model = dataclasses.replace(source.model, **options, vocab_size=vocab_size)
-    blocks, layers = config.init.blocks, model.num_layers
-    require(model.kind != "lstm" or blocks <= 0, "init.blocks", "an LSTM is transferred completely (-1) or not at all (0)")
-    require(blocks <= layers, "init.blocks", f"the checkpoint has {layers} blocks, not {blocks}")
-    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)}
-    own_classes = not (config.task.name or task.regression)
-    labeled = dataclasses.replace(config.task, labels=task.labels) if own_classes else config.task
-    return FinetuneRunConfig(**sections | {"model": model, "task": labeled})
 
 
 def _initial_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: InitSource, run: RunDir) -> tuple[State, str]:

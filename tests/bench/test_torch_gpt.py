@@ -1,5 +1,10 @@
 """The PyTorch peers do the work of our training step: with our parameters, they compute our loss and our gradients."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +20,7 @@ from tests.tiny import replace_fields
 
 torch = pytest.importorskip("torch")
 
+ROOT = Path(__file__).parents[2]
 PADDINGS = ("buckets", "longest", "context")
 NO_DROPOUT = {"embed_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0}
 
@@ -107,6 +113,29 @@ def test_programs_of_peers_run(tiny, name, monkeypatch):
         assert set(comparison.peers) == set(eager)
         for peer in comparison.peers:
             comparison.programs[peer].build().run(2)
+
+
+def test_the_process_of_a_peer_does_not_load_jax(tiny, task):
+    pytest.importorskip("transformers")
+    from gpt_jax.bench.command import BENCHMARKS
+
+    requests = {name: Request(task if name == "finetune" else tiny, name, (), value.peers) for name, value in BENCHMARKS.items()}
+    comparisons = [
+        comparison for name in requests if requests[name].peers for comparison in BENCHMARKS[name].comparisons(requests[name])
+    ]
+    specs = [comparison.programs[peer] for comparison in comparisons for peer in comparison.peers]
+    assert len({spec.function for spec in specs}) == sum(bool(benchmark.peers) for benchmark in BENCHMARKS.values())
+    code = (
+        "import json, sys\n"
+        "from gpt_jax.bench.program import ProgramSpec\n"
+        "for spec in json.load(sys.stdin):\n"
+        "    ProgramSpec(*spec).build()\n"
+        "    print(spec[0], 'jax' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(specs), capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert done.stdout.splitlines() == [f"{spec.function} False" for spec in specs]
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ from gpt_jax.experiments.score_tables import print_seed_scores
 from gpt_jax.model import transformer
 from gpt_jax.tasks import evaluate
 from gpt_jax.tasks import finetune as finetuning
-from gpt_jax.tasks.finetune import find_init, finetune, finetune_seeds, resolve_config, spread
+from gpt_jax.tasks.finetune import finetune, finetune_seeds, spread
+from gpt_jax.tasks.init_source import find_init, resolve_config
 from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train.checkpoint_info import list_checkpoints
 from gpt_jax.train.loop import resolve_schedule
@@ -479,7 +480,7 @@ def test_a_checkpoint_with_another_models_tokenizer_is_refused(pretrained, monke
     class Larger(Bytes):
         vocab_size = 258
 
-    monkeypatch.setattr(finetuning, "load_tokenizer", lambda folder: Larger())
+    monkeypatch.setattr("gpt_jax.tasks.init_source.load_tokenizer", lambda folder: Larger())
     message = error_of(find_init, TransferConfig(str(pretrained)), print)
     assert "its model has 257 entries and its tokenizer 258" in message
 
