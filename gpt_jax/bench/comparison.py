@@ -113,6 +113,8 @@ class Result:
 def run_comparison(comparison: Comparison, rounds: int, round_seconds: float | None = None) -> Result:
     """Measures all programs of a comparison. One that fails, or runs out of memory, does not keep the others from finishing.
 
+    If there are peers, each program may use one GPU only, because the peers are written for one.
+
     Args:
       rounds: number of rounds of each program.
       round_seconds: shortest duration of a round; None: `ROUND_SECONDS`.
@@ -127,7 +129,7 @@ def run_comparison(comparison: Comparison, rounds: int, round_seconds: float | N
     with contextlib.ExitStack() as stack:
         for name, spec in comparison.programs.items():
             say(f"{comparison.title}: preparing {name}")
-            worker = stack.enter_context(start_worker(spec))
+            worker = stack.enter_context(start_worker(spec, one_gpu=bool(comparison.peers)))
             try:
                 setups[name] = worker.setup()
                 counts[name] = max(1, round(shortest / worker.run(1)))

@@ -100,12 +100,15 @@ def ours(config: dict[str, Any]) -> Program:
     import jax
 
     from gpt_jax.runtime import sharding
+    from gpt_jax.runtime.mesh import check_batch, check_model
     from gpt_jax.tasks.finetune import make_head
     from gpt_jax.train.step import init_state, lower_step
 
     data = _load(config, "buckets")
     settings = data.config
     mesh, size = sharding.make_mesh(settings.mesh), settings.train.batch_size
+    check_batch(mesh.shape, size, settings.train.grad_accum_steps)
+    check_model(mesh.shape, settings.model)
     model = make_head(data.task, settings).trainable_model()
     state = init_state(settings, mesh, model)
     rows = sharding.host_rows(mesh, size)

@@ -74,14 +74,20 @@ class Worker:
 
 
 @contextlib.contextmanager
-def start_worker(spec: ProgramSpec) -> Iterator[Worker]:
-    """Starts the process of a program, and ends it and deletes its temporary files when the block exits."""
+def start_worker(spec: ProgramSpec, one_gpu: bool = False) -> Iterator[Worker]:
+    """Starts the process of a program, and ends it and deletes its temporary files when the block exits.
+
+    Args:
+      one_gpu: whether the program may use only the first GPU.
+    """
     command = [sys.executable, "-m", "gpt_jax.bench.worker"]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryDirectory() as scratch,
         tempfile.TemporaryFile() as log,
-        subprocess.Popen(command, bufsize=0, env=worker_environment(scratch), stdin=pipe, stdout=pipe, stderr=log) as process,
+        subprocess.Popen(
+            command, bufsize=0, env=worker_environment(scratch, one_gpu), stdin=pipe, stdout=pipe, stderr=log
+        ) as process,
     ):
         try:
             yield Worker(spec, process, log)
@@ -89,11 +95,12 @@ def start_worker(spec: ProgramSpec) -> Iterator[Worker]:
             process.kill()
 
 
-def worker_environment(scratch: str) -> dict[str, str]:
-    """Returns a program's environment: a thread for each core, a folder of its own, and a GPU that it shares with the others.
+def worker_environment(scratch: str, one_gpu: bool) -> dict[str, str]:
+    """Returns a program's environment: a thread for each core, a folder of its own, and GPUs that it shares with the others.
 
     Compiled programs are not kept, so that the set-up always includes compilation.
     """
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(num_cores()))
     jax = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return {**os.environ, **threads, **jax, "TMPDIR": scratch}
+    gpu = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]} if one_gpu else {}
+    return {**os.environ, **threads, **jax, **gpu, "TMPDIR": scratch}

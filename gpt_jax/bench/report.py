@@ -76,8 +76,8 @@ def _remarks(result: Result) -> Iterator[str]:
     for name, timing in result.timings.items():
         if timing.failure:
             yield f"{name} failed: {timing.failure}"
-        if utilization := _utilization(comparison.flops, timing):
-            yield f"{name}: {utilization}"
+        if timing.device:
+            yield f"{name}: {_devices(timing, comparison.flops)}"
         yield from (f"  {name}, {part}: {rounded(value)}" for part, value in timing.details.items())
 
 
@@ -109,12 +109,16 @@ def _as_json(result: Result, name: str) -> dict[str, Any]:
     if timing.failure:
         return {"failure": timing.failure}
     figures = {"seconds": timing.seconds, "median": timing.median, "speed_ratio": result.speed_ratio(name)}
-    return figures | {name: getattr(timing, name) for name in ("setup", "peak_bytes", "details", "device")}
+    return figures | {name: getattr(timing, name) for name in ("setup", "peak_bytes", "details", "device", "num_devices")}
 
 
-def _utilization(flops: float, timing: Timing) -> str:
-    """Returns the model FLOPs utilization of an accelerator, or "" if its peak is not known."""
-    chip = CHIPS.get(timing.device)
+def _devices(timing: Timing, flops: float) -> str:
+    """Returns the accelerators of a program, with the model FLOPs utilization if it can be computed.
+
+    Args:
+      flops: floating-point operations in one repetition; 0: not counted.
+    """
+    devices, chip = f"{timing.num_devices} x {timing.device}", CHIPS.get(timing.device)
     if chip is None or not flops:
-        return ""
-    return f"MFU {flops / timing.median / chip.peak_flops['bfloat16']:.1%} of the bfloat16 peak of {timing.device}"
+        return devices
+    return f"{devices}, MFU {flops / timing.median / (timing.num_devices * chip.peak_flops['bfloat16']):.1%} of the bfloat16 peak"

@@ -70,10 +70,13 @@ def ours(config: dict[str, Any]) -> Program:
     import jax
 
     from gpt_jax.runtime import sharding
+    from gpt_jax.runtime.mesh import check_batch, check_model
     from gpt_jax.train.step import init_state, lower_step
 
     settings = read_config(config)
     mesh, size = sharding.make_mesh(settings.mesh), settings.train.batch_size
+    check_batch(mesh.shape, size, settings.train.grad_accum_steps)
+    check_model(mesh.shape, settings.model)
     update = lower_step(settings, mesh, total_steps=1_000_000).compile()
     state = init_state(settings, mesh)
     rows = sharding.host_rows(mesh, size)

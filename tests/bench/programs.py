@@ -19,6 +19,13 @@ def logging(name: str, log: str) -> Program:
     return Program(run, lambda: {"threads": float(os.environ["OMP_NUM_THREADS"])})
 
 
+def visible() -> Program:
+    """Reports the first digit of CUDA_VISIBLE_DEVICES and the number of its entries; -1 if it is not set."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    details = {"gpu": float(gpus[0]), "entries": 1.0 + gpus.count(",")} if gpus else {"gpu": -1.0}
+    return Program(lambda count: None, lambda: details, "a GPU", 3)
+
+
 def chatty(folder: str) -> Program:
     """Prints to standard output, as libraries do, and leaves a file in its scratch folder, whose name it writes down."""
     scratch = tempfile.mkdtemp()

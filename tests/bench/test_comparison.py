@@ -50,6 +50,26 @@ def test_every_program_gets_the_same_number_of_threads(tmp_path):
     assert result.timings["a"].details == {"threads": num_cores()}
 
 
+@pytest.mark.parametrize(
+    ("peers", "visible", "details"),
+    [
+        ((), "", {"gpu": -1.0}),
+        ((), "2,3", {"gpu": 2.0, "entries": 2.0}),
+        (("a",), "", {"gpu": 0.0, "entries": 1.0}),
+        (("a",), "2,3", {"gpu": 2.0, "entries": 1.0}),
+    ],
+)
+def test_programs_share_one_gpu_if_there_are_peers(peers, visible, details, monkeypatch):
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    else:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    programs = {name: spec("visible") for name in "ab"}
+    result = run_comparison(Comparison("test", "", 0, programs, peers), rounds=1, round_seconds=0.0)
+    assert [timing.details for timing in result.timings.values()] == [details, details]
+    assert {(timing.device, timing.num_devices) for timing in result.timings.values()} == {("a GPU", 3)}
+
+
 def test_output_of_a_program_is_not_mistaken_for_an_answer_and_its_files_are_deleted(tmp_path):
     result = run_comparison(comparison(a=spec("chatty", folder=str(tmp_path))), rounds=2, round_seconds=0.0)
     assert not result.timings["a"].failure

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from gpt_jax.bench import report
 from gpt_jax.bench.comparison import Comparison, Result, Timing
 from gpt_jax.bench.machine import num_cores
@@ -51,11 +53,19 @@ def test_other_programs_are_mentioned(capsys):
     assert "Other programs used" in capsys.readouterr().out
 
 
-def test_utilization_needs_a_known_chip(capsys):
+@pytest.mark.parametrize(
+    ("device", "count", "remark"),
+    [
+        ("NVIDIA H100 80GB HBM3", 1, ["ours: 1 x NVIDIA H100 80GB HBM3, MFU 50.0% of the bfloat16 peak"]),
+        ("NVIDIA H100 80GB HBM3", 2, ["ours: 2 x NVIDIA H100 80GB HBM3, MFU 25.0% of the bfloat16 peak"]),
+        ("an unknown chip", 2, ["ours: 2 x an unknown chip"]),
+        ("", 1, []),
+    ],
+)
+def test_accelerators_are_named_with_their_utilization(device, count, remark, capsys):
     comparison = Comparison("a test", "", 0, {"ours": SPEC}, flops=989.4e12 / 4)
-    for device, expected in (("NVIDIA H100 80GB HBM3", True), ("an unknown chip", False), ("", False)):
-        report.print_result(Result(comparison, {"ours": Timing(1.0, (0.5,), device=device)}, None))
-        assert ("ours: MFU 50.0% of the bfloat16 peak of NVIDIA H100" in capsys.readouterr().out) == expected
+    report.print_result(Result(comparison, {"ours": Timing(1.0, (0.5,), device=device, num_devices=count)}, None))
+    assert capsys.readouterr().out.splitlines()[4:] == remark
 
 
 def test_the_json_has_every_round(tmp_path):
