@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from gpt_jax.bench import attention, checkpoint, finetune, generate, loss, matmul, report, startup, tokenize, train
 from gpt_jax.bench import input as input_
-from gpt_jax.bench.comparison import Comparison, Request, Result, run_comparison
+from gpt_jax.bench.comparison import Comparison, Request, Result, require_transformer, run_comparison
 from gpt_jax.bench.peers import usable_peers
+from gpt_jax.config import PretrainConfig
 from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError, field_error
 from gpt_jax.runtime.console import say
@@ -78,6 +79,8 @@ def bench(options: argparse.Namespace, config: Any) -> int:
       options: as `check_options` leaves them.
       config: the config that they name, with its overrides; None if there is none.
     """
+    if isinstance(config, PretrainConfig):
+        require_transformer(config.model)
     peers = usable_peers(options.against)
     if options.name == ALL:
         comparisons = all_comparisons(peers)

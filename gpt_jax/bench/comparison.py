@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 from gpt_jax.bench.machine import OtherLoad
 from gpt_jax.bench.process import Worker, WorkerError, start_worker
 from gpt_jax.bench.program import ProgramSpec
+from gpt_jax.config import ModelConfig
+from gpt_jax.errors import require
 from gpt_jax.runtime.console import say
 
 ROUND_SECONDS = 2.0
@@ -34,6 +36,15 @@ class Request(NamedTuple):
     """Whether `train` also times the matrix products of a step alone."""
     store: Path | None = None
     """The token store that `input` reads; None: random tokens."""
+
+
+def require_transformer(model: ModelConfig) -> None:
+    """Checks that a model can be measured.
+
+    Raises:
+      UserError: it is an LSTM.
+    """
+    require(model.kind == "transformer", "config", "this model is an LSTM; benchmarks measure Transformers")
 
 
 @dataclasses.dataclass(frozen=True)

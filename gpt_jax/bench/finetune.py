@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt_jax.bench import torch_gpt
-from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.comparison import Comparison, Request, require_transformer
 from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.config import FinetuneRunConfig
 from gpt_jax.config.load import config_from_dict, config_to_dict
@@ -24,13 +24,14 @@ def comparisons(request: Request) -> list[Comparison]:
     """Returns the only comparison.
 
     Raises:
-      UserError: the task, or the model to start from, cannot be read.
+      UserError: the task, or the model to start from, cannot be read, or the model is an LSTM.
     """
     from gpt_jax.tasks.init_source import find_init, resolve_config
     from gpt_jax.tasks.registry import task_from_config
 
     config = request.config
     resolved = resolve_config(config, task_from_config(config.task), find_init(config.init, say))
+    require_transformer(resolved.model)
     settings = {"config": config_to_dict(resolved)}
     programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}
     peers = {}

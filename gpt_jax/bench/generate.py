@@ -10,6 +10,7 @@ from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.bench.train import read_config
 from gpt_jax.config import ModelConfig
 from gpt_jax.config.load import config_to_dict
+from gpt_jax.errors import require
 
 PEERS = ("transformers",)
 PROMPT_TOKENS = 32
@@ -17,8 +18,14 @@ NEW_TOKENS = 64
 
 
 def comparisons(request: Request) -> list[Comparison]:
-    """Returns a comparison for each batch size."""
+    """Returns a comparison for each batch size.
+
+    Raises:
+      UserError: the model's context is too short.
+    """
     model, peers = request.config.model, tuple(request.peers)
+    short = f"a context of {model.context_length} tokens is too short for {PROMPT_TOKENS} + {NEW_TOKENS} tokens"
+    require(model.context_length >= PROMPT_TOKENS + NEW_TOKENS, "config", short)
     result = []
     for size in request.batch_sizes or (1,):
         settings = {"config": config_to_dict(request.config), "batch_size": size}

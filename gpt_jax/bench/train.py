@@ -22,8 +22,6 @@ def comparisons(request: Request) -> list[Comparison]:
       UserError: a peer cannot run the config.
     """
     config, model = request.config, request.config.model
-    if request.peers:
-        require(model.kind == "transformer", "against", "the peers of train are Transformers, and this model is an LSTM")
     if any(peer.startswith("transformers") for peer in request.peers):
         inner = f"transformers' model has an inner width of 4 x {model.embed_dim}, not {model.mlp_dim}; leave it out"
         require(model.mlp_dim == 4 * model.embed_dim, "against", inner)

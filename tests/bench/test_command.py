@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from gpt_jax import arguments
@@ -10,6 +11,7 @@ from gpt_jax.bench import peers
 from gpt_jax.bench.command import BENCHMARKS, all_comparisons
 from gpt_jax.bench.comparison import Comparison, Request
 from gpt_jax.cli import main
+from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import IMPLEMENTATIONS
 from tests.tiny import replace_fields, write_config
@@ -123,6 +125,11 @@ def test_a_config_can_be_measured_from_the_command_line(tiny, tmp_path, monkeypa
         ("bench finetune", "--config: name the fine-tuning config to time, for example finetune/cola"),
         ("bench finetune --config demo", "demo is a config for gpt-jax pretrain"),
         ("bench train --batch-size 0", "--batch-size: must be positive, not 0"),
+        *(
+            (f"bench {name} --model.kind lstm", "--config: this model is an LSTM; benchmarks measure Transformers")
+            for name in ("train", "attention", "loss", "generate", "checkpoint")
+        ),
+        ("bench generate --config smoke", "--config: a context of 64 tokens is too short for 32 + 64 tokens"),
         ("bench train --model.num-layrs 3", "--model.num-layrs: no such field; did you mean model.num-layers or"),
     ],
 )
@@ -147,6 +154,20 @@ def test_a_compiled_peer_is_left_out_without_a_compiler(monkeypatch, capsys):
     monkeypatch.delenv("CXX", raising=False)
     assert peers.usable_peers(["torch", "torch-compiled"]) == ["torch"]
     assert "torch-compiled is left out: torch.compile needs a C++ compiler" in capsys.readouterr().err
+
+
+def test_fine_tuning_an_lstm_is_not_measured(tiny, own_task, tmp_path):
+    like = write_config(replace_fields(tiny, model={"kind": "lstm"}), tmp_path / "lstm.py")
+    files = {name: own_task[name] for name in ("train", "validation")}
+    config = replace_fields(load_config("finetune/own"), task=files, init={"from_": "none", "like": str(like)})
+    with pytest.raises(UserError, match="this model is an LSTM"):
+        BENCHMARKS["finetune"].comparisons(Request(config, "own"))
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tiny):
+    [comparison] = BENCHMARKS["train"].comparisons(Request(tiny, "tiny", (jax.device_count() + 1,)))
+    with pytest.raises(UserError, match=r"--train\.batch-size: "):
+        comparison.programs["gpt_jax"].build()
 
 
 def test_transformers_cannot_have_another_inner_width(tiny):
