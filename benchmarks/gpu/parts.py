@@ -1,0 +1,144 @@
+"""The parts of the measurements."""
+
+import importlib.util
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from benchmarks.gpu.data import TASKS
+from benchmarks.gpu.session import Session
+
+
+def attention(session: Session) -> None:
+    """Measures the implementations of attention, and their distance from `plain` in float32 with the same masks."""
+    words = ["attention", "--config", session.sizes.model, "--batch-size", str(session.sizes.attention_batch)]
+    session.bench("float32", *words, "--model.compute-dtype", "float32", "--model.matmul-precision", "highest")
+    session.bench("bfloat16", *words, "--model.compute-dtype", "bfloat16", *_against("torch"))
+
+
+EVALUATE_LAST = (
+    *("--train.eval-every", "100%", "--train.save-every", "50%"),
+    *("--train.eval-windows", "256", "--train.sample-tokens", "0"),
+)
+COMPARE = """
+import json, sys
+import jax, numpy
+from orbax.checkpoint import v1 as ocp
+first, second = (jax.tree.leaves(ocp.load(path)) for path in sys.argv[1:])
+equal = [numpy.asarray(a).tobytes() == numpy.asarray(b).tobytes() for a, b in zip(first, second, strict=True)]
+print(json.dumps({"arrays": len(equal), "equal_arrays": sum(equal)}))
+"""
+"""A program that compares the training states in two checkpoints bit for bit."""
+
+
+def determinism(session: Session) -> None:
+    """Trains twice with deterministic operations, in two processes without caches, and a third time without such operations."""
+    sizes, total = session.sizes, f"{session.sizes.updates} steps"
+    words = ["pretrain", sizes.model, "--data.source", "builtin:docs", "--data.max-bytes", "1000000", *EVALUATE_LAST]
+    words += ["--data.store", str(session.scratch / "bytes"), "--data.tokenizer.kind", "bytes", "--model.vocab-size", "257"]
+    words += ["--train.batch-size", "16", "--train.duration", total, "--optim.warmup", "2 steps"]
+    runs = {name: session.scratch / name for name in ("first", "second", "default")}
+    updates = {}
+    for name, run in runs.items():
+        flag = f"--xla_gpu_deterministic_ops={'false' if name == 'default' else 'true'}"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
+        session.train(name, run, *words, XLA_FLAGS=flags, JAX_ENABLE_COMPILATION_CACHE="false")
+        file = run / "metrics.jsonl"
+        records = map(json.loads, file.read_text().splitlines() if file.exists() else ())
+        updates[name] = [record for record in records if record["kind"] == "train"]
+    paths = [str(runs[name] / "checkpoints" / str(sizes.updates)) for name in ("first", "second")]
+    seconds, failure, printed = session.execute(["-c", COMPARE, *paths])
+    first, second = ([record | {"time": 0} for record in updates[name]] for name in ("first", "second"))
+    equal = sum(a == b for a, b in zip(first, second, strict=False))
+    result = {"updates": sizes.updates, "equal_updates": equal, "update_seconds": {}}
+    result["update_seconds"] = {name: _median_seconds(records) for name, records in updates.items()}
+    session.record("comparison", [], seconds, failure, result if failure else result | json.loads(printed))
+
+
+def _median_seconds(records: list[dict[str, Any]]) -> float | None:
+    """Returns the median duration of an update after the first three; None if there are too few."""
+    times = [record["time"] for record in records[3:]]
+    seconds = sorted(after - before for before, after in itertools.pairwise(times))
+    return round(seconds[len(seconds) // 2], 4) if seconds else None
+
+
+def training(session: Session) -> None:
+    """Searches for the fastest batch of the training step, and compares it with the peers there, with and without dropout."""
+    words, best = ["train", "--config", session.sizes.model], (0.0, session.sizes.batch_sizes[0])
+    for size in session.sizes.batch_sizes:
+        comparisons = session.bench(f"batch {size}", *words, "--batch-size", str(size))
+        rates = [_rates(comparison).get("gpt_jax", 0.0) for comparison in comparisons]
+        if not rates or rates[0] < 1.02 * best[0]:
+            break
+        best = rates[0], size
+    session.rate = best[0] or session.rate
+    off = [word for name in ("embed", "attention", "residual") for word in (f"--model.{name}-dropout", "0")]
+    for dropout, overrides in (("with dropout", []), ("without dropout", off)):
+        for peer in ("torch", "transformers"):
+            if not (against := _against(peer, f"{peer}-compiled")):
+                continue
+            for size in (best[1], best[1] // 2):  # The programs share the GPU's memory, which may not suffice for all.
+                comparisons = session.bench(f"{peer}, {dropout}", *words, "--batch-size", str(size), *against, *overrides)
+                if all(len(_rates(comparison)) == len(comparison["programs"]) for comparison in comparisons):
+                    break
+
+
+def _rates(comparison: dict[str, Any]) -> dict[str, float]:
+    """Returns the speed of each program that did not fail, in units of work per second."""
+    programs: dict[str, Any] = comparison["programs"]
+    return {name: comparison["work"] / program["median"] for name, program in programs.items() if "median" in program}
+
+
+def _against(*peers: str) -> list[str]:
+    """Returns the option of `bench` that names these peers, or nothing if they are not installed."""
+    return ["--against", *peers] if all(map(importlib.util.find_spec, ("torch", peers[0]))) else []
+
+
+def finetuning(session: Session) -> None:
+    """Compares the speed of fine-tuning with that of PyTorch loops."""
+    words = ["finetune", "--config", "finetune/cola", *_from_nothing(session), "--task.path", str(session.data / TASKS["cola"])]
+    session.bench("cola", *words, *_against("torch"))
+
+
+def pretraining(session: Session) -> None:
+    """Trains on the novels for the time of this part."""
+    seconds = max(10.0, session.deadline - time.monotonic() - session.sizes.startup)
+    words = ["pretrain", session.sizes.novels, "--data.source", "", "--data.store", str(session.data / "store"), *EVALUATE_LAST]
+    duration = f"{0.8 * seconds * session.rate:.0f} tokens"
+    session.train("novels", session.scratch / "novels", *words, "--train.duration", duration, "--optim.warmup", "10%")
+
+
+def tasks(session: Session) -> None:
+    """Fine-tunes on each task, from the model of the novels and from random parameters."""
+    for task, folder in TASKS.items():
+        for start, words in (("novels", ["--init.from", str(session.scratch / "novels")]), ("nothing", _from_nothing(session))):
+            where = ["--task.path", str(session.data / folder), "--task.max-train", str(session.sizes.train_rows)]
+            run = session.scratch / f"{task}-{start}"
+            session.train(f"{task} from {start}", run, "finetune", f"finetune/{task}", *words, *where)
+
+
+def _from_nothing(session: Session) -> list[str]:
+    tokenizer = str(session.data / "store" / "tokenizer")
+    return ["--init.from", "none", "--init.like", session.sizes.novels, "--init.tokenizer", tokenizer]
+
+
+class Part(NamedTuple):
+    """A part of the measurements, and its share of the time."""
+
+    measure: Callable[[Session], None]
+    share: float
+    needs_data: tuple[str, ...] = ()
+    """Folders of gpu-data without which the part is left out."""
+
+
+PARTS = {
+    "attention": Part(attention, 0.12),
+    "determinism": Part(determinism, 0.12),
+    "training": Part(training, 0.44),
+    "finetuning": Part(finetuning, 0.08, ("store", TASKS["cola"])),
+    "pretraining": Part(pretraining, 0.12, ("store",)),
+    "tasks": Part(tasks, 0.12, ("store", *TASKS.values())),
+}
