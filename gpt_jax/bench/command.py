@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax.bench import attention, checkpoint, finetune, generate, loss, matmul, report, startup, tokenize, train
 from gpt_jax.bench import input as input_
-from gpt_jax.bench.comparison import Comparison, Request, Result, require_transformer, run_comparison
+from gpt_jax.bench.comparison import Comparison, Request, Result, failed, require_transformer, run_comparison
 from gpt_jax.bench.peers import usable_peers
 from gpt_jax.config import PretrainConfig
 from gpt_jax.config.load import load_config
@@ -75,40 +75,60 @@ def check_options(options: argparse.Namespace, overrides: Sequence[str]) -> None
 def bench(options: argparse.Namespace, config: Any) -> int:
     """Runs one benchmark or all of them, prints their tables, and returns the exit code: 1 if a program failed.
 
+    Each table is printed, and the file of `--json` is written, as soon as a comparison ends. With `all`, a comparison that ends
+    with a `UserError` is reported as failed, and the others go on.
+
     Args:
       options: as `check_options` leaves them.
       config: the config that they name, with its overrides; None if there is none.
+
+    Raises:
+      UserError: an option is wrong or something is missing.
     """
     if isinstance(config, PretrainConfig):
         require_transformer(config.model)
     peers = usable_peers(options.against)
     if options.name == ALL:
-        comparisons = all_comparisons(peers)
+        comparisons, results = all_comparisons(peers)
     else:
         request = Request(config, options.config or "", options.batch_size or (), peers, options.products, options.store)
-        comparisons = BENCHMARKS[options.name].comparisons(request)
+        comparisons, results = BENCHMARKS[options.name].comparisons(request), []
     facts = report.describe_run(peers)
     report.print_header(facts)
-    results: list[Result] = []
-    for comparison in comparisons:
-        if options.json:  # Also before the first one, so that a path that cannot be written is reported at once.
-            report.write_json(options.json, facts, results)
-        results.append(run_comparison(comparison, options.rounds))
-        report.print_result(results[-1])
-        sys.stdout.flush()
-    if options.json:
+    for result in results:
+        report.print_result(result)
+    if options.json:  # Before the first program starts, so that a path that cannot be written is reported at once.
         report.write_json(options.json, facts, results)
-    return 1 if any(timing.failure for result in results for timing in result.timings.values()) else 0
+    for comparison in comparisons:
+        try:
+            result = run_comparison(comparison, options.rounds)
+        except UserError as error:
+            if options.name != ALL:
+                raise
+            result = failed(comparison.title, error)
+        results.append(result)
+        report.print_result(result)
+        sys.stdout.flush()
+        if options.json:
+            report.write_json(options.json, facts, results)
+    return 1 if any(result.has_failures for result in results) else 0
 
 
-def all_comparisons(peers: Sequence[str]) -> list[Comparison]:
-    """Returns the comparisons of all benchmarks, each with its default config and those of the peers that it knows."""
-    comparisons = []
+def all_comparisons(peers: Sequence[str]) -> tuple[list[Comparison], list[Result]]:
+    """Returns the comparisons of all benchmarks but `finetune`, and a failed result for each that lacks something.
+
+    Each benchmark has its default config, and those of the peers that it knows.
+    """
+    say("finetune is left out of `all`, because it needs a task: gpt-jax bench finetune --config finetune/cola")
+    comparisons: list[Comparison] = []
+    failures: list[Result] = []
     for name, benchmark in BENCHMARKS.items():
         if name == "finetune":
-            say("finetune is left out of `all`, because it needs a task: gpt-jax bench finetune --config finetune/cola")
             continue
         config = load_config(benchmark.config) if benchmark.config else None
         known = [peer for peer in peers if peer in benchmark.peers]
-        comparisons += benchmark.comparisons(Request(config, benchmark.config, benchmark.batch_sizes, known, products=True))
-    return comparisons
+        try:
+            comparisons += benchmark.comparisons(Request(config, benchmark.config, benchmark.batch_sizes, known, products=True))
+        except UserError as error:
+            failures.append(failed(name, error))
+    return comparisons, failures

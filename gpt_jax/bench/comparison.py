@@ -99,11 +99,18 @@ class Result:
     timings: dict[str, Timing]
     other_cores: float | None
     """Mean number of cores that the machine's other programs used during the rounds; None: not known."""
+    failure: str = ""
+    """Why there are no timings at all; empty if there are."""
 
     @property
     def finished(self) -> dict[str, Timing]:
         """The programs that did not fail."""
         return {name: timing for name, timing in self.timings.items() if not timing.failure}
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether the comparison or one of its programs failed."""
+        return bool(self.failure) or len(self.finished) < len(self.timings)
 
     @property
     def reference(self) -> str:
@@ -119,6 +126,11 @@ class Result:
         """
         pairs = zip(self.timings[other or self.reference].seconds, self.timings[name].seconds, strict=True)
         return statistics.median(theirs / own for theirs, own in pairs)
+
+
+def failed(title: str, error: Exception) -> Result:
+    """Returns the result of a comparison that could not be made."""
+    return Result(Comparison(title, "", 0, {}), {}, None, str(error))
 
 
 def run_comparison(comparison: Comparison, rounds: int, round_seconds: float | None = None) -> Result:

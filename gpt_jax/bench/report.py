@@ -70,7 +70,9 @@ def _remarks(result: Result) -> Iterator[str]:
     comparison, finished, cores = result.comparison, result.finished, num_cores()
     if (result.other_cores or 0) > BUSY * cores:
         yield f"Other programs used {result.other_cores:.1f} of {cores} cores meanwhile, which distorts these figures."
-    first = next(iter(result.timings))
+    if result.failure:
+        yield f"failed: {result.failure}"
+    first = next(iter(result.timings), "")
     if {first, comparison.part} <= finished.keys():
         yield f"{comparison.part}: {1 / result.speed_ratio(comparison.part, first):.0%} of the time of {first}"
     for name, timing in result.timings.items():
@@ -91,6 +93,7 @@ def write_json(path: Path, facts: dict[str, Any], results: Sequence[Result]) -> 
             "flops": result.comparison.flops,
             "reference": result.reference,
             "other_cores": result.other_cores,
+            "failure": result.failure,
             "programs": {name: _as_json(result, name) for name in result.timings},
         }
         for result in results

@@ -8,8 +8,9 @@ import pytest
 
 from gpt_jax import arguments
 from gpt_jax.bench import peers
-from gpt_jax.bench.command import BENCHMARKS, all_comparisons
-from gpt_jax.bench.comparison import Comparison, Request
+from gpt_jax.bench.command import BENCHMARKS, Benchmark, all_comparisons
+from gpt_jax.bench.comparison import Comparison, Request, Result, Timing
+from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.cli import main
 from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError
@@ -76,7 +77,8 @@ def test_the_input_benchmark_reads_a_store(pretrained, monkeypatch):
 
 def test_all_runs_every_benchmark_but_fine_tuning_against_the_peers_that_it_has(monkeypatch, capsys):
     monkeypatch.setattr("gpt_jax.bench.tokenize.TEXT_BYTES", 30_000)
-    comparisons = all_comparisons(["torch", "transformers"])
+    comparisons, failures = all_comparisons(["torch", "transformers"])
+    assert failures == []
     assert "finetune is left out" in capsys.readouterr().err
     titles = {comparison.title.replace(",", "").replace(":", "").split()[0] for comparison in comparisons}
     assert titles == BENCHMARKS.keys() - {"finetune"}
@@ -84,6 +86,45 @@ def test_all_runs_every_benchmark_but_fine_tuning_against_the_peers_that_it_has(
     assert chosen["train"] == {"torch", "transformers"}
     assert chosen["generate"] == {"transformers"}
     assert chosen["matmul:"] == {"torch"}
+
+
+def test_all_goes_on_after_a_mistake(tmp_path, monkeypatch, capsys):
+    """One benchmark cannot be set up, a program of the second reports a mistake, and the third is measured."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr("gpt_jax.bench.comparison.ROUND_SECONDS", 0.0)
+
+    def missing(request: Request) -> list[Comparison]:
+        raise UserError("--store: is missing")
+
+    def of(function: str, **arguments: str) -> Benchmark:
+        programs = {"ours": ProgramSpec(f"tests.bench.programs:{function}", arguments)}
+        return Benchmark(lambda request: [Comparison(function, "", 0, programs)])
+
+    good = of("logging", name="good", log=str(tmp_path / "log"))
+    monkeypatch.setattr("gpt_jax.bench.command.BENCHMARKS", {"missing": Benchmark(missing), "bad": of("mistaken"), "good": good})
+    assert main(["bench", "all", "--rounds", "2", "--json", str(tmp_path / "out.json")]) == 1
+    output = capsys.readouterr().out
+    assert "\nmissing\nfailed: --store: is missing\n" in output
+    assert "\nmistaken\nfailed: --config: is wrong\n" in output
+    measured = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    assert [comparison["failure"] for comparison in measured] == ["--store: is missing", "--config: is wrong", ""]
+    assert len(measured[2]["programs"]["ours"]["seconds"]) == 2
+
+
+def test_interrupting_keeps_what_has_been_measured(tmp_path, monkeypatch, capsys):
+    def run(comparison: Comparison, rounds: int) -> Result:
+        if "batch 4" in comparison.title:
+            raise KeyboardInterrupt
+        return Result(comparison, {"gpt_jax": Timing(1.0, (0.5,))}, None)
+
+    monkeypatch.setattr("gpt_jax.bench.command.run_comparison", run)
+    words = ["bench", "loss", "--config", "smoke", "--batch-size", "2", "4", "--json", str(tmp_path / "out.json")]
+    assert main(words) == 130
+    output, error = capsys.readouterr()
+    [comparison] = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    assert comparison["programs"]["gpt_jax"]["seconds"] == [0.5]
+    assert comparison["title"] in output
+    assert error == "gpt-jax: interrupted\n"
 
 
 def test_a_config_can_be_measured_from_the_command_line(tiny, tmp_path, monkeypatch, capsys):

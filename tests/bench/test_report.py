@@ -5,9 +5,10 @@ import json
 import pytest
 
 from gpt_jax.bench import report
-from gpt_jax.bench.comparison import Comparison, Result, Timing
+from gpt_jax.bench.comparison import Comparison, Result, Timing, failed
 from gpt_jax.bench.machine import num_cores
 from gpt_jax.bench.program import ProgramSpec
+from gpt_jax.errors import UserError
 
 SPEC = ProgramSpec("none:none", {})
 
@@ -66,6 +67,16 @@ def test_accelerators_are_named_with_their_utilization(device, count, remark, ca
     comparison = Comparison("a test", "", 0, {"ours": SPEC}, flops=989.4e12 / 4)
     report.print_result(Result(comparison, {"ours": Timing(1.0, (0.5,), device=device, num_devices=count)}, None))
     assert capsys.readouterr().out.splitlines()[4:] == remark
+
+
+def test_a_comparison_without_timings_has_its_reason(capsys, tmp_path):
+    result = failed("a test", UserError("--config: is wrong"))
+    assert result.has_failures
+    report.print_result(result)
+    assert capsys.readouterr().out == "\na test\nfailed: --config: is wrong\n"
+    report.write_json(tmp_path / "out.json", {}, [result])
+    [comparison] = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    assert (comparison["failure"], comparison["programs"]) == ("--config: is wrong", {})
 
 
 def test_the_json_has_every_round(tmp_path):
