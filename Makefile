@@ -10,7 +10,7 @@ locks := $(wildcard constraints/*.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow interop test-interop slurm sky lint format lock clean
+.PHONY: help demo test test-slow interop test-interop gpu slurm sky lint format lock clean
 
 help: ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,10 @@ interop: ## Run all tests of exports, imports and benchmarks with torch, transfo
 
 test-interop: $(VENV)/.installed-interop
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n 2 --dist worksteal tests/interop tests/bench $(ARGS)
+
+# It installs nothing, so that it also runs where only the machine's own Python drives the GPU.
+gpu: ## Measure everything on one GPU (docs/benchmarks.md), with the packages of VENV or else of PYTHON; ARGS=--rehearse on a CPU.
+	@$(if $(wildcard $(bin)/python),$(bin)/python,$(PYTHON)) -m benchmarks.gpu run $(ARGS)
 
 slurm: $(VENV)/.installed-test ## Run the batch file of `gpt-jax launch slurm` on a SLURM of this machine (Debian's slurm-wlm and munge, as root).
 	@GPT_JAX_SLURM=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -m slow tests/launch/test_slurm_real.py $(ARGS)

@@ -59,10 +59,10 @@ def run(options: argparse.Namespace) -> None:
       UserError: there is no GPU.
     """
     options.out.mkdir(parents=True, exist_ok=True)
-    end = time.monotonic() + 60 * options.minutes
     sizes = REHEARSAL if options.rehearse else FULL
+    end = time.monotonic() + 60 * (options.minutes or sizes.minutes)
     with tempfile.TemporaryDirectory() as scratch:
-        session = Session(sizes, options.data.resolve(), options.out, Path(scratch))
+        session = Session(sizes, options.data, options.out, Path(scratch))
         session.deadline = end
         session.append(_describe_machine(session, options.rehearse))
         for number, name in enumerate(options.parts):
@@ -116,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("run", help="measure")
     verb.add_argument("--data", type=Path, default=data, help=f"what `prepare` made (default: {data}, if it is there)")
     verb.add_argument("--out", type=Path, default=out, help=f"folder for the results, which are added to it (default: {out})")
-    verb.add_argument("--minutes", type=_minutes, default=9.0, help="the time after which nothing more is measured (default: 9)")
+    verb.add_argument(
+        "--minutes", type=_minutes, help=f"time for all parts (default: {FULL.minutes}, or {REHEARSAL.minutes} to rehearse)"
+    )
     verb.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)")
     verb.add_argument("--rehearse", action="store_true", help="measure a small model, also without a GPU")
 

@@ -66,8 +66,9 @@ def use_packages(folder: Path) -> None:
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     lacking = [name for name in missing if not (folder / "packages" / name).is_dir()]
     if lacking:
-        raise UserError(f"this machine lacks {', '.join(lacking)}: install them, or run `prepare` elsewhere and bring {folder}")
+        hint = "use another interpreter (make gpu PYTHON=...), or bring the folder that `prepare` makes"
+        raise UserError(f"{sys.executable} lacks {', '.join(lacking)}, which are not in {folder} either: {hint}")
     if missing:
-        say(f"this machine lacks {', '.join(missing)}, so that packages in {folder} are used")
+        say(f"{sys.executable} lacks {', '.join(missing)}, so {folder / 'packages'} is used")
         sys.path.insert(0, str(folder / "packages"))
         os.environ["PYTHONPATH"] = os.pathsep.join([str(folder / "packages"), os.environ["PYTHONPATH"]])

@@ -28,6 +28,8 @@ class Sizes(NamedTuple):
     """The config that is trained on the novels."""
     batch_sizes: tuple[int, ...]
     """Batch sizes of training, which are tried until one is not faster."""
+    peers: tuple[tuple[str, ...], ...]
+    """Programs that training is compared with. Those of a group share the GPU's memory."""
     attention_batch: int
     updates: int
     """Updates of each run that must be equal bit for bit."""
@@ -37,10 +39,15 @@ class Sizes(NamedTuple):
     """Speed of training in tokens/s, where it was not measured before."""
     startup: float
     """Seconds until pre-training begins."""
+    minutes: float
+    """Time for everything."""
 
 
-FULL = Sizes("gpt1", str(Path(__file__).with_name("gpt1_novels.py")), (16, 32, 64, 128, 256), 32, 30, 8551, 150_000, 40)
-REHEARSAL = Sizes("smoke", "smoke", (8, 16), 4, 6, 320, 20_000, 10)
+PEERS = (("torch", "torch-compiled"), ("transformers", "transformers-compiled"))
+FULL = Sizes(
+    "gpt1", str(Path(__file__).with_name("gpt1_novels.py")), (16, 32, 64, 128, 256), PEERS, 32, 100, 8551, 150_000, 40, 9
+)
+REHEARSAL = Sizes("smoke", "smoke", (8, 16), (("torch",),), 4, 6, 320, 20_000, 10, 3)
 
 
 class Session:
@@ -101,11 +108,11 @@ class Session:
             failure = f"exit code {code}: {(lines or ['nothing was printed'])[-1]}"
         return time.monotonic() - begin, failure, printed
 
-    def bench(self, name: str, *words: str) -> list[dict[str, Any]]:
+    def bench(self, name: str, *words: str, rounds: int = 1) -> list[dict[str, Any]]:
         """Runs and records a benchmark; returns its comparisons, as far as it came."""
         file = self.scratch / "bench.json"
         file.unlink(missing_ok=True)
-        command = ["bench", *words, "--rounds", "2"]
+        command = ["bench", *words, "--rounds", str(rounds)]
         seconds, failure, _ = self.execute(["-m", "gpt_jax", *command, "--json", str(file)])
         result = json.loads(file.read_text()) if file.exists() else {"comparisons": []}
         if failure.startswith("exit code 1:") and result["comparisons"]:
