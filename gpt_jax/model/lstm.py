@@ -56,7 +56,7 @@ class Lstm(nnx.Module):
             projected, fresh = now
             if fresh is not None:
                 hidden, cell = (jnp.where(fresh[:, None], 0, array) for array in (hidden, cell))
-            gates = checkpoint_name(projected + jnp.tensordot(hidden, recurrent, 1), transformer.PRODUCT)
+            gates = checkpoint_name(projected + jnp.tensordot(hidden, recurrent, 1), transformer.KEPT)
             i, f, g, o = jnp.moveaxis(gates.astype(jnp.float32), 1, 0)
             cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
             hidden = (jax.nn.sigmoid(o) * jnp.tanh(cell)).astype(x.dtype)

@@ -26,8 +26,9 @@ from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT
 from gpt_jax.runtime.sharding import constrain
 
-PRODUCT = "product"
-"""The name of results of matrix products, by which the backward pass can keep them (`rematerialize`)."""
+KEPT = "kept"
+"""The name of values that `rematerialize` keeps for the backward pass: queries, keys and values, the inputs of GELU, and the
+residual sums. With the results of attention, all other values follow from them without a product with parameters."""
 
 Params = dict[str, Any]
 """Parameters as nested dictionaries of arrays."""
@@ -76,8 +77,8 @@ class Linear(nnx.Module):
 def product(x: jax.Array, kernel: jax.Array, num_inputs: int, precision: str) -> jax.Array:
     """Returns the product over the last `num_inputs` axes of `x` and the first ones of `kernel`.
 
-    Its gradients are those of `jnp.tensordot`, for which JAX would compute the kernel's gradient transposed, and transpose it
-    afterward. XLA does not remove these copies on CPUs, where they took a tenth of the training step (docs/benchmarks.md).
+    Its gradients are those of `jnp.tensordot`, but arranged so that XLA copies little on CPUs (docs/benchmarks.md). It transposes
+    the first operand of the product that gives the kernel's gradient, so the narrower one comes first.
     """
     return jnp.tensordot(x, kernel, axes=num_inputs, precision=precision)
 
@@ -95,7 +96,10 @@ def _product_bwd(
     rows, outputs = range(x.ndim - num_inputs), range(x.ndim - num_inputs, gradient.ndim)
     multiply = functools.partial(jax.lax.dot_general, precision=precision)
     x_gradient = multiply(gradient, kernel, ((outputs, range(num_inputs, kernel.ndim)), ((), ())))
-    return x_gradient, multiply(x, gradient, ((rows, rows), ((), ())))
+    if x.size <= gradient.size:
+        return x_gradient, multiply(x, gradient, ((rows, rows), ((), ())))
+    transposed = multiply(gradient, x, ((rows, rows), ((), ())))
+    return x_gradient, jnp.moveaxis(transposed, range(len(outputs)), range(num_inputs, kernel.ndim))
 
 
 product.defvjp(_product_fwd, _product_bwd)
@@ -129,7 +133,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, stream: MaskStream | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
     ) -> tuple[Hidden, Cache | None]:
-        qkv = checkpoint_name(constrain(self.qkv(x), "batch", None, None, "heads", None), PRODUCT)
+        qkv = checkpoint_name(constrain(self.qkv(x), "batch", None, None, "heads", None), KEPT)
         query, key, value = (part[:, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
         if cache is not None and start is not None:
             cache = write_cache(cache, {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}, start)
@@ -150,7 +154,7 @@ class Mlp(nnx.Module):
         self.down = Linear(config, mlp, embed, rngs=rngs)
 
     def __call__(self, x: Hidden) -> Hidden:
-        up = checkpoint_name(constrain(self.up(x), "batch", None, "mlp"), PRODUCT)
+        up = checkpoint_name(constrain(self.up(x), "batch", None, "mlp"), KEPT)
         return self.down(jax.nn.gelu(up, approximate=True))
 
 
@@ -175,12 +179,12 @@ class Block(nnx.Module):
         with jax.named_scope("attention"):
             mixed, cache = self.attention(x, stream, segment_ids, cache, start)
             mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, Site.RESIDUAL_ATTENTION)
-            x = checkpoint_name(x + constrain(mixed, "batch", None, None), PRODUCT)
+            x = checkpoint_name(x + constrain(mixed, "batch", None, None), KEPT)
         with jax.named_scope("layer_norm"):
             x = self.attention_norm(x)
         with jax.named_scope("mlp"):
             changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, Site.RESIDUAL_MLP)
-            x = checkpoint_name(x + constrain(changed, "batch", None, None), PRODUCT)
+            x = checkpoint_name(x + constrain(changed, "batch", None, None), KEPT)
         with jax.named_scope("layer_norm"):
             return self.mlp_norm(x), cache
 
@@ -318,7 +322,7 @@ def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[...
     remat, keep = choose_remat(config), jax.checkpoint_policies
     if remat == "off":
         return body
-    policy = keep.nothing_saveable if remat == "full" else keep.save_only_these_names(PRODUCT, ATTENTION_OUTPUT)
+    policy = keep.nothing_saveable if remat == "full" else keep.save_only_these_names(KEPT, ATTENTION_OUTPUT)
     return jax.checkpoint(body, policy=policy, prevent_cse=False)  # CSE cannot undo it inside a scan.
 
 
