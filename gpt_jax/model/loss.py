@@ -121,14 +121,15 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         if not gradients:
             return (total, table_gradient), jnp.zeros(())
         score_gradient = (weight[..., None] * (exponentials / normalizer - is_target)).astype(hidden.dtype)
-        table_gradient = table_gradient + jnp.einsum("btv,bte->ve", score_gradient, x, preferred_element_type=jnp.float32)
+        # XLA transposes the first operand on CPUs, and that of the scores would take longer than the product.
+        table_gradient = table_gradient + jnp.einsum("bte,btv->ev", x, score_gradient, preferred_element_type=jnp.float32)
         x_gradient = all_sum(jnp.einsum("btv,ve->bte", score_gradient, narrow, preferred_element_type=jnp.float32), "vocab")
         return (total, table_gradient), x_gradient.astype(hidden.dtype)
 
-    zero = jnp.zeros(table.shape if gradients else (), jnp.float32)
+    zero = jnp.zeros(table.shape[::-1] if gradients else (), jnp.float32)
     (total, table_gradient), pieces = jax.lax.scan(one_chunk, (jnp.zeros(()), zero), starts)
     total = all_sum(total, "batch")
     if not gradients:
         return total
     hidden_gradient = jnp.moveaxis(pieces, 0, 1).reshape(hidden.shape)[:, :time]
-    return total, (hidden_gradient, all_sum(table_gradient, "batch").astype(table.dtype))
+    return total, (hidden_gradient, all_sum(table_gradient.T, "batch").astype(table.dtype))
