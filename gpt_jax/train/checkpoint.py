@@ -6,6 +6,7 @@ the new manifest exists.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -79,6 +80,7 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
         self._config, self._data_digest, self._tokenizer = config, data_digest, tokenizer
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        _silence_abandoned_writes()
         self._orbax = ocp.Context()
         self._orbax.array.saving.use_compression = False  # Compression saves 7 % of the space but takes three times as long.
         if jax.process_index() == 0:
@@ -165,7 +167,6 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
             reason = _system_error(error)
             if reason is None:
                 raise
-            _silence_abandoned_writes()
             require_held()  # If the lock is lost, the save failed because another process cleared the folder.
             if jax.process_index() == 0:
                 self._delete_failed_save(step)
@@ -191,8 +192,12 @@ class CheckpointWriter(contextlib.AbstractContextManager["CheckpointWriter"]):
         return list(self._folder.glob("*.orbax-checkpoint-tmp*"))
 
 
+@functools.cache
 def _silence_abandoned_writes() -> None:
-    """Suppresses what Python says about Orbax's other writes, which Orbax abandons if one of them has failed."""
+    """Suppresses what Python says about Orbax's other writes, which Orbax abandons as soon as one of them has failed.
+
+    They end in threads of TensorStore, possibly before Orbax reports the failure, so this is called before the first save.
+    """
     warnings.filterwarnings("ignore", r"coroutine 'OrbaxLayout\..*' was never awaited", RuntimeWarning)
     show = sys.unraisablehook
 
