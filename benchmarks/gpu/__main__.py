@@ -17,7 +17,8 @@ from typing import Any
 from benchmarks import gpu
 from benchmarks.gpu.data import prepare, use_packages
 from benchmarks.gpu.parts import PARTS
-from benchmarks.gpu.session import FULL, REHEARSAL, RESULTS, Session
+from benchmarks.gpu.session import RESULTS, Session
+from benchmarks.gpu.sizes import FULL, REHEARSAL
 from benchmarks.gpu.tables import describe
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.console import say

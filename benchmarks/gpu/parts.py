@@ -103,21 +103,21 @@ def finetuning(session: Session) -> None:
 
 
 def pretraining(session: Session) -> None:
-    """Trains on the novels for the time of this part."""
+    """Trains on the novels for as many tokens as the time of this part allows."""
     seconds = session.deadline - time.monotonic() - session.sizes.startup
     if seconds < 0:
         session.record("novels", [], 0, "left out, because too little time was left", {})
         return
     words = ["pretrain", session.sizes.novels, "--data.source", "", "--data.store", str(session.data / "store"), *EVALUATE_LAST]
-    duration = f"{0.8 * seconds * session.rate:.0f} tokens"
+    duration = f"{min(0.8 * seconds * session.rate, session.sizes.tokens):.0f} tokens"
     session.train("novels", session.scratch / "novels", *words, "--train.duration", duration, "--optim.warmup", "10%")
 
 
 def tasks(session: Session) -> None:
     """Fine-tunes on each task, from the model of the novels and from random parameters."""
-    for task, folder in TASKS.items():
+    for task in session.sizes.tasks:
         for start, words in (("novels", ["--init.from", str(session.scratch / "novels")]), ("nothing", _from_nothing(session))):
-            where = ["--task.path", str(session.data / folder), "--task.max-train", str(session.sizes.train_rows)]
+            where = ["--task.path", str(session.data / TASKS[task]), "--task.max-train", str(session.sizes.train_rows)]
             run = session.scratch / f"{task}-{start}"
             session.train(f"{task} from {start}", run, "finetune", f"finetune/{task}", *words, *where)
 

@@ -10,44 +10,14 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from benchmarks.gpu.sizes import Sizes
 from gpt_jax.runtime.console import say
 
 RESULTS = "results.jsonl"
 GRACE_SECONDS = 10.0
 """Time between SIGTERM, at which training saves its state, and SIGKILL."""
-
-
-class Sizes(NamedTuple):
-    """How much is measured."""
-
-    model: str
-    """The config that is timed."""
-    novels: str
-    """The config that is trained on the novels."""
-    batch_sizes: tuple[int, ...]
-    """Batch sizes of training, which are tried until one is not faster."""
-    peers: tuple[tuple[str, ...], ...]
-    """Programs that training is compared with. Those of a group share the GPU's memory."""
-    attention_batch: int
-    updates: int
-    """Updates of each run that must be equal bit for bit."""
-    train_rows: int
-    """Maximum number of rows of a task to train on."""
-    rate: float
-    """Speed of training in tokens/s, where it was not measured before."""
-    startup: float
-    """Seconds until pre-training begins."""
-    minutes: float
-    """Time for everything."""
-
-
-PEERS = (("torch", "torch-compiled"), ("transformers", "transformers-compiled"))
-FULL = Sizes(
-    "gpt1", str(Path(__file__).with_name("gpt1_novels.py")), (16, 32, 64, 128, 256), PEERS, 32, 100, 8551, 150_000, 40, 9
-)
-REHEARSAL = Sizes("smoke", "smoke", (8, 16), (("torch",),), 4, 6, 320, 20_000, 10, 3)
 
 
 class Session:

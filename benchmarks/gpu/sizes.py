@@ -1,0 +1,62 @@
+"""How much is measured on a GPU, and in a rehearsal."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Sizes(NamedTuple):
+    """Configs, sizes and numbers of the measurements."""
+
+    model: str
+    """The config that is timed."""
+    novels: str
+    """The config that is trained on the novels."""
+    batch_sizes: tuple[int, ...]
+    """Batch sizes of training, which are tried until one is not faster."""
+    attention_batch: int
+    peers: tuple[tuple[str, ...], ...]
+    """Programs that training is compared with. Those of a group are in the GPU's memory at the same time."""
+    updates: int
+    """Updates of each run that must be equal bit for bit."""
+    tokens: int
+    """Maximum number of tokens to pre-train on."""
+    tasks: tuple[str, ...]
+    """Names of the tasks to fine-tune on."""
+    train_rows: int
+    """Maximum number of rows of a task to train on."""
+    rate: float
+    """Speed of training in tokens/s, where it was not measured before."""
+    startup: float
+    """Seconds until pre-training begins."""
+    minutes: float
+    """Time for all parts."""
+
+
+FULL = Sizes(
+    model="gpt1",
+    novels=str(Path(__file__).with_name("gpt1_novels.py")),
+    batch_sizes=(16, 32, 64, 128, 256),
+    attention_batch=32,
+    peers=(("torch", "torch-compiled"), ("transformers", "transformers-compiled")),
+    updates=100,
+    tokens=35_000_000,  # two epochs of 75 MB of novels
+    tasks=("cola", "sst2", "rte"),
+    train_rows=8551,  # all of CoLA and RTE, and as many of SST-2 as of CoLA
+    rate=150_000,
+    startup=40,
+    minutes=9,
+)
+REHEARSAL = Sizes(
+    model="smoke",
+    novels="smoke",
+    batch_sizes=(8, 16),
+    attention_batch=4,
+    peers=(("torch",),),
+    updates=6,
+    tokens=200_000,
+    tasks=("cola",),
+    train_rows=320,
+    rate=20_000,
+    startup=10,
+    minutes=5,
+)
