@@ -1,7 +1,7 @@
 """The settings that a run chooses for itself where the config says "auto". They change the numbers only by rounding.
 
 A choice is a pure function of the config and the platform, never of a timing. The run's config.json records it, and a run that
-resumes uses it again, so that it stays equal bit for bit even if a later version would choose differently.
+resumes uses it again, even if a later version would choose differently.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.config.load import config_from_dict
 from gpt_jax.model.attention import choose_attention
-from gpt_jax.model.transformer import choose_remat
+from gpt_jax.model.transformer import choose_remat, compute_dtype
 from gpt_jax.runtime.rundir import RunDir
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -23,7 +23,8 @@ EARLIER: dict[str, Any] = {"attention": "plain"}
 
 def choose(model: ModelConfig, platform: str) -> ModelConfig:
     """Returns the model's config with all choices made for the devices of a platform ("cpu", "gpu" or "tpu")."""
-    attention: Any = choose_attention(platform) if model.attention == "auto" else model.attention
+    chosen: Any = choose_attention(platform, model.context_length, compute_dtype(model, platform)).name
+    attention = chosen if model.attention == "auto" else model.attention
     remat: Any = choose_remat(model)
     loss_chunk = model.loss_chunk or (0 if platform == "cpu" else 128)
     return dataclasses.replace(model, attention=attention, remat=remat, loss_chunk=loss_chunk)
@@ -63,6 +64,6 @@ def _recorded(run: RunDir, platform: str) -> ModelConfig | None:
     stored = run.stored()
     if not stored:
         return None
-    model = config_from_dict(stored["config"], run.path).model
+    model = config_from_dict(stored["config"], run.path / "config.json").model
     earlier: dict[str, Any] = {name: value for name, value in EARLIER.items() if getattr(model, name) == "auto"}
     return choose(dataclasses.replace(model, **earlier), stored.get("platform", platform))

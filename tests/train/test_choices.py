@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from gpt_jax.config import ModelConfig
+from gpt_jax.errors import UserError
 from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.train.choices import changed_choices, choose, keep_choices
 from gpt_jax.train.pretrain import pretrain
@@ -17,7 +18,7 @@ from tests.tiny import replace_fields, tiny_config, trajectory, write_text
 def config(tmp_path_factory):
     source = write_text(tmp_path_factory.mktemp("text"))
     return tiny_config(
-        source, model={"loss_chunk": 0}, train={"duration": "6 steps", "eval_every": "3 steps", "save_every": "3 steps"}
+        source, model={"loss_chunk": 0, "context_length": 144}, train={"duration": "6 steps", "eval_every": "3 steps", "save_every": "3 steps"}
     )
 
 
@@ -65,6 +66,11 @@ def test_choices_depend_on_the_platform(platform, attention, loss_chunk):
     assert choose(given, platform) == given
 
 
+@pytest.mark.parametrize(("time", "attention"), [(64, "plain"), (128, "plain"), (129, "blockwise"), (2048, "blockwise")])
+def test_short_sequences_use_plain_attention_on_cpus(time, attention):
+    assert choose(ModelConfig(context_length=time), "cpu").attention == attention
+
+
 def test_they_are_recorded(whole):
     assert recorded(whole) == {"attention": "blockwise", "remat": "dots", "loss_chunk": 0}
     assert events(whole) == []
@@ -96,6 +102,15 @@ def test_a_change_is_an_event(whole, config, tmp_path, capsys):
     ):
         assert where == there
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("allow_changes", [False, True])
+def test_a_damaged_record_is_named(whole, config, tmp_path, allow_changes):
+    run = interrupted(whole, tmp_path)
+    rewrite(run, attention="unknown")
+    with pytest.raises(UserError) as error:
+        pretrain(config, run, allow_changes)
+    assert str(error.value).startswith(f"{run}/config.json: --model.attention: 'unknown' is not one of auto, ")
 
 
 def test_other_lengths_are_a_change(whole, config):
