@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def attention(
         keys.
       query_offset: position of the first query, one for all rows or one per row; None means keys - queries.
       precision: precision of float32 products, forward and backward, on hardware that would otherwise reduce it.
-      implementation: a name in `IMPLEMENTATIONS`, or "auto" for the one that suits this machine's devices. Decoding, which has
+      implementation: a name in `IMPLEMENTATIONS`, or "auto" for `choose_attention`'s on this machine's devices. Decoding, which has
         fewer queries than keys or an offset, always uses "plain".
 
     Returns:
@@ -49,7 +50,8 @@ def attention(
     """
     queries, keys = query.shape[1], key.shape[1]
     if queries == keys and query_offset is None:
-        name = choose_attention(jax.default_backend()) if implementation == "auto" else implementation
+        choice = choose_attention(jax.default_backend(), queries, query.dtype)
+        name = choice.name if implementation == "auto" else implementation
         return IMPLEMENTATIONS[name](query, key, value, stream, rate, segment_ids, precision)
     if stream is not None and queries != keys:
         raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
@@ -57,9 +59,28 @@ def attention(
     return _plain(query, key, value, stream, rate, segment_ids, precision, offset)
 
 
-def choose_attention(platform: str) -> str:
-    """Returns the implementation that "auto" stands for on the devices of a platform ("cpu", "gpu" or "tpu")."""
-    return "blockwise" if platform == "cpu" else "plain"
+class Choice(NamedTuple):
+    """What "auto" stands for."""
+
+    name: str
+    """An implementation."""
+    reason: str
+    """Why, as a phrase for a person."""
+
+
+BLOCKWISE_BEYOND = {"float32": 128, "bfloat16": 128}
+"""Sequences of more tokens than this are faster with `blockwise` than with `plain` on CPUs, forward and backward, by compute dtype.
+Up to this length, both take the same time (measured; docs/benchmarks.md)."""
+
+
+def choose_attention(platform: str, time: int, dtype: jnp.dtype) -> Choice:
+    """Returns the implementation for sequences of `time` tokens on a platform ("cpu", "gpu" or "tpu")."""
+    if platform != "cpu":
+        return Choice("plain", f"nothing is known to be faster on a {platform.upper()}")
+    longest = BLOCKWISE_BEYOND.get(str(dtype), max(BLOCKWISE_BEYOND.values()))
+    if time > longest:
+        return Choice("blockwise", f"faster on CPUs beyond {longest} tokens")
+    return Choice("plain", f"as fast as any on CPUs up to {longest} tokens")
 
 
 def _plain(

@@ -19,6 +19,7 @@ from gpt_jax.data.pipeline import BatchSource, DatasetFn, iterate_batches
 from gpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from gpt_jax.errors import Preempted, TrainingError, UserError, require
 from gpt_jax.model import transformer
+from gpt_jax.model.attention import choose_attention
 from gpt_jax.runtime import console, distributed, rundir, sharding
 from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.checkpoint import CheckpointWriter
@@ -256,12 +257,15 @@ def _newest_checkpoint(run: rundir.RunDir, log: console.Log) -> CheckpointInfo |
 
 def _header(config: RunConfig, mesh: Mesh, title: str, total_steps: int) -> str:
     """Returns the line that describes a run before it starts."""
-    model = config.model
+    model, device = config.model, mesh.devices.flat[0]
     axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "single device"
-    size = f"{model.num_parameters:,} parameters | {title} in {total_steps:,} steps"
-    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} | mesh {axes}"
-    numerics = f"{transformer.compute_dtype(model)} over {model.param_dtype}"
-    return f"{size} | {devices} | attention {model.attention} | {numerics}"
+    dtype = transformer.compute_dtype(model, device.platform)
+    parts = [f"{model.num_parameters:,} parameters", f"{title} in {total_steps:,} steps"]
+    parts += [f"{mesh.size} x {device.device_kind}", f"mesh {axes}"]
+    if model.kind == "transformer":
+        choice = choose_attention(device.platform, model.context_length, dtype)
+        parts.append(f"attention {model.attention}" + (f" ({choice.reason})" if choice.name == model.attention else ""))
+    return " | ".join([*parts, f"{dtype} over {model.param_dtype}"])
 
 
 def train_loop(
