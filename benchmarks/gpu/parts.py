@@ -68,10 +68,10 @@ def training(session: Session) -> None:
     words, best = ["train", "--config", session.sizes.model], (0.0, session.sizes.batch_sizes[0])
     for size in session.sizes.batch_sizes:
         comparisons = session.bench(f"batch {size}", *words, "--batch-size", str(size))
-        rates = [_rates(comparison).get("gpt_jax", 0.0) for comparison in comparisons]
-        if not rates or rates[0] < 1.03 * best[0]:
+        rate = max((_rates(comparison).get("gpt_jax", 0.0) for comparison in comparisons), default=0.0)
+        if rate <= 1.03 * best[0]:
             break
-        best = rates[0], size
+        best = rate, size
     session.rate = best[0] or session.rate
     off = [word for name in ("embed", "attention", "residual") for word in (f"--model.{name}-dropout", "0")]
     for dropout, overrides in (("with dropout", []), ("without dropout", off)):

@@ -1,7 +1,9 @@
 """The results of a GPU machine as tables in Markdown."""
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +76,28 @@ def _programs(record: Record) -> Iterator[tuple[Record, str, Record]]:
 # -- the parts --------------------------------------------------------------------------------------------------------------
 
 
+def _figure(program: Record, convert: Callable[[float], float]) -> str:
+    """Returns a program's median, and the range of its rounds if there are several.
+
+    Args:
+      convert: from seconds to what is shown.
+    """
+    if "median" not in program:
+        return f"failed: {program['failure']}"
+    low, high = sorted(map(convert, (min(program["seconds"]), max(program["seconds"]))))
+    spread = f" ({_number(low)} to {_number(high)})" if len(program["seconds"]) > 1 else ""
+    return _number(convert(program["median"])) + spread
+
+
 def _attention(records: Sequence[Record], chip: str) -> Iterator[str]:
-    header = ("attention", "dtype", "what", "ms (range)", "relative error of the output", "of the worst gradient")
+    header = ("attention", "dtype", "what", "ms", "relative error of the output", "of the worst gradient")
     rows: list[Sequence[object]] = []
     for record in records:
         for comparison, name, program in _programs(record):
             what = comparison["title"].partition(": ")[0].removeprefix("attention, ")
-            times = [1000 * seconds for seconds in program.get("seconds", ())]
-            median = (
-                f"{_number(1000 * program['median'])} ({_number(min(times))} to {_number(max(times))})" if times else "failed"
-            )
             errors = [f"{error:.1e}" for error in program.get("details", {}).values()]
-            rows.append((f"`{name}`", record["name"], what, median, *errors, *[""] * (2 - len(errors))))
+            time = _figure(program, lambda seconds: 1000 * seconds)
+            rows.append((f"`{name}`", record["name"], what, time, *errors, *[""] * (2 - len(errors))))
     return _table(header, *rows)
 
 
@@ -100,44 +112,45 @@ def _determinism(records: Sequence[Record], chip: str) -> Iterator[str]:
         yield f"and the same norm of the gradient bit for bit{arrays}."
         if seconds["first"] and seconds["default"]:
             cost = seconds["first"] / seconds["default"] - 1
-            yield f"An update took {1000 * seconds['first']:.1f} ms, and {1000 * seconds['default']:.1f} ms with the default"
-            yield f"operations ({cost:+.0%})."
+            first, default = (f"{1000 * seconds[name]:.1f} ms" for name in ("first", "default"))
+            yield f"An update took {first}, and {default} with the default operations ({cost:+.0%})."
         yield ""
 
 
 def _training(records: Sequence[Record], chip: str) -> Iterator[str]:
-    header = ("training", "program", "tokens/s (range)", "MFU", "ratio to the best peer", "set-up, s")
-    rows: list[Sequence[object]] = []
-    for record in records:
-        for comparison, name, program in _programs(record):
-            title = comparison["title"].partition(": ")[2]
-            if "median" not in program:
-                rows.append((title, f"`{name}`", f"failed: {program['failure']}", "", "", ""))
-                continue
-            peak = CHIPS[chip].peak_flops["bfloat16"] if chip in CHIPS else 0
-            utilization = f"{comparison['flops'] / program['median'] / peak:.1%}" if peak else ""
-            ratio = "" if comparison["reference"] == "gpt_jax" else f"{program['speed_ratio']:.2f}"
-            rows.append((title, f"`{name}`", _speed(comparison, program), utilization, ratio, _number(program["setup"])))
-    return _table(header, *rows)
+    peak = CHIPS[chip].peak_flops["bfloat16"] if chip in CHIPS else 0.0
 
+    def utilization(comparison: Record, program: Record) -> str:
+        return f"{comparison['flops'] / program['median'] / peak:.1%}" if peak else ""
 
-def _speed(comparison: Record, program: Record) -> str:
-    median, *ends = (comparison["work"] / s for s in (program["median"], max(program["seconds"]), min(program["seconds"])))
-    return f"{_number(median)} ({' to '.join(map(_number, ends))})"
+    return _speeds("training", "tokens/s", "MFU", utilization, records)
 
 
 def _finetuning(records: Sequence[Record], chip: str) -> Iterator[str]:
-    header = ("fine-tuning", "program", "examples/s (range)", "ratio to the best peer", "padding, %")
+    def padding(comparison: Record, program: Record) -> str:
+        return _number(program["details"]["padding, %"])
+
+    return _speeds("fine-tuning", "examples/s", "padding, %", padding, records)
+
+
+def _speeds(
+    part: str, unit: str, last: str, describe: Callable[[Record, Record], str], records: Sequence[Record]
+) -> Iterator[str]:
+    """Yields a table of benchmarks.
+
+    Args:
+      last: header of the last column.
+      describe: (comparison, program) -> its entry.
+    """
     rows: list[Sequence[object]] = []
     for record in records:
         for comparison, name, program in _programs(record):
-            if "median" not in program:
-                rows.append((record["name"], f"`{name}`", f"failed: {program['failure']}", "", ""))
-                continue
-            ratio = "" if comparison["reference"] == "gpt_jax" else f"{program['speed_ratio']:.2f}"
-            padding = _number(program["details"].get("padding, %"))
-            rows.append((record["name"], f"`{name}`", _speed(comparison, program), ratio, padding))
-    return _table(header, *rows)
+            title, work, row = comparison["title"].partition(": ")[2], comparison["work"], ["", "", ""]
+            if "median" in program:
+                ratio = "" if comparison["reference"] == "gpt_jax" else f"{program['speed_ratio']:.2f}"
+                row = [ratio, _number(program["setup"]), describe(comparison, program)]
+            rows.append((title, f"`{name}`", _figure(program, functools.partial(operator.truediv, work)), *row))
+    return _table((part, "program", unit, "ratio to the best peer", "set-up, s", last), *rows)
 
 
 def _pretraining(records: Sequence[Record], chip: str) -> Iterator[str]:
