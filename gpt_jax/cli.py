@@ -18,7 +18,21 @@ from gpt_jax.launch import command
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code (README, "A run's folder")."""
+    """Runs one command and returns its exit code (README, "A run's folder").
+
+    Args:
+      words: the words of the command; None: those of this process, which the command may then end itself.
+    """
+    code = _main(words)
+    if words is None and "gpt_jax.train.compilation" in sys.modules:
+        from gpt_jax.train.compilation import exit_now_if_compiling
+
+        exit_now_if_compiling(code)
+    return code
+
+
+def _main(words: Sequence[str] | None) -> int:
+    """Runs one command and returns its exit code; an error becomes one line."""
     _prepare_output()
     own_process = words is None
     if own_process:  # SIGTERM unwinds the stack, so that locks are released. Training replaces this handler by one that saves.

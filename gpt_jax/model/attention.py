@@ -39,8 +39,8 @@ def attention(
         keys.
       query_offset: position of the first query, one for all rows or one per row; None means keys - queries.
       precision: precision of float32 products, forward and backward, on hardware that would otherwise reduce it.
-      implementation: a name in `IMPLEMENTATIONS`, or "auto" for `choose_attention`'s on this machine's devices. Decoding, which has
-        fewer queries than keys or an offset, always uses "plain".
+      implementation: a name in `IMPLEMENTATIONS`, or "auto" for that of `choose_attention` on this machine's devices. Decoding,
+        which has fewer queries than keys or an offset, always uses "plain".
 
     Returns:
       Sums of values weighted by probabilities, in the compute dtype. The softmax is computed in float32.
@@ -69,8 +69,8 @@ class Choice(NamedTuple):
 
 
 BLOCKWISE_BEYOND = {"float32": 128, "bfloat16": 128}
-"""Sequences of more tokens than this are faster with `blockwise` than with `plain` on CPUs, forward and backward, by compute dtype.
-Up to this length, both take the same time (measured; docs/benchmarks.md)."""
+"""Sequences of more tokens than this are faster with `blockwise` than with `plain` on CPUs, forward and backward, by compute
+dtype. Up to this length, both take the same time (docs/benchmarks.md)."""
 
 
 def choose_attention(platform: str, time: int, dtype: jnp.dtype) -> Choice:

@@ -1,6 +1,11 @@
 """Compilation in the background: a thread compiles the programs of a run while the run prepares, and then while it trains."""
 
+import concurrent.futures
+import contextlib
 import functools
+import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,8 +17,12 @@ from gpt_jax.model.loss import Batch
 from gpt_jax.runtime.console import Log
 
 Program = TypeVar("Program")
+THREAD = "compilation"
+"""Name of the thread that compiles."""
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
+POLL_SECONDS = 0.1
+"""Interval at which a thread that waits for a program looks for a request to stop."""
 REPORTED_SECONDS = 1.0
 """A line is logged after each compilation that took at least this long. Most programs from the compilation cache take less."""
 
@@ -27,27 +36,40 @@ class BackgroundCompiler:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compilation")
-        self._programs: dict[str, Future[Any]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=THREAD)
+        self._left: list[str] = []  # the programs that are not being compiled yet, in order
 
     def submit(self, name: str, compile_program: Callable[[], Program]) -> Future[Program]:
         """Returns the future result of a function that compiles a program. An error is raised where the result is used."""
-        future = self._programs[name] = self._thread.submit(self._compile, name, compile_program)
-        return future
+        self._left.append(name)
+        return self._thread.submit(self._compile, compile_program)
 
-    def _compile(self, name: str, compile_program: Callable[[], Program]) -> Program:
+    def _compile(self, compile_program: Callable[[], Program]) -> Program:
+        name = self._left.pop(0)
         started = time.monotonic()
         program = compile_program()
         seconds = time.monotonic() - started
         if seconds >= REPORTED_SECONDS:
-            left = [other for other, future in self._programs.copy().items() if other != name and not future.done()]
-            rest = f"; {len(left)} left, next {left[0]}" if left else ""
+            rest = f"; {len(self._left)} left, next {self._left[0]}" if self._left else ""
             self._log(f"compiled {name} in {seconds:.1f} s{rest}")
         return program
 
     def close(self) -> None:
-        """Drops the programs that are not being compiled yet. If one is, Python waits for it before it exits."""
+        """Drops the programs that are not being compiled yet. If one is, Python would wait for it (`exit_now_if_compiling`)."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def exit_now_if_compiling(code: int) -> None:
+    """Ends this process with an exit code if a program is still being compiled.
+
+    Otherwise Python would wait for it, perhaps for longer than a preempted machine has. Call it when nothing else is left to be
+    written. In a run of several processes it does nothing, because JAX lets them exit together.
+    """
+    if jax.process_count() == 1 and any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code)
 
 
 class CompiledByShape:
@@ -63,7 +85,13 @@ class CompiledByShape:
         self._used: dict[frozenset[Any], jax.stages.Compiled] = {}
 
     def compile_ahead(self, compiler: BackgroundCompiler, batches: Mapping[str, AbstractBatch]) -> None:
-        """Starts to compile the function in the background for some batches, keyed by the name of the program."""
+        """Starts to compile the function in the background for some batches, keyed by the name of the program.
+
+        On GPUs, programs are compiled when they are used: the compiler times kernels there, which training would disturb, and
+        the processes of a run exchange these times, so that none of them may drop a program that another one compiles.
+        """
+        if jax.default_backend() == "gpu":
+            return
         for name, batch in batches.items():
             self._ahead[frozenset(batch.items())] = compiler.submit(name, functools.partial(self._compile, batch))
 
@@ -76,13 +104,30 @@ class CompiledByShape:
         """Returns the HLO text of each program that was called."""
         return [program.as_text() or "" for program in self._used.values()]
 
+    def wait(self, batch: Batch, stopped: Callable[[], bool]) -> bool:
+        """Waits until the program for the batch's shape is compiled in the background, or until a stop is requested.
+
+        Returns:
+          False if a stop was requested first.
+        """
+        future = self._ahead.get(frozenset(_abstract(batch).items()))
+        while future is not None and not future.done():
+            if stopped():
+                return False
+            concurrent.futures.wait([future], POLL_SECONDS)
+        return True
+
     def __call__(self, state: Any, batch: Batch) -> Any:
         """Calls the program for the batch's shape, for which it may have to wait. An unexpected shape is compiled here."""
-        arrays = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}
+        arrays = _abstract(batch)
         shape = frozenset(arrays.items())
         if shape not in self._used:
-            self._used[shape] = self._ahead[shape].result() if shape in self._ahead else self._compile(arrays)
+            self._used[shape] = self._ahead.pop(shape).result() if shape in self._ahead else self._compile(arrays)
         return self._used[shape](state, batch)
 
     def _compile(self, batch: AbstractBatch) -> jax.stages.Compiled:
         return self._lower(batch).compile()
+
+
+def _abstract(batch: Batch) -> AbstractBatch:
+    return {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in batch.items()}

@@ -292,7 +292,7 @@ def train_loop(
       TrainingError, Preempted: see `run_training`.
     """
     run, total, scores = ctx.run, schedule.total_steps, Scores({})
-    step = int(state["step"])
+    step = saved = int(state["step"])
 
     def log_metrics(step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
@@ -307,9 +307,16 @@ def train_loop(
         scores = evaluate(total, state["params"])
     with contextlib.closing(Profiler(profiled, run.path / "profile", ctx.log)) as profiler:
         for batch in batches:
-            num_shapes = update.num_shapes
+            num_shapes, placed = update.num_shapes, sharding.place_batch(mesh, batch, config.train.batch_size)
+            if not update.wait(placed, lambda: ctx.stop.count > 0):  # Compiling may take longer than a preempted machine has.
+                if pending is not None:
+                    log_metrics(*pending)
+                if step > saved:
+                    run.sync()
+                    writer.save(step, state, {})
+                raise _preempted(run, writer, step, total)
             profiler.before(step + 1, state)
-            state, metrics = update(state, sharding.place_batch(mesh, batch, config.train.batch_size))
+            state, metrics = update(state, placed)
             if update.num_shapes > num_shapes:  # The wait for the program of a new shape is not training time.
                 progress.resume_clock(step)
             if pending is not None:
@@ -332,15 +339,22 @@ def train_loop(
             if saving:
                 run.sync()  # before the checkpoint is sealed, so that no records are missing if the run resumes from it
                 writer.save(step, state, *(scores if evaluating else Scores({})))
+                saved = step
             if stopping and step != total:
-                writer.wait()
-                run.record("event", step, event="preempted")
-                raise Preempted(f"stop requested: saved at step {step} of {total}; run the same command again to continue")
+                raise _preempted(run, writer, step, total)
             if evaluating or saving:
                 progress.resume_clock(step)
     if step < total:
         raise UserError(f"dataset_fn: the dataset ended after step {step} of {total}")
     return state, scores
+
+
+def _preempted(run: rundir.RunDir, writer: CheckpointWriter, step: int, total: int) -> Preempted:
+    """Waits for the save of this step, and records the stop; returns the error to raise."""
+    writer.wait()
+    run.record("event", step, event="preempted")
+    where = f"saved at step {step} of {total}" if step else "before the first update"
+    return Preempted(f"stop requested: {where}; run the same command again to continue")
 
 
 def _save_last_good(

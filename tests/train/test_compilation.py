@@ -13,6 +13,7 @@ import pytest
 
 from gpt_jax.train import compilation
 from gpt_jax.train.compilation import BackgroundCompiler, CompiledByShape
+from tests.tiny import tiny_config, write_config, write_text
 
 
 def abstract(length):
@@ -107,20 +108,68 @@ def test_programs_that_are_not_needed_any_more_are_dropped():
     assert compiled == ["first"]
 
 
+def test_a_stop_ends_the_wait_for_a_program(compiler):
+    may_end = threading.Event()
+
+    def lower(batch):
+        assert may_end.wait(60)
+        return Recorder().lower(batch)
+
+    function = CompiledByShape(lower)
+    function.compile_ahead(compiler, {"three": abstract(3)})
+    assert not function.wait(placed(3), lambda: True)
+    assert function.wait(placed(2), lambda: True)  # It is compiled by the caller.
+    may_end.set()
+    assert function.wait(placed(3), lambda: False)
+    assert float(function(1.0, placed(3))) == 3.0
+    assert function.wait(placed(3), lambda: True)
+
+
 PROGRAM = """
 import threading, time
-from gpt_jax.train.compilation import BackgroundCompiler
+from gpt_jax.train.compilation import BackgroundCompiler, exit_now_if_compiling
 
 started = threading.Event()
 compiler = BackgroundCompiler(print)
-compiler.submit("one", lambda: (started.set(), time.sleep(0.5)))
+compiler.submit("one", lambda: (started.set(), time.sleep(SECONDS)))
 compiler.submit("two", lambda: print("two"))
 started.wait()
 compiler.close()
-raise SystemExit(42)
+print("end")
+exit_now_if_compiling(42)
+raise SystemExit(43)
 """
 
 
-def test_python_exits_after_the_program_that_is_being_compiled():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (42, "", "")
+def test_a_process_ends_without_waiting_for_a_program_that_is_being_compiled():
+    command = [sys.executable, "-c", PROGRAM.replace("SECONDS", "600")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (42, "end\n", "")
+
+
+@pytest.mark.slow
+def test_sigterm_during_a_compilation_ends_the_command_at_once(tmp_path):
+    """As on a machine that is about to be preempted, which may have less time than the compiler needs."""
+    write_config(tiny_config(write_text(tmp_path)), tmp_path / "tiny.py")
+    command = [sys.executable, "-c", COMMAND, "pretrain", tmp_path / "tiny.py", "--workdir", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 42, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "gpt-jax: stop requested: before the first update; run the same command again to continue"
+    )
+    assert list((tmp_path / "run").glob("lock.*")) == []
+
+
+COMMAND = """
+import os, signal, sys, time
+from gpt_jax.cli import main
+from gpt_jax.train import loop
+
+class Slow:
+    def compile(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+
+loop.lower_step = lambda *args, **kwargs: Slow()
+sys.exit(main())
+"""

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -57,15 +58,17 @@ class Source:
         return self.batch_of_step(step)
 
 
-def start(config, folder, *, total=20, end=None, state=None, batch_at=random_batch, scores=lambda step: {}, every=5):
+def start(config, folder, *, total=20, end=None, state=None, batch_at=random_batch, scores=lambda step: {}, every=5, update=None):
     """Runs the loop in `folder`, evaluating and saving at multiples of `every`; returns the loop's result.
 
     Args:
       end: the number of batches in the whole run, if it is not `total`.
       scores: step -> the scores of an evaluation, whose "loss" is the selection metric.
+      update: the update, if it is not compiled when it is used.
     """
     mesh = one_device()
     state = state or init_state(config, mesh)
+    update = update or CompiledByShape(lambda batch: lower_step(config, mesh, total_steps=total, warmup_steps=3.0, batch=batch))
 
     def evaluate(step, params):
         metrics = scores(step)
@@ -83,7 +86,7 @@ def start(config, folder, *, total=20, end=None, state=None, batch_at=random_bat
             ctx,
             config,
             mesh,
-            CompiledByShape(lambda batch: lower_step(config, mesh, total_steps=total, warmup_steps=3.0, batch=batch)),
+            update,
             Schedule(total, 3.0, every, every),
             state,
             batches,
@@ -223,6 +226,40 @@ def test_sigterm_ends_the_training_after_an_update_with_its_state_saved(config, 
     state, _ = start(config, tmp_path / "cut", state=restore(tmp_path / "cut", 5, config))
     assert bits(state) == bits(expected)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_sigterm_while_a_program_is_compiled_saves_the_state_at_once(config, tmp_path):
+    mesh, may_end = one_device(), threading.Event()
+
+    def batch_at(step):
+        batch = random_batch(step)
+        return batch if step < 3 else {name: array[:, :8] if array.ndim == 2 else array for name, array in batch.items()}
+
+    def lower(batch):
+        assert batch["tokens"].shape[1] == LENGTH or may_end.wait(60)
+        return lower_step(config, mesh, total_steps=20, warmup_steps=3.0, batch=batch)
+
+    class Update(CompiledByShape):
+        def wait(self, batch, stopped):
+            if batch["tokens"].shape[1] == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().wait(batch, stopped)
+
+    update = Update(lower)
+    shapes = [sharding.place_batch(mesh, batch_at(step), 8) for step in (0, 3)]
+    abstract = [
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in shape.items()} for shape in shapes
+    ]
+    expected, _ = start(config, tmp_path / "whole", batch_at=batch_at)
+    with contextlib.closing(BackgroundCompiler(say)) as compiler, StopRequest():
+        update.compile_ahead(compiler, dict(zip(("long", "short"), abstract, strict=True)))
+        with pytest.raises(Preempted, match="saved at step 3 of 20"):
+            start(config, tmp_path / "cut", batch_at=batch_at, update=update)
+        may_end.set()
+    assert saved(tmp_path / "cut") == [3]
+    assert [record["step"] for record in records(tmp_path / "cut", "train")] == [1, 2, 3]
+    state, _ = start(config, tmp_path / "cut", batch_at=batch_at, state=restore(tmp_path / "cut", 3, config))
+    assert bits(state) == bits(expected)
 
 
 def test_sigterm_at_the_last_update_finishes_the_run(config, tmp_path):
