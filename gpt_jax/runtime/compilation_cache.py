@@ -42,6 +42,11 @@ def enable(log: Log) -> None:
     if not jax.config.values["jax_enable_compilation_cache"]:
         return
     named = jax.config.values["jax_compilation_cache_dir"]
+    if not named and jax.process_count() > 1 and jax.default_backend() == "gpu":
+        # JAX writes programs only on process 0. Where it finds one that other processes do not have, they would wait forever for
+        # its share of the timings by which XLA selects kernels. A folder that all processes share has to be named.
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if named and "://" in named:
         return
     where = named or "the user's cache folder"

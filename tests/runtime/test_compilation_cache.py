@@ -35,9 +35,9 @@ def environment(home, **variables):
     return inherited | {"XDG_CACHE_HOME": str(home)} | variables
 
 
-def run_program(home, function="sin", max_bytes=1 << 20, **variables):
-    """Runs `PROGRAM` and returns the lines that it printed."""
-    code = PROGRAM.format(function=function, max_bytes=max_bytes)
+def run_program(home, function="sin", max_bytes=1 << 20, prefix="", **variables):
+    """Runs `PROGRAM`, after a prefix, and returns the lines that it printed."""
+    code = prefix + PROGRAM.format(function=function, max_bytes=max_bytes)
     done = subprocess.run([sys.executable, "-c", code], env=environment(home, **variables), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -107,6 +107,21 @@ def test_jax_variables_switch_the_cache_off_or_name_another_folder(tmp_path, var
     named = "named" in value
     assert lines == ["hits 0", f"misses {int(named)}"]
     assert [path.name for path in tmp_path.iterdir()] == ["named"] * named
+
+
+PLATFORM = """
+import jax
+jax.default_backend, jax.process_count = (lambda: "{backend}"), (lambda: {processes})
+"""
+
+
+@pytest.mark.parametrize(("backend", "processes", "kept"), [("gpu", 2, False), ("gpu", 1, True), ("cpu", 2, True)])
+def test_processes_on_gpus_keep_programs_only_in_a_folder_that_is_named(tmp_path, backend, processes, kept):
+    """There, a process that found its program in a folder of its own would leave the others waiting."""
+    prefix = PLATFORM.format(backend=backend, processes=processes)
+    assert run_program(tmp_path, prefix=prefix) == ["hits 0", f"misses {int(kept)}"]
+    named = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "named"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    assert run_program(tmp_path, prefix=prefix, **named) == ["hits 0", "misses 1"]
 
 
 @pytest.mark.parametrize("named", [True, False])
