@@ -88,7 +88,7 @@ def _bucket_lengths(config: FinetuneRunConfig, encoded: dict[str, Any]) -> tuple
 
     steps_per_epoch = count_steps(encoded["train"], config.train.batch_size)
     passes = count_passes(task_schedule(config, steps_per_epoch), steps_per_epoch)
-    return resolve_lengths(config, encoded, passes, jax.default_backend())
+    return resolve_lengths(config, encoded, passes, jax.default_backend(), jax.device_count())
 
 
 def _details(data: _Data, compilations: int) -> dict[str, float]:

@@ -24,6 +24,9 @@ from gpt_jax.data.windows import ElementSpec, NumpyBatch, epoch_keys, permute
 from gpt_jax.errors import field_error
 from gpt_jax.tasks.transforms import EncodedSplit
 
+EPOCHS_AHEAD = 8
+"""Number of epochs in which `TaskBatches.used_lengths` looks for lengths. Arranging an epoch sorts its examples."""
+
 
 def count_steps(encoded: EncodedSplit, batch_size: int) -> int:
     """Returns the number of training batches in an epoch.
@@ -142,14 +145,19 @@ class TaskBatches(_PaddedBatches):
         return 1 - float(lengths.sum(dtype=np.int64) / (padded.sum() * lengths[0].size))
 
     def used_lengths(self, start_step: int, end_step: int) -> list[int]:
-        """Returns the padded lengths of the batches of steps start_step, ..., end_step - 1, in the order of their first use."""
+        """Returns the padded lengths of the batches of steps start_step, ..., end_step - 1, in the order of their first use.
+
+        At most `EPOCHS_AHEAD` epochs are arranged, so a length that is first used later is missing.
+        """
         used: dict[int, None] = {}
-        for epoch in range(start_step // self.steps_per_epoch, -(-end_step // self.steps_per_epoch)):
+        possible = set(self._padded_lengths(self._encoded.longest).tolist())
+        first_epoch, end_epoch = start_step // self.steps_per_epoch, -(-end_step // self.steps_per_epoch)
+        for epoch in range(first_epoch, min(end_epoch, first_epoch + EPOCHS_AHEAD)):
             first = epoch * self.steps_per_epoch
             steps = slice(max(start_step - first, 0), end_step - first)
             longest = self._lengths_of(self._epoch(epoch)[steps]).max(axis=(1, 2))
             used |= dict.fromkeys(self._padded_lengths(longest).tolist())
-            if len(used) == len(self._lengths):
+            if used.keys() == possible:
                 break
         return list(used)
 
@@ -180,10 +188,9 @@ class ScoringBatches(_PaddedBatches):
     def __init__(self, encoded: EncodedSplit, batch_size: int, lengths: Sequence[int], growth: int = 1) -> None:
         super().__init__(encoded, lengths)
         order = np.argsort(-encoded.longest, kind="stable")
+        self._shapes = _scoring_shapes(self._padded_lengths(encoded.longest[order]), batch_size, self._lengths[-1], growth)
         self._batches = []
-        while order.size:
-            length = self._padded_lengths(encoded.longest[order[:1]])[0]
-            rows = batch_size * max(min(growth, int(self._lengths[-1] // length)), 1)
+        for rows, _ in self._shapes:
             self._batches.append(np.pad(order[:rows], (0, max(rows - order.size, 0)), constant_values=-1))
             order = order[rows:]
         self.num_batches = len(self._batches)
@@ -194,14 +201,36 @@ class ScoringBatches(_PaddedBatches):
 
     def shape_at(self, step: int) -> tuple[int, int]:
         """Returns the number of rows of batch `step`, and the length that its sequences are padded to."""
-        examples = self._batches[step]
-        return examples.size, int(self._padded_lengths(self._lengths_of(examples).max()))
+        return self._shapes[step]
 
     def padding_share(self) -> float:
         """Returns the share of padding among the tokens of all batches."""
-        sequences = self._encoded.lengths.shape[1]
-        padded = sum(rows * length * sequences for rows, length in map(self.shape_at, range(self.num_batches)))
-        return 1 - float(self._encoded.lengths.sum(dtype=np.int64) / padded)
+        return _padding_share(self._encoded, self._shapes)
+
+
+def _scoring_shapes(padded: Int64[np.ndarray, " n"], batch_size: int, longest: int, growth: int) -> list[tuple[int, int]]:
+    """Returns the number of rows and the padded length of each batch of `ScoringBatches`.
+
+    Args:
+      padded: the padded lengths of all examples, descending.
+      longest: the greatest allowed length.
+      batch_size, growth: as for `ScoringBatches`.
+    """
+    shapes: list[tuple[int, int]] = []
+    begin = 0
+    while begin < padded.size:
+        length = int(padded[begin])
+        rows = batch_size * max(min(growth, int(longest) // length), 1)
+        count = -(-int((padded[begin:] == length).sum()) // rows)  # The last of them may contain shorter examples too.
+        shapes += [(rows, length)] * count
+        begin += rows * count
+    return shapes
+
+
+def _padding_share(encoded: EncodedSplit, shapes: Sequence[tuple[int, int]]) -> float:
+    """Returns the share of padding in batches of these numbers of rows and padded lengths, which contain the whole split."""
+    padded = sum(rows * length for rows, length in shapes) * encoded.lengths.shape[1]
+    return 1 - float(encoded.lengths.sum(dtype=np.int64) / padded)
 
 
 def largest_scoring_batches(
@@ -211,10 +240,12 @@ def largest_scoring_batches(
 
     Without growth, a split with few batches may have a larger share. None stands for that share.
     """
-    smallest = ScoringBatches(encoded, batch_size, lengths)
-    allowed = smallest.padding_share() if max_padding is None else max_padding
-    for growth in range(lengths[-1] // lengths[0], 1, -1):
-        batches = ScoringBatches(encoded, batch_size, lengths, growth)
-        if batches.padding_share() <= allowed:
-            return batches
-    return smallest
+    allowed_lengths = np.asarray(lengths)
+    padded = allowed_lengths[np.searchsorted(allowed_lengths, np.sort(encoded.longest)[::-1])]
+
+    def share(growth: int) -> float:
+        return _padding_share(encoded, _scoring_shapes(padded, batch_size, lengths[-1], growth))
+
+    allowed = share(1) if max_padding is None else max_padding
+    growths = range(lengths[-1] // lengths[0], 1, -1)
+    return ScoringBatches(encoded, batch_size, lengths, next((growth for growth in growths if share(growth) <= allowed), 1))

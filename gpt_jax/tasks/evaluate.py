@@ -155,7 +155,7 @@ def evaluate_task(
     dataset = load_dataset(task_config, restored.tokenizer, config.model.context_length, log, (split,))
     platform = restored.mesh.devices.flat[0].platform
     settings = dataclasses.replace(config, task=task_config, train=dataclasses.replace(config.train, batch_size=batch_size))
-    lengths = resolve_lengths(settings, dataset.encoded, {split: SCORING_PASS}, platform)
+    lengths = resolve_lengths(settings, dataset.encoded, {split: SCORING_PASS}, platform, restored.mesh.size)
     scorer = TaskScorer(run_config, restored.mesh, head, dataset, lengths)
     if out is None:
         require_scorable(dataset.task, dataset.splits[split].examples)

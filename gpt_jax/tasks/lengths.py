@@ -13,11 +13,14 @@ from gpt_jax.tasks.transforms import EncodedSplit
 from gpt_jax.train.logging import flops_per_token
 from gpt_jax.train.loop import Schedule
 
-COMPILATION_FLOPS = {"cpu": 2e11, "gpu": 2e15, "tpu": 2e15}
-"""Floating-point operations that a device could have made, at the rate of training, while the programs of a length are compiled.
+CPU_COMPILATION_FLOPS = 2e11
+"""Floating-point operations that a CPU could have made, at the rate of training, while the programs of a length are compiled: 4 s
+at 50 GFLOP/s (measured on two cores).
 
-On a CPU, this is 4 s at 50 GFLOP/s (measured on two cores). On accelerators it is 20 s at 100 TFLOP/s (assumed). The numbers are
-fixed, because a measured time would make the lengths, and with them the last bits of a loss, differ between two runs."""
+The number is fixed, because a measured time would make the lengths, and with them the last bits of a loss, differ between two
+runs. The devices that a CPU simulates share it."""
+ACCELERATOR_COMPILATION_FLOPS = 2e15
+"""The same for each accelerator: 20 s at 100 TFLOP/s (assumed)."""
 SCORING_PASS = 1 / 3
 """The work of scoring a token, in units of training on it. Training also has a backward pass, which is twice as much work."""
 EARLIER_NUMBER = 8
@@ -26,30 +29,33 @@ MAX_LENGTHS = 16
 """Maximum number of lengths. With 16, padding is rarely more than a few percent, and each program takes memory."""
 
 
-def compilation_cost(model: ModelConfig, platform: str) -> float:
+def compilation_cost(model: ModelConfig, platform: str, num_devices: int) -> float:
     """Returns the number of tokens that could be trained on while the programs of one length are compiled."""
-    return COMPILATION_FLOPS[platform] / flops_per_token(model)
+    flops = CPU_COMPILATION_FLOPS if platform == "cpu" else ACCELERATOR_COMPILATION_FLOPS * num_devices
+    return flops / flops_per_token(model)
 
 
 def resolve_lengths(
-    config: FinetuneRunConfig, encoded: Mapping[str, EncodedSplit], passes: Mapping[str, float], platform: str
+    config: FinetuneRunConfig, encoded: Mapping[str, EncodedSplit], passes: Mapping[str, float], platform: str, num_devices: int
 ) -> tuple[int, ...]:
     """Returns the lengths that batches are padded to, ascending: `task.num_length_buckets` of them, or a number that is chosen.
 
     The number is chosen by the tokens that a run computes: those of all batches, padding included, plus those that it could have
-    trained on during its compilations. The result is a pure function of the config, the data and the platform.
+    trained on during its compilations. The result is a pure function of the config, the data and the devices.
 
     Args:
       encoded: the splits that share the lengths.
       passes: for each split, the number of times that the run goes through it, in units of training (`SCORING_PASS`).
-      platform: "cpu", "gpu" or "tpu".
+      platform: that of the devices: "cpu", "gpu" or "tpu".
+      num_devices: number of devices that share a batch.
     """
     batch_size, number = config.train.batch_size, config.task.num_length_buckets
-    if number:  # The test split only determines the greatest length, because it is scored only once.
-        longest = [split.longest if name != "test" else split.longest.max(keepdims=True) for name, split in encoded.items()]
+    if number:  # Beside others, the test split only determines the greatest length, because it is scored only once.
+        least_used = "test" if len(encoded) > 1 else ""
+        longest = [split.longest.max(keepdims=True) if name == least_used else split.longest for name, split in encoded.items()]
         return choose_lengths(longest, batch_size, number)
     sequences = next(iter(encoded.values())).lengths.shape[1]
-    cost = compilation_cost(config.model, platform) / (batch_size * sequences)
+    cost = compilation_cost(config.model, platform, num_devices) / (batch_size * sequences)
     longest, weights = [split.longest for split in encoded.values()], [passes[name] for name in encoded]
     return choose_lengths(longest, batch_size, MAX_LENGTHS, weights, cost)
 
@@ -60,26 +66,29 @@ def keep_lengths(
     encoded: Mapping[str, EncodedSplit],
     passes: Mapping[str, float],
     platform: str,
+    num_devices: int,
 ) -> tuple[int, ...]:
     """Returns the lengths of a run that resumes on the same platform, and otherwise those that `resolve_lengths` chooses.
 
     Args:
       stored: the contents of the run's config.json; empty for a new run.
-      config, encoded, passes, platform: as for `resolve_lengths`.
+      config, encoded, passes, platform, num_devices: as for `resolve_lengths`.
     """
     task = config.task
     if task.num_length_buckets or not stored or stored.get("platform", platform) != platform:
-        return resolve_lengths(config, encoded, passes, platform)
+        return resolve_lengths(config, encoded, passes, platform, num_devices)
     if stored.get("lengths") is None:  # Runs of earlier versions recorded only the number, which was never chosen.
         recorded = stored["config"]["task"]
         number = recorded.get("num_length_buckets", recorded.get("lengths", EARLIER_NUMBER))  # "lengths" was its first name.
         config = dataclasses.replace(config, task=dataclasses.replace(task, num_length_buckets=number))
-        return resolve_lengths(config, encoded, passes, platform)
+        return resolve_lengths(config, encoded, passes, platform, num_devices)
     longest = max(int(split.longest.max()) for split in encoded.values())
     lengths = tuple(stored["lengths"])
     if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
         raise UserError("config.json: 'lengths' must be ascending positive numbers; it has changed since it was written")
-    return lengths if longest <= lengths[-1] else resolve_lengths(config, encoded, passes, platform)  # The data may have changed.
+    return (
+        lengths if longest <= lengths[-1] else resolve_lengths(config, encoded, passes, platform, num_devices)
+    )  # The data may have changed.
 
 
 def count_passes(schedule: Schedule, steps_per_epoch: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 
 from gpt_jax.data.windows import epoch_keys, permute
 from gpt_jax.errors import UserError
-from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, largest_scoring_batches
+from gpt_jax.tasks.batches import EPOCHS_AHEAD, ScoringBatches, TaskBatches, largest_scoring_batches
 from tests.encoded import numbered, random_lengths
 
 
@@ -283,6 +283,21 @@ def test_padding_share_of_larger_batches_by_hand():
 
 
 # -- lengths in the order of their use --------------------------------------------------------------------------------------
+
+
+def test_used_lengths_arrange_few_epochs(monkeypatch):
+    """Once all lengths that an example has are found, or after `EPOCHS_AHEAD` epochs, the others are not arranged."""
+    batches = TaskBatches(numbered(random_lengths(67)), 8, 0, [8, 14, 20, 30, 40], True)
+    arranged = []
+    monkeypatch.setattr(batches, "_epoch", lambda epoch: [arranged.append(epoch), batches._arrange(epoch)][1])
+    assert sorted(batches.used_lengths(0, 10_000)) == [8, 14, 20, 30]
+    assert arranged == [0]
+    arranged.clear()
+    # No batch consists of the only short example.
+    batches = TaskBatches(numbered([[3], *[[30]] * 66]), 8, 0, [8, 30], False)
+    monkeypatch.setattr(batches, "_epoch", lambda epoch: [arranged.append(epoch), batches._arrange(epoch)][1])
+    assert batches.used_lengths(20, 10_000) == [30]
+    assert arranged == list(range(2, 2 + EPOCHS_AHEAD))
 
 
 @pytest.mark.parametrize("bucket_by_length", [True, False])

@@ -68,13 +68,13 @@ def computed_tokens(encoded, passes, batch_size, chosen, cost):
 @pytest.mark.parametrize(("cost", "numbers"), [(0.5, (4, 5, 6, 7, 8)), (100.0, (1, 2, 3)), (1e6, (1,))])
 def test_no_other_lengths_take_less_work(monkeypatch, sequences, cost, numbers):
     """All sets of lengths are tried. A compilation that is worth few tokens gives many lengths, and a long one a single one."""
-    monkeypatch.setattr(lengths_module, "compilation_cost", lambda model, platform: cost)
+    monkeypatch.setattr(lengths_module, "compilation_cost", lambda model, platform, num_devices: cost)
     passes = {"train": 2.5, "validation": 1.0, "test": 1 / 3}
     found = set()
     for seed in range(5):
         encoded = {name: numbered(random_lengths(size, sequences, 9, seed)) for name, size in (("train", 22), ("validation", 9))}
         encoded["test"] = numbered(random_lengths(5, sequences, 10, seed))
-        chosen = resolve_lengths(settings(), encoded, passes, "cpu")
+        chosen = resolve_lengths(settings(), encoded, passes, "cpu", 1)
         every = [subset for size in range(1, 9) for subset in itertools.combinations(range(3, 11), size)]
         best = min(computed_tokens(encoded, passes, 4, subset, cost) for subset in every)
         assert computed_tokens(encoded, passes, 4, chosen, cost) == pytest.approx(best)
@@ -87,17 +87,20 @@ def test_a_longer_run_has_more_lengths():
     numbers = []
     for steps in (10, 1000, 100_000):
         passes = count_passes(Schedule(steps, 0.0, 1000, 1000), count_steps(encoded["train"], 4))
-        numbers.append(len(resolve_lengths(settings(), encoded, passes, "cpu")))
+        numbers.append(len(resolve_lengths(settings(), encoded, passes, "cpu", 1)))
     assert numbers[0] == 1
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == lengths_module.MAX_LENGTHS
 
 
 def test_a_faster_device_has_fewer_lengths():
-    """A compilation on an accelerator is worth more tokens."""
+    """A compilation on an accelerator of any kind is worth more tokens, and on several still more. A CPU is one device."""
     encoded = {"train": numbered(random_lengths(4000, longest=100))}
-    numbers = [len(resolve_lengths(settings(), encoded, {"train": 3.0}, platform)) for platform in ("cpu", "gpu")]
-    assert numbers[0] > numbers[1] >= 1
+
+    def number(platform, num_devices):
+        return len(resolve_lengths(settings(), encoded, {"train": 30_000.0}, platform, num_devices))
+
+    assert number("cpu", 8) == number("cpu", 1) > number("gpu", 1) == number("unknown", 1) > number("gpu", 8) >= 1
 
 
 def test_passes_by_hand():
@@ -109,7 +112,12 @@ def test_a_given_number_of_lengths_suits_the_splits_that_every_epoch_uses():
     """The test split, which is scored once, must fit but does not compete for lengths."""
     sizes = {"train": [5] * 4 + [10] * 4, "validation": [20] * 4, "test": [4, 8, 15, 30] * 50}
     encoded = {name: numbered([[size] for size in split]) for name, split in sizes.items()}
-    assert resolve_lengths(settings(num_length_buckets=4), encoded, {}, "cpu") == (5, 10, 20, 30)
+    assert resolve_lengths(settings(num_length_buckets=4), encoded, {}, "cpu", 1) == (5, 10, 20, 30)
+
+
+def test_a_given_number_of_lengths_suits_a_test_split_that_is_scored_alone():
+    encoded = {"test": numbered([[size] for size in [4, 8, 15, 30] * 50])}
+    assert resolve_lengths(settings(num_length_buckets=4), encoded, {}, "cpu", 1) == (4, 8, 15, 30)
 
 
 # -- resumption -----------------------------------------------------------------------------------------------------------------
@@ -118,16 +126,16 @@ def test_a_given_number_of_lengths_suits_the_splits_that_every_epoch_uses():
 def test_a_run_keeps_its_lengths():
     encoded = {"train": numbered(random_lengths(4000, longest=100)), "validation": numbered(random_lengths(100, longest=100))}
     passes = count_passes(Schedule(1000, 0.0, 1000, 1000), 1000)
-    chosen = resolve_lengths(settings(), encoded, passes, "cpu")
+    chosen = resolve_lengths(settings(), encoded, passes, "cpu", 1)
 
     def kept(stored, platform="cpu", **task):
-        return keep_lengths(stored, settings(**task), encoded, passes, platform)
+        return keep_lengths(stored, settings(**task), encoded, passes, platform, 1)
 
     stored = {"platform": "cpu", "lengths": [50, 120], "config": {"task": {"num_length_buckets": 0}}}
     assert kept({}) == chosen
     assert kept(stored) == (50, 120)
-    assert kept(stored, platform="gpu") == resolve_lengths(settings(), encoded, passes, "gpu")
-    assert kept(stored, num_length_buckets=3) == resolve_lengths(settings(num_length_buckets=3), encoded, passes, "cpu")
+    assert kept(stored, platform="gpu") == resolve_lengths(settings(), encoded, passes, "gpu", 1)
+    assert kept(stored, num_length_buckets=3) == resolve_lengths(settings(num_length_buckets=3), encoded, passes, "cpu", 1)
     assert kept(stored | {"lengths": [50, 60]}) == chosen  # other data, whose sequences are longer
     for damaged in ([], [0, 120], [120, 50], [50, 50, 120]):
         with pytest.raises(UserError, match=r"^config.json: 'lengths' must be ascending positive numbers"):
@@ -138,9 +146,9 @@ def test_a_run_keeps_its_lengths():
 def test_a_run_of_an_earlier_version_keeps_its_number_of_lengths(recorded, number):
     encoded = {"train": numbered(random_lengths(4000, longest=100))}
     stored = {"platform": "cpu", "config": {"task": recorded}}
-    expected = resolve_lengths(settings(num_length_buckets=number), encoded, {}, "cpu")
+    expected = resolve_lengths(settings(num_length_buckets=number), encoded, {}, "cpu", 1)
     assert len(expected) == number
-    assert keep_lengths(stored, settings(), encoded, {"train": 1.0}, "cpu") == expected
+    assert keep_lengths(stored, settings(), encoded, {"train": 1.0}, "cpu", 1) == expected
 
 
 def glue(path, columns, header):

@@ -18,7 +18,9 @@ from tests.tiny import replace_fields, tiny_config, trajectory, write_text
 def config(tmp_path_factory):
     source = write_text(tmp_path_factory.mktemp("text"))
     return tiny_config(
-        source, model={"loss_chunk": 0, "context_length": 144}, train={"duration": "6 steps", "eval_every": "3 steps", "save_every": "3 steps"}
+        source,
+        model={"loss_chunk": 0, "context_length": 144},
+        train={"duration": "6 steps", "eval_every": "3 steps", "save_every": "3 steps"},
     )
 
 
