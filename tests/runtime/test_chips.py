@@ -26,6 +26,24 @@ def test_the_peak_is_that_of_all_units_at_the_clock(kind):
     assert chip.peak_flops["bfloat16"] == pytest.approx(2 * MULTIPLY_ADDS[kind] * chip.clock, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("kind", "links", "gigabytes"),
+    # Links and GB/s of one link in one direction. NVLink has 25 GB/s from its third generation on.
+    [("TPU v4", 6, 50), ("NVIDIA A100-SXM4-80GB", 12, 25), ("NVIDIA H100 80GB HBM3", 18, 25), ("NVIDIA H200", 18, 25)],
+)
+def test_the_bandwidth_between_chips_is_that_of_all_links_in_both_directions(kind, links, gigabytes):
+    assert CHIPS[kind].link_bandwidth == 2 * links * gigabytes * 1e9
+
+
+def test_v6e_compares_with_v5e_as_announced():
+    """From "Introducing Trillium": v6e has twice the memory and both bandwidths of v5e, and 4.7 times the peak."""
+    before, after = CHIPS["TPU v5 lite"], CHIPS["TPU v6 lite"]
+    assert after.memory == 2 * before.memory
+    assert after.link_bandwidth == 2 * before.link_bandwidth
+    assert after.memory_bandwidth == pytest.approx(2 * before.memory_bandwidth, rel=0.01)
+    assert after.peak_flops["bfloat16"] == pytest.approx(4.7 * before.peak_flops["bfloat16"], rel=0.01)
+
+
 @pytest.mark.parametrize("kind", CHIPS)
 def test_units_are_right(kind):
     chip = CHIPS[kind]
