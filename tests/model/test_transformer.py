@@ -13,6 +13,7 @@ from gpt_jax.model import dropout as masks
 from gpt_jax.model import transformer
 from gpt_jax.model.loss import language_model_loss
 from gpt_jax.runtime.sharding import make_mesh, named_sharding
+from tests.model import paper
 
 TINY = ModelConfig(
     vocab_size=50,
@@ -30,63 +31,6 @@ SEED, STEP, ROWS = 11, 22, np.array([5, 3], np.int32)
 
 apply = jax.jit(transformer.apply, static_argnums=0)
 initial = jax.jit(transformer.init, static_argnums=0)
-
-
-# -- the paper in NumPy -----------------------------------------------------------------------------------------------------
-
-
-def layer_norm(x, norm):
-    centered = x - x.mean(-1, keepdims=True)
-    return centered / np.sqrt((centered**2).mean(-1, keepdims=True) + 1e-5) * norm["gain"] + norm["bias"]
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def softmax(x):
-    exponentials = np.exp(x - x.max(-1, keepdims=True))
-    return exponentials / exponentials.sum(-1, keepdims=True)
-
-
-@functools.cache
-def kept(shape, rate, layer, site):
-    """Returns dropout's factors for an array [batch, heads, queries, keys] or [batch, time, channels] with row numbers ROWS."""
-    rows, heads = (ROWS[:, None], np.arange(shape[1])) if len(shape) == 4 else (ROWS, 0)
-    stream = np.asarray(masks.mask_stream(SEED, STEP, layer, site, rows, heads))
-    return masks.keep(stream, np.arange(shape[-2]), np.arange(shape[-1]), rate) / (1 - round(rate * 65536) / 65536)
-
-
-def drop(x, rate, layer, site):
-    return x if rate is None else x * kept(x.shape, rate, layer, site)
-
-
-def paper(params, tokens, dropout=False):
-    """The last block's output [batch, time, embed] of section 4.1's model, in float64."""
-    embed_rate, attention_rate, residual_rate = (0.1, 0.2, 0.3) if dropout else (None, None, None)
-    time = tokens.shape[1]
-    future = np.triu(np.full((time, time), -np.inf), 1)
-    x = params["embedding"]["tokens"][tokens] + params["embedding"]["positions"][:time]
-    x = drop(x, embed_rate, 0, 0)
-    for number in range(3):
-        block = jax.tree.map(lambda array, number=number: array[number], params["blocks"])
-        qkv, out, up, down = block["attention"]["qkv"], block["attention"]["out"], block["mlp"]["up"], block["mlp"]["down"]
-        query, key, value = np.einsum("bte,echd->cbhtd", x, qkv["kernel"]) + qkv["bias"][:, None, :, None]
-        probabilities = softmax(query @ key.swapaxes(-1, -2) / np.sqrt(8) + future)
-        mixed = drop(probabilities, attention_rate, number, 1) @ value
-        x = layer_norm(
-            x + drop(np.einsum("bhtd,hde->bte", mixed, out["kernel"]) + out["bias"], residual_rate, number, 2),
-            block["attention_norm"],
-        )
-        hidden = gelu(x @ up["kernel"] + up["bias"])
-        x = layer_norm(x + drop(hidden @ down["kernel"] + down["bias"], residual_rate, number, 3), block["mlp_norm"])
-    return x
-
-
-def negative_log_likelihood(params, tokens, targets, dropout=False):
-    """Mean over all tokens, in nats, over the 50 entries of the vocabulary."""
-    scores = paper(params, tokens, dropout) @ params["embedding"]["tokens"][:50].T
-    return -np.log(np.take_along_axis(softmax(scores), targets[..., None], -1)).mean()
 
 
 # -- what is compared -------------------------------------------------------------------------------------------------------
@@ -113,11 +57,11 @@ DROPOUT = masks.DropoutKey(SEED, STEP, ROWS)
 
 
 def test_forward_pass(params, tokens):
-    np.testing.assert_allclose(apply(TINY, params, tokens), paper(wide(params), tokens), atol=1e-5)
+    np.testing.assert_allclose(apply(TINY, params, tokens), paper.hidden(TINY, wide(params), tokens), atol=1e-5)
 
 
 def test_forward_pass_with_dropout(params, tokens):
-    expected = paper(wide(params), tokens, dropout=True)
+    expected = paper.hidden(TINY, wide(params), tokens, DROPOUT)
     np.testing.assert_allclose(apply(TINY, params, tokens, dropout_key=DROPOUT), expected, atol=1e-5)
     # Rates of 0 switch their own sites off.
     off = dataclasses.replace(TINY, embed_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0)
@@ -136,7 +80,7 @@ def test_gradients_are_those_of_the_paper(params, tokens):
     targets = np.roll(tokens, 1, axis=1)
     batch = {"tokens": tokens, "targets": targets, "loss_weights": np.full((2, 24), 1 / 48, np.float32)}
     value, gradients = jax.jit(jax.value_and_grad(functools.partial(language_model_loss, TINY)))(params, batch, DROPOUT)
-    np.testing.assert_allclose(value, negative_log_likelihood(wide(params), tokens, targets, dropout=True), rtol=1e-5)
+    np.testing.assert_allclose(value, paper.loss(TINY, wide(params), tokens, targets, DROPOUT), rtol=1e-5)
     draw = np.random.default_rng(3)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
         direction = draw.normal(size=gradient.shape)
@@ -145,7 +89,7 @@ def test_gradients_are_those_of_the_paper(params, tokens):
             moved = jax.tree_util.tree_map_with_path(
                 lambda at, array, path=path, change=distance * direction: array + change if at == path else array, wide(params)
             )
-            along.append(negative_log_likelihood(moved, tokens, targets, dropout=True))
+            along.append(paper.loss(TINY, moved, tokens, targets, DROPOUT))
         expected = (along[0] - along[1]) / 2e-5
         name = jax.tree_util.keystr(path)
         np.testing.assert_allclose((gradient * direction).sum(), expected, rtol=1e-3, atol=1e-5, err_msg=name)
@@ -248,7 +192,7 @@ def test_bfloat16_activations_float32_parameters(params, tokens):
     config = dataclasses.replace(TINY, compute_dtype="bfloat16")
     hidden = apply(config, params, tokens)
     assert hidden.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(hidden, np.float64) - paper(wide(params), tokens)).mean() < 0.02
+    assert np.abs(np.asarray(hidden, np.float64) - paper.hidden(TINY, wide(params), tokens)).mean() < 0.02
     batch = {"tokens": jnp.asarray(tokens), "targets": jnp.asarray(tokens), "loss_weights": jnp.ones((2, 24))}
     gradients = jax.eval_shape(jax.grad(functools.partial(language_model_loss, config)), params, batch, None)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
