@@ -37,7 +37,6 @@ print(json.dumps({"platform": device.platform, "device": device.device_kind, "de
 def main() -> int:
     """Runs one of the commands; returns the exit code, which is 2 after a user's mistake."""
     options = _parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what this process has started ends, too
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
         if options.verb == "prepare":
@@ -136,4 +135,5 @@ def _minutes(text: str) -> float:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what this process has started ends, too
     sys.exit(main())
