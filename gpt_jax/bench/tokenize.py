@@ -1,6 +1,8 @@
 """Benchmark `tokenize`: encoding text, document by document, on one core, beside the sentencepiece library alone in a loop."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from gpt_jax.bench.comparison import Comparison, Request
 from gpt_jax.bench.program import Program, ProgramSpec
@@ -27,24 +29,21 @@ def _documents() -> list[str]:
 
 def ours() -> Program:
     """Returns `SentencePiece.encode`."""
-    tokenizer = _tokenizer()
-
-    def run(count: int) -> None:
-        for _ in range(count):
-            for text in _documents():
-                tokenizer.encode(text)
-
-    return Program(run)
+    return _encoding(_tokenizer().encode)
 
 
 def library() -> Program:
     """Returns the library's own function for a text."""
-    processor = _tokenizer().processor
+    return _encoding(_tokenizer().processor.encode)
+
+
+def _encoding(encode: Callable[[str], Any]) -> Program:
+    """Returns a program that encodes all documents."""
 
     def run(count: int) -> None:
         for _ in range(count):
             for text in _documents():
-                processor.encode(text)
+                encode(text)
 
     return Program(run)
 

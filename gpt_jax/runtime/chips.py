@@ -29,8 +29,8 @@ class Chip(NamedTuple):
     memory_bandwidth: float
     """Bandwidth of the memory in bytes/s."""
     link_bandwidth: float = 0.0
-    """Bandwidth of all links to other chips of the same slice or node in bytes/s, the sum of both directions. 0: only PCI Express,
-    apart from optional bridges between two cards."""
+    """Bandwidth of all links to other chips of the same slice or node in bytes/s, the sum of both directions. 0: only PCI
+    Express, apart from optional bridges between two cards."""
     clock: float = 0.0
     """Clock in Hz at which the chip reaches its peak in bfloat16; 0: not published."""
 
