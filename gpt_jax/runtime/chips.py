@@ -7,9 +7,10 @@ Sources, last checked in November 2026:
   of Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning with Hardware Support for Embeddings"
   (2023).
 - A100, H100, H200 and L4: the data sheet "NVIDIA ... Tensor Core GPU" of each, of which copies of the tables were checked. The
-  clocks and peaks of H100 are in the white paper "NVIDIA H100 Tensor Core GPU Architecture". GeForce: the white papers "NVIDIA
-  Ampere GA102 GPU Architecture" and "NVIDIA Ada GPU Architecture". Peaks are without sparsity, and are equal to multiprocessors x
-  operations in a cycle x clock.
+  clocks and peaks of H100 are in the white paper "NVIDIA H100 Tensor Core GPU Architecture". B200: the data sheets "NVIDIA HGX
+  B200" and "NVIDIA DGX B200", divided by 8; sources differ about its other peaks. GeForce: the white papers "NVIDIA Ampere GA102
+  GPU Architecture" and "NVIDIA Ada GPU Architecture". Peaks are without sparsity; where a clock is given, they are equal to
+  multiprocessors x operations in a cycle x clock.
 - Memory of GPUs: what nvidia-smi reports, in MiB. An "80 GB" H100 has 81,559 MiB, which is 79.6 GiB or 85.5 GB.
 """
 
@@ -35,32 +36,27 @@ class Chip(NamedTuple):
     """Clock in Hz at which the chip reaches its peak in bfloat16; 0: not published."""
 
 
-def _tpu(bfloat16: float, memory: int, bandwidth: float, link: float, clock: float = 0.0, **peaks: float) -> Chip:
-    """Returns a TPU, with peaks in TFLOP/s, memory in GiB, bandwidths in GB/s, and the clock in MHz."""
+def _chip(bfloat16: float, memory: int, bandwidth: float, link: float, clock: float = 0.0, **peaks: float) -> Chip:
+    """Returns a chip, with peaks in TFLOP/s, memory in bytes, bandwidths in GB/s, and the clock in MHz."""
     flops = {"bfloat16": bfloat16, **peaks}
-    return Chip({dtype: peak * 1e12 for dtype, peak in flops.items()}, memory * GIB, bandwidth * 1e9, link * 1e9, clock * 1e6)
-
-
-def _gpu(bfloat16: float, tf32: float, float32: float, memory: int, bandwidth: float, link: float, clock: float) -> Chip:
-    """Returns a GPU, with peaks in TFLOP/s, memory in MiB, bandwidths in GB/s, and the clock in MHz."""
-    peaks = {"bfloat16": bfloat16 * 1e12, "tf32": tf32 * 1e12, "float32": float32 * 1e12}
-    return Chip(peaks, memory * MIB, bandwidth * 1e9, link * 1e9, clock * 1e6)
+    return Chip({dtype: peak * 1e12 for dtype, peak in flops.items()}, memory, bandwidth * 1e9, link * 1e9, clock * 1e6)
 
 
 CHIPS = {
-    "TPU v4": _tpu(275, 32, 1200, 600, clock=1050, int8=275),
-    "TPU v5 lite": _tpu(197, 16, 819, 400, int8=393),
-    "TPU v5": _tpu(459, 95, 2765, 1200, fp8=459),
-    "TPU v6 lite": _tpu(918, 32, 1638, 800, int8=1836, fp8=918),
-    "TPU7x": _tpu(2307 / 2, 192 // 2, 7380 / 2, 1200 / 2, fp8=4614 / 2),
-    "NVIDIA A100-SXM4-40GB": _gpu(312, 156, 19.5, 40_960, 1555, 600, 1410),
-    "NVIDIA A100-SXM4-80GB": _gpu(312, 156, 19.5, 81_920, 2039, 600, 1410),
-    "NVIDIA A100 80GB PCIe": _gpu(312, 156, 19.5, 81_920, 1935, 0, 1410),
-    "NVIDIA H100 80GB HBM3": _gpu(989.4, 494.7, 66.9, 81_559, 3350, 900, 1830),
-    "NVIDIA H100 PCIe": _gpu(756, 378, 51.2, 81_559, 2000, 0, 1620),
-    "NVIDIA H200": _gpu(989.4, 494.7, 66.9, 143_771, 4800, 900, 1830),
-    "NVIDIA L4": _gpu(121, 60.5, 30.3, 23_034, 300, 0, 2040),
-    "NVIDIA GeForce RTX 3090": _gpu(71, 35.6, 35.6, 24_576, 936, 0, 1695),
-    "NVIDIA GeForce RTX 4090": _gpu(165.2, 82.6, 82.6, 24_564, 1008, 0, 2520),
+    "TPU v4": _chip(275, 32 * GIB, 1200, 600, 1050, int8=275),
+    "TPU v5 lite": _chip(197, 16 * GIB, 819, 400, int8=393),
+    "TPU v5": _chip(459, 95 * GIB, 2765, 1200, fp8=459),
+    "TPU v6 lite": _chip(918, 32 * GIB, 1638, 800, int8=1836, fp8=918),
+    "TPU7x": _chip(2307 / 2, 192 * GIB // 2, 7380 / 2, 1200 / 2, fp8=4614 / 2),
+    "NVIDIA A100-SXM4-40GB": _chip(312, 40_960 * MIB, 1555, 600, 1410, tf32=156, float32=19.5),
+    "NVIDIA A100-SXM4-80GB": _chip(312, 81_920 * MIB, 2039, 600, 1410, tf32=156, float32=19.5),
+    "NVIDIA A100 80GB PCIe": _chip(312, 81_920 * MIB, 1935, 0, 1410, tf32=156, float32=19.5),
+    "NVIDIA H100 80GB HBM3": _chip(989.4, 81_559 * MIB, 3350, 900, 1830, tf32=494.7, float32=66.9),
+    "NVIDIA H100 PCIe": _chip(756, 81_559 * MIB, 2000, 0, 1620, tf32=378, float32=51.2),
+    "NVIDIA H200": _chip(989.4, 143_771 * MIB, 4800, 900, 1830, tf32=494.7, float32=66.9),
+    "NVIDIA B200": _chip(2250, 183_359 * MIB, 8000, 1800),
+    "NVIDIA L4": _chip(121, 23_034 * MIB, 300, 0, 2040, tf32=60.5, float32=30.3),
+    "NVIDIA GeForce RTX 3090": _chip(71, 24_576 * MIB, 936, 0, 1695, tf32=35.6, float32=35.6),
+    "NVIDIA GeForce RTX 4090": _chip(165.2, 24_564 * MIB, 1008, 0, 2520, tf32=82.6, float32=82.6),
 }
 """Chips by their `device_kind` in JAX. Code that uses a figure does without it if the chip is not listed."""
