@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from gpt_jax.config import ModelConfig
@@ -71,6 +72,17 @@ def test_choices_depend_on_the_platform(platform, attention, loss_chunk):
 @pytest.mark.parametrize(("time", "attention"), [(64, "plain"), (128, "plain"), (129, "blockwise"), (2048, "blockwise")])
 def test_short_sequences_use_plain_attention_on_cpus(time, attention):
     assert choose(ModelConfig(context_length=time), "cpu").attention == attention
+
+
+def test_implementations_of_attention_train_alike(config, tmp_path):
+    """For 20 updates with dropout, in batches and masks that do not depend on the implementation."""
+    config = replace_fields(config, train={"duration": "20 steps", "eval_every": "20 steps", "save_every": "20 steps"})
+    losses = []
+    for attention in ("plain", "blockwise"):
+        pretrain(replace_fields(config, model={"attention": attention}), tmp_path / attention)
+        losses.append([float(loss) for _, kind, loss, *_ in trajectory(tmp_path / attention) if kind == "train"])
+    assert len(losses[0]) == 20
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
 
 
 def test_they_are_recorded(whole):
