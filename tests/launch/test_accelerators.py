@@ -31,19 +31,19 @@ def test_tpu_slices(name, gcloud, topology, hosts, devices, gib):
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "devices", "gib"),
+    ("name", "kind", "devices", "mib"),
     [
-        ("h100-8", "gpu", 8, 80),
-        ("a100-8", "gpu", 8, 40),
-        ("a100-80gb-4", "gpu", 4, 80),
+        ("h100-8", "gpu", 8, 81_559),
+        ("a100-8", "gpu", 8, 40_960),
+        ("a100-80gb-4", "gpu", 4, 81_920),
         ("cpu", "cpu", 1, 0),
         ("cpu-4", "cpu", 4, 0),
     ],
 )
-def test_nodes_of_gpus_and_cpus(name, kind, devices, gib):
+def test_nodes_of_gpus_and_cpus(name, kind, devices, mib):
     accelerator = parse_accelerator(name)
     assert (accelerator.kind, accelerator.hosts) == (kind, 1)
-    assert (accelerator.devices, accelerator.memory) == (devices, gib << 30)
+    assert (accelerator.devices, accelerator.memory) == (devices, mib << 20)
 
 
 @pytest.mark.parametrize(
