@@ -31,8 +31,10 @@ from gpt_jax.train.checkpoint import restore_params
 from gpt_jax.train.checkpoint_info import best_checkpoints, find_step, own_checkpoints
 from gpt_jax.train.choices import keep_choices
 from gpt_jax.train.compilation import AbstractBatch, BackgroundCompiler, CompiledByShape
-from gpt_jax.train.loop import Schedule, Scores, resolve_schedule, run_training, start_run
+from gpt_jax.train.loop import Scores
 from gpt_jax.train.restore import check_start, describe_start
+from gpt_jax.train.run import run_training, start_run
+from gpt_jax.train.schedule import Schedule, resolve_schedule
 from gpt_jax.train.step import State, abstract_state, init_state, jit_evaluation, state_shardings
 
 RELEASED_EVALS = (1000, 2000, 4000, 8000, 16_000, 32_000)

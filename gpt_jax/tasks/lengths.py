@@ -11,7 +11,7 @@ from gpt_jax.config import FinetuneRunConfig, ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.tasks.transforms import EncodedSplit
 from gpt_jax.train.logging import flops_per_token
-from gpt_jax.train.loop import Schedule
+from gpt_jax.train.schedule import Schedule
 
 CPU_COMPILATION_FLOPS = 2e11
 """Floating-point operations that a CPU could have made, at the rate of training, while the programs of a length are compiled: 4 s

@@ -24,8 +24,10 @@ from gpt_jax.runtime import console, distributed, sharding
 from gpt_jax.runtime.mesh import check_batch, check_model
 from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.choices import keep_choices
-from gpt_jax.train.loop import Evaluate, RunContext, Scores, require_tokenizer, resolve_schedule, run_training, start_run
+from gpt_jax.train.loop import Evaluate, RunContext, Scores
 from gpt_jax.train.restore import check_start, describe_start
+from gpt_jax.train.run import require_tokenizer, run_training, start_run
+from gpt_jax.train.schedule import resolve_schedule
 from gpt_jax.train.step import LANGUAGE_MODEL, State, abstract_state, init_state, jit_evaluation
 
 

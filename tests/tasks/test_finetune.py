@@ -30,9 +30,9 @@ from gpt_jax.tasks.finetune import finetune, finetune_seeds, spread
 from gpt_jax.tasks.init_source import find_init, resolve_config
 from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train.checkpoint_info import list_checkpoints
-from gpt_jax.train.loop import resolve_schedule
 from gpt_jax.train.optimizer import learning_rate
 from gpt_jax.train.restore import load_model
+from gpt_jax.train.schedule import resolve_schedule
 from tests.tiny import replace_fields, write_config
 
 TINY = FinetuneConfig(

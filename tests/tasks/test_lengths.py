@@ -10,7 +10,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.tasks import lengths as lengths_module
 from gpt_jax.tasks.batches import ScoringBatches, TaskBatches, count_steps
 from gpt_jax.tasks.lengths import choose_lengths, count_passes, keep_lengths, resolve_lengths
-from gpt_jax.train.loop import Schedule
+from gpt_jax.train.schedule import Schedule
 from tests.encoded import numbered, random_lengths
 
 # -- the best lengths of a number ---------------------------------------------------------------------------------------------

@@ -163,13 +163,13 @@ def test_sigterm_during_a_compilation_ends_the_command_at_once(tmp_path):
 COMMAND = """
 import os, signal, sys, time
 from gpt_jax.cli import main
-from gpt_jax.train import loop
+from gpt_jax.train import run
 
 class Slow:
     def compile(self):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)
 
-loop.lower_step = lambda *args, **kwargs: Slow()
+run.lower_step = lambda *args, **kwargs: Slow()
 sys.exit(main())
 """

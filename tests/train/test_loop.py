@@ -20,7 +20,8 @@ from gpt_jax.train import checkpoint, checkpoint_info
 from gpt_jax.train.checkpoint import CheckpointWriter
 from gpt_jax.train.compilation import BackgroundCompiler, CompiledByShape
 from gpt_jax.train.logging import ProgressLogger
-from gpt_jax.train.loop import RunContext, Schedule, Scores, train_loop
+from gpt_jax.train.loop import RunContext, Scores, train_loop
+from gpt_jax.train.schedule import Schedule
 from gpt_jax.train.step import abstract_state, init_state, lower_step
 
 LENGTH = 16

@@ -11,8 +11,8 @@ import pytest
 
 from gpt_jax.config import LoopConfig, ModelConfig, OptimConfig, RunConfig
 from gpt_jax.model import transformer
-from gpt_jax.train.loop import resolve_schedule
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
+from gpt_jax.train.schedule import resolve_schedule
 
 TOTAL, WARMUP = 100, 10.0
 
