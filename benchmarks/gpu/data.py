@@ -30,7 +30,7 @@ def prepare(config: str, novels: Path | None, tasks: Path | None, out: Path) -> 
       tasks: a folder with the folders in `TASKS`; None: no tasks.
 
     Raises:
-      UserError: a file of a task is missing, or the folder is too large.
+      UserError: a file of a task or a package is missing, or the folder is too large.
     """
     out.mkdir(parents=True, exist_ok=True)
     if tasks is not None:
@@ -41,7 +41,11 @@ def prepare(config: str, novels: Path | None, tasks: Path | None, out: Path) -> 
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
     for package in CARRIED:
-        for file in importlib.metadata.files(package) or ():
+        try:
+            files = importlib.metadata.files(package) or ()
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"{package} is not installed here; prepare the folder where gpt_jax is installed") from None
+        for file in files:
             if ".." not in file.parts and file.suffix != ".pyc":  # not the commands, but also the metadata, which typeguard reads
                 target = out / "packages" / file
                 target.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -120,6 +121,7 @@ def tasks(session: Session) -> None:
             where = ["--task.path", str(session.data / TASKS[task]), "--task.max-train", str(session.sizes.train_rows)]
             run = session.scratch / f"{task}-{start}"
             session.train(f"{task} from {start}", run, "finetune", f"finetune/{task}", *words, *where)
+            shutil.rmtree(run, ignore_errors=True)  # Its checkpoints have several GB.
 
 
 def _from_nothing(session: Session) -> list[str]:
@@ -128,19 +130,20 @@ def _from_nothing(session: Session) -> list[str]:
 
 
 class Part(NamedTuple):
-    """A part of the measurements, and its share of the time."""
+    """A part of the measurements."""
 
     measure: Callable[[Session], None]
-    share: float
+    seconds: int
+    """Its share of the time, in proportion to those of the others."""
     needs_data: tuple[str, ...] = ()
     """Folders of gpu-data without which the part is left out."""
 
 
 PARTS = {
-    "attention": Part(attention, 0.18),
-    "determinism": Part(determinism, 0.12),
-    "training": Part(training, 0.44),
-    "finetuning": Part(finetuning, 0.08, ("store", TASKS["cola"])),
-    "pretraining": Part(pretraining, 0.1, ("store",)),
-    "tasks": Part(tasks, 0.1, ("store", *TASKS.values())),
+    "attention": Part(attention, 120),
+    "determinism": Part(determinism, 80),
+    "training": Part(training, 300),
+    "finetuning": Part(finetuning, 60, ("store", TASKS["cola"])),
+    "pretraining": Part(pretraining, 50, ("store",)),
+    "tasks": Part(tasks, 50, ("store", *TASKS.values())),
 }

@@ -135,6 +135,32 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "benchmarks.gpu: JAX finds no GPU here; --rehearse measures a small model on the CPU\n"
 
 
+def test_a_part_that_fails_and_one_without_data_do_not_keep_the_others_from_being_measured(session, monkeypatch):
+    def broken(session: Session) -> None:
+        raise ValueError("not what was expected")
+
+    def measured(session: Session) -> None:
+        session.record("all", [], 0, "", {"seconds": session.deadline - time.monotonic()})
+
+    kinds = {"first": broken, "second": measured, "third": measured, "fourth": measured}
+    chosen = {name: parts.Part(measure, 10, ("store",) if name == "third" else ()) for name, measure in kinds.items()}
+    monkeypatch.setattr(command, "PARTS", chosen)
+    out = session.scratch.parent / "out"
+    words = ["run", "--rehearse", "--minutes", "1", "--data", str(session.data), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["gpu", *words, "--parts", "fourth", "first", "third", "second"])
+    assert command.main() == 0
+    machine, *records = results(session)
+    assert machine["versions"].keys() >= {"python", "jax", "numpy"}
+    assert [(record["part"], record["failure"]) for record in records] == [
+        ("first", "ValueError: not what was expected"),
+        ("second", ""),
+        ("third", f"left out, because {session.data} has no text or no tasks (see `prepare`)"),
+        ("fourth", ""),
+    ]
+    second, _, fourth = (record["result"].get("seconds") for record in records[1:])
+    assert second < 60 / 3 < fourth < 60  # A third of what is left, and all of it.
+
+
 @pytest.mark.slow
 def test_the_rehearsal_of_training_needs_no_tensorflow(tmp_path, monkeypatch, capsys):
     (tmp_path / "blocked" / "tensorflow").mkdir(parents=True)
