@@ -335,9 +335,12 @@ def test_spelling_is_american(path: Path) -> None:
 
 
 ACROSS_MODULES = {
+    "bench/test_gpu": "the measurements in benchmarks/gpu",
+    "bench/test_gpu_tables": "their tables",
     "config/test_configs": "the files in configs/",
     "interop/test_graphs": "ONNX and StableHLO",
     "launch/test_container": "launch/Dockerfile",
+    "model/test_gradients": "the network and its loss",
     "test_fixture": "the runs of earlier versions in fixtures/",
     "test_fuzz": "the readers of files from outside the project",
     "test_makefile": "the Makefile",

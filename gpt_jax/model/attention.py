@@ -60,10 +60,10 @@ def attention(
 
 
 class Choice(NamedTuple):
-    """What "auto" stands for."""
+    """The implementation that "auto" stands for."""
 
     name: str
-    """An implementation."""
+    """Its name in `IMPLEMENTATIONS`."""
     reason: str
     """Why, as a phrase for a person."""
 

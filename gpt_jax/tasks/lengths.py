@@ -20,7 +20,7 @@ at 50 GFLOP/s (measured on two cores).
 The number is fixed, because a measured time would make the lengths, and with them the last bits of a loss, differ between two
 runs. The devices that a CPU simulates share it."""
 ACCELERATOR_COMPILATION_FLOPS = 2e15
-"""The same for each accelerator: 20 s at 100 TFLOP/s (assumed)."""
+"""Floating-point operations for each accelerator instead: 20 s at 100 TFLOP/s (assumed)."""
 SCORING_PASS = 1 / 3
 """The work of scoring a token, in units of training on it. Training also has a backward pass, which is twice as much work."""
 EARLIER_NUMBER = 8
