@@ -100,7 +100,7 @@ def _against(*peers: str) -> list[str]:
 def finetuning(session: Session) -> None:
     """Compares the speed of fine-tuning with that of PyTorch loops."""
     words = ["finetune", "--config", "finetune/cola", *_from_nothing(session), "--task.path", str(session.data / TASKS["cola"])]
-    session.bench("cola", *words, *_against("torch"))
+    session.bench("cola", *words, *_against("torch", "torch-context"))
 
 
 def pretraining(session: Session) -> None:

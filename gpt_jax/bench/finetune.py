@@ -1,4 +1,5 @@
-"""Benchmark `finetune`: training on a task, beside PyTorch loops that pad each batch to its longest example or to the context.
+"""Benchmark `finetune`: training on a task, beside PyTorch loops that pad each batch to its longest example (the peer `torch`) or to
+the context (`torch-context`).
 
 All programs divide the training split into the same number of batches. Ten of them are timed, which are spread evenly over the
 padded lengths of an epoch: ours have examples of similar length, as in `gpt-jax finetune`, and the others random ones.
@@ -16,7 +17,8 @@ from gpt_jax.config import FinetuneRunConfig
 from gpt_jax.config.load import config_from_dict, config_to_dict
 from gpt_jax.runtime.console import say
 
-PEERS = ("torch",)
+PADDINGS = {"torch": "longest", "torch-context": "context"}
+PEERS = tuple(PADDINGS)
 BATCHES = 10
 
 
@@ -34,13 +36,11 @@ def comparisons(request: Request) -> list[Comparison]:
     require_transformer(resolved.model)
     settings = {"config": config_to_dict(resolved)}
     programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}
-    peers = {}
     for name in request.peers:
-        peers[f"{name}, longest of the batch"] = ProgramSpec(f"{__name__}:peer", {**settings, "to_context": False})
-        peers[f"{name}, the context"] = ProgramSpec(f"{__name__}:peer", {**settings, "to_context": True})
+        programs[name] = ProgramSpec(f"{__name__}:peer", {**settings, "padding": PADDINGS[name]})
     model, size = resolved.model, resolved.train.batch_size
     title = f"finetune {request.config_name}: {model.num_layers} x {model.embed_dim}, {BATCHES} batches of {size}"
-    return [Comparison(title, "examples", BATCHES * size, programs | peers, tuple(peers))]
+    return [Comparison(title, "examples", BATCHES * size, programs, tuple(request.peers))]
 
 
 class _Data(NamedTuple):
@@ -132,13 +132,13 @@ def ours(config: dict[str, Any]) -> Program:
     return Program(run, lambda: _details(data, len(updates)), device, mesh.size)
 
 
-def peer(config: dict[str, Any], to_context: bool) -> Program:
-    """Returns the updates of a PyTorch model with the same classifier and losses."""
+def peer(config: dict[str, Any], padding: str) -> Program:
+    """Returns the updates of a PyTorch model with the same classifier and losses; `padding` is that of `_load`."""
     device = torch_gpt.start_torch()
     import torch
     from torch.nn import functional as F
 
-    data = _load(config, "context" if to_context else "longest")
+    data = _load(config, padding)
     settings, model, task = data.config, data.config.model, data.config.task
     network = torch_gpt.plain_gpt(model)
     choices = data.task.kind == "multiple_choice"

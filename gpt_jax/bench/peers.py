@@ -27,6 +27,7 @@ PEERS = {
     "transformers-compiled": Peer(("torch", "transformers"), _HUGGINGFACE, compiled=True),
     "torch": Peer(("torch",), _HUGGINGFACE),
     "torch-compiled": Peer(("torch",), _HUGGINGFACE, compiled=True),
+    "torch-context": Peer(("torch",), _HUGGINGFACE),
 }
 """All peers by their names in `--against`."""
 
