@@ -231,7 +231,10 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("name", choices=BENCHMARKS, help="what to measure (see below)")
     sub.set_defaults(takes_overrides=True)
-    text = "programs to measure beside ours: torch, torch-compiled, transformers, transformers-compiled (train; others know some)"
+    text = (
+        "programs to measure beside ours, separated by spaces or commas: torch, torch-compiled, transformers, "
+        "transformers-compiled (train; others know some)"
+    )
     sub.add_argument("--against", nargs="+", default=[], metavar="PEER", help=text)
     text = "the config to measure, which --section.field options change (default: gpt1; checkpoint: mini; finetune: none)"
     sub.add_argument("--config", help=text)

@@ -48,7 +48,7 @@ ALL = "all"
 
 
 def check_options(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Checks that the options belong to the benchmark, and fills in its default config and batch sizes.
+    """Checks that the options belong to the benchmark, separates its peers, and fills in its default config and batch sizes.
 
     Raises:
       UserError: an option or a peer belongs to other benchmarks.
@@ -60,6 +60,7 @@ def check_options(options: argparse.Namespace, overrides: Sequence[str]) -> None
             raise field_error(name, f"belongs to {', '.join(takers)}, not to {options.name}")
     if overrides and not options.config and not benchmark.config:
         raise UserError(f"'{overrides[0]}' is not an argument of gpt-jax bench {options.name}")
+    options.against = [peer for word in options.against for peer in word.split(",")]
     for peer in options.against:
         if peer not in benchmark.peers:
             known = f"its peers are {', '.join(benchmark.peers)}" if benchmark.peers else "it has none"

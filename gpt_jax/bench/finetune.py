@@ -1,5 +1,5 @@
-"""Benchmark `finetune`: training on a task, beside PyTorch loops that pad each batch to its longest example (the peer `torch`) or to
-the context (`torch-context`).
+"""Benchmark `finetune`: training on a task, beside PyTorch loops that pad each batch to its longest example (`torch`) or to the
+context (`torch-context`).
 
 All programs divide the training split into the same number of batches. Ten of them are timed, which are spread evenly over the
 padded lengths of an epoch: ours have examples of similar length, as in `gpt-jax finetune`, and the others random ones.

@@ -159,6 +159,7 @@ def test_a_config_can_be_measured_from_the_command_line(tiny, tmp_path, monkeypa
             "bench train --against tensorflow",
             "'tensorflow' is not a peer of train; its peers are transformers, transformers-compiled",
         ),
+        ("bench train --against torch,tensorflow", "'tensorflow' is not a peer of train"),
         ("bench startup --against torch", "'torch' is not a peer of startup; it has none"),
         ("bench matmul --batch-size 3", "--batch-size: belongs to train, attention, loss, generate, input, not to matmul"),
         ("bench loss --products", "--products: belongs to train, not to loss"),
