@@ -125,9 +125,12 @@ def test_programs_of_peers_run(tiny, name, monkeypatch):
             comparison.programs[peer].build().run(2)
 
 
-def test_the_process_of_a_peer_does_not_load_jax(tiny, task):
+def test_the_process_of_a_peer_does_not_load_jax(tiny, task, monkeypatch):
     pytest.importorskip("transformers")
     from gpt_jax.bench.command import BENCHMARKS
+
+    monkeypatch.setattr("gpt_jax.bench.generate.PROMPT_TOKENS", 8)
+    monkeypatch.setattr("gpt_jax.bench.generate.NEW_TOKENS", 4)
 
     requests = {name: Request(task if name == "finetune" else tiny, name, (), value.peers) for name, value in BENCHMARKS.items()}
     comparisons = [
