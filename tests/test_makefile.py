@@ -1,4 +1,4 @@
-"""The rule of the Makefile that installs: it shows the time that has passed, and it fails as its commands do."""
+"""The Makefile: the rule that installs shows the elapsed time and fails as its commands do, and `make gpu` installs nothing."""
 
 import os
 import shutil
@@ -45,6 +45,22 @@ def test_a_failed_installation_shows_the_message_and_the_code_of_pip_and_is_trie
     assert "ERROR: pip says why" in done.stderr
     assert "Error 3" in done.stderr
     assert not (tmp_path / ".venv" / ".installed-core").exists()
+
+
+def test_the_gpu_is_measured_with_the_environment_or_else_with_the_python_of_the_machine(tmp_path):
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+
+    def commands() -> str:
+        words = ["make", "--dry-run", "gpu", "PYTHON=python3.99", "ARGS=--rehearse"]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        return subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert commands() == "python3.99 -m benchmarks.gpu run --rehearse\n"
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").touch()
+    assert commands() == ".venv/bin/python -m benchmarks.gpu run --rehearse\n"
 
 
 @pytest.mark.slow
