@@ -233,7 +233,7 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(takes_overrides=True)
     text = (
         "programs to measure beside ours, separated by spaces or commas: torch, torch-compiled, transformers, "
-        "transformers-compiled (train; others know some)"
+        "transformers-compiled (train; others know some, and generate also ctranslate2)"
     )
     sub.add_argument("--against", nargs="+", default=[], metavar="PEER", help=text)
     text = "the config to measure, which --section.field options change (default: gpt1; checkpoint: mini; finetune: none)"

@@ -63,6 +63,7 @@ WITHOUT_JAX = (
 
 HEAVY = {
     *(
+        "ctranslate2",
         "ftfy",
         "matplotlib",
         "onnx",

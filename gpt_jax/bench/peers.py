@@ -28,6 +28,7 @@ PEERS = {
     "torch": Peer(("torch",), _HUGGINGFACE),
     "torch-compiled": Peer(("torch",), _HUGGINGFACE, compiled=True),
     "torch-context": Peer(("torch",), _HUGGINGFACE),
+    "ctranslate2": Peer(("ctranslate2",), "pip install ctranslate2"),
 }
 """All peers by their names in `--against`."""
 

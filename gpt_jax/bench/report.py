@@ -19,7 +19,7 @@ from gpt_jax.runtime.rundir import environment, installed_versions, write_atomic
 BUSY = 0.1
 """Share of the cores from which other programs are worth a warning."""
 
-PEER_PACKAGES = ("torch", "transformers")
+PEER_PACKAGES = ("torch", "transformers", "ctranslate2")
 
 
 def describe_run(peers: Sequence[str]) -> dict[str, Any]:
