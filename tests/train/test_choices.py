@@ -20,7 +20,7 @@ def config(tmp_path_factory):
     source = write_text(tmp_path_factory.mktemp("text"))
     return tiny_config(
         source,
-        model={"loss_chunk": 0, "context_length": 144},
+        model={"loss_chunk": 0, "context_length": 72},
         train={"duration": "6 steps", "eval_every": "3 steps", "save_every": "3 steps"},
     )
 
@@ -69,7 +69,7 @@ def test_choices_depend_on_the_platform(platform, attention, loss_chunk):
     assert choose(given, platform) == given
 
 
-@pytest.mark.parametrize(("time", "attention"), [(64, "plain"), (128, "plain"), (129, "blockwise"), (2048, "blockwise")])
+@pytest.mark.parametrize(("time", "attention"), [(32, "plain"), (64, "plain"), (65, "blockwise"), (2048, "blockwise")])
 def test_short_sequences_use_plain_attention_on_cpus(time, attention):
     assert choose(ModelConfig(context_length=time), "cpu").attention == attention
 
