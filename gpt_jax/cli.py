@@ -21,7 +21,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code (README, "A run's folder").
 
     Args:
-      words: the words of the command; None: those of this process, which the command may then end itself.
+      words: the words of the command; None: those of this process, which may then exit without returning.
     """
     code = _main(words)
     if words is None and "gpt_jax.train.compilation" in sys.modules:

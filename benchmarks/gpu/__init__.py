@@ -5,7 +5,7 @@
     python -m benchmarks.gpu tables                                     the results as tables of docs/benchmarks.md
 
 `prepare` makes the folder gpu-data, which travels with the checkout: a token store and a tokenizer of the novels, tasks in GLUE's
-layout, and the pure Python packages that such a machine may lack. Without it, `run` leaves out what needs them.
+layout, and the pure Python packages that such a machine may lack. Without this folder, `run` skips the measurements that need it.
 
 `run` gives each measurement a process of its own, which ends with the time of its part, and appends it to
 gpu-results/results.jsonl, so that nothing is lost if a later one fails or the machine is taken away. The first line describes the

@@ -111,19 +111,19 @@ def _parser() -> Parser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     data, out = Path("gpu-data"), Path("gpu-results")
 
-    verb = verbs.add_parser("prepare", help="make the folder that travels to the GPU machine")
+    verb = verbs.add_parser("prepare", help="make the folder to copy to the GPU machine")
     verb.add_argument("--novels", type=Path, help="a folder of text to train on (default: no text)")
-    verb.add_argument("--tasks", type=Path, help="a folder with CoLA, SST-2 and RTE as GLUE has them (default: no tasks)")
+    verb.add_argument("--tasks", type=Path, help="a folder with CoLA, SST-2 and RTE in GLUE's layout (default: no tasks)")
     verb.add_argument("--data", type=Path, default=data, help=f"the folder to make (default: {data})")
     verb.add_argument("--rehearse", action="store_true", help="a small vocabulary and little text, for `run --rehearse`")
 
     verb = verbs.add_parser("run", help="measure")
     verb.add_argument("--data", type=Path, default=data, help=f"what `prepare` made (default: {data}, if it is there)")
-    verb.add_argument("--out", type=Path, default=out, help=f"folder for the results, which are added to it (default: {out})")
+    verb.add_argument("--out", type=Path, default=out, help=f"folder to which the results are added (default: {out})")
     text = f"time for everything (default: {FULL.minutes}, or {REHEARSAL.minutes} to rehearse)"
     verb.add_argument("--minutes", type=number(float, POSITIVE), help=text)
     verb.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (default: all)")
-    verb.add_argument("--rehearse", action="store_true", help="measure a small model, also without a GPU")
+    verb.add_argument("--rehearse", action="store_true", help="measure a small model; needs no GPU")
 
     verb = verbs.add_parser("tables", help="print the results as Markdown")
     verb.add_argument("--out", type=Path, default=out, help=f"the folder of the results (default: {out})")

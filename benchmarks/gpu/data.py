@@ -46,7 +46,7 @@ def prepare(config: str, novels: Path | None, tasks: Path | None, out: Path) -> 
         except importlib.metadata.PackageNotFoundError:
             raise UserError(f"{package} is not installed here; prepare the folder where gpt_jax is installed") from None
         for file in files:
-            if ".." not in file.parts and file.suffix != ".pyc":  # not the commands, but also the metadata, which typeguard reads
+            if ".." not in file.parts and file.suffix != ".pyc":  # without scripts, but with the metadata, which typeguard reads
                 target = out / "packages" / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(str(file.locate()), target)
@@ -57,7 +57,7 @@ def prepare(config: str, novels: Path | None, tasks: Path | None, out: Path) -> 
     sizes = {path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in out.iterdir()}
     listed = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in sorted(sizes.items()))
     if sum(sizes.values()) > MAX_BYTES:
-        raise UserError(f"{out} has more than {MAX_BYTES >> 20} MiB ({listed}); delete it and prepare fewer novels")
+        raise UserError(f"{out} is larger than {MAX_BYTES >> 20} MiB ({listed}); delete it and prepare fewer novels")
     say(f"{out} is complete: {sum(sizes.values()) / 2**20:.1f} MiB ({listed})")
 
 
@@ -65,7 +65,7 @@ def use_packages(folder: Path) -> None:
     """Lets this process and those that it starts import the packages that this machine lacks.
 
     Raises:
-      UserError: the folder has not got them either.
+      UserError: the folder does not have them either.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     lacking = [name for name in missing if not (folder / "packages" / name).is_dir()]

@@ -107,7 +107,7 @@ def pretraining(session: Session) -> None:
     """Trains on the novels for as many tokens as the time of this part allows."""
     seconds = session.deadline - time.monotonic() - session.sizes.startup
     if seconds < 0:
-        session.record("novels", [], 0, "left out, because too little time was left", {})
+        session.record("novels", [], 0, "skipped, because too little time was left", {})
         return
     words = ["pretrain", session.sizes.novels, "--data.source", "", "--data.store", str(session.data / "store"), *EVALUATE_LAST]
     duration = f"{min(0.8 * seconds * session.rate, session.sizes.tokens):.0f} tokens"

@@ -25,7 +25,7 @@ class Session:
 
     Attributes:
       part: what the commands belong to.
-      deadline: when they are ended, on the monotonic clock.
+      deadline: when a running command is stopped, on the monotonic clock.
       rate: speed of training in tokens/s.
     """
 
@@ -48,7 +48,7 @@ class Session:
         self.append(named | {"failure": failure, "result": result})
 
     def execute(self, words: Sequence[str], variables: dict[str, str] | None = None) -> tuple[float, str, str]:
-        """Runs Python with these words.
+        """Runs Python with these arguments.
 
         Returns:
           The seconds that it took, why it failed (empty if it did not), and its standard output.
@@ -56,7 +56,7 @@ class Session:
         begin = time.monotonic()
         limit = self.deadline - begin
         if limit <= 0:
-            return 0.0, "left out, because the time was over", ""
+            return 0.0, "skipped, because the time was up", ""
         failure = ""
         with self._log.open("a+b") as log, tempfile.TemporaryFile() as output:
             log.write(f"\n$ {shlex.join(words)}\n".encode())
@@ -79,7 +79,7 @@ class Session:
         return time.monotonic() - begin, failure, printed
 
     def bench(self, name: str, *words: str, rounds: int = 1) -> list[dict[str, Any]]:
-        """Runs and records a benchmark; returns its comparisons, as far as it came."""
+        """Runs and records a benchmark; returns the comparisons that it completed."""
         file = self.scratch / "bench.json"
         file.unlink(missing_ok=True)
         command = ["bench", *words, "--rounds", str(rounds)]

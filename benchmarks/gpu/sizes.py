@@ -12,7 +12,7 @@ class Sizes(NamedTuple):
     novels: str
     """The config that is trained on the novels."""
     batch_sizes: tuple[int, ...]
-    """Batch sizes of training, which are tried until one is not faster."""
+    """Batch sizes for training, tried in order until one is no more than 3% faster than the best so far."""
     attention_batch: int
     peers: tuple[tuple[str, ...], ...]
     """Programs that training is compared with. Those of a group are in the GPU's memory at the same time."""
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     train_rows: int
     """Maximum number of rows of a task to train on."""
     rate: float
-    """Speed of training in tokens/s, where it was not measured before."""
+    """Speed of training in tokens/s to assume if none was measured."""
     startup: float
     """Seconds until pre-training begins."""
     minutes: float

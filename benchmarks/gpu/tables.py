@@ -108,8 +108,8 @@ def _determinism(records: Sequence[Record], chip: str) -> Iterator[str]:
             continue
         equal, seconds = f"{result['equal_updates']} of {result['updates']}", result["update_seconds"]
         arrays = f", and of the final states {result['equal_arrays']} of {result['arrays']} arrays" if "arrays" in result else ""
-        yield f"Of two runs with deterministic operations, in two processes without caches, {equal} updates have the same loss"
-        yield f"and the same norm of the gradient bit for bit{arrays}."
+        yield f"In two runs with deterministic operations, in separate processes without caches, {equal} updates have the same"
+        yield f"loss and the same norm of the gradient bit for bit{arrays}."
         if seconds["first"] and seconds["default"]:
             cost = seconds["first"] / seconds["default"] - 1
             first, default = (f"{1000 * seconds[name]:.1f} ms" for name in ("first", "default"))

@@ -48,7 +48,7 @@ ALL = "all"
 
 
 def check_options(options: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Checks that the options belong to the benchmark, separates its peers, and fills in its default config and batch sizes.
+    """Checks that the options belong to the benchmark, splits its list of peers, and fills in its default config and batch sizes.
 
     Raises:
       UserError: an option or a peer belongs to other benchmarks.
@@ -118,7 +118,7 @@ def bench(options: argparse.Namespace, config: Any) -> int:
 def all_comparisons(peers: Sequence[str]) -> tuple[list[Comparison], list[Result]]:
     """Returns the comparisons of all benchmarks but `finetune`, and a failed result for each that lacks something.
 
-    Each benchmark has its default config, and those of the peers that it knows.
+    Each benchmark has its default config, and those of the given peers that it supports.
     """
     say("finetune is left out of `all`, because it needs a task: gpt-jax bench finetune --config finetune/cola")
     comparisons: list[Comparison] = []

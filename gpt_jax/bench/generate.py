@@ -100,4 +100,4 @@ def ctranslate2_peer(config: dict[str, Any], batch_size: int) -> Program:
         for _ in range(count):
             ctranslate2_gpt.continue_greedily(generator, prompts, NEW_TOKENS)
 
-    return Program(run, device="a GPU" if generator.device == "cuda" else "")
+    return Program(run, device="GPU" if generator.device == "cuda" else "")

@@ -78,7 +78,7 @@ def start_worker(spec: ProgramSpec, one_gpu: bool = False) -> Iterator[Worker]:
     """Starts the process of a program, and ends it and deletes its temporary files when the block exits.
 
     Args:
-      one_gpu: whether the program may use only the first GPU.
+      one_gpu: whether to hide all GPUs but the first from the program.
     """
     command = [sys.executable, "-m", "gpt_jax.bench.worker"]
     pipe = subprocess.PIPE

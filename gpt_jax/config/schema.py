@@ -213,7 +213,8 @@ class ModelOptions(Section, section="model"):
     the gates of an LSTM; `full`: all activations of a block; `auto`: `dots`, and `off` for an LSTM."""
     attention: Literal["auto", "plain", "blockwise"] = field("auto", affects="speed")
     """Implementation of attention. `plain` computes all probabilities as one array; `blockwise` computes them in blocks, and
-    again in the backward pass, and stores none; both run on any device. `auto`: `blockwise` on a CPU, otherwise `plain`."""
+    again in the backward pass, and stores none; both run on any device. `auto`: `blockwise` on a CPU, except for short
+    sequences, and otherwise `plain`."""
     loss_chunk: int = field(0, affects="speed", within=NOT_NEGATIVE)
     """Number of time steps whose logits are in memory at once in the loss; 0: chosen automatically (128 on accelerators, and as
     many as fit into the cache on a CPU)."""

@@ -50,7 +50,7 @@ def attention(
     """
     queries, keys = query.shape[1], key.shape[1]
     if queries == keys and query_offset is None:
-        choice = choose_attention(jax.default_backend(), queries, query.dtype)
+        choice = choose_attention(jax.default_backend(), queries)
         name = choice.name if implementation == "auto" else implementation
         return IMPLEMENTATIONS[name](query, key, value, stream, rate, segment_ids, precision)
     if stream is not None and queries != keys:
@@ -65,22 +65,20 @@ class Choice(NamedTuple):
     name: str
     """Its name in `IMPLEMENTATIONS`."""
     reason: str
-    """Why, as a phrase for a person."""
+    """The reason, as a phrase for the user."""
 
 
-BLOCKWISE_BEYOND = {"float32": 64, "bfloat16": 128}
-"""On CPUs, training on sequences of more tokens than this is faster with `blockwise` than with `plain`, by compute dtype
-(docs/benchmarks.md). Up to this length, `plain` is at least about as fast."""
+BLOCKWISE_BEYOND = 64
+"""Sequence length in tokens beyond which `blockwise` trains faster than `plain` on CPUs (docs/benchmarks.md)."""
 
 
-def choose_attention(platform: str, time: int, dtype: jnp.dtype) -> Choice:
+def choose_attention(platform: str, time: int) -> Choice:
     """Returns the implementation for sequences of `time` tokens on a platform ("cpu", "gpu" or "tpu")."""
     if platform != "cpu":
         return Choice("plain", f"nothing is known to be faster on a {platform.upper()}")
-    longest = BLOCKWISE_BEYOND.get(str(dtype), max(BLOCKWISE_BEYOND.values()))
-    if time > longest:
-        return Choice("blockwise", f"faster on CPUs beyond {longest} tokens")
-    return Choice("plain", f"sufficient on CPUs up to {longest} tokens")
+    if time > BLOCKWISE_BEYOND:
+        return Choice("blockwise", f"faster on CPUs beyond {BLOCKWISE_BEYOND} tokens")
+    return Choice("plain", f"about as fast as any on CPUs up to {BLOCKWISE_BEYOND} tokens")
 
 
 def _plain(

@@ -121,7 +121,7 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         if not gradients:
             return (total, table_gradient), jnp.zeros(())
         score_gradient = (weight[..., None] * (exponentials / normalizer - is_target)).astype(hidden.dtype)
-        # XLA transposes the first operand on CPUs, and that of the scores would take longer than the product.
+        # On CPUs, XLA transposes the first operand, and transposing the gradient of the scores would take longer.
         table_gradient = table_gradient + jnp.einsum("bte,btv->ev", x, score_gradient, preferred_element_type=jnp.float32)
         x_gradient = all_sum(jnp.einsum("btv,ve->bte", score_gradient, narrow, preferred_element_type=jnp.float32), "vocab")
         return (total, table_gradient), x_gradient.astype(hidden.dtype)

@@ -43,8 +43,8 @@ def enable(log: Log) -> None:
         return
     named = jax.config.values["jax_compilation_cache_dir"]
     if not named and jax.process_count() > 1 and jax.default_backend() == "gpu":
-        # JAX writes programs only on process 0. Where it finds one that other processes do not have, they would wait forever for
-        # its share of the timings by which XLA selects kernels. A folder that all processes share has to be named.
+        # JAX writes programs only on process 0. If it found one there that the others lack, they would wait forever for its share
+        # of the timings by which XLA selects kernels. So the user has to name a folder, which all processes must share.
         jax.config.update("jax_enable_compilation_cache", False)
         return
     if named and "://" in named:

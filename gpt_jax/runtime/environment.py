@@ -197,14 +197,22 @@ def _xla_flags_problem(flags: str) -> str:
     return ""
 
 
+def _may_use_accelerators() -> bool:
+    """Returns whether JAX may find GPUs or TPUs, which is not known before it has started their plugins."""
+    plugins = any(importlib.util.find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return os.environ.get("JAX_PLATFORMS", "") != "cpu" and plugins
+
+
 def require_devices() -> None:
     """Starts JAX's backends and checks that they have the requested devices, and lets JAX keep compiled programs.
 
-    On CPUs, freed memory is kept for reuse.
+    On a machine without accelerators, freed memory is kept for reuse.
 
     Raises:
       UserError: a platform in JAX_PLATFORMS is not available, or CUDA_VISIBLE_DEVICES names GPUs that do not exist.
     """
+    if not _may_use_accelerators():
+        keep_freed_memory()
     import jax
 
     from gpt_jax.runtime import compilation_cache, console
@@ -220,6 +228,4 @@ def require_devices() -> None:
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") + 1
     if devices[0].platform == "gpu" and jax.process_count() == 1 and len(devices) < wanted:
         raise _mistake("CUDA_VISIBLE_DEVICES", f"names {wanted} GPUs, but only {len(devices)} of them can be used")
-    if devices[0].platform == "cpu":
-        keep_freed_memory()
     compilation_cache.enable(console.say if jax.process_index() == 0 else lambda line: None)

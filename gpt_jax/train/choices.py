@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.config.load import config_from_dict
 from gpt_jax.model.attention import choose_attention
-from gpt_jax.model.transformer import choose_remat, compute_dtype
+from gpt_jax.model.transformer import choose_remat
 from gpt_jax.runtime.rundir import RunDir
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -23,7 +23,7 @@ EARLIER: dict[str, Any] = {"attention": "plain"}
 
 def choose(model: ModelConfig, platform: str) -> ModelConfig:
     """Returns the model's config with all choices made for the devices of a platform ("cpu", "gpu" or "tpu")."""
-    chosen: Any = choose_attention(platform, model.context_length, compute_dtype(model, platform)).name
+    chosen: Any = choose_attention(platform, model.context_length).name
     attention = chosen if model.attention == "auto" else model.attention
     remat: Any = choose_remat(model)
     loss_chunk = model.loss_chunk or (0 if platform == "cpu" else 128)

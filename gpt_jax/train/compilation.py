@@ -65,7 +65,7 @@ def exit_now_if_compiling(code: int) -> None:
     Otherwise Python would wait for it, perhaps for longer than a preempted machine has. Call it when nothing else is left to be
     written. In a run of several processes it does nothing, because JAX lets them exit together.
     """
-    if jax.process_count() == 1 and any(thread.name.startswith(THREAD) for thread in threading.enumerate()):
+    if any(thread.name.startswith(THREAD) for thread in threading.enumerate()) and jax.process_count() == 1:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -87,8 +87,8 @@ class CompiledByShape:
     def compile_ahead(self, compiler: BackgroundCompiler, batches: Mapping[str, AbstractBatch]) -> None:
         """Starts to compile the function in the background for some batches, keyed by the name of the program.
 
-        On GPUs, programs are compiled when they are used: the compiler times kernels there, which training would disturb, and
-        the processes of a run exchange these times, so that none of them may drop a program that another one compiles.
+        On GPUs, programs are compiled when they are used: the compiler times kernels, which training would disturb. The processes
+        of a run also exchange these times, so none of them may drop a program that another one compiles.
         """
         if jax.default_backend() == "gpu":
             return

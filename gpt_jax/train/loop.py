@@ -131,7 +131,7 @@ def _preempted(run: rundir.RunDir, writer: CheckpointWriter, step: int, total: i
     """Waits for the save of this step, and records the stop; returns the error to raise."""
     writer.wait()
     run.record("event", step, event="preempted")
-    where = f"saved at step {step} of {total}" if step else "before the first update"
+    where = f"saved at step {step} of {total}" if step else "there is nothing to save before the first update"
     return Preempted(f"stop requested: {where}; run the same command again to continue")
 
 

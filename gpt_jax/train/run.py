@@ -110,7 +110,7 @@ def run_training(
     Raises:
       UserError: the folder, its checkpoint or its tokenizer does not match this run; the message explains why.
       TrainingError: a loss or gradient was not finite; the last good state was saved.
-      Preempted: a stop was requested; the state was saved.
+      Preempted: a stop was requested; the state was saved if there was an update.
     """
     started = time.monotonic()
     run, log, total = ctx.run, ctx.log, schedule.total_steps
@@ -203,7 +203,7 @@ def _header(config: RunConfig, mesh: Mesh, title: str, total_steps: int) -> str:
     parts = [f"{model.num_parameters:,} parameters", f"{title} in {total_steps:,} steps"]
     parts += [f"{mesh.size} x {device.device_kind}", f"mesh {axes}"]
     if model.kind == "transformer":
-        choice = choose_attention(device.platform, model.context_length, dtype)
+        choice = choose_attention(device.platform, model.context_length)
         parts.append(f"attention {model.attention}" + (f" ({choice.reason})" if choice.name == model.attention else ""))
     return " | ".join([*parts, f"{dtype} over {model.param_dtype}"])
 

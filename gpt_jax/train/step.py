@@ -19,6 +19,7 @@ from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.model.loss import Batch, language_model_loss, normalize
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec, compute_dtype
+from gpt_jax.runtime.memory import return_freed_memory
 from gpt_jax.runtime.sharding import constrain, named_sharding
 from gpt_jax.train.choices import choose
 from gpt_jax.train.compilation import AbstractBatch
@@ -61,7 +62,11 @@ def init_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_M
     """Returns a state with random parameters and zero moments, created in shards under jit: no host ever holds all of it."""
     init = jax.jit(functools.partial(_init, config, model), out_shardings=state_shardings(config, mesh, model))
     with jax.set_mesh(mesh):
-        return init(np.uint32(config.train.seed))
+        state = init(np.uint32(config.train.seed))
+    if mesh.devices.flat[0].platform == "cpu":
+        jax.block_until_ready(state)
+        return_freed_memory()  # The random numbers took as much as the state.
+    return state
 
 
 def abstract_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:

@@ -91,8 +91,8 @@ python 3.12.3, jax 0.11.2, torch 2.11.0; commit 0123456.
 | `torch` | bfloat16 | output, no dropout | 0.500 |  |  |
 | `plain` | bfloat16 | output and gradients, dropout 0.1 | 2.00 | 1.2e-03 | 4.6e-03 |
 
-Of two runs with deterministic operations, in two processes without caches, 99 of 100 updates have the same loss
-and the same norm of the gradient bit for bit, and of the final states 43 of 44 arrays.
+In two runs with deterministic operations, in separate processes without caches, 99 of 100 updates have the same
+loss and the same norm of the gradient bit for bit, and of the final states 43 of 44 arrays.
 An update took 12.0 ms, and 10.0 ms with the default operations (+20%).
 
 | training | program | tokens/s | ratio to the best peer | set-up, s | MFU |

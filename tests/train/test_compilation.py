@@ -155,7 +155,7 @@ def test_sigterm_during_a_compilation_ends_the_command_at_once(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 42, done.stderr
     assert done.stderr.splitlines()[-1] == (
-        "gpt-jax: stop requested: before the first update; run the same command again to continue"
+        "gpt-jax: stop requested: there is nothing to save before the first update; run the same command again to continue"
     )
     assert list((tmp_path / "run").glob("lock.*")) == []
 
