@@ -32,8 +32,8 @@ interop: ## Run all tests of exports, imports and benchmarks with torch, transfo
 test-interop: $(VENV)/.installed-interop
 	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n 2 --dist worksteal tests/interop tests/bench $(ARGS)
 
-# It installs nothing, so that it also runs where only the machine's own Python drives the GPU.
-gpu: ## Measure everything on one GPU (docs/benchmarks.md), with the packages of VENV or else of PYTHON; ARGS=--rehearse on a CPU.
+# This target installs nothing, so it also works where only the system's Python can use the GPU.
+gpu: ## Measure everything on one GPU (docs/benchmarks.md) with VENV's Python, or else PYTHON; ARGS=--rehearse on a CPU.
 	@$(if $(wildcard $(bin)/python),$(bin)/python,$(PYTHON)) -m benchmarks.gpu run $(ARGS)
 
 slurm: $(VENV)/.installed-test ## Run the batch file of `gpt-jax launch slurm` on a SLURM of this machine (Debian's slurm-wlm and munge, as root).

@@ -233,12 +233,12 @@ def _add_bench(sub: argparse.ArgumentParser) -> None:
     sub.set_defaults(takes_overrides=True)
     text = (
         "programs to measure beside ours, separated by spaces or commas: torch, torch-compiled, transformers, "
-        "transformers-compiled (train; others know some, and generate also ctranslate2)"
+        "transformers-compiled (train; other benchmarks have some of them), torch-context (finetune), ctranslate2 (generate)"
     )
     sub.add_argument("--against", nargs="+", default=[], metavar="PEER", help=text)
     text = "the config to measure, which --section.field options change (default: gpt1; checkpoint: mini; finetune: none)"
     sub.add_argument("--config", help=text)
-    text = "one or several batch sizes (default: the config's own, and 2 without --config; generate: 1, and 1 8; input: 64 256)"
+    text = "batch sizes (default: the config's own, or for generate 1; without --config 2, generate 1 8, input 64 256)"
     sub.add_argument("--batch-size", type=number(int, POSITIVE), nargs="+", metavar="N", help=text)
     sub.add_argument("--products", action="store_true", help="train: also time the matrix products of a step, each alone")
     sub.add_argument("--store", type=_path, help="input: a token store to read (default: a temporary file of random tokens)")

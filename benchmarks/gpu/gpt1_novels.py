@@ -1,6 +1,6 @@
-"""GPT-1's model for one short run on novels, whose vocabulary is trained on them.
+"""GPT-1's model for one short run on novels, with a vocabulary that is trained on the same novels.
 
-The released vocabulary would need ftfy and spaCy wherever a task is read, which few GPU machines have.
+With the released vocabulary, reading a task would require ftfy and spaCy, which few GPU machines have.
 """
 
 import dataclasses

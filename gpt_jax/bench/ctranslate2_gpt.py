@@ -57,7 +57,7 @@ def load_generator(folder: Path) -> Any:
 
 
 def continue_greedily(generator: Any, prompts: np.ndarray, num_tokens: int) -> list[list[int]]:
-    """Returns the `num_tokens` most likely tokens after each prompt, which are int [batch, time]; nothing ends a text earlier."""
+    """Continues each prompt (int [batch, time]) by `num_tokens` tokens, each time the most likely one; no text ends early."""
     texts = [[str(token) for token in prompt] for prompt in prompts]
     lengths = {"min_length": num_tokens, "max_length": num_tokens}
     results = generator.generate_batch(texts, **lengths, beam_size=1, sampling_topk=1, include_prompt_in_result=False)

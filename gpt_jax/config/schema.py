@@ -208,9 +208,9 @@ class ModelOptions(Section, section="model"):
     matmul_precision: Literal["default", "high", "highest"] = field("default", affects="result")
     """Precision of float32 matrix products on hardware that would otherwise reduce it (TPUs, GPUs with TF32)."""
     remat: Literal["auto", "off", "dots", "full"] = field("auto", affects="speed")
-    """Activations that the backward pass recomputes instead of storing. `off`: none; `dots`: those that need no product
-    with parameters, which leaves the queries, keys, values and results of attention, the inputs of GELU, the residual sums, and
-    the gates of an LSTM; `full`: all activations of a block; `auto`: `dots`, and `off` for an LSTM."""
+    """Activations that the backward pass recomputes instead of storing. `off`: none; `dots`: all that can be recomputed without
+    a matrix product with parameters, so that the queries, keys, values and results of attention, the inputs of GELU, the residual
+    sums, and the gates of an LSTM are stored; `full`: all activations of a block; `auto`: `dots`, and `off` for an LSTM."""
     attention: Literal["auto", "plain", "blockwise"] = field("auto", affects="speed")
     """Implementation of attention. `plain` computes all probabilities as one array; `blockwise` computes them in blocks, and
     again in the backward pass, and stores none; both run on any device. `auto`: `blockwise` on a CPU, except for short

@@ -28,7 +28,7 @@ from gpt_jax.runtime.sharding import constrain
 
 KEPT = "kept"
 """The name of values that `rematerialize` keeps for the backward pass: queries, keys and values, the inputs of GELU, and the
-residual sums. With the results of attention, all other values follow from them without a product with parameters."""
+residual sums. All others can be computed from these and the results of attention without a product with parameters."""
 
 Params = dict[str, Any]
 """Parameters as nested dictionaries of arrays."""
@@ -77,8 +77,8 @@ class Linear(nnx.Module):
 def product(x: jax.Array, kernel: jax.Array, num_inputs: int, precision: str) -> jax.Array:
     """Returns the product over the last `num_inputs` axes of `x` and the first ones of `kernel`.
 
-    Its gradients are those of `jnp.tensordot`, but arranged so that XLA copies little on CPUs (docs/benchmarks.md). It transposes
-    the first operand of the product that gives the kernel's gradient, so the narrower one comes first.
+    Its gradients are those of `jnp.tensordot`, but arranged so that XLA copies little on CPUs (docs/benchmarks.md). XLA
+    transposes the first operand of the product that gives the kernel's gradient, so the narrower operand comes first.
     """
     return jnp.tensordot(x, kernel, axes=num_inputs, precision=precision)
 

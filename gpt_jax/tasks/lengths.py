@@ -50,7 +50,7 @@ def resolve_lengths(
       num_devices: number of devices that share a batch.
     """
     batch_size, number = config.train.batch_size, config.task.num_length_buckets
-    if number:  # Beside others, the test split only determines the greatest length, because it is scored only once.
+    if number:  # The test split determines only the greatest length, because it is scored once, unless it is the only split.
         least_used = "test" if len(encoded) > 1 else ""
         longest = [split.longest.max(keepdims=True) if name == least_used else split.longest for name, split in encoded.items()]
         return choose_lengths(longest, batch_size, number)

@@ -1,4 +1,4 @@
-"""Compilation in the background: a thread compiles the programs of a run while the run prepares, and then while it trains."""
+"""Compilation in the background: on CPUs and TPUs, a thread compiles a run's programs while it prepares and while it trains."""
 
 import concurrent.futures
 import contextlib
