@@ -30,7 +30,16 @@ def tiny_config(source: Path, **changes: dict[str, Any]) -> PretrainConfig:
       changes: as for `replace_fields`.
     """
     config = PretrainConfig(
-        model=ModelConfig(vocab_size=257, context_length=32, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=64, loss_chunk=16),
+        model=ModelConfig(
+            vocab_size=257,
+            context_length=32,
+            num_layers=2,
+            embed_dim=16,
+            num_heads=2,
+            mlp_dim=64,
+            attention="blockwise",  # as for longer sequences
+            loss_chunk=16,
+        ),
         data=DataConfig(
             source=str(source), validation_share=0.1, processes=1, pipeline="threads", tokenizer=TokenizerConfig(kind="bytes")
         ),

@@ -19,10 +19,7 @@ def attention(session: Session) -> None:
     session.bench("float32", *words, "--model.compute-dtype", "float32", "--model.matmul-precision", "highest")
 
 
-EVALUATE_LAST = (
-    *("--train.eval-every", "100%", "--train.save-every", "50%"),
-    *("--train.eval-windows", "256", "--train.sample-tokens", "0"),
-)
+EVALUATE_LAST = ("--train.eval-every", "100%", "--train.eval-windows", "256", "--train.sample-tokens", "0")
 COMPARE = """
 import json, sys
 import jax, numpy
@@ -38,6 +35,7 @@ def determinism(session: Session) -> None:
     """Trains twice with deterministic operations, in two processes without caches, and a third time without such operations."""
     sizes, total = session.sizes, f"{session.sizes.updates} steps"
     words = ["pretrain", sizes.model, "--data.source", "builtin:docs", "--data.max-bytes", "1000000", *EVALUATE_LAST]
+    words += ["--train.save-every", "100%"]  # A save would count as time of updates.
     words += ["--data.store", str(session.scratch / "bytes"), "--data.tokenizer.kind", "bytes", "--model.vocab-size", "257"]
     words += ["--train.batch-size", "16", "--train.duration", total, "--optim.warmup", "2 steps"]
     runs = {name: session.scratch / name for name in ("first", "second", "default")}
@@ -110,6 +108,7 @@ def pretraining(session: Session) -> None:
         session.record("novels", [], 0, "skipped, because too little time was left", {})
         return
     words = ["pretrain", session.sizes.novels, "--data.source", "", "--data.store", str(session.data / "store"), *EVALUATE_LAST]
+    words += ["--train.save-every", "50%"]
     duration = f"{min(0.8 * seconds * session.rate, session.sizes.tokens):.0f} tokens"
     session.train("novels", session.scratch / "novels", *words, "--train.duration", duration, "--optim.warmup", "10%")
 

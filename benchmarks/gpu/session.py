@@ -33,7 +33,8 @@ class Session:
         self.sizes, self.data, self.scratch = sizes, data, scratch
         self.part, self.deadline, self.rate = "", 0.0, sizes.rate
         self._log, self._results = out / "log.txt", out / RESULTS
-        self._environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled")}
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        self._environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"), "CUDA_VISIBLE_DEVICES": gpu}
 
     def append(self, values: dict[str, Any]) -> None:
         """Appends a line to the results."""

@@ -22,7 +22,8 @@ def describe(folder: Path) -> str:
     """
     path = folder / RESULTS
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        records = [json.loads(line) for line in lines if line.endswith("\n")]  # The last one may not be complete.
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; `run` writes it") from None
     except ValueError as error:

@@ -206,7 +206,7 @@ def _may_use_accelerators() -> bool:
 def require_devices() -> None:
     """Starts JAX's backends and checks that they have the requested devices, and lets JAX keep compiled programs.
 
-    On a machine without accelerators, freed memory is kept for reuse.
+    Freed memory is kept for reuse, unless a plugin for GPUs or TPUs is installed.
 
     Raises:
       UserError: a platform in JAX_PLATFORMS is not available, or CUDA_VISIBLE_DEVICES names GPUs that do not exist.

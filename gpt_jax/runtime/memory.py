@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
     """
     if mallopt := _glibc("mallopt"):
         mallopt(ARENA_MAX, 1)
-        mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(MMAP_THRESHOLD, KEPT_BYTES) or mallopt(MMAP_THRESHOLD, 32 << 20)  # the limit of earlier versions
         mallopt(TRIM_THRESHOLD, KEPT_BYTES)
 
 

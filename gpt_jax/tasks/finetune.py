@@ -50,7 +50,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
 
     Raises:
       UserError: config, task, checkpoint, workdir or mesh do not fit together; the message says why.
-      TrainingError, Preempted: as `loop.run_training`.
+      TrainingError, Preempted: as `run.run_training`.
     """
     with start_run(config, workdir) as ctx:
         require(not any(workdir.glob("seed-*")), "workdir", f"{workdir} contains runs of several seeds; use another folder")

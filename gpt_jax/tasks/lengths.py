@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from gpt_jax.config import FinetuneRunConfig, ModelConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
 from gpt_jax.tasks.transforms import EncodedSplit
 from gpt_jax.train.logging import flops_per_token
 from gpt_jax.train.schedule import Schedule
@@ -73,22 +73,28 @@ def keep_lengths(
     Args:
       stored: the contents of the run's config.json; empty for a new run.
       config, encoded, passes, platform, num_devices: as for `resolve_lengths`.
+
+    Raises:
+      UserError: the run is a pre-training run, or its record is damaged.
     """
     task = config.task
     if task.num_length_buckets or not stored or stored.get("platform", platform) != platform:
         return resolve_lengths(config, encoded, passes, platform, num_devices)
     if stored.get("lengths") is None:  # Runs of earlier versions recorded only the number, which was never chosen.
-        recorded = stored["config"]["task"]
+        recorded = stored["config"].get("task")
+        require(recorded is not None, "workdir", "this folder contains a pre-training run; use another one")
         number = recorded.get("num_length_buckets", recorded.get("lengths", EARLIER_NUMBER))  # "lengths" was its first name.
         config = dataclasses.replace(config, task=dataclasses.replace(task, num_length_buckets=number))
         return resolve_lengths(config, encoded, passes, platform, num_devices)
     longest = max(int(split.longest.max()) for split in encoded.values())
     lengths = tuple(stored["lengths"])
     if not lengths or lengths[0] < 1 or list(lengths) != sorted(set(lengths)):
-        raise UserError("config.json: 'lengths' must be ascending positive numbers; it has changed since it was written")
-    return (
-        lengths if longest <= lengths[-1] else resolve_lengths(config, encoded, passes, platform, num_devices)
-    )  # The data may have changed.
+        raise UserError(
+            "--workdir: in config.json, 'lengths' must be ascending positive numbers; it has changed since it was written"
+        )
+    if longest > lengths[-1]:  # The data have changed.
+        return resolve_lengths(config, encoded, passes, platform, num_devices)
+    return lengths
 
 
 def count_passes(schedule: Schedule, steps_per_epoch: int) -> dict[str, float]:

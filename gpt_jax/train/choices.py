@@ -22,7 +22,10 @@ EARLIER: dict[str, Any] = {"attention": "plain"}
 
 
 def choose(model: ModelConfig, platform: str) -> ModelConfig:
-    """Returns the model's config with all choices made for the devices of a platform ("cpu", "gpu" or "tpu")."""
+    """Returns the model's config with all choices made for the devices of a platform ("cpu", "gpu" or "tpu").
+
+    Attention is chosen for sequences that fill the context, also if a task's batches are shorter.
+    """
     chosen: Any = choose_attention(platform, model.context_length).name
     attention = chosen if model.attention == "auto" else model.attention
     remat: Any = choose_remat(model)
@@ -49,7 +52,9 @@ def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, 
     if recorded is None:
         return {}
     names = [name for name in CHOICES if getattr(config.model, name) != getattr(recorded, name)]
-    changes = {f"model.{name}": f"{getattr(config.model, name)} instead of {getattr(recorded, name)}" for name in names}
+    changes = {
+        f"model.{name.replace('_', '-')}": f"{getattr(config.model, name)} instead of {getattr(recorded, name)}" for name in names
+    }
     before, now = run.stored().get("lengths"), list(run.lengths or ())
     if before and now and before != now:
         changes["task.num-length-buckets"] = f"{len(now)} ({now}) instead of {len(before)} ({before})"

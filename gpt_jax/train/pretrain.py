@@ -49,7 +49,7 @@ def pretrain(
 
     Raises:
       UserError: the config, store, workdir, mesh or checkpoint do not match; the message explains why.
-      TrainingError, Preempted: see `loop.run_training`.
+      TrainingError, Preempted: see `run.run_training`.
     """
     with start_run(config, workdir) as ctx:
         ctx.run.require_not_imported()

@@ -141,6 +141,14 @@ def test_results_of_several_machines_are_apart_and_a_part_without_results_has_no
 def test_missing_and_damaged_results_are_one_line(tmp_path):
     with pytest.raises(UserError, match=rf"{RESULTS}: No such file or directory; `run` writes it"):
         describe(tmp_path)
-    (tmp_path / RESULTS).write_text("{")
+    (tmp_path / RESULTS).write_text("{\n")
     with pytest.raises(UserError, match="is not a file of results"):
         describe(tmp_path)
+
+
+def test_a_last_line_that_was_not_written_completely_is_left_out(tmp_path):
+    write(tmp_path, *RECORDS)
+    text = describe(tmp_path)
+    with (tmp_path / RESULTS).open("a") as file:
+        file.write('{"part": "atten')
+    assert describe(tmp_path) == text

@@ -138,8 +138,10 @@ def test_a_run_keeps_its_lengths():
     assert kept(stored, num_length_buckets=3) == resolve_lengths(settings(num_length_buckets=3), encoded, passes, "cpu", 1)
     assert kept(stored | {"lengths": [50, 60]}) == chosen  # other data, whose sequences are longer
     for damaged in ([], [0, 120], [120, 50], [50, 50, 120]):
-        with pytest.raises(UserError, match=r"^config.json: 'lengths' must be ascending positive numbers"):
+        with pytest.raises(UserError, match=r"^--workdir: in config.json, 'lengths' must be ascending positive numbers"):
             kept(stored | {"lengths": damaged})
+    with pytest.raises(UserError, match=r"^--workdir: this folder contains a pre-training run; use another one"):
+        kept({"platform": "cpu", "config": {"data": {}}})
 
 
 @pytest.mark.parametrize(("recorded", "number"), [({"num_length_buckets": 5}, 5), ({"lengths": 3}, 3), ({}, 8)])

@@ -20,7 +20,7 @@ def config(tmp_path_factory):
     source = write_text(tmp_path_factory.mktemp("text"))
     return tiny_config(
         source,
-        model={"loss_chunk": 0, "context_length": 72},
+        model={"attention": "auto", "loss_chunk": 0, "context_length": 72},
         train={"duration": "6 steps", "eval_every": "3 steps", "save_every": "3 steps"},
     )
 
@@ -147,4 +147,4 @@ def test_another_platform_chooses_anew(whole, config, tmp_path):
     pretrain(config, run)
     assert jax.default_backend() == "cpu"
     assert recorded(run)["attention"] == "blockwise"
-    assert [name for name, _ in events(run)] == ["model.attention", "model.loss_chunk"]
+    assert [name for name, _ in events(run)] == ["model.attention", "model.loss-chunk"]

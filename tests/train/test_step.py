@@ -18,7 +18,9 @@ from gpt_jax.train.pretrain import total_loss
 from gpt_jax.train.step import init_state, jit_evaluation, lower_step, state_shardings
 
 STEPS, WARMUP = 20, 4.0
-MODEL = ModelConfig(vocab_size=200, context_length=16, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, loss_chunk=8)
+MODEL = ModelConfig(
+    vocab_size=200, context_length=16, num_layers=2, embed_dim=32, num_heads=4, mlp_dim=64, attention="blockwise", loss_chunk=8
+)
 MESHES = {
     "single": MeshConfig(),
     "data=8": MeshConfig(data=8),
