@@ -50,8 +50,7 @@ def attention(
     """
     queries, keys = query.shape[1], key.shape[1]
     if queries == keys and query_offset is None:
-        choice = choose_attention(jax.default_backend(), queries)
-        name = choice.name if implementation == "auto" else implementation
+        name = choose_attention(jax.default_backend(), queries).name if implementation == "auto" else implementation
         return IMPLEMENTATIONS[name](query, key, value, stream, rate, segment_ids, precision)
     if stream is not None and queries != keys:
         raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
