@@ -17,10 +17,10 @@ from gpt_jax.model.loss import Batch
 from gpt_jax.runtime.console import Log
 
 Program = TypeVar("Program")
-THREAD = "compilation"
-"""Name of the thread that compiles."""
 AbstractBatch = dict[str, jax.ShapeDtypeStruct]
 
+THREAD = "compilation"
+"""Beginning of the name of the thread that compiles."""
 POLL_SECONDS = 0.1
 """Interval at which a thread that waits for a program looks for a request to stop."""
 REPORTED_SECONDS = 1.0
