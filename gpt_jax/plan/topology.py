@@ -1,0 +1,39 @@
+"""Devices of TPU slices that are not attached. Programs compile for them on any machine, since libtpu contains the compiler."""
+
+import importlib.util
+import os
+
+import jax
+from jax.experimental import topologies
+
+from gpt_jax.errors import UserError, one_line
+
+ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Otherwise only one process on a machine could load libtpu at a time.
+    "TPU_SKIP_MDS_QUERY": "1",  # Only TPU VMs have the metadata server that libtpu would wait for.
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""Variables that libtpu needs on a machine without TPUs. Those that are already set are left as they are."""
+
+EXAMPLES = "v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1 or tpu7x:2x2x1"
+
+
+def topology_devices(name: str) -> list[jax.Device]:
+    """Returns the devices of a slice, for a mesh to compile for. They cannot run anything.
+
+    It loads libtpu into this process, but does not look for TPUs, so that it also works where there are none.
+
+    Args:
+      name: the generation and the number of chips along each axis of the slice, such as "v5e:4x4" or "v5p:2x2x1".
+
+    Raises:
+      UserError: libtpu is not installed, or it does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("compiling for TPUs that are not attached needs libtpu: pip install 'gpt_jax[tpu]'")
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"libtpu knows no topology {name!r} (names are like {EXAMPLES}): {one_line(error)}") from None
