@@ -23,12 +23,12 @@ from gpt_jax.arguments import Parser
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.errors import TrainingError, UserError, one_line
 from gpt_jax.inputs.numbers import POSITIVE, number
-from gpt_jax.plan.hlo import Costs, Kernel, read_costs
+from gpt_jax.plan.hlo import Collective, Costs, Kernel, read_costs
 from gpt_jax.plan.topology import topology_devices
 from gpt_jax.runtime.sharding import make_mesh
 from gpt_jax.train.step import lower_step
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 """Kinds of memory in `compiled.memory_analysis()`."""
 
@@ -94,7 +94,12 @@ def _summary(costs: Costs) -> dict[str, Any]:
         parts[part]["all"] = cycles
     for (part, direction, kind), cycles in costs.by("part", "direction", "kind").items():
         parts[part][f"{direction} {kind}"] = cycles
-    collectives = sorted(costs.collectives, key=lambda c: -c.bytes * c.times)
+    transfers = collections.Counter[Collective]()
+    executions = collections.Counter[Collective]()
+    for collective in costs.collectives:
+        alike = collective._replace(bytes=0, times=0)
+        transfers[alike] += collective.bytes * collective.times
+        executions[alike] += collective.times
     kernels = collections.Counter[tuple[str, str, str]]()
     for kernel in costs.kernels:
         kernels[kernel.name, kernel.part, kernel.direction] += kernel.times
@@ -102,7 +107,7 @@ def _summary(costs: Costs) -> dict[str, Any]:
     return {
         "cycles": costs.cycles,
         "parts": parts,
-        "collectives": [collective._asdict() for collective in collectives],
+        "collectives": [each._replace(bytes=size, times=executions[each])._asdict() for each, size in transfers.most_common()],
         "kernels": [Kernel(name, times, *place)._asdict() for (name, *place), times in kernels.items()],
         "top": [cost._asdict() for cost in top],
     }
@@ -126,9 +131,10 @@ def describe(report: dict[str, Any]) -> str:
         lines.append(f"{cycles['all'] / 1e6:9.2f} {part:10}  {detail}")
     lines.append("collectives: MiB in all, executions, kind, dtype, axes")
     for each in report["collectives"]:
-        size = each["bytes"] * each["times"] / (1 << 20)
-        where = f"{each['kind']} {each['dtype']} over {each['axes']} ({each['part']}, {each['direction']})"
-        lines.append(f"{size:9.2f} {each['times']:4} {where}")
+        kind = f"{each['kind']} {each['dtype']} over {each['axes']}"
+        asynchronous = ", asynchronous" if each["asynchronous"] else ""
+        where = f"({each['part']}, {each['direction']}{asynchronous})"
+        lines.append(f"{each['bytes'] / MIB:9.2f} {each['times']:4} {kind} {where}")
     lines.append("Pallas kernels: executions, name" if report["kernels"] else "no Pallas kernels")
     for each in report["kernels"]:
         lines.append(f"{each['times']:9} {each['name']} ({each['part']}, {each['direction']})")

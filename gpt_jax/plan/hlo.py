@@ -103,6 +103,8 @@ class Collective(NamedTuple):
     """Mesh axes whose devices take part, joined by "+"; the groups as they are written if no axes match."""
     part: str
     direction: str
+    asynchronous: bool
+    """Whether other instructions run between its start and its end."""
 
 
 class Kernel(NamedTuple):
@@ -191,6 +193,7 @@ class _Reader:
         self._computations, self._entry, self._mesh = *program, mesh
         self._found = Costs([], [], [])
         self._fusions: dict[str, tuple[str, str, set[str]]] = {}
+        self._chains: set[tuple[str, str]] = set()
 
     def read(self) -> Costs:
         self._visit(self._entry, 1)
@@ -206,7 +209,7 @@ class _Reader:
                 body = _attribute(instruction, "body")
                 self._visit(body, times * self._trip_count(instruction))
             elif kind in COLLECTIVES:
-                self._found.collectives.append(self._collective(instruction, computation, kind, times, part, direction))
+                self._add_collective(instruction, computation, kind, times, kind != opcode)
             elif opcode == "custom-call" and PALLAS in instruction.attributes:
                 self._found.kernels.append(Kernel(re.sub(r"\.\d+$", "", instruction.name), times, part, direction))
             elif opcode == "fusion":
@@ -220,15 +223,21 @@ class _Reader:
                 self._found.costs.append(Cost(cycles, part, direction, kind, times, name, instruction.op_name))
 
     def _visit_fused(self, fusion: Instruction, times: int, part: str, direction: str) -> None:
-        """Adds the collectives inside a fusion. The cycles of all its instructions are in its own estimate."""
+        """Adds the collectives inside a fusion. The cycles of all its instructions are in its own estimate.
+
+        The fusions that run while a collective is under way all repeat it, with the same chain.
+        """
         for name in fusion.called:
             for instruction in self._computations[name]:
-                kind = instruction.opcode.removesuffix("-start")
-                if kind in COLLECTIVES:
-                    kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-                    self._found.collectives.append(self._collective(instruction, name, kind, times, part, direction))
-                elif instruction.opcode == "fusion":
+                if instruction.opcode == "fusion":
                     self._visit_fused(instruction, times, part, direction)
+                elif instruction.opcode in COLLECTIVES:
+                    chain, channel = (re.search(rf'{key}="?(\d+)', instruction.attributes) for key in ("chain_id", "channel_id"))
+                    repeated = chain is not None and channel is not None and (chain[1], channel[1]) in self._chains
+                    if chain is not None and channel is not None:
+                        self._chains.add((chain[1], channel[1]))
+                    if not repeated:
+                        self._add_collective(instruction, name, instruction.opcode, times, chain is not None)
 
     def _trip_count(self, loop: Instruction) -> int:
         """Returns the trip count of a loop that counts from 0, as those of `jax.lax.scan` do."""
@@ -275,18 +284,17 @@ class _Reader:
             return self._fused(instruction.called[0])[1]
         return PRODUCT if instruction.opcode in PRODUCTS else COPY if instruction.opcode in MOVES else ELEMENTWISE
 
-    def _collective(
-        self, instruction: Instruction, computation: str, kind: str, times: int, part: str, direction: str
-    ) -> Collective:
+    def _add_collective(self, instruction: Instruction, computation: str, kind: str, times: int, asynchronous: bool) -> None:
         shapes = {other.name: other.shape for other in self._computations[computation]}
         result = instruction.shape
         if instruction.opcode.endswith("-start"):  # Its own shape repeats its inputs; that of its end does not.
-            ends = (i for i in self._computations[computation] if i.opcode == f"{instruction.opcode.removesuffix('-start')}-done")
-            result = next((i.shape for i in ends if f"%{instruction.name}" in i.operands.split(", ")), result)
+            ends = (other for other in self._computations[computation] if other.opcode == f"{kind}-done")
+            result = next((end.shape for end in ends if f"%{instruction.name}" in end.operands.split(", ")), result)
         inputs = " ".join(shapes.get(name, "") for name in re.findall(r"%([\w.\-]+)", instruction.operands))
-        dtypes = sorted({dtype for dtype, _ in ARRAY.findall(result)})
+        dtype = "+".join(sorted({dtype for dtype, _ in ARRAY.findall(result)}))
         size = max(shape_bytes(inputs), shape_bytes(result))
-        return Collective(kind, "+".join(dtypes), size, times, mesh_axes(instruction.attributes, self._mesh), part, direction)
+        axes, place = mesh_axes(instruction.attributes, self._mesh), self._place(instruction)
+        self._found.collectives.append(Collective(kind, dtype, size, times, axes, *place, asynchronous))
 
 
 def _attribute(instruction: Instruction, name: str) -> str:
@@ -319,6 +327,10 @@ def shape_bytes(shape: str) -> int:
 # -- groups of devices ------------------------------------------------------------------------------------------------------
 
 
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+"""Numbers 0, 1, 2, ... in an array, and optionally a new order of its axes."""
+
+
 def mesh_axes(attributes: str, mesh: Mapping[str, int]) -> str:
     """Returns the mesh axes over which a collective runs, joined by "+", or its groups as they are written if no axes match."""
     groups = _groups(attributes)
@@ -345,21 +357,25 @@ def _partition(devices: np.ndarray, axes: Sequence[int]) -> set[frozenset[int]]:
 
 def _groups(attributes: str) -> set[frozenset[int]] | None:
     """Returns the groups of a collective in any of the three notations of HLO; None if they cannot be read."""
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))? \{{([^}}]*)\}}", attributes):
         sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", named[1])}
-        axes = re.findall(r"'([^']+)'", named[2])
-        if not set(axes) <= sizes.keys() or ":" in named[2]:
+        axes = re.findall(r"'([^']+)'", named[4])
+        if ":" in named[4]:
             return None  # a part of an axis
-        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        devices = _iota(named[2] or str(math.prod(sizes.values())), named[3]).reshape(tuple(sizes.values()))
         return _partition(devices, [list(sizes).index(axis) for axis in axes])
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        dims = tuple(map(int, iota[3].split(",")))
-        order = tuple(map(int, iota[4].split(","))) if iota[4] else tuple(range(len(dims)))
-        grid = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(int(iota[1]), int(iota[2]))
-        return {frozenset(group) for group in grid.tolist()}
+    if tiled := re.search(rf"replica_groups=\[(\d+),(\d+)\]<={IOTA}", attributes):
+        return {frozenset(group) for group in _iota(tiled[3], tiled[4]).reshape(int(tiled[1]), int(tiled[2])).tolist()}
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)+)\}", attributes):
         return {frozenset(map(int, group.split(","))) for group in re.findall(r"[\d,]*\d", listed[1])}
     return None
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+    """Returns the numbers 0, 1, 2, ... in an array of these dimensions, with its axes in another order."""
+    sizes = [int(size) for size in dims.split(",")]
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose([int(axis) for axis in order.split(",")]) if order else numbers
 
 
 def _axes_of_moves(moves: Sequence[tuple[int, int]], devices: np.ndarray, names: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Otherwise only one process on a machine could load libtpu at a time.
     "TPU_SKIP_MDS_QUERY": "1",  # Only TPU VMs have the metadata server that libtpu would wait for.
     "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # It has no effect on topologies, but libtpu warns if it cannot find it out.
 }
 """Variables that libtpu needs on a machine without TPUs. Those that are already set are left as they are."""
 
