@@ -23,8 +23,8 @@ demo: $(VENV)/.installed-core ## Train, evaluate, fine-tune and export a small G
 test: $(VENV)/.installed-test ## Run the quick tests; ARGS="tests/test_config.py -k digest" picks some.
 	@$(bin)/python -m pytest -n $(workers) --dist worksteal -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.installed-test ## Run the slow tests, compiled with all optimizations.
-	@JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n $(workers) --dist worksteal -m slow $(ARGS)
+test-slow: $(VENV)/.installed-test,tpu ## Run the slow tests, compiled with all optimizations, also for TPUs that are not attached.
+	@GPT_JAX_REQUIRE_LIBTPU=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(bin)/python -m pytest -n $(workers) --dist worksteal -m slow $(ARGS)
 
 interop: ## Run all tests of exports, imports and benchmarks with torch, transformers and ONNX Runtime, in .venv-interop.
 	@$(MAKE) --no-print-directory VENV=.venv-interop test-interop

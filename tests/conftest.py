@@ -1,11 +1,13 @@
 """Settings and fixtures of all tests: eight simulated CPU devices, checked array shapes, archives of real data, a tiny model."""
 
 import fcntl
+import importlib.util
 import os
 import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from jaxtyping import install_import_hook
@@ -50,6 +52,21 @@ def shared_data() -> Callable[[str], Path]:
         return Path(unpacked.stdout.strip())
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def tpu_devices() -> Callable[[str], list[Any]]:
+    """The function `topology_devices`: from the name of a slice of TPUs to its devices, which are not attached.
+
+    Tests that ask for it are skipped where libtpu is not installed; in `make test-slow`, which installs it, they fail.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        message = "libtpu is not installed"
+        pytest.fail(message) if os.environ.get("GPT_JAX_REQUIRE_LIBTPU") == "1" else pytest.skip(message)
+
+    from gpt_jax.plan.topology import topology_devices
+
+    return topology_devices
 
 
 @pytest.fixture(scope="session", autouse=True)

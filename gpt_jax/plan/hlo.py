@@ -2,8 +2,7 @@
 
 The TPU compiler estimates the cycles of every fusion, product and copy. Loops are multiplied out by their trip counts. The parts
 are the scopes that the model's code names with `jax.named_scope`. Not in the estimates: asynchronous copies, collectives, waiting
-for memory, and Pallas kernels, whose calls are listed instead. Compile without the compilation cache: an executable from the
-cache may lack the estimates.
+for memory, and Pallas kernels, whose calls are listed instead.
 """
 
 import collections

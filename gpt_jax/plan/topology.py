@@ -22,7 +22,8 @@ EXAMPLES = "v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1 or tpu7x:2x2x1"
 def topology_devices(name: str) -> list[jax.Device]:
     """Returns the devices of a slice, for a mesh to compile for. They cannot run anything.
 
-    It loads libtpu into this process, but does not look for TPUs, so that it also works where there are none.
+    It loads libtpu into this process, but does not look for TPUs, so that it also works where there are none. Programs compiled
+    for such devices cannot be read back from JAX's compilation cache; each attempt is a warning.
 
     Args:
       name: the generation and the number of chips along each axis of the slice, such as "v5e:4x4" or "v5p:2x2x1".
