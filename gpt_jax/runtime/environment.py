@@ -106,10 +106,18 @@ def _is_indexed_job() -> bool:
     return True
 
 
+def _has_tpu_device() -> bool:
+    """Returns whether a TPU is attached to this machine."""
+    return any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
 def _has_tpu() -> bool:
     """Returns whether this machine has a TPU that JAX may use."""
-    device = any(Path("/dev").glob("accel[0-9]*")) or any(Path("/dev/vfio").glob("[0-9]*"))
-    return device and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu") and importlib.util.find_spec("libtpu") is not None
+    return (
+        _has_tpu_device()
+        and "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
+        and importlib.util.find_spec("libtpu") is not None
+    )
 
 
 def _is_tpu_pod() -> bool:
@@ -203,6 +211,11 @@ def _may_use_accelerators() -> bool:
     return os.environ.get("JAX_PLATFORMS", "") != "cpu" and plugins
 
 
+def _has_libtpu_only() -> bool:
+    """Returns whether libtpu is installed, for compiling, on a machine without TPUs and without plugins for GPUs."""
+    return bool(importlib.util.find_spec("libtpu")) and not importlib.util.find_spec("jax_plugins") and not _has_tpu_device()
+
+
 def require_devices() -> None:
     """Starts JAX's backends and checks that they have the requested devices, and lets JAX keep compiled programs.
 
@@ -211,6 +224,10 @@ def require_devices() -> None:
     Raises:
       UserError: a platform in JAX_PLATFORMS is not available, or CUDA_VISIBLE_DEVICES names GPUs that do not exist.
     """
+    requested = os.environ.get("JAX_PLATFORMS")
+    if not requested and _has_libtpu_only():
+        # JAX would start libtpu, which takes seconds and prints warnings. This also applies to processes that this one starts.
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if not _may_use_accelerators():
         keep_freed_memory()
     import jax
@@ -222,7 +239,7 @@ def require_devices() -> None:
     except (RuntimeError, AssertionError) as error:  # JAX 0.10 asserts if a platform's plugin is not installed.
         reason = (str(error).splitlines() or ["its plugin is not installed"])[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
         hint = "name platforms that this machine has, such as cpu, or unset it"
-        if os.environ.get("JAX_PLATFORMS"):
+        if requested:
             raise _mistake("JAX_PLATFORMS", f"JAX cannot use this ({reason}); {hint}") from error
         raise UserError(f"JAX cannot use the devices of this machine ({reason}); JAX_PLATFORMS=cpu uses the CPU") from error
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES", "").count(",") + 1

@@ -272,6 +272,31 @@ def test_a_platform_that_is_not_there_is_a_mistake(mistake, monkeypatch, error):
     )
 
 
+@pytest.mark.parametrize(
+    ("installed", "tpu", "requested", "expected"),
+    [
+        ({"libtpu"}, False, None, "cpu"),
+        ({"libtpu"}, False, "", "cpu"),
+        ({"libtpu"}, True, None, None),
+        ({"libtpu", "jax_plugins"}, False, None, None),
+        ({"libtpu"}, False, "tpu", "tpu"),
+        (set(), False, None, None),
+    ],
+)
+def test_libtpu_is_not_started_on_machines_without_tpus(monkeypatch, installed, tpu, requested, expected):
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(environment, "_has_tpu_device", lambda: tpu)
+    monkeypatch.setattr(environment, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(jax, "devices", lambda: [type("Cpu", (), {"platform": "cpu"})()])
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    if requested is None:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", requested)
+    require_devices()
+    assert os.environ.get("JAX_PLATFORMS") == expected
+
+
 # -- the command ------------------------------------------------------------------------------------------------------------
 
 
