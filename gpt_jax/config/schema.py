@@ -211,10 +211,10 @@ class ModelOptions(Section, section="model"):
     """Activations that the backward pass recomputes instead of storing. `off`: none; `dots`: all that can be recomputed without
     a matrix product with parameters, so that the queries, keys, values and results of attention, the inputs of GELU, the residual
     sums, and the gates of an LSTM are stored; `full`: all activations of a block; `auto`: `dots`, and `off` for an LSTM."""
-    attention: Literal["auto", "plain", "blockwise"] = field("auto", affects="speed")
+    attention: Literal["auto", "plain", "blockwise", "pallas_tpu"] = field("auto", affects="speed")
     """Implementation of attention. `plain` computes all probabilities as one array; `blockwise` computes them in blocks, and
-    again in the backward pass, and stores none; both run on any device. `auto`: `blockwise` on a CPU, except for short
-    sequences, and otherwise `plain`."""
+    again in the backward pass, and stores none; both run on any device. `pallas_tpu` is a kernel for TPUs. `auto`: `pallas_tpu`
+    on a TPU, `blockwise` on a CPU, except for short sequences, and otherwise `plain`."""
     loss_chunk: int = field(0, affects="speed", within=NOT_NEGATIVE)
     """Number of time steps whose logits are in memory at once in the loss; 0: chosen automatically (128 on accelerators, and as
     many as fit into the cache on a CPU)."""

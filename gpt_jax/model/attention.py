@@ -1,16 +1,61 @@
-"""Causal self-attention (section 4.1): one function with interchangeable implementations, whose results must agree."""
+"""Causal self-attention (section 4.1): one function with interchangeable implementations, whose results must agree.
+
+    plain        all probabilities as one array, by the definition
+    blockwise    blocks of queries in plain JAX (kernels/blockwise.py)
+    pallas_tpu   a kernel for TPUs (kernels/tpu.py, kernels/tpu_attention.py)
+
+The kernels' modules are imported where they are used, because importing Pallas takes time that a run on a CPU can spare.
+"""
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
+from gpt_jax.errors import require
 from gpt_jax.model.dropout import dropout
-from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, MASKED, blockwise_attention
+from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT, MASKED, blockwise_attention
+from gpt_jax.runtime.sharding import constrain
+
+PLATFORMS = {"pallas_tpu": "tpu"}
+"""The platform of the devices that an implementation needs; the others run everywhere."""
+
+
+def self_attention(
+    projected: Float[Array, "batch time 3 heads dim"],
+    bias: Float[Array, "3 heads dim"],
+    *,
+    stream: UInt32[Array, "batch heads 2"] | None = None,
+    rate: float = 0.0,
+    segment_ids: Int[Array, "batch time"] | None = None,
+    precision: str = "default",
+    implementation: str = "auto",
+) -> Float[Array, "batch time heads dim"]:
+    """Computes attention of whole sequences to themselves from the fused projection of queries, keys and values.
+
+    It takes the projection without its bias, so that a kernel can sum the bias gradient while it has the others at hand.
+
+    Args:
+      projected, bias: compute dtype.
+      stream, rate, segment_ids, precision, implementation: as for `attention`.
+    """
+    time, dim = projected.shape[1], projected.shape[4]
+    name = choose_attention(jax.default_backend(), time, dim).name if implementation == "auto" else implementation
+    if name == "pallas_tpu":
+        from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
+
+        return pallas_tpu_self_attention(projected, bias, stream, rate, segment_ids, precision)
+    qkv = checkpoint_name(constrain(projected + bias, "batch", None, None, "heads", None), KEPT)
+    return IMPLEMENTATIONS[name](*split_qkv(qkv), stream, rate, segment_ids, precision)
+
+
+def split_qkv(qkv: Float[Array, "batch time 3 heads dim"]) -> list[Float[Array, "batch time heads dim"]]:
+    """Returns queries, keys and values."""
+    return [part[:, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=2)]
 
 
 def attention(
@@ -50,7 +95,8 @@ def attention(
     """
     queries, keys = query.shape[1], key.shape[1]
     if queries == keys and query_offset is None:
-        name = choose_attention(jax.default_backend(), queries).name if implementation == "auto" else implementation
+        time, dim = query.shape[1], query.shape[3]
+        name = choose_attention(jax.default_backend(), time, dim).name if implementation == "auto" else implementation
         return IMPLEMENTATIONS[name](query, key, value, stream, rate, segment_ids, precision)
     if stream is not None and queries != keys:
         raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
@@ -71,13 +117,34 @@ BLOCKWISE_BEYOND = 64
 """Sequence length in tokens beyond which `blockwise` trains faster than `plain` on CPUs (docs/benchmarks.md)."""
 
 
-def choose_attention(platform: str, time: int) -> Choice:
-    """Returns the implementation for sequences of `time` tokens on a platform ("cpu", "gpu" or "tpu")."""
+def choose_attention(platform: str, time: int, dim: int) -> Choice:
+    """Returns the implementation for sequences of `time` tokens and heads of size `dim` on a platform ("cpu", "gpu" or "tpu")."""
+    if platform == "tpu":
+        from gpt_jax.model.kernels.tpu_attention import refusal
+
+        reason = refusal(dim, time)
+        return Choice("plain", reason) if reason else Choice("pallas_tpu", "the fastest on TPUs")
     if platform != "cpu":
         return Choice("plain", f"nothing is known to be faster on a {platform.upper()}")
     if time > BLOCKWISE_BEYOND:
         return Choice("blockwise", f"faster on CPUs beyond {BLOCKWISE_BEYOND} tokens")
     return Choice("plain", f"about as fast as any on CPUs up to {BLOCKWISE_BEYOND} tokens")
+
+
+def check_attention(implementation: str, platform: str, time: int, dim: int) -> None:
+    """Checks that an implementation runs on a platform's devices and takes sequences of `time` tokens with heads of size `dim`.
+
+    Raises:
+      UserError: it does not.
+    """
+    needed = PLATFORMS.get(implementation, platform)
+    devices = {"cpu": "CPUs", "gpu": "GPUs", "tpu": "TPUs"}
+    problem = f"{implementation} runs on {devices[needed]}, and the devices are {devices.get(platform, platform)}; use auto"
+    require(needed == platform, "model.attention", problem)
+    if implementation == "pallas_tpu":
+        from gpt_jax.model.kernels.tpu_attention import refusal
+
+        require((reason := refusal(dim, time)) is None, "model.attention", f"{reason}; use auto")
 
 
 def _plain(
@@ -107,4 +174,12 @@ def _plain(
     return checkpoint_name(mixed, ATTENTION_OUTPUT)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain, "blockwise": blockwise_attention}
+def _pallas_tpu(query: Array, key: Array, value: Array, *options: Any) -> Array:
+    """Packs queries, keys and values for the kernel, which training gets from its fused projection instead."""
+    from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
+
+    qkv = jnp.stack([query, key, value], axis=2)
+    return pallas_tpu_self_attention(qkv, jnp.zeros(qkv.shape[2:], qkv.dtype), *options)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain, "blockwise": blockwise_attention, "pallas_tpu": _pallas_tpu}

@@ -7,6 +7,7 @@ and gradients therefore take three vocabulary-sized products instead of four, an
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Hidden, Params, Tokens
-from gpt_jax.runtime.sharding import all_max, all_sum, per_shard, shard_index
+from gpt_jax.runtime.sharding import all_max, all_sum, is_split, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
 Table = Float[Array, "padded_vocab embed"]
@@ -26,6 +27,9 @@ Weights = Float[Array, "batch time"]
 CACHED_ROWS = 256
 """Number of tokens whose logits a CPU computes at once: few enough for its cache, but enough to amortize the table's gradient,
 which is read and written in full for every chunk (docs/benchmarks.md has the measurements)."""
+
+LARGEST_ODDS = 1e25
+"""Sum of odds against a target up to which its products with weights and activations are within the range of bfloat16."""
 
 
 def normalize(batch: Batch) -> Batch:
@@ -99,37 +103,90 @@ cross_entropy.defvjp(functools.partial(_over_shards, gradients=True), _backward)
 
 
 def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab_size: int, chunk: int, gradients: bool) -> Any:
-    """Computes the loss, and optionally its gradients, for this device's shard, and sums them over the devices."""
-    entries = shard_index("vocab") * table.shape[0] + jnp.arange(table.shape[0])
+    """Computes the loss, and optionally its gradients, for this device's shard, and sums them over the devices.
+
+    With odds[v] = exp(score[v] - score[target]) for all entries but the target (`_odds`), and `others` their sum,
+
+        loss = log(1 + others)
+        gradient of score[v] = weight / (1 + others) * (odds[v], or -others for the target)
+
+    The factor of each token is applied to the narrower operand or result of a product, so that the products read the odds as
+    they are. Nothing cancels where the target is almost certain, because both parts are then small.
+    """
+    first = shard_index("vocab") * table.shape[0]
+    entries = first + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
     time = hidden.shape[1]
     starts, chunk = time_chunks(time, chunk, hidden.shape[0])
     hidden, targets, weights = (pad_time(array, len(starts) * chunk) for array in (hidden, targets, weights))
+    in_shard = (targets >= first) & (targets < first + table.shape[0])
+    rows = jnp.where(in_shard, targets - first, table.shape[0])  # A row beyond the shard reads as zero and is not written.
 
-    def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         total, table_gradient = carry
-        x, target, weight = (jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1) for array in (hidden, targets, weights))
-        scores = jnp.einsum("bte,ve->btv", x, narrow, preferred_element_type=jnp.float32)
-        scores = jnp.where(entries < vocab_size, scores, -jnp.inf)  # Rows beyond it are padding.
-        highest = all_max(scores.max(axis=-1, keepdims=True), "vocab")
-        exponentials = jnp.exp(scores - highest)
-        normalizer = all_sum(exponentials.sum(axis=-1, keepdims=True), "vocab")
-        is_target = entries == target[..., None]
-        # Indexing would not work, because the target may be in another device's shard of the vocabulary.
-        target_score = all_sum(jnp.where(is_target, scores - highest, 0).sum(axis=-1), "vocab")
-        total = total + (weight * (jnp.log(normalizer[..., 0]) - target_score)).sum()
+        part = lambda array: jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1)  # noqa: E731
+        x, target, weight = map(part, (hidden, targets, weights))
+        target_row = narrow.at[part(rows)].get(mode="fill", fill_value=0)
+        target_score = all_sum(_product("bte,bte->bt", x, target_row), "vocab")
+        competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: B023, E731; the rest is padding
+        odds, others, shift = _odds(x, narrow, competes, target_score)
+        normalizer = jnp.exp(target_score - shift) + others
+        total = total + (weight * (jnp.log(normalizer) + shift - target_score)).sum()
         if not gradients:
-            return (total, table_gradient), jnp.zeros(())
-        score_gradient = (weight[..., None] * (exponentials / normalizer - is_target)).astype(hidden.dtype)
-        # On CPUs, XLA transposes the first operand, and transposing the gradient of the scores would take longer.
-        table_gradient = table_gradient + jnp.einsum("bte,btv->ev", x, score_gradient, preferred_element_type=jnp.float32)
-        x_gradient = all_sum(jnp.einsum("btv,ve->bte", score_gradient, narrow, preferred_element_type=jnp.float32), "vocab")
-        return (total, table_gradient), x_gradient.astype(hidden.dtype)
+            return (total, table_gradient), None
+        factor = weight / normalizer
+        table_gradient = table_gradient + _product("btv,bte->ve", odds, _scale(x, factor))
+        x_gradient = all_sum(_product("btv,ve->bte", odds, narrow) - others[..., None] * target_row, "vocab")
+        return (total, table_gradient), (_scale(x_gradient, factor).astype(x.dtype), factor, others)
 
-    zero = jnp.zeros(table.shape[::-1] if gradients else (), jnp.float32)
+    zero = jnp.zeros(table.shape if gradients else (), jnp.float32)
     (total, table_gradient), pieces = jax.lax.scan(one_chunk, (jnp.zeros(()), zero), starts)
     total = all_sum(total, "batch")
     if not gradients:
         return total
-    hidden_gradient = jnp.moveaxis(pieces, 0, 1).reshape(hidden.shape)[:, :time]
-    return total, (hidden_gradient, all_sum(table_gradient.T, "batch").astype(table.dtype))
+    hidden_gradient, factor, others = (jnp.moveaxis(x, 0, 1).reshape(*targets.shape, *x.shape[3:]) for x in pieces)
+    # The targets' part is added once and not in each chunk, because adding rows reads and writes the whole gradient on TPUs.
+    target_gradient = -others[..., None] * _scale(hidden, factor)
+    table_gradient = table_gradient.at[rows].add(target_gradient, mode="drop")
+    return total, (hidden_gradient[:, :time], all_sum(table_gradient, "batch").astype(table.dtype))
+
+
+def _odds(x: Array, table: Array, competes: Callable[[], Array], target_score: Array) -> tuple[Array, Array, Array]:
+    """Returns exp(score - shift) of the target's competitors, in the dtype of `x`, their sum over all shards, and the shift.
+
+    The shift is the target's score. As it is known before the other scores, the exponentials and their sum are computed where
+    the product's results are produced, and no scores are written to memory. Where a sum could overflow, which takes a target
+    whose probability is below 1e-25, all tokens of the chunk are computed again, shifted by their highest scores.
+
+    Args:
+      x: hidden states [batch, time, embed].
+      table: this device's rows [entries, embed], in the dtype of `x`.
+      competes: returns bool [batch, time, entries]. It is called in each branch, so that no branch reads a stored array.
+      target_score: float32 [batch, time].
+    """
+
+    def exponentials(x: Array, shift: Array) -> tuple[Array, Array, Array]:
+        odds = jnp.where(competes(), jnp.exp(_product("bte,ve->btv", x, table) - shift[..., None]), 0)
+        return odds.astype(x.dtype), all_sum(odds.sum(axis=-1), "vocab"), shift
+
+    def shifted_by_highest() -> tuple[Array, Array, Array]:
+        scores = jnp.where(competes(), _product("bte,ve->btv", x, table), -jnp.inf)
+        highest = all_max(scores.max(axis=-1), "vocab")
+        # Without the barrier, both products would become one, and its results would be stored.
+        return exponentials(jax.lax.optimization_barrier(x), jnp.maximum(highest, target_score))
+
+    usual = exponentials(x, target_score)
+    largest = usual[1].max()
+    if is_split("vocab"):  # The devices that communicate in the second branch must all take it.
+        largest = all_max(largest, "batch")
+    return jax.lax.cond(largest < LARGEST_ODDS, lambda: usual, shifted_by_highest)
+
+
+def _product(axes: str, *operands: Array) -> Array:
+    """Returns an einsum in float32."""
+    return jnp.einsum(axes, *operands, preferred_element_type=jnp.float32)
+
+
+def _scale(x: Array, factor: Array) -> Array:
+    """Multiplies each token of `x` [batch, time, embed] by a factor [batch, time], in float32; the dtype of `x` is kept."""
+    return (factor[..., None] * x).astype(x.dtype)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import transformer
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout
+from gpt_jax.model.kernels.blockwise import KEPT
 from gpt_jax.model.transformer import Hidden, Linear, Params, Starts, TokenEmbedding, Tokens
 from gpt_jax.runtime.sharding import constrain
 
@@ -56,7 +57,7 @@ class Lstm(nnx.Module):
             projected, fresh = now
             if fresh is not None:
                 hidden, cell = (jnp.where(fresh[:, None], 0, array) for array in (hidden, cell))
-            gates = checkpoint_name(projected + jnp.tensordot(hidden, recurrent, 1), transformer.KEPT)
+            gates = checkpoint_name(projected + jnp.tensordot(hidden, recurrent, 1), KEPT)
             i, f, g, o = jnp.moveaxis(gates.astype(jnp.float32), 1, 0)
             cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
             hidden = (jax.nn.sigmoid(o) * jnp.tanh(cell)).astype(x.dtype)

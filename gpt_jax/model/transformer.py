@@ -21,14 +21,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model.attention import attention
+from gpt_jax.model.attention import attention, self_attention, split_qkv
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
-from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT
+from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT
 from gpt_jax.runtime.sharding import constrain
-
-KEPT = "kept"
-"""The name of values that `rematerialize` keeps for the backward pass: queries, keys and values, the inputs of GELU, and the
-residual sums. All others can be computed from these and the results of attention without a product with parameters."""
 
 Params = dict[str, Any]
 """Parameters as nested dictionaries of arrays."""
@@ -69,8 +65,11 @@ class Linear(nnx.Module):
         self.num_inputs, self.precision = len(inputs), config.matmul_precision
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel, bias = self.kernel[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return product(x, kernel, self.num_inputs, self.precision) + bias
+        return self.without_bias(x) + self.bias[...].astype(x.dtype)
+
+    def without_bias(self, x: jax.Array) -> jax.Array:
+        """Returns x @ kernel."""
+        return product(x, self.kernel[...].astype(x.dtype), self.num_inputs, self.precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -133,15 +132,17 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Hidden, stream: MaskStream | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
     ) -> tuple[Hidden, Cache | None]:
-        qkv = checkpoint_name(constrain(self.qkv(x), "batch", None, None, "heads", None), KEPT)
-        query, key, value = (part[:, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=2))
-        if cache is not None and start is not None:
+        config = self.config
+        options: Any = {"stream": stream, "rate": config.attention_dropout, "segment_ids": segment_ids}
+        options |= {"precision": config.matmul_precision, "implementation": config.attention}
+        projected = constrain(self.qkv.without_bias(x), "batch", None, None, "heads", None)
+        if cache is None or start is None:
+            mixed = self_attention(projected, self.qkv.bias[...].astype(x.dtype), **options)
+        else:
+            query, key, value = split_qkv(projected + self.qkv.bias[...].astype(x.dtype))
             cache = write_cache(cache, {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}, start)
             key, value = cache["key"].swapaxes(1, 2), cache["value"].swapaxes(1, 2)
-        config = self.config
-        attend = functools.partial(attention, precision=config.matmul_precision, implementation=config.attention)
-        rate = config.attention_dropout
-        mixed = attend(query, key, value, stream=stream, rate=rate, segment_ids=segment_ids, query_offset=start)
+            mixed = attention(query, key, value, query_offset=start, **options)
         return self.out(constrain(mixed, "batch", None, "heads", None)), cache
 
 

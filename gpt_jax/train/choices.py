@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.config.load import config_from_dict
-from gpt_jax.model.attention import choose_attention
+from gpt_jax.model.attention import check_attention, choose_attention
 from gpt_jax.model.transformer import choose_remat
 from gpt_jax.runtime.rundir import RunDir
 
@@ -25,9 +25,13 @@ def choose(model: ModelConfig, platform: str) -> ModelConfig:
     """Returns the model's config with all choices made for the devices of a platform ("cpu", "gpu" or "tpu").
 
     Attention is chosen for sequences that fill the context, also if a task's batches are shorter.
+
+    Raises:
+      UserError: the attention that the config names does not run on these devices.
     """
-    chosen: Any = choose_attention(platform, model.context_length).name
+    chosen: Any = choose_attention(platform, model.context_length, model.head_dim).name
     attention = chosen if model.attention == "auto" else model.attention
+    check_attention(attention, platform, model.context_length, model.head_dim)
     remat: Any = choose_remat(model)
     loss_chunk = model.loss_chunk or (0 if platform == "cpu" else 128)
     return dataclasses.replace(model, attention=attention, remat=remat, loss_chunk=loss_chunk)

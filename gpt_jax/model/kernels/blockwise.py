@@ -31,6 +31,9 @@ MASKED = -1e30
 ATTENTION_OUTPUT = "attention"
 """The name by which `jax.checkpoint` policies keep what attention returns, so that it is not computed again."""
 
+KEPT = "kept"
+"""The name of other values that these policies keep: those that only a product with parameters could compute again."""
+
 Heads = Float[Array, "batch heads time dim"]
 Rows = Float[Array, "batch heads time 1"]
 Queries = Float[Array, "batch heads queries dim"]

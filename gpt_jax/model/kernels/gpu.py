@@ -37,8 +37,9 @@ from gpt_jax.model.dropout import SECOND, column_terms, row_term, threshold
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT
 from gpt_jax.runtime.sharding import per_shard
 
-MAX_LENGTH = 8192
-"""Maximum number of positions."""
+HEAD_DIMS = (16, 32, 64, 128)
+MAX_TIME = 8192
+"""Maximum number of tokens in a sequence."""
 DTYPES = ("bfloat16", "float16", "float32")
 MASKED = -(2.0**100)
 """Score of a key that a query must not attend to. The product of a power of two and the scale is exact. While a row has seen no
@@ -106,23 +107,22 @@ def pallas_gpu_attention(
     Raises:
       UserError: the dtype, the head size or the length is one that the kernels do not take.
     """
-    _check(query)
+    if reason := refusal(query.shape[3], query.shape[1], query.dtype):
+        raise UserError(reason)
     dropped = 0 if stream is None else threshold(rate)
     ids = None if segment_ids is None else segment_ids.astype(jnp.int32)
     return _attention(query, key, value, Masks(stream if dropped else None, ids), dropped, precision)
 
 
-def _check(query: Array) -> None:
-    time, dim, dtype = query.shape[1], query.shape[3], query.dtype.name
-    problem = ""
-    if dtype not in DTYPES:
-        problem = f"the compute dtype must be one of {', '.join(DTYPES)}, not {dtype}"
-    elif dim not in (16, 32, 64, 128):
-        problem = f"the size of a head must be 16, 32, 64 or 128, not {dim}"
-    elif time > MAX_LENGTH:
-        problem = f"sequences must have at most {MAX_LENGTH:,} tokens, not {time:,}"
-    if problem:
-        raise UserError(f"attention pallas_gpu: {problem}; blockwise takes any")
+def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16) -> str | None:
+    """Returns the reason, for the user, why the kernels do not take heads of this size, length or dtype; None if they do."""
+    if dim not in HEAD_DIMS:
+        return f"pallas_gpu takes heads of size {', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}, not {dim}"
+    if time > MAX_TIME:
+        return f"pallas_gpu takes sequences of at most {MAX_TIME:,} tokens, not {time:,}"
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"pallas_gpu computes in {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, not {jnp.dtype(dtype)}"
+    return None
 
 
 # -- what the kernels share -------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ class Arrays(NamedTuple):
     """Terms C and D of the keys' masks, both uint32 [batch, heads, time]; None without dropout."""
     segment_ids: Any
     gradient: Any = None
-    """That of the output; the rest is for the backward pass."""
+    """Gradient of the output. It and the rest are for the backward pass."""
     log_normalizer: Any = None
     """float32 [batch, heads, time], base 2."""
     inner: Any = None
@@ -226,7 +226,7 @@ class Block(NamedTuple):
     positions: Array
     segments: Array | None
     terms: tuple[Array, Array] | None
-    """Of the dropout masks: R and a factor for the words of each query, or C and D of each key (docs/masks.md)."""
+    """Terms of the dropout masks: R and a factor for the words of each query, or C and D of each key (docs/masks.md)."""
 
 
 def _queries(call: Call, arrays: Arrays, start: Any, size: int) -> Block:
