@@ -26,36 +26,42 @@ PLATFORMS = {"pallas_tpu": "tpu"}
 
 
 def self_attention(
-    projected: Float[Array, "batch time 3 heads dim"],
-    bias: Float[Array, "3 heads dim"],
+    projected: Float[Array, "batch time 3 width"],
+    bias: Float[Array, "3 width"],
+    num_heads: int,
     *,
     stream: UInt32[Array, "batch heads 2"] | None = None,
     rate: float = 0.0,
     segment_ids: Int[Array, "batch time"] | None = None,
     precision: str = "default",
     implementation: str = "auto",
-) -> Float[Array, "batch time heads dim"]:
+) -> Float[Array, "batch time width"]:
     """Computes attention of whole sequences to themselves from the fused projection of queries, keys and values.
 
-    It takes the projection without its bias, so that a kernel can sum the bias gradient while it has the others at hand.
+    The heads are side by side: width = heads x dim. The projection comes without its bias, because a kernel can sum the bias
+    gradient while it has the others at hand.
 
     Args:
       projected, bias: compute dtype.
+      num_heads: number of heads in the width.
       stream, rate, segment_ids, precision, implementation: as for `attention`.
     """
-    time, dim = projected.shape[1], projected.shape[4]
+    time, dim = projected.shape[1], projected.shape[3] // num_heads
     name = choose_attention(jax.default_backend(), time, dim).name if implementation == "auto" else implementation
     if name == "pallas_tpu":
         from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 
-        return pallas_tpu_self_attention(projected, bias, stream, rate, segment_ids, precision)
-    qkv = checkpoint_name(constrain(projected + bias, "batch", None, None, "heads", None), KEPT)
-    return IMPLEMENTATIONS[name](*split_qkv(qkv), stream, rate, segment_ids, precision)
+        return pallas_tpu_self_attention(projected, bias, num_heads, stream, rate, segment_ids, precision)
+    qkv = checkpoint_name(constrain(projected + bias, "batch", None, None, "heads"), KEPT)
+    mixed = IMPLEMENTATIONS[name](*split_heads(qkv, num_heads), stream, rate, segment_ids, precision)
+    return mixed.reshape(qkv.shape[0], time, -1)
 
 
-def split_qkv(qkv: Float[Array, "batch time 3 heads dim"]) -> list[Float[Array, "batch time heads dim"]]:
-    """Returns queries, keys and values."""
-    return [part[:, :, 0] for part in jax.lax.split(qkv, (1, 1, 1), axis=2)]
+def split_heads(qkv: Float[Array, "batch time 3 width"], num_heads: int) -> list[Float[Array, "batch time heads dim"]]:
+    """Returns queries, keys and values, each with its heads apart."""
+    batch, time, _, width = qkv.shape
+    by_head = qkv.reshape(batch, time, 3, num_heads, width // num_heads)
+    return [part[:, :, 0] for part in jax.lax.split(by_head, (1, 1, 1), axis=2)]
 
 
 def attention(
@@ -178,8 +184,9 @@ def _pallas_tpu(query: Array, key: Array, value: Array, *options: Any) -> Array:
     """Packs queries, keys and values for the kernel, which training gets from its fused projection instead."""
     from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 
-    qkv = jnp.stack([query, key, value], axis=2)
-    return pallas_tpu_self_attention(qkv, jnp.zeros(qkv.shape[2:], qkv.dtype), *options)
+    batch, time, heads, _ = query.shape
+    qkv = jnp.stack([array.reshape(batch, time, -1) for array in (query, key, value)], axis=2)
+    return pallas_tpu_self_attention(qkv, jnp.zeros_like(qkv[0, 0]), heads, *options).reshape(query.shape)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain, "blockwise": blockwise_attention, "pallas_tpu": _pallas_tpu}

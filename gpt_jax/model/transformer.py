@@ -18,12 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt32
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model.attention import attention, self_attention, split_qkv
+from gpt_jax.model.attention import attention, self_attention, split_heads
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT
+from gpt_jax.model.layer_norm import add_and_normalize
 from gpt_jax.runtime.sharding import constrain
 
 Params = dict[str, Any]
@@ -32,8 +33,8 @@ Tokens = Int[Array, "batch time"]
 Hidden = Float[Array, "batch time embed"]
 Starts = Int[Array, "batch"]
 """Position of the first new token of each row."""
-MaskStream = UInt32[Array, "batch heads 2"]
-"""Determines the dropout masks of one layer's attention probabilities (`dropout.mask_stream`)."""
+Terms = tuple[jax.Array, jax.Array]
+"""A product with parameters and the bias that is to be added to it."""
 Cache = dict[str, Any]
 """Keys and values of earlier positions, under "key" and "value": [layers, batch, heads, positions, dim], without the layer axis
 inside a block. In this order, the products of attention read a head's positions without a transposed copy. The LSTM caches its
@@ -53,7 +54,11 @@ class ParamSpec(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """Affine map x @ kernel + bias over one or more input and output dimensions; kernel N(0, init_stddev), bias 0."""
+    """Affine map x @ kernel + bias over one or more input and output dimensions; kernel N(0, init_stddev), bias 0.
+
+    Heads and their dimensions are separate in the parameters, but side by side in activations, as one dimension. Arrays that end
+    with a short axis of heads and one of 64 numbers would be padded or transposed on TPUs.
+    """
 
     def __init__(self, config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
         shape = (*inputs.values(), *outputs.values())
@@ -62,14 +67,23 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(config.param_dtype), axes=names, decay=True)
         bias = jnp.zeros(tuple(outputs.values()), config.param_dtype)
         self.bias = nnx.Param(bias, axes=names[len(inputs) :], decay=False)
-        self.num_inputs, self.precision = len(inputs), config.matmul_precision
+        self.inputs, self.outputs = _merge_heads(inputs), _merge_heads(outputs)
+        self.precision = config.matmul_precision
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.without_bias(x) + self.bias[...].astype(x.dtype)
+        multiplied, bias = self.terms(x)
+        return multiplied + bias
 
-    def without_bias(self, x: jax.Array) -> jax.Array:
-        """Returns x @ kernel."""
-        return product(x, self.kernel[...].astype(x.dtype), self.num_inputs, self.precision)
+    def terms(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns x @ kernel and the bias, in the dtype of x, for a kernel that also sums the bias gradient."""
+        kernel = self.kernel[...].astype(x.dtype).reshape(*self.inputs, *self.outputs)
+        return product(x, kernel, len(self.inputs), self.precision), self.bias[...].astype(x.dtype).reshape(self.outputs)
+
+
+def _merge_heads(sizes: dict[str, int]) -> tuple[int, ...]:
+    """Returns sizes with those of "heads" and "head_dim" multiplied."""
+    heads = {"heads": sizes["heads"] * sizes["head_dim"]} if "heads" in sizes else {}
+    return tuple((sizes | heads)[name] for name in sizes if name != "head_dim")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -105,19 +119,23 @@ product.defvjp(_product_fwd, _product_bwd)
 
 
 class LayerNorm(nnx.Module):
-    """Layer normalization over the last axis with gain and bias, computed in float32."""
+    """Layer normalization of a residual sum over the last axis, with gain and bias, computed in float32."""
 
     def __init__(self, config: ModelConfig):
         # Sharding a few thousand numbers is not worthwhile.
         self.gain = nnx.Param(jnp.ones(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
         self.bias = nnx.Param(jnp.zeros(config.embed_dim, config.param_dtype), axes=(None,), decay=False)
-        self.epsilon = config.layer_norm_epsilon
+        self.config = config
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        centered = wide - wide.mean(axis=-1, keepdims=True)
-        variance = jnp.square(centered).mean(axis=-1, keepdims=True)
-        return (centered * jax.lax.rsqrt(variance + self.epsilon) * self.gain[...] + self.bias[...]).astype(x.dtype)
+    def __call__(self, x: Hidden, branch: Terms, dropout_key: DropoutKey | None, site: Site) -> Hidden:
+        """Returns LN(x + dropout(branch)), where the branch is the sum of a product and its bias."""
+        changed, bias = constrain(branch[0], "batch", None, None), branch[1]
+        rate, stream = self.config.residual_dropout, None
+        if dropout_key is not None and rate:
+            seed, step, example_id, layer = dropout_key
+            stream = mask_stream(seed, step, layer, site, example_id, 0)
+        with jax.named_scope("layer_norm"):
+            return add_and_normalize(x, changed, bias, self.gain[...], self.bias[...], stream, rate, self.config)
 
 
 class Attention(nnx.Module):
@@ -130,20 +148,24 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: Hidden, stream: MaskStream | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
-    ) -> tuple[Hidden, Cache | None]:
-        config = self.config
+        self, x: Hidden, dropout_key: DropoutKey | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
+    ) -> tuple[Terms, Cache | None]:
+        config, stream = self.config, None
+        if dropout_key is not None and config.attention_dropout:
+            seed, step, example_id, layer = dropout_key
+            stream = mask_stream(seed, step, layer, Site.ATTENTION, example_id[:, None], jnp.arange(config.num_heads))
+            stream = constrain(stream, "batch", "heads", None)
         options: Any = {"stream": stream, "rate": config.attention_dropout, "segment_ids": segment_ids}
         options |= {"precision": config.matmul_precision, "implementation": config.attention}
-        projected = constrain(self.qkv.without_bias(x), "batch", None, None, "heads", None)
         if cache is None or start is None:
-            mixed = self_attention(projected, self.qkv.bias[...].astype(x.dtype), **options)
+            projected, bias = self.qkv.terms(x)
+            mixed = self_attention(constrain(projected, "batch", None, None, "heads"), bias, config.num_heads, **options)
         else:
-            query, key, value = split_qkv(projected + self.qkv.bias[...].astype(x.dtype))
+            query, key, value = split_heads(self.qkv(x), config.num_heads)
             cache = write_cache(cache, {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}, start)
             key, value = cache["key"].swapaxes(1, 2), cache["value"].swapaxes(1, 2)
-            mixed = attention(query, key, value, query_offset=start, **options)
-        return self.out(constrain(mixed, "batch", None, "heads", None)), cache
+            mixed = attention(query, key, value, query_offset=start, **options).reshape(x.shape)
+        return self.out.terms(constrain(mixed, "batch", None, "heads")), cache
 
 
 class Mlp(nnx.Module):
@@ -154,9 +176,9 @@ class Mlp(nnx.Module):
         self.up = Linear(config, embed, mlp, rngs=rngs)
         self.down = Linear(config, mlp, embed, rngs=rngs)
 
-    def __call__(self, x: Hidden) -> Hidden:
+    def __call__(self, x: Hidden) -> Terms:
         up = checkpoint_name(constrain(self.up(x), "batch", None, "mlp"), KEPT)
-        return self.down(jax.nn.gelu(up, approximate=True))
+        return self.down.terms(jax.nn.gelu(up, approximate=True))
 
 
 class Block(nnx.Module):
@@ -167,27 +189,15 @@ class Block(nnx.Module):
         self.attention_norm = LayerNorm(config)
         self.mlp = Mlp(config, rngs=rngs)
         self.mlp_norm = LayerNorm(config)
-        self.config = config
 
     def __call__(
         self, x: Hidden, dropout_key: DropoutKey | None, segment_ids: Tokens | None, cache: Cache | None, start: Starts | None
     ) -> tuple[Hidden, Cache | None]:
-        config, stream = self.config, None
-        if dropout_key is not None and config.attention_dropout:
-            seed, step, example_id, layer = dropout_key
-            stream = mask_stream(seed, step, layer, Site.ATTENTION, example_id[:, None], jnp.arange(config.num_heads))
-            stream = constrain(stream, "batch", "heads", None)
         with jax.named_scope("attention"):
-            mixed, cache = self.attention(x, stream, segment_ids, cache, start)
-            mixed = apply_dropout(mixed, dropout_key, config.residual_dropout, Site.RESIDUAL_ATTENTION)
-            x = checkpoint_name(x + constrain(mixed, "batch", None, None), KEPT)
-        with jax.named_scope("layer_norm"):
-            x = self.attention_norm(x)
+            branch, cache = self.attention(x, dropout_key, segment_ids, cache, start)
+            x = self.attention_norm(x, branch, dropout_key, Site.RESIDUAL_ATTENTION)
         with jax.named_scope("mlp"):
-            changed = apply_dropout(self.mlp(x), dropout_key, config.residual_dropout, Site.RESIDUAL_MLP)
-            x = checkpoint_name(x + constrain(changed, "batch", None, None), KEPT)
-        with jax.named_scope("layer_norm"):
-            return self.mlp_norm(x), cache
+            return self.mlp_norm(x, self.mlp(x), dropout_key, Site.RESIDUAL_MLP), cache
 
 
 class TokenEmbedding(nnx.Module):
@@ -274,7 +284,8 @@ def apply_cached(
                 x, updated = layer(x, (layer_params, jnp.int32(number), layer_cache))
                 caches.append(updated)
             return x, caches
-        return jax.lax.scan(rematerialize(config, layer), x, (params["blocks"], jnp.arange(config.num_layers), cache))
+        layers = params["blocks"], jnp.arange(config.num_layers), cache
+        return jax.lax.scan(rematerialize(config, layer), x, layers, unroll=config.layer_unroll)
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:

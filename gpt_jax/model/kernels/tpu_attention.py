@@ -5,7 +5,7 @@ checkpoint policy therefore sees what the forward rule keeps, by name, and the f
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,40 +21,50 @@ HEAD_DIMS = (64, 128)
 MAX_TIME = 8192
 """Maximum sequence length in tokens, of which the backward kernel holds whole rows in vector memory."""
 
-QKV = ("batch", None, None, "heads", None)
-"""Logical axes of queries, keys and values: [batch, 3, time, heads, dim]."""
-HEADS = ("batch", None, "heads", None)
-"""Logical axes of the output: [batch, time, heads, dim]."""
+QKV = ("batch", None, None, "heads")
+"""Logical axes of queries, keys and values: [batch, 3, time, width], with the heads side by side."""
+OUTPUT = ("batch", None, "heads")
+"""Logical axes of the output: [batch, time, width]."""
 LOGARITHMS = ("batch", "heads", None, None)
 """Logical axes of the normalizers' logarithms, [batch, groups, in_group, time], whose groups a device forms of its own heads."""
-STREAM, SEGMENTS, BIAS = ("batch", "heads", None), ("batch", None), (None, "heads", None)
+STREAM, SEGMENTS, BIAS = ("batch", "heads", None), ("batch", None), (None, "heads")
+
+
+class Options(NamedTuple):
+    """The static arguments."""
+
+    dim: int
+    """Size of a head."""
+    rate: float
+    precision: str
 
 
 def pallas_tpu_self_attention(
-    projected: Float[Array, "batch time 3 heads dim"],
-    bias: Float[Array, "3 heads dim"],
+    projected: Float[Array, "batch time 3 width"],
+    bias: Float[Array, "3 width"],
+    num_heads: int,
     stream: UInt32[Array, "batch heads 2"] | None,
     rate: float,
     segment_ids: Int[Array, "batch time"] | None,
     precision: str,
-) -> Float[Array, "batch time heads dim"]:
+) -> Float[Array, "batch time width"]:
     """Computes causal self-attention with TPU kernels.
 
-    Times that are not a multiple of 128 are padded inside, because no query attends to keys after its own.
+    Sequences whose length is not a multiple of 128 are padded, which is safe because no query attends to keys after its own.
 
     Args:
-      projected: queries, keys and values without their bias, bfloat16 or float32.
-      bias: added to `projected`. Its gradient is summed in the backward kernel instead of in 36 passes over memory.
+      projected: queries, keys and values without their bias, bfloat16 or float32, with the heads side by side.
+      bias: added to `projected`. Its gradient is summed in the backward kernel instead of in further passes over memory.
+      num_heads: number of heads in the width.
       stream, rate, segment_ids, precision: as for `attention.attention`.
 
     Raises:
       ValueError: the kernels do not take this size of heads, length or dtype.
     """
-    dim, time = projected.shape[4], projected.shape[1]
+    time, dim = projected.shape[1], projected.shape[3] // num_heads
     if reason := refusal(dim, time, projected.dtype):
         raise ValueError(reason)
-    bias = bias.astype(projected.dtype)
-    return _self_attention(projected, bias, stream, segment_ids, rate if stream is not None else 0.0, precision)
+    return _self_attention(projected, bias, stream, segment_ids, Options(dim, 0.0 if stream is None else rate, precision))
 
 
 def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16) -> str | None:
@@ -68,103 +78,80 @@ def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16) -> str | None:
     return None
 
 
-def _shape(
-    qkv: Float[Array, "batch 3 time heads dim"], stream: Array | None, segment_ids: Array | None, rate: float, precision: str
-) -> Shape:
-    _, _, time, heads, dim = qkv.shape
-    exact = precision in ("high", "highest", "float32", "tensorfloat32")
-    padded = time + -time % LANES
-    return Shape(
-        padded,
-        heads,
-        dim,
-        rate if stream is not None else 0.0,
-        segment_ids is not None,
-        jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT,
-    )
+# -- one device's shard -------------------------------------------------------------------------------------------------------
 
 
-def _flat(shape: Shape, array: Array, axis: int) -> Array:
-    """Merges the last two axes of [..., time, heads, dim] and pads the time, which is on `axis`."""
-    flat = array.reshape(*array.shape[:-2], shape.heads * shape.dim)
-    padding = [(0, shape.time - array.shape[axis] if i == axis else 0) for i in range(flat.ndim)]
-    return jnp.pad(flat, padding) if shape.time > array.shape[axis] else flat
-
-
-def _words(shape: Shape, batch: int, stream: Array | None) -> UInt32[Array, "batch groups 1 words"]:
-    """Returns the streams by group; zeros where the last group lacks a head, or without dropout."""
-    if stream is None:
-        return jnp.zeros((batch, shape.groups, 1, 2 * shape.in_group), jnp.uint32)
-    missing = shape.groups * shape.in_group - shape.heads
-    return jnp.pad(stream, ((0, 0), (0, missing), (0, 0))).reshape(batch, shape.groups, 1, 2 * shape.in_group)
-
-
-def _rows(shape: Shape, segment_ids: Array | None) -> Int[Array, "batch 1 time"] | None:
-    if segment_ids is None:
-        return None
-    padded = jnp.pad(segment_ids, ((0, 0), (0, shape.time - segment_ids.shape[1])), mode="edge")
-    return padded[:, None].astype(jnp.int32)
-
-
-def _local_forward(
-    qkv: Array, stream: Array | None, segment_ids: Array | None, *, rate: float, precision: str
-) -> tuple[Array, Array]:
-    """Computes the output [batch, time, heads, dim] and the logarithms for this device's examples and heads."""
-    shape = _shape(qkv, stream, segment_ids, rate, precision)
-    batch, _, time, heads, dim = qkv.shape
-    output, logarithms = forward(shape, _flat(shape, qkv, 2), _words(shape, batch, stream), _rows(shape, segment_ids))
-    return output[:, :time].reshape(batch, time, heads, dim), logarithms
+def _local_forward(options: Options, qkv: Array, stream: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
+    """Computes the output and the logarithms for this device's examples and heads."""
+    shape = _shape(options, qkv, segment_ids)
+    output, logarithms = forward(shape, _pad(shape, qkv, 2), *_masks(shape, len(qkv), stream, segment_ids))
+    return output[:, : qkv.shape[2]], logarithms
 
 
 def _local_backward(
+    options: Options,
     qkv: Array,
     stream: Array | None,
     segment_ids: Array | None,
     output: Array,
     logarithms: Array,
     gradient: Array,
-    *,
-    rate: float,
-    precision: str,
 ) -> tuple[Array, Array]:
-    """Computes the gradients of `qkv` and, summed over all examples, of the bias for this device's shard."""
-    shape = _shape(qkv, stream, segment_ids, rate, precision)
-    batch, _, time, heads, dim = qkv.shape
-    gradients, bias_gradient = backward(
-        shape,
-        _flat(shape, qkv, 2),
-        _words(shape, batch, stream),
-        _rows(shape, segment_ids),
-        _flat(shape, output, 1),
-        logarithms,
-        _flat(shape, gradient, 1),
-    )
-    return gradients[:, :, :time].reshape(qkv.shape), all_sum(bias_gradient.reshape(3, heads, dim), "batch")
+    """Computes the gradient of `qkv` for this device's examples and heads, and that of the bias, summed over all examples."""
+    shape = _shape(options, qkv, segment_ids)
+    masks, rows = _masks(shape, len(qkv), stream, segment_ids), (_pad(shape, array, 1) for array in (output, gradient))
+    output, gradient = rows
+    qkv_gradient, bias_gradient = backward(shape, _pad(shape, qkv, 2), *masks, output, logarithms, gradient)
+    return qkv_gradient[:, :, : qkv.shape[2]], all_sum(bias_gradient, "batch")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _self_attention(
-    projected: Array, bias: Array, stream: Array | None, segment_ids: Array | None, rate: float, precision: str
-) -> Array:
-    return _forward_rule(projected, bias, stream, segment_ids, rate, precision)[0]
+def _shape(options: Options, qkv: Array, segment_ids: Array | None) -> Shape:
+    _, _, time, width = qkv.shape
+    precision = jax.lax.Precision.DEFAULT if options.precision == "default" else jax.lax.Precision.HIGHEST
+    return Shape(time + -time % LANES, width // options.dim, options.dim, options.rate, segment_ids is not None, precision)
+
+
+def _pad(shape: Shape, array: Array, axis: int) -> Array:
+    """Pads the time of an array, which is on `axis`, with zeros."""
+    missing = shape.time - array.shape[axis]
+    return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
+
+
+def _masks(
+    shape: Shape, batch: int, stream: Array | None, segment_ids: Array | None
+) -> tuple[UInt32[Array, "batch groups 1 words"], Int[Array, "batch 1 padded_time"] | None]:
+    """Returns the streams by group, with zeros for missing heads and without dropout, and the segments as rows."""
+    stream = jnp.zeros((batch, shape.heads, 2), jnp.uint32) if stream is None else stream
+    missing = shape.groups * shape.in_group - shape.heads
+    words = jnp.pad(stream, ((0, 0), (0, missing), (0, 0))).reshape(batch, shape.groups, 1, 2 * shape.in_group)
+    return words, None if segment_ids is None else _pad(shape, segment_ids.astype(jnp.int32), 1)[:, None]
+
+
+# -- the differentiable function ----------------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _self_attention(projected: Array, bias: Array, stream: Array | None, segment_ids: Array | None, options: Options) -> Array:
+    return _forward_rule(projected, bias, stream, segment_ids, options)[0]
 
 
 def _forward_rule(
-    projected: Array, bias: Array, stream: Array | None, segment_ids: Array | None, rate: float, precision: str
+    projected: Array, bias: Array, stream: Array | None, segment_ids: Array | None, options: Options
 ) -> tuple[Array, tuple[Any, ...]]:
+    # XLA writes the product in this order, and reads its gradient in it, without a copy.
     qkv = checkpoint_name(constrain((projected + bias).swapaxes(1, 2), *QKV), KEPT)
-    local = functools.partial(_local_forward, rate=rate, precision=precision)
-    output, logarithms = per_shard(local, (QKV, *_names(stream, segment_ids)), (HEADS, LOGARITHMS))(qkv, stream, segment_ids)
-    output, logarithms = (checkpoint_name(array, ATTENTION_OUTPUT) for array in (output, logarithms))
+    local = functools.partial(_local_forward, options)
+    results = per_shard(local, (QKV, *_names(stream, segment_ids)), (OUTPUT, LOGARITHMS))(qkv, stream, segment_ids)
+    output, logarithms = (checkpoint_name(array, ATTENTION_OUTPUT) for array in results)
     return output, (qkv, stream, segment_ids, output, logarithms)
 
 
-def _backward_rule(rate: float, precision: str, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, None, None]:
+def _backward_rule(options: Options, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, None, None]:
     _, stream, segment_ids, _, _ = saved
-    local = functools.partial(_local_backward, rate=rate, precision=precision)
-    names = (QKV, *_names(stream, segment_ids), HEADS, LOGARITHMS, HEADS)
-    gradients, bias_gradient = per_shard(local, names, (QKV, BIAS))(*saved, gradient)
-    return gradients.swapaxes(1, 2), bias_gradient.astype(gradient.dtype), None, None
+    names = (QKV, *_names(stream, segment_ids), OUTPUT, LOGARITHMS, OUTPUT)
+    local = functools.partial(_local_backward, options)
+    qkv_gradient, bias_gradient = per_shard(local, names, (QKV, BIAS))(*saved, gradient)
+    return qkv_gradient.swapaxes(1, 2), bias_gradient.astype(gradient.dtype), None, None
 
 
 def _names(stream: Array | None, segment_ids: Array | None) -> tuple[Any, Any]:

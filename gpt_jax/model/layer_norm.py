@@ -1,0 +1,47 @@
+"""Layer normalization after a residual sum, as in the original Transformer (section 4.1)."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, UInt32
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model.dropout import dropout
+from gpt_jax.model.kernels.blockwise import KEPT
+
+
+def add_and_normalize(
+    x: Float[Array, "batch time embed"],
+    changed: Float[Array, "batch time embed"],
+    changed_bias: Float[Array, "embed"],
+    gain: Float[Array, "embed"],
+    bias: Float[Array, "embed"],
+    stream: UInt32[Array, "batch 2"] | None,
+    rate: float,
+    config: ModelConfig,
+) -> Float[Array, "batch time embed"]:
+    """Returns normalize(x + dropout(changed + changed_bias)) * gain + bias, where rows have mean 0 and variance 1.
+
+    Args:
+      x, changed, changed_bias: compute dtype. The sum is rounded to it; its normalization is computed in float32.
+      gain, bias: the parameters of the layer norm.
+      stream, rate: the dropout mask's stream, None to disable dropout, and its rate.
+      config: chooses the kernels of `kernels.tpu_layer_norm` together with those of attention.
+    """
+    if config.attention == "pallas_tpu":
+        from gpt_jax.model.kernels.tpu_layer_norm import pallas_tpu_add_and_normalize, takes
+
+        if takes(*x.shape[1:]):
+            vectors = changed_bias, gain, bias
+            return pallas_tpu_add_and_normalize(x, changed, *vectors, stream, rate, config.layer_norm_epsilon)
+    changed = changed + changed_bias
+    summed = checkpoint_name(x + (changed if stream is None else dropout(changed, stream, rate)), KEPT)
+    return normalize(summed, gain, bias, config.layer_norm_epsilon)
+
+
+def normalize(x: Float[Array, "*rows embed"], gain: jax.Array, bias: jax.Array, epsilon: float) -> Float[Array, "*rows embed"]:
+    """Returns the layer normalization of x over its last axis, computed in float32, in the dtype of x."""
+    wide = x.astype(jnp.float32)
+    centered = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centered).mean(axis=-1, keepdims=True)
+    return (centered * jax.lax.rsqrt(variance + epsilon) * gain + bias).astype(x.dtype)
