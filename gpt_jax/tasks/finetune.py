@@ -65,7 +65,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         check_batch(mesh.shape, batch_size, train.grad_accum_steps)
         check_model(mesh.shape, resolved.model)
         platform = mesh.devices.flat[0].platform
-        resolved = keep_choices(ctx.run, resolved, platform)
+        resolved = keep_choices(ctx.run, resolved, mesh)
         with distributed.primary_first("the task's data", ctx.log):  # tensorflow-datasets may have to write the data.
             dataset = load_dataset(resolved.task, source.tokenizer, resolved.model.context_length, ctx.log)
         steps_per_epoch = count_steps(dataset.encoded["train"], batch_size)

@@ -1,17 +1,20 @@
 """The settings that a run chooses for itself where the config says "auto". They change the numbers only by rounding.
 
-A choice is a pure function of the config and the platform, never of a timing. The run's config.json records it, and a run that
+A choice is a pure function of the config and the devices, never of a timing. The run's config.json records it, and a run that
 resumes uses it again, even if a later version would choose differently.
 """
 
 import dataclasses
 from typing import Any, TypeVar
 
-from gpt_jax.config import ModelConfig, RunConfig
+from jax.sharding import Mesh
+
+from gpt_jax.config import ModelConfig, PretrainConfig, RunConfig
 from gpt_jax.config.load import config_from_dict
 from gpt_jax.model.attention import check_attention, choose_attention
 from gpt_jax.model.transformer import choose_remat
 from gpt_jax.runtime.rundir import RunDir
+from gpt_jax.train.memory_estimate import check_remat, remat_that_fits
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -37,17 +40,46 @@ def choose(model: ModelConfig, platform: str) -> ModelConfig:
     return dataclasses.replace(model, attention=attention, remat=remat, loss_chunk=loss_chunk)
 
 
-def keep_choices(run: RunDir, config: Config, platform: str) -> Config:
+def choose_for(config: Config, mesh: Mesh) -> Config:
+    """Returns the config with all choices made for the devices of a mesh.
+
+    In a pre-training, `model.remat` depends on the memory of a device. The batches of a fine-tuning have different lengths, so it
+    uses that of `choose`.
+
+    Raises:
+      UserError: as `choose`; or the batch does not fit the devices' memory.
+    """
+    device = mesh.devices.flat[0]
+    chosen = choose(config.model, device.platform)
+    if isinstance(config, PretrainConfig):
+        automatic = dataclasses.replace(config, model=dataclasses.replace(chosen, remat=config.model.remat))
+        remat: Any = remat_that_fits(automatic, mesh.shape, device.platform, device.device_kind)
+        chosen = dataclasses.replace(chosen, remat=remat)
+    return dataclasses.replace(config, model=chosen)
+
+
+def keep_choices(run: RunDir, config: Config, mesh: Mesh) -> Config:
     """Returns the config with all choices made: those of the run in this folder, if there is one, otherwise new ones.
 
-    Fields that are not "auto" stay as they are. On another platform than before, the choices are made anew.
+    Fields that are not "auto" stay as they are. On another platform than before, the choices are made anew, and so is that of
+    `model.remat` on other devices.
+
+    Raises:
+      UserError: as `choose_for`.
     """
-    recorded = _recorded(run, platform)
-    if recorded is not None and run.stored().get("platform", platform) == platform:
+    device, stored = mesh.devices.flat[0], run.stored()
+    recorded = _recorded(run, device.platform)
+    same_devices = stored.get("devices") == f"{mesh.size} x {device.device_kind}"
+    if recorded is not None and stored.get("platform", device.platform) == device.platform:
         automatic = {name for name in CHOICES if getattr(config.model, name) in ("auto", 0)}
+        if not same_devices and device.platform != "cpu":
+            automatic.discard("remat")
         kept: dict[str, Any] = {name: getattr(recorded, name) for name in automatic}
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **kept))
-    return dataclasses.replace(config, model=choose(config.model, platform))
+    config = choose_for(config, mesh)
+    if isinstance(config, PretrainConfig) and not same_devices:
+        check_remat(config, mesh.shape, device.platform, device.device_kind)
+    return config
 
 
 def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, str]:

@@ -59,7 +59,7 @@ def pretrain(
         mesh = sharding.make_mesh(config.mesh)
         check_batch(mesh.shape, train.batch_size, train.grad_accum_steps)
         check_model(mesh.shape, config.model)
-        config = keep_choices(ctx.run, config, mesh.devices.flat[0].platform)
+        config = keep_choices(ctx.run, config, mesh)
 
         store = open_store(config, workdir, ctx.log, allow_changes)
         tokenizer = store.tokenizer()

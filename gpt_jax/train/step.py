@@ -21,7 +21,7 @@ from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec, compute_dtype
 from gpt_jax.runtime.memory import return_freed_memory
 from gpt_jax.runtime.sharding import constrain, named_sharding
-from gpt_jax.train.choices import choose
+from gpt_jax.train.choices import choose, choose_for
 from gpt_jax.train.compilation import AbstractBatch
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
@@ -103,7 +103,8 @@ def lower_step(
       total_steps, warmup_steps: length and warm-up of the run, in updates; the defaults suffice if only the cost matters.
       batch: abstract arrays of a batch; None means `abstract_batch`.
     """
-    update = functools.partial(train_step, _settle(config, mesh), model, total_steps, warmup_steps)
+    config = _settle(choose_for(config, mesh), mesh)
+    update = functools.partial(train_step, config, model, total_steps, warmup_steps)
     shardings = state_shardings(config, mesh, model), named_sharding(mesh, ())
     step = jax.jit(update, out_shardings=shardings, donate_argnums=0)
     # Outside the mesh's context, in which optax would make an array on devices that may not be there.

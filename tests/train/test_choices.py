@@ -1,15 +1,20 @@
 """A run records what it chose where the config says "auto", and keeps it when it resumes."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import MeshConfig, ModelConfig
+from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.mesh import AXES
 from gpt_jax.runtime.rundir import RunDir
+from gpt_jax.runtime.sharding import make_mesh
 from gpt_jax.train.choices import changed_choices, choose, keep_choices
 from gpt_jax.train.pretrain import pretrain
 from tests.tiny import replace_fields, tiny_config, trajectory, write_text
@@ -59,12 +64,12 @@ def rewrite(run, **values):
 
 
 @pytest.mark.parametrize(
-    ("platform", "attention", "loss_chunk"), [("cpu", "blockwise", 0), ("gpu", "plain", 128), ("tpu", "plain", 128)]
+    ("platform", "attention", "loss_chunk"), [("cpu", "blockwise", 0), ("gpu", "plain", 128), ("tpu", "pallas_tpu", 128)]
 )
 def test_choices_depend_on_the_platform(platform, attention, loss_chunk):
     chosen = choose(ModelConfig(), platform)
     assert (chosen.attention, chosen.remat, chosen.loss_chunk) == (attention, "dots", loss_chunk)
-    assert choose(chosen, "cpu") == chosen
+    assert choose(chosen, platform) == chosen
     given = ModelConfig(attention="plain", remat="full", loss_chunk=7)
     assert choose(given, platform) == given
 
@@ -131,7 +136,7 @@ def test_other_lengths_are_a_change(whole, config):
     run = RunDir(shutil.copytree(whole, whole.parent / "lengths"))
     stored = json.loads((run.path / "config.json").read_text()) | {"lengths": [16, 32]}
     (run.path / "config.json").write_text(json.dumps(stored))
-    settled = keep_choices(run, config, "cpu")
+    settled = keep_choices(run, config, make_mesh(MeshConfig()))
     run.lengths = (16, 32)
     assert changed_choices(run, settled, "cpu") == {}
     run.lengths = (32,)
@@ -148,3 +153,62 @@ def test_another_platform_chooses_anew(whole, config, tmp_path):
     assert jax.default_backend() == "cpu"
     assert recorded(run)["attention"] == "blockwise"
     assert [name for name, _ in events(run)] == ["model.attention", "model.loss-chunk"]
+
+
+# -- remat ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """Stands for a device of a mesh."""
+
+    id: int
+    device_kind: str
+    platform: str = "tpu"
+    process_index: int = 0
+
+
+def tpus(number, kind="TPU v5 lite"):
+    devices = [Device(index, kind) for index in range(number)]
+    return Mesh(np.array(devices).reshape(1, number, 1, 1), AXES)
+
+
+def record(folder, config):
+    """Returns a run on four TPUs that has recorded its config and has begun to train."""
+    run = RunDir(folder)
+    run.open(config, "digest", platform="tpu", devices="4 x TPU v5 lite")
+    run.record("train", 1)
+    run.close()
+    return run
+
+
+def gpt1(sequences, **model):
+    config = load_config("gpt1")
+    return replace_fields(config, model={"attention": "plain", "loss_chunk": 128} | model, train={"batch_size": sequences})
+
+
+def test_remat_depends_on_the_batch_and_on_the_memory_of_the_devices(tmp_path):
+    run = RunDir(tmp_path / "new")
+    chosen = [
+        keep_choices(run, gpt1(n), tpus(4, kind)).model.remat
+        for n, kind in [(64, "TPU v5 lite"), (384, "TPU v5 lite"), (384, "TPU v5")]
+    ]
+    assert chosen == ["dots", "full", "dots"]
+    with pytest.raises(UserError, match=r"--train\.batch-size: 4096 is 1024 sequences a device, .* at most"):
+        keep_choices(run, gpt1(4096), tpus(4))
+    with pytest.raises(UserError, match=r"96 sequences a device, .* with --model\.remat off; at most"):
+        keep_choices(run, gpt1(384, remat="off"), tpus(4))
+
+
+def test_a_run_keeps_its_remat_on_the_same_devices_and_chooses_anew_on_others(tmp_path):
+    run = record(tmp_path / "run", gpt1(384, remat="off"))
+    assert keep_choices(run, gpt1(384), tpus(4)).model.remat == "off"
+    assert keep_choices(run, gpt1(384, remat="off"), tpus(4)).model.remat == "off"
+    other = keep_choices(run, gpt1(384), tpus(8))
+    assert other.model.remat == "dots"
+    assert changed_choices(run, other, "tpu") == {"model.remat": "dots instead of off"}
+
+
+def test_a_run_that_did_not_record_remat_keeps_its_meaning(tmp_path):
+    run = record(tmp_path / "run", gpt1(384))
+    assert keep_choices(run, gpt1(384), tpus(4)).model.remat == "dots"

@@ -1,0 +1,180 @@
+"""Estimated memory of the training step on one device, from the arithmetic of shapes, and the choice of what is recomputed.
+
+The estimate is the sum of
+
+    the state          parameters and their moments
+    the gradients      once more if those of micro-batches are accumulated, and a copy of the parameters in the compute dtype
+    the table          its gradient before it is summed over the devices; gathered tables and layers with fsdp
+    kept arrays        what the backward pass needs, for each layer (`KEPT`) and outside of the layers (`OUTSIDE`)
+    workspace          a chunk of the loss, a layer in float32, and the probabilities of `plain` attention
+
+The test compares it with the count of the TPU compiler. It does not depend on the version of any library, and neither does the
+choice of `model.remat` that is based on it.
+"""
+
+import bisect
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.config import ModelConfig, RunConfig
+from gpt_jax.errors import UserError, field_error
+from gpt_jax.model.network import network
+from gpt_jax.model.transformer import ParamSpec, compute_dtype
+from gpt_jax.runtime.chips import CHIPS, GIB
+from gpt_jax.runtime.mesh import num_shards
+
+ORDER = ("dots", "full")
+"""The values of `model.remat` that "auto" chooses from, best first."""
+
+USABLE = {"tpu": 0.9, "gpu": 0.68}
+"""Share of a chip's memory that the estimate may fill. The rest is for the runtime and for the error of the estimate. On GPUs,
+JAX takes only three quarters of the memory."""
+
+
+class Kept(NamedTuple):
+    """Arrays with a value for each token that the backward pass of a layer needs, by their widths and dtypes."""
+
+    embed: int = 0
+    """Number of arrays of width `embed_dim` in the compute dtype."""
+    heads: int = 0
+    """The same, for arrays whose axis is split like the attention heads."""
+    mlp: int = 0
+    """Number of arrays of width `mlp_dim` in the compute dtype."""
+    embed_float32: int = 0
+    """Number of arrays of width `embed_dim` in float32."""
+    embed_bool: int = 0
+    """Number of dropout masks of width `embed_dim`."""
+    normalizers: int = 0
+    """Number of float32 values for each head."""
+
+
+KEPT = {
+    "full": Kept(embed=1),  # the layer's input
+    "dots": Kept(embed=3, heads=4, mlp=1, normalizers=1),  # the residual sums; query, key, value, output; the input of GELU
+    "off": Kept(embed=3, heads=4, mlp=5, embed_float32=6, embed_bool=2, normalizers=1),
+}
+"""The arrays that a layer keeps, by `model.remat`."""
+OUTSIDE = Kept(embed=3, embed_float32=1, embed_bool=1)
+"""The arrays that the embeddings and the loss keep."""
+PLAIN_KEPT = {"full": 0, "dots": 0, "off": 7}
+"""Bytes that `plain` attention keeps for each head, query and key: probabilities before and after dropout, and the mask."""
+PLAIN_WORKSPACE = 12
+"""Bytes for each head, query and key in the backward pass of `plain` attention."""
+
+
+def remat_that_fits(config: RunConfig, sizes: Mapping[str, int], platform: str, kind: str) -> str:
+    """Returns the value of `model.remat` that "auto" stands for in a pre-training.
+
+    Args:
+      config: all other choices are made.
+      sizes: sizes of the mesh axes.
+      platform, kind: of the devices. The estimate is made for Transformers on the chips in `CHIPS`.
+
+    Raises:
+      UserError: the batch does not fit the chips' memory.
+    """
+    if config.model.remat != "auto":
+        return config.model.remat
+    if not _is_known(config.model, platform, kind):
+        return {"transformer": "dots", "lstm": "off"}[config.model.kind]
+    usable = int(USABLE[platform] * CHIPS[kind].memory)
+    for remat in ORDER:
+        if step_bytes(config, sizes, platform, remat) <= usable:
+            return remat
+    raise _too_large(config, sizes, platform, kind, ORDER[-1], usable)
+
+
+def check_remat(config: RunConfig, sizes: Mapping[str, int], platform: str, kind: str) -> None:
+    """Checks that a pre-training with a chosen `model.remat` does not need more memory than the chips have.
+
+    Raises:
+      UserError: it does.
+    """
+    model = config.model
+    if _is_known(model, platform, kind) and step_bytes(config, sizes, platform, model.remat) > CHIPS[kind].memory:
+        raise _too_large(config, sizes, platform, kind, model.remat, CHIPS[kind].memory)
+
+
+def _is_known(model: ModelConfig, platform: str, kind: str) -> bool:
+    return model.kind == "transformer" and platform in USABLE and kind in CHIPS
+
+
+def step_bytes(config: RunConfig, sizes: Mapping[str, int], platform: str, remat: str, sequences: int | None = None) -> int:
+    """Returns the estimated memory of the training step on one device, in bytes.
+
+    Args:
+      config: all choices but `model.remat` are made.
+      sizes: sizes of the mesh axes.
+      platform: of the devices, "tpu" or "gpu".
+      remat: a key of `KEPT`.
+      sequences: sequences that a device processes at once; None means those of the config's micro-batches.
+    """
+    model, train = config.model, config.train
+    local = sequences or -(-train.batch_size // (num_shards(sizes, "batch") * train.grad_accum_steps))
+    dtype = compute_dtype(model, platform).itemsize
+    tokens, table = local * model.context_length, _table_size(model, sizes)
+    parameters, bytes_of_parameters = _local_parameters(model, tuple(sorted(sizes.items())))
+
+    state = bytes_of_parameters + 8 * parameters
+    gradients = 4 * parameters * (2 if train.grad_accum_steps > 1 else 1) + dtype * parameters
+    gathered = (4 * table + 4 * dtype * _layer_size(model, sizes)) if num_shards(sizes, "embed") > 1 else 0
+    kept = model.num_layers * _kept_bytes(KEPT[remat], model, sizes, dtype) + _kept_bytes(OUTSIDE, model, sizes, dtype)
+    chunk = local * min(model.loss_chunk, model.context_length) * table // model.embed_dim * 4
+    workspace = chunk + tokens * 4 * model.embed_dim
+    if model.attention == "plain":
+        pairs = tokens * model.context_length * model.num_heads // num_shards(sizes, "heads")
+        workspace += pairs * (PLAIN_WORKSPACE + PLAIN_KEPT[remat] * model.num_layers)
+    return state + gradients + 4 * table + gathered + tokens * kept + workspace
+
+
+def _kept_bytes(kept: Kept, model: ModelConfig, sizes: Mapping[str, int], dtype: int) -> int:
+    """Returns the bytes of the arrays for each token."""
+    heads, mlp = (num_shards(sizes, axis) for axis in ("heads", "mlp"))
+    embed = kept.embed * dtype + kept.embed_float32 * 4 + kept.embed_bool + kept.heads * dtype / heads
+    return math.ceil(
+        model.embed_dim * embed + kept.mlp * model.mlp_dim * dtype / mlp + kept.normalizers * 4 * model.num_heads / heads
+    )
+
+
+def _table_size(model: ModelConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the number of elements of the embedding table, gathered over fsdp."""
+    return model.padded_vocab_size * model.embed_dim // num_shards(sizes, "vocab")
+
+
+def _layer_size(model: ModelConfig, sizes: Mapping[str, int]) -> int:
+    """Returns the number of elements of a layer's matrices, gathered over fsdp."""
+    return model.embed_dim * (4 * model.embed_dim + 2 * model.mlp_dim) // num_shards(sizes, "mlp")
+
+
+@functools.lru_cache(maxsize=64)
+def _local_parameters(model: ModelConfig, sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+    """Returns the number of parameters on one device, and their bytes."""
+    shapes = jax.eval_shape(lambda: network(model).init(model, jax.random.key(0)))
+    is_spec = lambda leaf: isinstance(leaf, ParamSpec)  # noqa: E731
+    specs: Any = jax.tree.leaves(network(model).param_specs(model), is_leaf=is_spec)
+    shards = [math.prod(num_shards(dict(sizes), axis) for axis in spec.axes if axis) for spec in specs]
+    local = [leaf.size // pieces for leaf, pieces in zip(jax.tree.leaves(shapes), shards, strict=True)]
+    return sum(local), sum(local) * jnp.dtype(model.param_dtype).itemsize
+
+
+def _too_large(config: RunConfig, sizes: Mapping[str, int], platform: str, kind: str, remat: str, usable: int) -> UserError:
+    """Returns the error for a batch that does not fit with a value of `model.remat`."""
+    batch, steps, shards = config.train.batch_size, config.train.grad_accum_steps, num_shards(sizes, "batch")
+    local = -(-batch // (shards * steps))
+    fits = bisect.bisect(range(1, local), usable, key=lambda number: step_bytes(config, sizes, platform, remat, number))
+    at_once = f" in {steps} micro-batches" if steps > 1 else ""
+    recomputing = "" if config.model.remat == "auto" else f" with --model.remat {remat}"
+    memory = f"the {CHIPS[kind].memory / GIB:.3g} GiB of a {kind} do not suffice{recomputing}"
+    problem = f"{batch}{at_once} is {local} sequence{'s' * (local > 1)} a device, for which {memory}"
+    if not fits:
+        return field_error(
+            "train.batch_size", f"{problem}; not even one fits, so split the model with --mesh.fsdp or --mesh.tensor"
+        )
+    more = next((k for k in range(steps + 1, batch + 1) if batch % (shards * k) == 0 and batch // (shards * k) <= fits), None)
+    hint = f"at most {fits} a device fit (--train.batch-size {fits * shards * steps})"
+    return field_error("train.batch_size", f"{problem}; {hint}" + (f", or --train.grad-accum-steps {more}" if more else ""))

@@ -1,0 +1,164 @@
+"""The estimate agrees with the arrays that JAX keeps and with the TPU compiler's count, and decides what is recomputed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, TokenizerConfig, TrainConfig
+from gpt_jax.config.load import apply_overrides, load_config
+from gpt_jax.errors import UserError
+from gpt_jax.model.dropout import DropoutKey
+from gpt_jax.runtime.chips import CHIPS, GIB
+from gpt_jax.runtime.mesh import AXES
+from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.train.memory_estimate import KEPT, check_remat, remat_that_fits, step_bytes
+from gpt_jax.train.step import LANGUAGE_MODEL, abstract_batch, lower_step
+
+V5E = ("tpu", "TPU v5 lite")
+
+
+def gpt1(batch_size, **fields):
+    """Returns the config `gpt1` with the choices for a TPU, and other fields by their dotted names."""
+    fields = {"train.batch-size": batch_size, "model.loss-chunk": 128, "model.attention": "pallas_tpu"} | fields
+    return apply_overrides(load_config("gpt1"), [f"--{name}={value}" for name, value in fields.items()], "test")
+
+
+def mesh_sizes(data=1, fsdp=1, tensor=1):
+    return dict(zip(AXES, (1, data, fsdp, tensor), strict=True))
+
+
+# -- the estimate -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["plain", "blockwise"])
+@pytest.mark.parametrize("remat", KEPT)
+def test_the_arrays_that_a_layer_keeps_are_those_that_jax_keeps(attention, remat):
+    def config(layers, batch):
+        model = ModelConfig(vocab_size=300, context_length=128, num_layers=layers, embed_dim=256, num_heads=2, mlp_dim=512)
+        model = dataclasses.replace(model, attention=attention, remat=remat, compute_dtype="bfloat16", loss_chunk=32)
+        data = DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece"))
+        return PretrainConfig(model=model, data=data, train=TrainConfig(batch_size=batch))
+
+    def gradient_function(params, inputs):
+        """Returns the function that computes the gradient. Its leaves are what JAX keeps."""
+        key = DropoutKey(0, jnp.int32(0), inputs["example_id"])
+        return jax.vjp(lambda params: LANGUAGE_MODEL.loss(settings.model, params, inputs, key), params)[1]
+
+    settings = config(layers=3, batch=8)
+    params = jax.eval_shape(lambda: LANGUAGE_MODEL.init(settings.model, jax.random.key(0)))
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    leaves = jax.tree.leaves(jax.eval_shape(gradient_function, params, abstract_batch(settings, mesh)))
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.shape[:2] == (3, 8))
+
+    # What grows with both the layers and the batch: half of what 3 layers keep for 8 sequences.
+    many, few = ([step_bytes(config(k, batch), mesh_sizes(), "tpu", remat) for k in (3, 6)] for batch in (8, 4))
+    assert 2 * ((many[1] - many[0]) - (few[1] - few[0])) == pytest.approx(kept, rel=0.07 if remat == "off" else 0.02)
+
+
+def test_micro_batches_divide_the_activations_and_need_another_copy_of_the_gradients():
+    whole, parts = (step_bytes(gpt1(128, **{"train.grad-accum-steps": k}), mesh_sizes(data=4), "tpu", "dots") for k in (1, 4))
+    alone = step_bytes(gpt1(32), mesh_sizes(data=4), "tpu", "dots")
+    parameters = 116_534_784 + 98 * 768  # with the rows that pad the table to a multiple of 128
+    assert parts == alone + 4 * parameters
+    assert whole > 1.5 * parts
+
+
+def test_the_state_is_divided_by_the_axes_that_split_it():
+    whole = step_bytes(gpt1(4), mesh_sizes(data=4), "tpu", "full")
+    split = step_bytes(gpt1(4), mesh_sizes(fsdp=4), "tpu", "full")
+    both = step_bytes(gpt1(4), mesh_sizes(fsdp=2, tensor=2), "tpu", "full")
+    state = 18 * 116_534_784
+    assert state < whole < 1.35 * state
+    assert whole - 0.75 * state < split < whole - 0.55 * state
+    assert both < split
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sequences", "remat", "attention"),
+    [(8, "off", "pallas_tpu"), (16, "full", "pallas_tpu"), (32, "dots", "pallas_tpu"), (16, "dots", "plain")],
+)
+def test_the_estimate_agrees_with_the_compiler(tpu_devices, sequences, remat, attention):
+    mesh = make_mesh(load_config("gpt1").mesh, tpu_devices("v5e:2x2"))
+    config = gpt1(4 * sequences, **{"model.remat": remat, "model.attention": attention})
+    memory = lower_step(config, mesh).compile().memory_analysis()
+    counted = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    assert step_bytes(config, mesh.shape, "tpu", remat) == pytest.approx(counted, rel=0.06)
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "sequences", "remat"),
+    [
+        ("TPU v5 lite", 8, "dots"),
+        ("TPU v5 lite", 64, "dots"),
+        ("TPU v5 lite", 128, "full"),
+        ("TPU v6 lite", 128, "dots"),
+        ("TPU v5", 512, "dots"),
+    ],
+)
+def test_what_is_recomputed_depends_on_the_memory_of_the_chip(kind, sequences, remat):
+    assert remat_that_fits(gpt1(4 * sequences), mesh_sizes(data=4), "tpu", kind) == remat
+
+
+@pytest.mark.parametrize("kind", CHIPS)
+def test_the_default_batch_fits_the_smallest_mesh_of_every_chip(kind):
+    """Half a host's TPUs are the fewest that can be rented, and one GPU."""
+    platform, devices = ("tpu", 4) if kind.startswith("TPU") else ("gpu", 1)
+    attention = {"tpu": "pallas_tpu", "gpu": "plain"}[platform]
+    batch = load_config("gpt1").train.batch_size
+    assert remat_that_fits(gpt1(batch, **{"model.attention": attention}), mesh_sizes(data=devices), platform, kind) in KEPT
+
+
+def test_other_devices_and_models_do_as_before():
+    config = gpt1(100_000)
+    assert remat_that_fits(config, mesh_sizes(), "cpu", "cpu") == "dots"
+    assert remat_that_fits(config, mesh_sizes(), "tpu", "TPU v99") == "dots"
+    lstm = gpt1(100_000, **{"model.kind": "lstm"})
+    assert remat_that_fits(lstm, mesh_sizes(), *V5E) == "off"
+    assert remat_that_fits(gpt1(100_000, **{"model.remat": "off"}), mesh_sizes(), *V5E) == "off"
+
+
+def largest(config, sizes, remat, usable):
+    """Returns the largest number of sequences a device that fit, by trying all."""
+    number = 1
+    while step_bytes(config, sizes, "tpu", remat, number + 1) <= usable:
+        number += 1
+    return number
+
+
+def test_a_batch_that_does_not_fit_is_an_error_that_says_what_would():
+    config, sizes = gpt1(8192), mesh_sizes(data=8)
+    fits = largest(config, sizes, "full", 0.9 * 16 * GIB)
+    steps = next(k for k in range(1, 8192) if 8192 % (8 * k) == 0 and 1024 / k <= fits)
+    with pytest.raises(UserError) as caught:
+        remat_that_fits(config, sizes, *V5E)
+    assert str(caught.value) == (
+        "--train.batch-size: 8192 is 1024 sequences a device, for which the 16 GiB of a TPU v5 lite do not suffice; "
+        f"at most {fits} a device fit (--train.batch-size {8 * fits}), or --train.grad-accum-steps {steps}"
+    )
+    assert remat_that_fits(gpt1(8 * fits), sizes, *V5E) == "full"
+    assert remat_that_fits(gpt1(8192, **{"train.grad-accum-steps": steps}), sizes, *V5E) in KEPT
+
+
+def test_a_chosen_recomputation_that_does_not_fit_is_an_error_too():
+    config = gpt1(1024, **{"model.remat": "off", "train.grad-accum-steps": 2})
+    with pytest.raises(
+        UserError, match=r"1024 in 2 micro-batches is 128 sequences a device, .* with --model.remat off; at most 3\d"
+    ):
+        check_remat(config, mesh_sizes(data=4), *V5E)
+    check_remat(config, mesh_sizes(data=4), "cpu", "cpu")
+    check_remat(gpt1(128, **{"model.remat": "off"}), mesh_sizes(data=4), *V5E)
+
+
+def test_a_model_that_does_not_fit_needs_a_mesh_that_splits_it():
+    config = apply_overrides(load_config("gpt1_1b5"), ["--model.attention=pallas_tpu", "--model.loss-chunk=128"], "test")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="auto"))
+    with pytest.raises(UserError, match=r"not even one fits, so split the model with --mesh\.fsdp or --mesh\.tensor"):
+        remat_that_fits(config, mesh_sizes(data=16), *V5E)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=32))
+    assert remat_that_fits(config, mesh_sizes(fsdp=16), *V5E) == "dots"
