@@ -31,8 +31,9 @@ from gpt_jax.runtime.mesh import num_shards
 ORDER = ("dots", "full")
 """The values of `model.remat` that "auto" chooses from, best first.
 
-`off` is not among them. Writing and reading what it keeps takes as long as computing that again: gpt1 with 16 sequences on each
-v5e takes 106.4 million cycles with `off` and 105.3 million with `dots` (benchmarks/tpu_step.py, Pallas kernels left out)."""
+`off` is not among them. Writing and reading what it keeps takes longer than computing that again: gpt1 with 32 sequences on each
+v5e takes 200.6 million cycles with `off` and 177.0 million with `dots`, and with 16 sequences 106.4 and 105.3 million
+(benchmarks/tpu_step.py, Pallas kernels left out). It was not measured on GPUs."""
 
 USABLE = {"tpu": 0.9, "gpu": 0.68}
 """Share of a chip's memory that the estimate may fill. The rest is for the runtime and for the error of the estimate. On GPUs,
