@@ -210,8 +210,8 @@ class ModelOptions(Section, section="model"):
     remat: Literal["auto", "off", "dots", "full"] = field("auto", affects="speed")
     """Activations that the backward pass recomputes instead of storing. `off`: none; `dots`: all that can be recomputed without
     a matrix product with parameters, so that the queries, keys, values and results of attention, the inputs of GELU, the residual
-    sums, and the gates of an LSTM are stored; `full`: all activations of a block; `auto`: `dots`, or `full` where `dots` does not
-    fit the memory of an accelerator, and `off` for an LSTM."""
+    sums, and the gates of an LSTM are stored; `full`: all activations of a block; `auto`: `dots`, or `full` in a pre-training for
+    which the memory of the accelerators would not suffice with `dots`, and `off` for an LSTM."""
     layer_unroll: int = field(1, affects="speed", within=POSITIVE)
     """Number of layers that follow one another in each iteration of the loop over layers; must divide `num_layers`. Unrolled
     layers copy fewer activations on TPUs, but take longer to compile (docs/kernels.md). > 0."""
