@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 from gpt_jax.arguments import Parser
+from gpt_jax.config import PretrainConfig
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.errors import TrainingError, UserError, one_line
 from gpt_jax.inputs.numbers import POSITIVE, number
@@ -60,6 +61,8 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """
     devices = topology_devices(options.topology)
     config = load_config(options.config)
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"{options.config} is not a config for pre-training")
     batch = [f"--train.batch-size={options.per_device * len(devices)}"]
     config = apply_overrides(config, batch + [f"--{setting}" for setting in options.set], "benchmarks.tpu_step")
     mesh = make_mesh(config.mesh, devices)
