@@ -2,9 +2,9 @@
 
 The algorithm is that of FlashAttention-2 (Dao, 2023). A program holds a block of queries and passes over the blocks of keys up to
 its own positions with a running maximum, so scores, probabilities and masks exist only in registers. For the backward pass, the
-output and the logarithm of each row's normalizer are kept. One kernel computes the gradients of a block of keys and values in a
-pass over the queries, and another those of a block of queries in a pass over the keys. Each program alone writes its block, so
-nothing is added atomically, and the results are the same in every run.
+output, what its rounding has cut off, and the logarithm of each row's normalizer are kept. One kernel computes the gradients of a
+block of queries in a pass over the keys, and then another those of a block of keys and values in a pass over the queries. Each
+program alone writes its block, so nothing is added atomically, and the results are the same in every run.
 
 Tiles before the diagonal have no causal mask. Lengths that are no multiple of a block are not padded; the last block is read and
 written under a condition. Exponentials have base 2, with log2(e) in the scale of the scores, so that a score costs one
@@ -139,12 +139,24 @@ class Arrays(NamedTuple):
     columns: Any
     """Terms C and D of the keys' masks, both uint32 [batch, heads, time]; None without dropout."""
     segment_ids: Any
+    saved: Any = None
+    """Results of the forward pass (`Results`). They and the rest are for the backward pass."""
     gradient: Any = None
-    """Gradient of the output. It and the rest are for the backward pass."""
-    log_normalizer: Any = None
-    """float32 [batch, heads, time], base 2."""
+    """Gradient of the output."""
     inner: Any = None
     """Sum over a row of probability times its gradient, without the scale of dropout; float32 [batch, heads, time]."""
+
+
+class Results(NamedTuple):
+    """The arrays that the forward kernel computes, or its references to them."""
+
+    output: Any
+    """[batch, time, heads, dim], compute dtype."""
+    remainder: Any
+    """The output less its rounded value, in the compute dtype; None in float32. From both, the backward pass computes `inner` as
+    exactly as from probabilities. The rounded output alone would add as much error to the gradients as all else does."""
+    log_normalizer: Any
+    """Logarithm with base 2 of each row's normalizer, float32 [batch, heads, time]."""
 
 
 class Call(NamedTuple):
@@ -277,7 +289,7 @@ def _drop(
 # -- forward ----------------------------------------------------------------------------------------------------------------
 
 
-def _forward_kernel(call: Call, arrays: Arrays, output: Any, log_normalizer: Any) -> None:
+def _forward_kernel(call: Call, arrays: Arrays, results: Results) -> None:
     size, step = call.blocks[:2]
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * size  # The longest rows begin first.
     query, zeros = _load(call, arrays.query, start, size), _zeros(call, size)
@@ -297,8 +309,11 @@ def _forward_kernel(call: Call, arrays: Arrays, output: Any, log_normalizer: Any
 
     carry = jnp.full(size, MASKED), jnp.zeros(size), jnp.zeros((size, call.dim))
     highest, normalizer, mixed = _to_diagonal(call, start, size, step, tile, carry)
-    _store(call, output, start, mixed * (call.dropout_scale / normalizer)[:, None])
-    _store(call, log_normalizer, start, highest + jnp.log(normalizer) * math.log2(math.e))
+    mixed = mixed * (call.dropout_scale / normalizer)[:, None]
+    _store(call, results.output, start, mixed)
+    if results.remainder is not None:
+        _store(call, results.remainder, start, mixed - mixed.astype(query.dtype).astype(jnp.float32))
+    _store(call, results.log_normalizer, start, highest + jnp.log(normalizer) * math.log2(math.e))
 
 
 def _to_diagonal(call: Call, start: Any, size: int, step: int, tile: Callable[..., Any], carry: Any) -> Any:
@@ -322,7 +337,7 @@ def _keys_kernel(call: Call, arrays: Arrays, key_gradient: Any, value_gradient: 
         load = functools.partial(_load, call, start=i * step, size=step)
         queries, query, gradient = _queries(call, arrays, i * step, step), load(arrays.query), load(arrays.gradient)
         # All tiles are keys by queries, so that no product needs one transposed.
-        exponents = _dot(call, key, query, transposed=True) * call.score_scale - load(arrays.log_normalizer)[None, :]
+        exponents = _dot(call, key, query, transposed=True) * call.score_scale - load(arrays.saved.log_normalizer)[None, :]
         weights = _visible(_exp2(call, exponents), 0.0, queries, keys, diagonal, transposed=True)
         weights_gradient = _dot(call, value, gradient, transposed=True)
         dropped, weights_gradient = _drop(call, [weights, weights_gradient], zeros, queries, keys, transposed=True)
@@ -339,12 +354,16 @@ def _keys_kernel(call: Call, arrays: Arrays, key_gradient: Any, value_gradient: 
     _store(call, value_gradient, start, carry[1] * call.dropout_scale)
 
 
-def _queries_kernel(call: Call, arrays: Arrays, query_gradient: Any) -> None:
+def _queries_kernel(call: Call, arrays: Arrays, query_gradient: Any, inner: Any) -> None:
     size, step = call.blocks[:2]
     start = (pl.num_programs(0) - 1 - pl.program_id(0)) * size
     load_rows = functools.partial(_load, call, start=start, size=size)
     query, gradient, zeros = load_rows(arrays.query), load_rows(arrays.gradient), _zeros(call, size)
-    log_normalizer, inner = load_rows(arrays.log_normalizer)[:, None], load_rows(arrays.inner)[:, None]
+    output, log_normalizer = load_rows(arrays.saved.output).astype(jnp.float32), load_rows(arrays.saved.log_normalizer)[:, None]
+    if arrays.saved.remainder is not None:
+        output += load_rows(arrays.saved.remainder).astype(jnp.float32)
+    sums = (gradient.astype(jnp.float32) * output).sum(1) / call.dropout_scale
+    _store(call, inner, start, sums)
     queries = _queries(call, arrays, start, size)
 
     def tile(diagonal: bool, j: Array, total: Array) -> Array:
@@ -353,7 +372,7 @@ def _queries_kernel(call: Call, arrays: Arrays, query_gradient: Any) -> None:
         exponents = _dot(call, query, key, transposed=True) * call.score_scale - log_normalizer
         weights = _visible(_exp2(call, exponents), 0.0, queries, keys, diagonal)
         (weights_gradient,) = _drop(call, [_dot(call, gradient, load(arrays.value), transposed=True)], zeros, queries, keys)
-        return total + _dot(call, (weights * (weights_gradient - inner)).astype(key.dtype), key)
+        return total + _dot(call, (weights * (weights_gradient - sums[:, None])).astype(key.dtype), key)
 
     total = _to_diagonal(call, start, size, step, tile, jnp.zeros((size, call.dim)))
     _store(call, query_gradient, start, total * call.gradient_scale)
@@ -362,36 +381,29 @@ def _queries_kernel(call: Call, arrays: Arrays, query_gradient: Any) -> None:
 # -- one shard --------------------------------------------------------------------------------------------------------------
 
 
-def _forward(query: Array, key: Array, value: Array, masks: Masks, *, dropped: int, precision: str) -> tuple[Array, Array]:
-    """Returns the output, and the logarithm with base 2 of each row's normalizer, float32 [batch, heads, time]."""
+def _forward(query: Array, key: Array, value: Array, masks: Masks, *, dropped: int, precision: str) -> Results:
     batch, time, heads, dim = query.shape
-    results = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((batch, heads, time), jnp.float32))
+    like = jax.ShapeDtypeStruct(query.shape, query.dtype)
+    rows = jax.ShapeDtypeStruct((batch, heads, time), jnp.float32)
+    results = Results(like, like if query.dtype != jnp.float32 else None, rows)
     call = Call(dropped, precision, choose_blocks(time, dim, query.dtype).forward, time, dim)
-    return _run(_forward_kernel, call, pl.cdiv(time, call.blocks.queries), _arrays(query, key, value, masks), results)
+    (results,) = _run(_forward_kernel, call, pl.cdiv(time, call.blocks.queries), _arrays(query, key, value, masks), (results,))
+    return results
 
 
 def _backward(
-    query: Array,
-    key: Array,
-    value: Array,
-    masks: Masks,
-    output: Array,
-    log_normalizer: Array,
-    gradient: Array,
-    *,
-    dropped: int,
-    precision: str,
+    query: Array, key: Array, value: Array, masks: Masks, saved: Results, gradient: Array, *, dropped: int, precision: str
 ) -> tuple[Array, Array, Array]:
     """Returns the gradients of query, key and value; `gradient` is that of the output."""
     time, dim = query.shape[1], query.shape[3]
-    inner = (gradient.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1).swapaxes(1, 2) * (1 - dropped / 65536)
-    arrays = _arrays(query, key, value, masks)._replace(gradient=gradient, log_normalizer=log_normalizer, inner=inner)
+    arrays = _arrays(query, key, value, masks)._replace(saved=saved, gradient=gradient)
     like = jax.ShapeDtypeStruct(query.shape, query.dtype)
     blocks = choose_blocks(time, dim, query.dtype)
-    call = Call(dropped, precision, blocks.keys, time, dim)
+    call = Call(dropped, precision, blocks.queries, time, dim)
+    results: tuple[Any, ...] = (like, saved.log_normalizer)
+    query_gradient, inner = _run(_queries_kernel, call, pl.cdiv(time, call.blocks.queries), arrays, results)
+    call, arrays = call._replace(blocks=blocks.keys), arrays._replace(inner=inner)
     key_gradient, value_gradient = _run(_keys_kernel, call, pl.cdiv(time, call.blocks.keys), arrays, (like, like))
-    call = call._replace(blocks=blocks.queries)
-    (query_gradient,) = _run(_queries_kernel, call, pl.cdiv(time, call.blocks.queries), arrays, (like,))
     return query_gradient, key_gradient, value_gradient
 
 
@@ -449,15 +461,21 @@ def _attention_fwd(
     query: Array, key: Array, value: Array, masks: Masks, dropped: int, precision: str
 ) -> tuple[Array, tuple[Any, ...]]:
     forward = functools.partial(_forward, dropped=dropped, precision=precision)
-    results = per_shard(forward, (HEADS, HEADS, HEADS, _names(masks)), (HEADS, ROWS))(query, key, value, masks)
-    output, log_normalizer = (checkpoint_name(array, ATTENTION_OUTPUT) for array in results)
-    return output, (query, key, value, masks, output, log_normalizer)
+    names = (HEADS, HEADS, HEADS, _names(masks))
+    results = per_shard(forward, names, _result_names(query))(query, key, value, masks)
+    results = jax.tree.map(lambda array: checkpoint_name(array, ATTENTION_OUTPUT), results)
+    return results.output, (query, key, value, masks, results)
 
 
 def _attention_bwd(dropped: int, precision: str, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, Array, None]:
     backward = functools.partial(_backward, dropped=dropped, precision=precision)
-    names = (HEADS, HEADS, HEADS, _names(saved[3]), HEADS, ROWS, HEADS)
+    names = (HEADS, HEADS, HEADS, _names(saved[3]), _result_names(gradient), HEADS)
     return *per_shard(backward, names, (HEADS, HEADS, HEADS))(*saved, gradient), None
+
+
+def _result_names(output: Array) -> Any:
+    """Returns the logical axes of the results of the forward pass."""
+    return Results(HEADS, HEADS if output.dtype != jnp.float32 else None, ROWS)
 
 
 def _names(masks: Masks) -> Any:
