@@ -116,6 +116,9 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
     first = shard_index("vocab") * table.shape[0]
     entries = first + jnp.arange(table.shape[0])
     narrow = table.astype(hidden.dtype)
+    # On CPUs, XLA transposes the first operand of the table's gradient, which should not be the larger one. On TPUs, the result
+    # would have to be transposed instead.
+    on_cpu = chunk == 0
     time = hidden.shape[1]
     starts, chunk = time_chunks(time, chunk, hidden.shape[0])
     hidden, targets, weights = (pad_time(array, len(starts) * chunk) for array in (hidden, targets, weights))
@@ -128,18 +131,20 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         x, target, weight = map(part, (hidden, targets, weights))
         target_row = narrow.at[part(rows)].get(mode="fill", fill_value=0)
         target_score = all_sum(_product("bte,bte->bt", x, target_row), "vocab")
-        competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: B023, E731; the rest is padding
+        competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: E731  Others are padding.
         odds, others, shift = _odds(x, narrow, competes, target_score)
         normalizer = jnp.exp(target_score - shift) + others
         total = total + (weight * (jnp.log(normalizer) + shift - target_score)).sum()
         if not gradients:
             return (total, table_gradient), None
         factor = weight / normalizer
-        table_gradient = table_gradient + _product("btv,bte->ve", odds, _scale(x, factor))
+        operands = ("bte,btv->ev", _scale(x, factor), odds) if on_cpu else ("btv,bte->ve", odds, _scale(x, factor))
+        table_gradient = table_gradient + _product(*operands)
         x_gradient = all_sum(_product("btv,ve->bte", odds, narrow) - others[..., None] * target_row, "vocab")
         return (total, table_gradient), (_scale(x_gradient, factor).astype(x.dtype), factor, others)
 
-    zero = jnp.zeros(table.shape if gradients else (), jnp.float32)
+    shape = table.shape[::-1] if on_cpu else table.shape
+    zero = jnp.zeros(shape if gradients else (), jnp.float32)
     (total, table_gradient), pieces = jax.lax.scan(one_chunk, (jnp.zeros(()), zero), starts)
     total = all_sum(total, "batch")
     if not gradients:
@@ -147,6 +152,7 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
     hidden_gradient, factor, others = (jnp.moveaxis(x, 0, 1).reshape(*targets.shape, *x.shape[3:]) for x in pieces)
     # The targets' part is added once and not in each chunk, because adding rows reads and writes the whole gradient on TPUs.
     target_gradient = -others[..., None] * _scale(hidden, factor)
+    table_gradient = table_gradient.T if on_cpu else table_gradient
     table_gradient = table_gradient.at[rows].add(target_gradient, mode="drop")
     return total, (hidden_gradient[:, :time], all_sum(table_gradient, "batch").astype(table.dtype))
 

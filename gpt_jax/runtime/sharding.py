@@ -68,23 +68,23 @@ def per_shard(function: Callable[..., Any], in_names: Sequence[Any], out_names: 
 
 def all_sum(x: jax.Array, axis: str) -> jax.Array:
     """Returns, inside `per_shard`, the sum over the devices that split a logical axis."""
-    return x if _unsplit(axis) else jax.lax.psum(x, RULES[axis])
+    return jax.lax.psum(x, RULES[axis]) if is_split(axis) else x
 
 
 def all_max(x: jax.Array, axis: str) -> jax.Array:
     """Returns, inside `per_shard`, the maximum over the devices that split a logical axis."""
-    return x if _unsplit(axis) else jax.lax.pmax(x, RULES[axis])
+    return jax.lax.pmax(x, RULES[axis]) if is_split(axis) else x
 
 
 def shard_index(axis: str) -> jax.Array | int:
     """Returns, inside `per_shard`, the index of this device's shard of a logical axis."""
-    return 0 if _unsplit(axis) else jax.lax.axis_index(RULES[axis])
+    return jax.lax.axis_index(RULES[axis]) if is_split(axis) else 0
 
 
-def _unsplit(axis: str) -> bool:
-    """Returns whether a logical axis is unsplit. Not every compiler removes a collective over a single device."""
+def is_split(axis: str) -> bool:
+    """Returns whether the mesh that is set splits a logical axis. Not every compiler removes a collective over one device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or num_shards(mesh.shape, axis) == 1
+    return not mesh.empty and num_shards(mesh.shape, axis) > 1
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------------

@@ -84,6 +84,43 @@ def test_bfloat16(example, expected):
     np.testing.assert_allclose(table_gradient, expected[1][1], atol=0.05)
 
 
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("chunk", [0, 4], ids=["chosen", "4"])
+def test_targets_that_are_almost_impossible_or_almost_certain(example, sizes, chunk):
+    """Losses of up to thousands of nats, in one chunk of one device only, and losses of 1e-10, as in NumPy's float64."""
+    hidden, table, targets, weights = (array.copy() for array in example)
+    hidden[0, :4] *= 100
+    highest = (hidden @ table[:VOCAB].T).argmax(-1)
+    targets[1:3], hidden[1:3] = highest[1:3], 8 * hidden[1:3]
+    arrays = hidden, table, targets, weights
+    expected, losses = float64_gradients(*arrays)
+    assert losses.max() > 1000
+    assert losses[1:3].min() < 1e-10
+    loss = jax.jit(jax.value_and_grad(functools.partial(cross_entropy, vocab_size=VOCAB, chunk=chunk), argnums=(0, 1)))
+    with jax.set_mesh(make_mesh(MeshConfig(**sizes), jax.devices()[: math.prod(sizes.values())])):
+        value, gradients = loss(*arrays)
+    np.testing.assert_allclose(value, (weights * losses).sum(), rtol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(gradient, expected_gradient, atol=1e-5 * np.abs(expected_gradient).max())
+    # Relative to their own size: an uncertain token's gradient is 1e10 times as large.
+    certain = (losses < 1e-4) & (weights > 0)
+    ratio = np.linalg.norm(np.asarray(gradients[0])[certain], axis=-1) / np.linalg.norm(expected[0][certain], axis=-1)
+    np.testing.assert_allclose(ratio, 1, rtol=1e-3)
+
+
+def float64_gradients(*arrays):
+    """The gradients with respect to hidden and table by their formula in NumPy's float64, and the loss of each token."""
+    hidden, table, targets, weights = (np.asarray(array, np.float64) for array in arrays)
+    scores = hidden @ table[:VOCAB].T
+    is_target = np.eye(VOCAB, dtype=bool)[targets.astype(int)]
+    against = np.where(is_target, -np.inf, scores - scores[is_target].reshape(*targets.shape, 1))
+    others = np.logaddexp.reduce(against, -1, keepdims=True)  # log of the sum of the others' odds
+    losses = np.logaddexp(0, others)
+    score_gradient = weights[..., None] * np.where(is_target, -np.exp(others - losses), np.exp(against - losses))
+    hidden_gradient, table_gradient = score_gradient @ table[:VOCAB], np.einsum("btv,bte->ve", score_gradient, hidden)
+    return (hidden_gradient, np.pad(table_gradient, ((0, PADDED - VOCAB), (0, 0)))), losses[..., 0]
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 4, 6, 10])
 def test_a_chunk_that_does_not_divide_the_time(example, chunk):
     """Eleven steps, a prime number: all chunks but those of one step leave the last one to be filled up."""
