@@ -139,11 +139,18 @@ def _forward_rule(
     projected: Array, bias: Array, stream: Array | None, segment_ids: Array | None, options: Options
 ) -> tuple[Array, tuple[Any, ...]]:
     # XLA writes the product in this order, and reads its gradient in it, without a copy.
-    qkv = checkpoint_name(constrain((projected + bias).swapaxes(1, 2), *QKV), KEPT)
+    qkv = constrain((projected + bias).swapaxes(1, 2), *QKV)
     local = functools.partial(_local_forward, options)
     results = per_shard(local, (QKV, *_names(stream, segment_ids)), (OUTPUT, LOGARITHMS))(qkv, stream, segment_ids)
-    output, logarithms = (checkpoint_name(array, ATTENTION_OUTPUT) for array in results)
-    return output, (qkv, stream, segment_ids, output, logarithms)
+    output, logarithms = (_keep(array, ATTENTION_OUTPUT) for array in results)
+    return output, (_keep(qkv, KEPT), stream, segment_ids, output, logarithms)
+
+
+def _keep(array: Array, name: str) -> Array:
+    """Names an array for the policies of `jax.checkpoint`, as integers: it rounds floating-point numbers in a pass over memory."""
+    integers = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
+    named = checkpoint_name(jax.lax.bitcast_convert_type(array, integers), name)
+    return jax.lax.bitcast_convert_type(named, array.dtype)
 
 
 def _backward_rule(options: Options, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, None, None]:
