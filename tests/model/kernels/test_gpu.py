@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import export
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.errors import UserError
@@ -205,7 +205,7 @@ TRITON = "__gpu$xla.gpu.triton"
 def lower_for_cuda(function, *arguments):
     """Returns what is compiled for an H100, in which the kernels have been lowered to Triton."""
     device = AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
-    mesh = AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+    mesh = AbstractMesh((1,) * len(AXES), AXES, (AxisType.Auto,) * len(AXES), abstract_device=device)
     with warnings.catch_warnings(), jax.sharding.use_abstract_mesh(mesh):
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
         check = export.DisabledSafetyCheck.custom_call(TRITON)
