@@ -19,6 +19,24 @@ def attention(session: Session) -> None:
     session.bench("float32", *words, "--model.compute-dtype", "float32", "--model.matmul-precision", "highest")
 
 
+LARGEST_ERROR = {"bfloat16": 2e-2, "float16": 2e-2, "float32": 1e-5}
+
+
+def kernels(session: Session) -> None:
+    """Checks the kernels of `pallas_gpu` on this device, and times them with several sizes of blocks."""
+    words = ["-m", "benchmarks.gpu.kernels", *map(str, session.sizes.kernel_shape)]
+    seconds, failure, printed = session.execute(words)
+    result = {} if failure else json.loads(printed)
+    wrong = [case for case in result.get("errors", ()) if _is_wrong(case)]
+    session.record("pallas_gpu", [], seconds, failure or (f"{len(wrong)} of the cases are wrong" if wrong else ""), result)
+
+
+def _is_wrong(case: dict[str, Any]) -> bool:
+    if "failure" in case or not case["repeatable"]:
+        return True
+    return not all(error < LARGEST_ERROR[case["dtype"]] for error in case["errors"])  # NaN is not less, either.
+
+
 EVALUATE_LAST = ("--train.eval-every", "100%", "--train.eval-windows", "256", "--train.sample-tokens", "0")
 COMPARE = """
 import json, sys
@@ -139,6 +157,7 @@ class Part(NamedTuple):
 
 
 PARTS = {
+    "kernels": Part(kernels, 60),
     "attention": Part(attention, 120),
     "determinism": Part(determinism, 80),
     "training": Part(training, 300),

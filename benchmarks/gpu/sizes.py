@@ -14,6 +14,8 @@ class Sizes(NamedTuple):
     batch_sizes: tuple[int, ...]
     """Batch sizes for training, tried in order until one is no more than 3% faster than the best so far."""
     attention_batch: int
+    kernel_shape: tuple[int, int, int, int]
+    """Batch, time, heads and size of a head for which blocks of kernels are timed."""
     peers: tuple[tuple[str, ...], ...]
     """Programs that training is compared with. Those of a group are in the GPU's memory at the same time."""
     updates: int
@@ -37,6 +39,7 @@ FULL = Sizes(
     novels=str(Path(__file__).with_name("gpt1_novels.py")),
     batch_sizes=(16, 32, 64, 128, 256),
     attention_batch=32,
+    kernel_shape=(32, 512, 12, 64),
     peers=(("torch", "torch-compiled"), ("transformers", "transformers-compiled")),
     updates=100,
     tokens=35_000_000,  # two epochs of 75 MB of novels
@@ -51,6 +54,7 @@ REHEARSAL = Sizes(
     novels="smoke",
     batch_sizes=(8,),
     attention_batch=4,
+    kernel_shape=(1, 40, 2, 16),
     peers=(("torch",),),
     updates=6,
     tokens=200_000,

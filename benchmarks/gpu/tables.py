@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.gpu.session import RESULTS
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.chips import CHIPS
@@ -88,6 +90,26 @@ def _figure(program: Record, convert: Callable[[float], float]) -> str:
     low, high = sorted(map(convert, (min(program["seconds"]), max(program["seconds"]))))
     spread = f" ({_number(low)} to {_number(high)})" if len(program["seconds"]) > 1 else ""
     return _number(convert(program["median"])) + spread
+
+
+def _kernels(records: Sequence[Record], chip: str) -> Iterator[str]:
+    checks: list[Sequence[object]] = []
+    times: list[Sequence[object]] = []
+    for record in records:
+        for case in record["result"].get("errors", ()):
+            shape = (case["dtype"], case["length"], case["dim"], case["segment"] or "")
+            if "failure" in case:
+                checks.append((*shape, f"failed: {case['failure']}", *[""] * 3))
+                continue
+            errors = [f"{np.max(case[name]):.1e}" for name in ("errors", "plain")]  # NaN if one is NaN.
+            checks.append((*shape, f"{case['errors'][0]:.1e}", *errors, "yes" if case["repeatable"] else "no"))
+        for entry in record["result"].get("times", ()):
+            queries, keys, warps, stages = entry["blocks"]
+            time = f"failed: {entry['failure']}" if "failure" in entry else _number(entry["ms"])
+            times.append((entry["kernel"], f"{queries} x {keys}", warps, stages, time))
+    worst = ("of the worst result", "of `plain`'s worst", "repeatable")
+    yield from _table(("`pallas_gpu`", "length", "head", "segments", "relative error of output", *worst), *checks)
+    yield from _table(("kernel", "queries x keys", "warps", "stages", "ms of output and gradients"), *times)
 
 
 def _attention(records: Sequence[Record], chip: str) -> Iterator[str]:
@@ -174,6 +196,7 @@ def _tasks(records: Sequence[Record], chip: str) -> Iterator[str]:
 
 
 PARTS = {
+    "kernels": _kernels,
     "attention": _attention,
     "determinism": _determinism,
     "training": _training,

@@ -161,6 +161,36 @@ def test_a_part_that_fails_and_one_without_data_do_not_keep_the_others_from_bein
     assert second < 60 / 3 < fourth < 60  # A third of what is left, and all of it.
 
 
+def test_the_kernels_are_checked_and_timed(session, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    session = Session(session.sizes, session.data, session.scratch.parent / "out", session.scratch)
+    session.part, session.deadline = "kernels", time.monotonic() + 200
+    parts.kernels(session)
+    [record] = results(session)
+    assert record["failure"] == ""
+    cases = {case["dtype"]: case for case in record["result"]["errors"]}
+    assert cases.keys() == {"bfloat16", "float16", "float32"}
+    assert all(case["repeatable"] for case in cases.values())
+    assert max(cases["float32"]["errors"]) < 1e-5
+    for name in ("errors", "plain"):
+        assert 1e-3 < max(cases["bfloat16"][name]) < 5e-3
+    [timed] = record["result"]["times"]
+    assert (timed["kernel"], timed["blocks"]) == ("forward", [16, 16, 4, 2])
+    assert timed["ms"] > 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [{"failure": "no"}, {"repeatable": False, "errors": [1e-3]}, {"errors": [1e-3, 3e-2]}, {"errors": [1e-3, float("nan")]}],
+)
+def test_kernels_that_are_wrong_are_counted(session, monkeypatch, case):
+    good = {"dtype": "bfloat16", "errors": [1e-3], "repeatable": True}
+    printed = json.dumps({"errors": [good, good | case], "times": []})
+    monkeypatch.setattr(session, "execute", lambda words: (1.0, "", printed))
+    parts.kernels(session)
+    assert results(session)[0]["failure"] == "1 of the cases are wrong"
+
+
 @pytest.mark.slow
 def test_the_rehearsal_of_training_needs_no_tensorflow(tmp_path, monkeypatch, capsys):
     (tmp_path / "blocked" / "tensorflow").mkdir(parents=True)

@@ -36,8 +36,21 @@ def record(part: str, name: str, failure: str = "", *comparisons: dict[str, Any]
 
 
 ERRORS = {"relative error of the output": 1.23e-3, "largest relative error of a gradient": 4.56e-3}
+CASE = {"length": 512, "dim": 64, "segment": 0, "dtype": "bfloat16"}
 RECORDS = [
     MACHINE,
+    record(
+        "kernels",
+        "pallas_gpu",
+        errors=[
+            CASE | {"errors": [1e-3, 2e-3, 3e-3, 2e-3], "plain": [2e-3, 2e-3, 2e-3, 2.5e-3], "repeatable": True},
+            CASE | {"segment": 200, "failure": "ValueError: no"},
+        ],
+        times=[
+            {"kernel": "forward", "blocks": [128, 64, 4, 3], "ms": 0.1234},
+            {"kernel": "keys", "blocks": [64, 64, 4, 2], "failure": "out of memory"},
+        ],
+    ),
     record(
         "attention",
         "bfloat16",
@@ -85,6 +98,16 @@ python 3.12.3, jax 0.11.2, torch 2.11.0; commit 0123456.
 
     python -m benchmarks.gpu run
 
+| `pallas_gpu` | length | head | segments | relative error of output | of the worst result | of `plain`'s worst | repeatable |
+|---|---|---|---|---|---|---|---|
+| bfloat16 | 512 | 64 |  | 1.0e-03 | 3.0e-03 | 2.5e-03 | yes |
+| bfloat16 | 512 | 64 | 200 | failed: ValueError: no |  |  |  |
+
+| kernel | queries x keys | warps | stages | ms of output and gradients |
+|---|---|---|---|---|
+| forward | 128 x 64 | 4 | 3 | 0.123 |
+| keys | 64 x 64 | 4 | 2 | failed: out of memory |
+
 | attention | dtype | what | ms | relative error of the output | of the worst gradient |
 |---|---|---|---|---|---|
 | `plain` | bfloat16 | output, no dropout | 1.00 |  |  |
@@ -131,7 +154,7 @@ def test_every_part_has_its_table(tmp_path):
 
 def test_results_of_several_machines_are_apart_and_a_part_without_results_has_no_table(tmp_path):
     other = MACHINE | {"device": "cpu", "devices": 2, "commit": ""}
-    text = describe(write(tmp_path, MACHINE, RECORDS[5], other, RECORDS[4]))
+    text = describe(write(tmp_path, MACHINE, RECORDS[6], other, RECORDS[5]))
     assert text.index("| novels |") < text.index("## 2 x cpu (2027-01-02)") < text.index("| 10 batches |")
     assert "commit unknown" in text
     assert "attention" not in text
