@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import warnings
 from collections import Counter
 
@@ -192,8 +193,11 @@ def test_the_forward_kernel_runs_once_unless_everything_is_recomputed(monkeypatc
     def loss(params):
         return transformer.apply(config, params, tokens, DropoutKey(1, 2, jnp.arange(2))).sum()
 
-    found = calls(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
-    assert found == {"attention_forward": forward, "attention_keys": 1, "attention_queries": 1}
+    program = jax.make_jaxpr(jax.grad(loss))(params)
+    assert calls(program.jaxpr) == {"attention_forward": forward, "attention_keys": 1, "attention_queries": 1}
+    rounded = re.findall(r":(\S+) = reduce_precision", str(program))
+    assert "f32[2,32,32]" in rounded or remat != "dots"  # a residual sum
+    assert not {"f32[2,32,2,16]", "f32[2,2,32]"} & set(rounded)
 
 
 # -- for a GPU --------------------------------------------------------------------------------------------------------------
