@@ -107,10 +107,8 @@ def lower_step(
     update = functools.partial(train_step, config, model, total_steps, warmup_steps)
     shardings = state_shardings(config, mesh, model), named_sharding(mesh, ())
     step = jax.jit(update, out_shardings=shardings, donate_argnums=0)
-    # Outside the mesh's context, in which optax would make an array on devices that may not be there.
-    state = abstract_state(config, mesh, model)
     with jax.set_mesh(mesh):
-        return step.lower(state, batch or abstract_batch(config, mesh))
+        return step.lower(abstract_state(config, mesh, model), batch or abstract_batch(config, mesh))
 
 
 def jit_evaluation(config: RunConfig, mesh: Mesh, function: Callable[[ModelConfig, Params, Batch], Any]) -> jax.stages.Wrapped:
