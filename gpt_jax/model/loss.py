@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.model.network import network
-from gpt_jax.model.transformer import Hidden, Params, Tokens
+from gpt_jax.model.tied import PARTIAL, TABLE, SharedTable, local_rows, lookup, share
+from gpt_jax.model.transformer import Hidden, Params, Tokens, compute_dtype
 from gpt_jax.runtime.sharding import all_max, all_sum, is_split, per_shard, shard_index
 
 Batch = dict[str, jax.Array]
@@ -44,10 +45,18 @@ def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropo
       batch: tokens and targets int32 [batch, time], loss_weights float32 [batch, time], optionally segment_ids [batch, time].
       dropout_key: determines the dropout masks; None for evaluation.
     """
-    hidden = network(config).apply(config, params, batch["tokens"], dropout_key=dropout_key, segment_ids=batch.get("segment_ids"))
-    table = params["embedding"]["tokens"]
+    token_rows, table = embed_tokens(config, params, batch["tokens"])
+    hidden = network(config).apply(
+        config, params, batch["tokens"], dropout_key=dropout_key, segment_ids=batch.get("segment_ids"), token_rows=token_rows
+    )
     with jax.default_matmul_precision(config.matmul_precision):
         return cross_entropy(hidden, table, batch["targets"], batch["loss_weights"], config.vocab_size, config.loss_chunk)
+
+
+def embed_tokens(config: ModelConfig, params: Params, tokens: Tokens) -> tuple[Hidden, SharedTable]:
+    """Returns the tokens' rows of the table, and the table for `cross_entropy`, so that it is gathered once (tied.py)."""
+    with jax.named_scope("embedding"):
+        return lookup(share(params["embedding"]["tokens"], compute_dtype(config)), tokens)
 
 
 def time_chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
@@ -67,72 +76,76 @@ def pad_time(array: jax.Array, time: int) -> jax.Array:
     return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)) if missing else array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
-    hidden: Hidden, table: Table, targets: Tokens, weights: Weights, vocab_size: int, chunk: int
+    hidden: Hidden, table: Table | SharedTable, targets: Tokens, weights: Weights, vocab_size: int, chunk: int
 ) -> Float[Array, ""]:
     """Returns sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
 
     It is differentiable with respect to `hidden` and `table` only. The product is computed in the dtype of `hidden` with
     float32 results, for at most `chunk` time steps at once (0 means about `CACHED_ROWS` tokens).
     """
+    shared = table if isinstance(table, SharedTable) else share(table, hidden.dtype)
+    return _cross_entropy(hidden, shared, targets, weights, vocab_size, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _cross_entropy(hidden: Array, table: SharedTable, targets: Array, weights: Array, vocab_size: int, chunk: int) -> Array:
     return _over_shards(hidden, table, targets, weights, vocab_size, chunk)
 
 
 def _over_shards(
-    hidden: Hidden, table: Table, targets: Tokens, weights: Weights, vocab_size: int, chunk: int, gradients: bool = False
+    hidden: Array, table: SharedTable, targets: Array, weights: Array, vocab_size: int, chunk: int, gradients: bool = False
 ) -> Any:
     """Computes the loss, with each device handling its own examples and its shard of the vocabulary.
 
-    With `gradients`, it returns (loss, (gradient of hidden, gradient of table)), as the forward pass of a custom VJP must.
+    With `gradients`, it returns (loss, (gradient of hidden, gradient of table)), as the forward pass of a custom VJP must. The
+    table's gradient is not summed over the devices yet (tied.py).
     """
-    by_example, by_token, by_entry = ("batch", None, None), ("batch", None), ("vocab", None)
-    out_names = ((), (by_example, by_entry)) if gradients else ()
+    by_example, by_token = ("batch", None, None), ("batch", None)
+    out_names = ((), (by_example, PARTIAL)) if gradients else ()
     local = functools.partial(_local, vocab_size=vocab_size, chunk=chunk, gradients=gradients)
     with jax.named_scope("loss"):
-        return per_shard(local, (by_example, by_entry, by_token, by_token), out_names)(hidden, table, targets, weights)
+        return per_shard(local, (by_example, TABLE, by_token, by_token), out_names)(hidden, table.rows, targets, weights)
 
 
-def _backward(vocab_size: int, chunk: int, gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Array, None, None]:
+def _backward(vocab_size: int, chunk: int, gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Any, None, None]:
     """Scales the gradients that the forward pass computed; targets and weights have none."""
     hidden_gradient, table_gradient = ((factor * gradient).astype(gradient.dtype) for gradient in gradients)
-    return hidden_gradient, table_gradient, None, None
+    return hidden_gradient, SharedTable(None, table_gradient), None, None  # type: ignore[arg-type]  # None: no gradient
 
 
-cross_entropy.defvjp(functools.partial(_over_shards, gradients=True), _backward)
+_cross_entropy.defvjp(functools.partial(_over_shards, gradients=True), _backward)
 
 
 def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab_size: int, chunk: int, gradients: bool) -> Any:
-    """Computes the loss, and optionally its gradients, for this device's shard, and sums them over the devices.
+    """Computes the loss, summed over the devices, and optionally its gradients for this device's examples and entries.
 
     With odds[v] = exp(score[v] - score[target]) for all entries but the target (`_odds`), and `others` their sum,
 
         loss = log(1 + others)
         gradient of score[v] = weight / (1 + others) * (odds[v], or -others for the target)
 
-    The factor of each token is applied to the narrower operand or result of a product, so that the products read the odds as
+    The factor of each token is applied to the tableer operand or result of a product, so that the products read the odds as
     they are. Nothing cancels where the target is almost certain, because both parts are then small.
     """
     first = shard_index("vocab") * table.shape[0]
     entries = first + jnp.arange(table.shape[0])
-    narrow = table.astype(hidden.dtype)
     # On CPUs, XLA transposes the first operand of the table's gradient, which should not be the larger one. On TPUs, the result
     # would have to be transposed instead.
     on_cpu = chunk == 0
     time = hidden.shape[1]
     starts, chunk = time_chunks(time, chunk, hidden.shape[0])
     hidden, targets, weights = (pad_time(array, len(starts) * chunk) for array in (hidden, targets, weights))
-    in_shard = (targets >= first) & (targets < first + table.shape[0])
-    rows = jnp.where(in_shard, targets - first, table.shape[0])  # A row beyond the shard reads as zero and is not written.
+    rows = local_rows(targets, table.shape[0])
 
     def one_chunk(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
         total, table_gradient = carry
         part = lambda array: jax.lax.dynamic_slice_in_dim(array, start, chunk, axis=1)  # noqa: E731
         x, target, weight = map(part, (hidden, targets, weights))
-        target_row = narrow.at[part(rows)].get(mode="fill", fill_value=0)
+        target_row = table.at[part(rows)].get(mode="fill", fill_value=0)
         target_score = all_sum(_product("bte,bte->bt", x, target_row), "vocab")
         competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: E731  Others are padding.
-        odds, others, shift = _odds(x, narrow, competes, target_score)
+        odds, others, shift = _odds(x, table, competes, target_score)
         normalizer = jnp.exp(target_score - shift) + others
         total = total + (weight * (jnp.log(normalizer) + shift - target_score)).sum()
         if not gradients:
@@ -140,7 +153,7 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         factor = weight / normalizer
         operands = ("bte,btv->ev", _scale(x, factor), odds) if on_cpu else ("btv,bte->ve", odds, _scale(x, factor))
         table_gradient = table_gradient + _product(*operands)
-        x_gradient = all_sum(_product("btv,ve->bte", odds, narrow) - others[..., None] * target_row, "vocab")
+        x_gradient = all_sum(_product("btv,ve->bte", odds, table) - others[..., None] * target_row, "vocab")
         return (total, table_gradient), (_scale(x_gradient, factor).astype(x.dtype), factor, others)
 
     shape = table.shape[::-1] if on_cpu else table.shape
@@ -154,7 +167,7 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
     target_gradient = -others[..., None] * _scale(hidden, factor)
     table_gradient = table_gradient.T if on_cpu else table_gradient
     table_gradient = table_gradient.at[rows].add(target_gradient, mode="drop")
-    return total, (hidden_gradient[:, :time], all_sum(table_gradient, "batch").astype(table.dtype))
+    return total, (hidden_gradient[:, :time], table_gradient[None])
 
 
 def _odds(x: Array, table: Array, competes: Callable[[], Array], target_score: Array) -> tuple[Array, Array, Array]:

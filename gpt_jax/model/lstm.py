@@ -94,7 +94,12 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
 
 
 def apply(
-    config: ModelConfig, params: Params, tokens: Tokens, dropout_key: DropoutKey | None = None, segment_ids: Tokens | None = None
+    config: ModelConfig,
+    params: Params,
+    tokens: Tokens,
+    dropout_key: DropoutKey | None = None,
+    segment_ids: Tokens | None = None,
+    token_rows: Hidden | None = None,
 ) -> Hidden:
     """Returns the projected output, in the compute dtype.
 
@@ -102,8 +107,9 @@ def apply(
       tokens: ids below `vocab_size`; `time` has no limit.
       dropout_key: determines the dropout masks; None for evaluation.
       segment_ids: numbers of the examples packed into one row; the state is reset where the number changes.
+      token_rows: the tokens' rows of the embedding, if they have been looked up (tied.py).
     """
-    return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids)[0]
+    return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids, token_rows)[0]
 
 
 def apply_cached(
@@ -114,6 +120,7 @@ def apply_cached(
     start: Starts | None,
     dropout_key: DropoutKey | None = None,
     segment_ids: Tokens | None = None,
+    token_rows: Hidden | None = None,
 ) -> tuple[Hidden, Cache | None]:
     """Continues row i from its state after position `start[i]` - 1; returns the output at new positions and the updated cache.
 
@@ -128,7 +135,7 @@ def apply_cached(
     restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     graph, _ = transformer.split_module(Lstm, config)
     with jax.default_matmul_precision(config.matmul_precision):
-        x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens]
+        x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens] if token_rows is None else token_rows
         x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
         x = constrain(x.astype(transformer.compute_dtype(config)), "batch", None, None)
         output, states = nnx.merge(graph, params["lstm"])(x, restart, state)

@@ -236,7 +236,12 @@ def param_specs(config: ModelConfig) -> dict[str, Any]:
 
 
 def apply(
-    config: ModelConfig, params: Params, tokens: Tokens, dropout_key: DropoutKey | None = None, segment_ids: Tokens | None = None
+    config: ModelConfig,
+    params: Params,
+    tokens: Tokens,
+    dropout_key: DropoutKey | None = None,
+    segment_ids: Tokens | None = None,
+    token_rows: Hidden | None = None,
 ) -> Hidden:
     """Returns the last block's output, in the compute dtype. There is no final layer norm.
 
@@ -244,8 +249,9 @@ def apply(
       tokens: ids below `vocab_size`; `time` is at most `context_length`.
       dropout_key: determines the dropout masks; None for evaluation.
       segment_ids: numbers of the examples packed into one row; attention and positions restart where the number changes.
+      token_rows: the tokens' rows of the embedding, if they have been looked up (tied.py).
     """
-    return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids)[0]
+    return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids, token_rows)[0]
 
 
 def apply_cached(
@@ -256,6 +262,7 @@ def apply_cached(
     start: Starts | None,
     dropout_key: DropoutKey | None = None,
     segment_ids: Tokens | None = None,
+    token_rows: Hidden | None = None,
 ) -> tuple[Hidden, Cache | list[Cache] | None]:
     """Continues row i, whose first `start[i]` positions are cached; returns the output at new positions and the updated cache.
 
@@ -274,8 +281,8 @@ def apply_cached(
     with jax.default_matmul_precision(config.matmul_precision):
         # The table is gathered over "fsdp" first, so that a lookup moves table rows and never the batch.
         with jax.named_scope("embedding"):
-            table = constrain(embedding["tokens"], "vocab", None)
-            x = table[tokens] + constrain(embedding["positions"], None, None)[positions]
+            rows = constrain(embedding["tokens"], "vocab", None)[tokens] if token_rows is None else token_rows
+            x = rows + constrain(embedding["positions"], None, None)[positions]
             x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
             x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
         if isinstance(cache, list):

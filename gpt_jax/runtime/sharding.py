@@ -1,5 +1,6 @@
 """The device mesh, shardings by logical axis names (`mesh.RULES`), and per-shard computations."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import MeshConfig
 from gpt_jax.errors import require
-from gpt_jax.runtime.mesh import AXES, RULES, num_shards, resolve_mesh
+from gpt_jax.runtime.mesh import AXES, RULES, resolve_mesh
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -81,10 +82,36 @@ def shard_index(axis: str) -> jax.Array | int:
     return jax.lax.axis_index(RULES[axis]) if is_split(axis) else 0
 
 
+def all_gather(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Returns, inside `per_shard`, the whole array along an axis that the mesh splits under this logical name."""
+    return jax.lax.all_gather(x, RULES[name], axis=axis, tiled=True) if is_split(name) else x
+
+
+def sum_and_split(x: jax.Array, summed: str, name: str, axis: int) -> jax.Array:
+    """Returns, inside `per_shard`, this device's shard along `axis` of the sum over the devices that split the axis `summed`.
+
+    The mesh axes that split the logical axis `name` must be among those of `summed`.
+    """
+    others = tuple(mesh_axis for mesh_axis in RULES[summed] if mesh_axis not in RULES[name])
+    if is_split(name):
+        x = jax.lax.psum_scatter(x, RULES[name], scatter_dimension=axis, tiled=True)
+    return jax.lax.psum(x, others) if _size(others) > 1 else x
+
+
+def shard_count(axis: str) -> int:
+    """Returns the number of shards into which the mesh that is set splits a logical axis."""
+    return _size(RULES[axis])
+
+
 def is_split(axis: str) -> bool:
     """Returns whether the mesh that is set splits a logical axis. Not every compiler removes a collective over one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and num_shards(mesh.shape, axis) > 1
+    return shard_count(axis) > 1
+
+
+def _size(mesh_axes: Sequence[str]) -> int:
+    """Returns the number of devices along some axes of the mesh that is set, 1 if none is."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes.get(name, 1) for name in mesh_axes)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------------

@@ -195,11 +195,12 @@ def test_data_parallel_step_divides_the_work_and_sends_gradients_only():
     embedding, blocks = parameter_shapes()
     in_loop = [shape for collective in sent if collective.times > 1 for shape in collective.shapes]
     assert sorted(map(math.prod, in_loop)) == sorted(map(math.prod, blocks))
-    # Besides: the table's two gradients, of the lookup and of the loss; the positions'; the loss and its normalization.
+    # Besides: the table's gradient, in which those of the lookup and of the loss are added; the positions'; the loss and its
+    # normalization.
     outside = [math.prod(shape) for collective in sent if collective.times == 1 for shape in collective.shapes]
     table, positions = 1152 * 80, 48 * 80
     assert sorted(embedding) == [(48, 80), (1152, 80)]
-    assert sorted(outside) == [1, 1, positions, table, table]
+    assert sorted(outside) == [1, 1, positions, table]
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=1, fsdp=8), MIXED], ids=["fsdp=8", "data=2 x fsdp=2 x tensor=2"])
