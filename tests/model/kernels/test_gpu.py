@@ -164,20 +164,21 @@ def test_shards_have_the_results_of_one_device(mesh, masked):
         np.testing.assert_array_equal(ours, theirs)
 
 
-def calls(jaxpr):
-    """Returns how many times each compiled kernel is in a program; those that would be interpreted are not counted."""
-    found = Counter()
+def equations(jaxpr):
+    """Yields the equations of a program and of all programs inside it, such as kernels."""
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "pallas_call":
-            name = getattr(equation.params.get("name_and_src_info"), "name", None) or equation.params["name"]
-            found[name] += not equation.params["interpret"]
-            continue
+        yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, (tuple, list)) else (value,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    found += calls(inner)
-    return found
+                    yield from equations(inner)
+
+
+def calls(jaxpr):
+    """Returns how many times each compiled kernel is in a program; those that would be interpreted are not counted."""
+    kernels = [equation.params for equation in equations(jaxpr) if equation.primitive.name == "pallas_call"]
+    return Counter(re.search(r"attention_\w+", str(kernel["name"]))[0] for kernel in kernels if not kernel["interpret"])
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("off", 1), ("dots", 1), ("full", 2)])
@@ -223,6 +224,18 @@ def test_kernels_are_lowered_for_gpus(dim, dtype, time):
     lowered = lower_for_cuda(functools.partial(results, kernel(masks, "default")), arrays)
     assert lowered.count(f"@{TRITON}") == 3
     assert "stablehlo.while" not in lowered  # which interpreted kernels have
+
+
+@pytest.mark.parametrize(("time", "masked"), [(100, True), (128, False)])
+def test_nothing_is_written_after_the_end(time, masked):
+    """An interpreted kernel cannot do that, but a compiled one would change other arrays, unless the store has a mask."""
+    arrays, masks = problem(time, dtype="bfloat16")
+    program = jax.make_jaxpr(functools.partial(results, kernel(masks)))(arrays)
+    stores = [equation for equation in equations(program.jaxpr) if equation.primitive.name == "masked_swap"]
+    assert len(stores) == 2 * (3 + 2 + 2)  # compiled and interpreted
+    for equation in stores:
+        *_, mask = equation.params["args_tree"].unflatten(equation.invars)
+        assert (mask is not None) == masked
 
 
 @pytest.mark.parametrize("precision", ["default", "highest"])
