@@ -81,7 +81,8 @@ def _seconds_per_update(records: list[dict[str, Any]]) -> float | None:
 
 
 def training(session: Session) -> None:
-    """Searches for the fastest batch of the training step, and compares it with the peers there, with and without dropout."""
+    """Searches for the fastest batch of the training step; times it there with other implementations of attention; and compares
+    it with the peers, with and without dropout."""
     words, best = ["train", "--config", session.sizes.model], (0.0, session.sizes.batch_sizes[0])
     for size in session.sizes.batch_sizes:
         comparisons = session.bench(f"batch {size}", *words, "--batch-size", str(size))
@@ -90,6 +91,9 @@ def training(session: Session) -> None:
             break
         best = rate, size
     session.rate = best[0] or session.rate
+    for attention in session.sizes.attentions:
+        name = f"{attention}, batch {best[1]}"
+        session.bench(name, *words, "--batch-size", str(best[1]), "--model.attention", attention)
     off = [word for name in ("embed", "attention", "residual") for word in (f"--model.{name}-dropout", "0")]
     for dropout, overrides in (("with dropout", []), ("without dropout", off)):
         for peers in session.sizes.peers:

@@ -16,6 +16,8 @@ class Sizes(NamedTuple):
     attention_batch: int
     kernel_shape: tuple[int, int, int, int]
     """Batch, time, heads and size of a head for which blocks of kernels are timed."""
+    attentions: tuple[str, ...]
+    """Implementations of attention with which training is timed, beside the default."""
     peers: tuple[tuple[str, ...], ...]
     """Programs that training is compared with. Those of a group are in the GPU's memory at the same time."""
     updates: int
@@ -40,6 +42,7 @@ FULL = Sizes(
     batch_sizes=(16, 32, 64, 128, 256),
     attention_batch=32,
     kernel_shape=(32, 512, 12, 64),
+    attentions=("plain", "pallas_gpu"),
     peers=(("torch", "torch-compiled"), ("transformers", "transformers-compiled")),
     updates=100,
     tokens=35_000_000,  # two epochs of 75 MB of novels
@@ -55,6 +58,7 @@ REHEARSAL = Sizes(
     batch_sizes=(8,),
     attention_batch=4,
     kernel_shape=(1, 40, 2, 16),
+    attentions=("plain",),
     peers=(("torch",),),
     updates=6,
     tokens=200_000,

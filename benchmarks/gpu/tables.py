@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.session import RESULTS
+from benchmarks.gpu.sizes import FULL
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.chips import CHIPS
 
@@ -169,6 +170,8 @@ def _speeds(
     for record in records:
         for comparison, name, program in _programs(record):
             title, work, row = comparison["title"].partition(": ")[2], comparison["work"], ["", "", ""]
+            if (attention := record["name"].partition(",")[0]) in FULL.attentions:
+                title += f", {attention} attention"
             if "median" in program:
                 ratio = "" if comparison["reference"] == "gpt_jax" else f"{program['speed_ratio']:.2f}"
                 row = [ratio, _number(program["setup"]), describe(comparison, program)]

@@ -231,11 +231,26 @@ def test_the_batch_grows_until_it_is_not_faster_or_too_large(session, monkeypatc
         program = {"failure": "out of memory"} if rate is None else {"median": 1000 / rate}
         return [{"work": 1000, "programs": {"gpt_jax": program}}]
 
-    session.sizes = REHEARSAL._replace(batch_sizes=(16, 32, 64, 128), peers=())
+    session.sizes = REHEARSAL._replace(batch_sizes=(16, 32, 64, 128), attentions=(), peers=())
     monkeypatch.setattr(session, "bench", bench)
     parts.training(session)
     assert [int(words[words.index("--batch-size") + 1]) for words in calls] == tried
     assert session.rate == max([rate for rate in rates[: len(tried)] if rate and rate != 151], default=REHEARSAL.rate)
+
+
+def test_other_implementations_of_attention_are_timed_with_the_fastest_batch(session, monkeypatch):
+    calls = []
+
+    def bench(name: str, *words: str, rounds: int = 1) -> list[dict[str, Any]]:
+        size = int(words[words.index("--batch-size") + 1])
+        calls.append((name, size, words[words.index("--model.attention") + 1] if "--model.attention" in words else "auto"))
+        return [{"work": size, "programs": {"gpt_jax": {"median": 1.0 if size <= 32 else 2.0}}}]
+
+    session.sizes = REHEARSAL._replace(batch_sizes=(16, 32, 64), attentions=("plain", "pallas_gpu"), peers=())
+    monkeypatch.setattr(session, "bench", bench)
+    parts.training(session)
+    assert calls[:3] == [(f"batch {size}", size, "auto") for size in (16, 32, 64)]
+    assert calls[3:] == [("plain, batch 32", 32, "plain"), ("pallas_gpu, batch 32", 32, "pallas_gpu")]
 
 
 def test_a_comparison_for_which_the_memory_does_not_suffice_is_repeated_with_half_the_batch(session, monkeypatch):
@@ -246,7 +261,7 @@ def test_a_comparison_for_which_the_memory_does_not_suffice_is_repeated_with_hal
         peer = {"failure": "out of memory"} if calls[-1][0] == 32 else {"median": 1.0}
         return [{"work": 1, "programs": {"gpt_jax": {"median": 1.0}} | ({"torch": peer} if calls[-1][1] else {})}]
 
-    session.sizes = REHEARSAL._replace(batch_sizes=(32, 64))
+    session.sizes = REHEARSAL._replace(batch_sizes=(32, 64), attentions=())
     monkeypatch.setattr(session, "bench", bench)
     monkeypatch.setattr(parts, "_against", lambda *peers: ["--against", *peers])
     parts.training(session)
