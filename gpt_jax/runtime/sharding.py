@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -94,7 +95,9 @@ def sum_and_split(x: jax.Array, summed: str, name: str, axis: int) -> jax.Array:
     """
     others = tuple(mesh_axis for mesh_axis in RULES[summed] if mesh_axis not in RULES[name])
     if is_split(name):
-        x = jax.lax.psum_scatter(x, RULES[name], scatter_dimension=axis, tiled=True)
+        # TPUs would sum and send the whole array if the shards were not along the first axis, each in one piece of memory.
+        shards = x.reshape(*x.shape[:axis], shard_count(name), -1, *x.shape[axis + 1 :])
+        x = jax.lax.psum_scatter(jnp.moveaxis(shards, axis, 0), RULES[name])
     return jax.lax.psum(x, others) if _size(others) > 1 else x
 
 
