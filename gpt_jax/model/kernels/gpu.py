@@ -69,7 +69,8 @@ def choose_blocks(time: int, dim: int, dtype: Any) -> Kernels:
 
     They were chosen by what Triton 3.9 makes of the kernels for compute capability 9.0. Hardly any register is spilled, at least
     eight warps run on a multiprocessor, and a program has at most 97 KiB of shared memory, which all GPUs since capability 8.0
-    have. Among blocks for which this holds, an element of the scores takes few instructions.
+    have. Among blocks for which this holds, an element of the scores takes few instructions. Those for float32 are small enough
+    for exact products, which do not run on tensor cores.
     """
     if dtype == jnp.float32:
         kernels = Kernels(*3 * [Blocks(32, 32, 4 if dim <= 64 else 8, 2)])

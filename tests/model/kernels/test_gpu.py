@@ -96,6 +96,17 @@ def exact(arrays, masks):
     return [part.swapaxes(1, 2) for part in parts]
 
 
+def equations(jaxpr):
+    """Yields the equations of a program and of all programs inside it, such as kernels."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
 # -- results ----------------------------------------------------------------------------------------------------------------
 
 
@@ -150,9 +161,14 @@ def test_large_scores_do_not_overflow():
 # -- inside the model -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, tensor=4), MeshConfig(slice=2, data=1, fsdp=4)], ids=["heads", "rows"])
+@pytest.mark.parametrize(
+    ("mesh", "local"),
+    [(MeshConfig(data=2, tensor=4), (1, 4)), (MeshConfig(slice=2, data=1, fsdp=4), (4, 1))],
+    ids=["heads", "rows"],
+)
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masks"])
-def test_shards_have_the_results_of_one_device(mesh, masked):
+def test_shards_have_the_results_of_one_device(mesh, local, masked):
+    """Each device computes its own heads and rows, `local` of them."""
     draw = np.random.default_rng(0).normal
     arrays = [jnp.asarray(draw(size=(8, 40, 4, 16)), jnp.bfloat16) for _ in range(4)]
     stream = mask_stream(1, 2, 3, Site.ATTENTION, jnp.arange(8)[:, None], jnp.arange(4))
@@ -160,19 +176,11 @@ def test_shards_have_the_results_of_one_device(mesh, masked):
     expected = results(kernel(masks), arrays)
     with jax.set_mesh(make_mesh(mesh)):
         actual = results(kernel(masks), arrays)
+        program = jax.make_jaxpr(functools.partial(results, kernel(masks)))(arrays)
+    kernels = [equation.params for equation in equations(program.jaxpr) if equation.primitive.name == "pallas_call"]
+    assert {params["grid_mapping"].grid[1:] for params in kernels} == {local}
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
-
-
-def equations(jaxpr):
-    """Yields the equations of a program and of all programs inside it, such as kernels."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
 
 
 def calls(jaxpr):
