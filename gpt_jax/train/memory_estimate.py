@@ -46,7 +46,7 @@ class Kept(NamedTuple):
     embed: int = 0
     """Number of arrays of width `embed_dim` in the compute dtype."""
     heads: int = 0
-    """The same, for arrays whose axis is split like the attention heads."""
+    """Number of arrays of width `embed_dim` in the compute dtype whose axis is split like the attention heads."""
     mlp: int = 0
     """Number of arrays of width `mlp_dim` in the compute dtype."""
     embed_float32: int = 0
@@ -64,7 +64,7 @@ KEPT = {
 }
 """The arrays that a layer keeps, by `model.remat`."""
 KEPT_BY_KERNELS = KEPT | {"off": Kept(embed=4, heads=4, mlp=5, normalizers=1)}
-"""The same with `pallas_tpu`, whose layer norms keep nothing in float32 and no masks."""
+"""The arrays that a layer with the kernels of `pallas_tpu` keeps; their layer norms keep nothing in float32 and no masks."""
 OUTSIDE = Kept(embed=3, embed_float32=1, embed_bool=1)
 """The arrays that the embeddings and the loss keep."""
 PLAIN_KEPT = {"full": 0, "dots": 0, "off": 7}
