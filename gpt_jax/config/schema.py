@@ -215,10 +215,11 @@ class ModelOptions(Section, section="model"):
     layer_unroll: int = field(1, affects="speed", within=POSITIVE)
     """Number of layers that follow one another in each iteration of the loop over layers; must divide `num_layers`. Unrolled
     layers copy fewer activations on TPUs, but take longer to compile (docs/kernels.md). > 0."""
-    attention: Literal["auto", "plain", "blockwise", "pallas_tpu"] = field("auto", affects="speed")
+    attention: Literal["auto", "plain", "blockwise", "pallas_tpu", "pallas_gpu"] = field("auto", affects="speed")
     """Implementation of attention. `plain` computes all probabilities as one array; `blockwise` computes them in blocks, and
-    again in the backward pass, and stores none; both run on any device. `pallas_tpu` is a kernel for TPUs. `auto`: `pallas_tpu`
-    on a TPU, `blockwise` on a CPU, except for short sequences, and otherwise `plain`."""
+    again in the backward pass, and stores none; both run on any device. `pallas_tpu` and
+    `pallas_gpu` are kernels for TPUs and NVIDIA GPUs. `auto`: `pallas_tpu` on a TPU, `blockwise` on a CPU, except for short
+    sequences, and otherwise `plain`."""
     loss_chunk: int = field(0, affects="speed", within=NOT_NEGATIVE)
     """Number of time steps whose logits are in memory at once in the loss; 0: chosen automatically (128 on accelerators, and as
     many as fit into the cache on a CPU)."""

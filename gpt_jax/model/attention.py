@@ -2,9 +2,10 @@
 
     plain        all probabilities as one array, by the definition
     blockwise    blocks of queries in plain JAX (kernels/blockwise.py)
-    pallas_tpu   a kernel for TPUs (kernels/tpu.py, kernels/tpu_attention.py)
+    pallas_tpu   kernels for TPUs (kernels/tpu.py, kernels/tpu_attention.py)
+    pallas_gpu   kernels for NVIDIA GPUs (kernels/gpu.py)
 
-The kernels' modules are imported where they are used, because importing Pallas takes time that a run on a CPU can spare.
+The modules of Pallas kernels are imported where they are used, because importing Pallas takes time that a run on a CPU can spare.
 """
 
 import math
@@ -21,7 +22,7 @@ from gpt_jax.model.dropout import dropout
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT, MASKED, blockwise_attention
 from gpt_jax.runtime.sharding import constrain
 
-PLATFORMS = {"pallas_tpu": "tpu"}
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
 """The platform of the devices that an implementation needs; the others run everywhere."""
 
 
@@ -126,9 +127,7 @@ BLOCKWISE_BEYOND = 64
 def choose_attention(platform: str, time: int, dim: int) -> Choice:
     """Returns the implementation for sequences of `time` tokens and heads of size `dim` on a platform ("cpu", "gpu" or "tpu")."""
     if platform == "tpu":
-        from gpt_jax.model.kernels.tpu_attention import refusal
-
-        reason = refusal(dim, time)
+        reason = _refusal("pallas_tpu", time, dim)
         return Choice("plain", reason) if reason else Choice("pallas_tpu", "the fastest on TPUs")
     if platform != "cpu":
         return Choice("plain", f"nothing is known to be faster on a {platform.upper()}")
@@ -147,10 +146,21 @@ def check_attention(implementation: str, platform: str, time: int, dim: int) -> 
     devices = {"cpu": "CPUs", "gpu": "GPUs", "tpu": "TPUs"}
     problem = f"{implementation} runs on {devices[needed]}, and the devices are {devices.get(platform, platform)}; use auto"
     require(needed == platform, "model.attention", problem)
-    if implementation == "pallas_tpu":
-        from gpt_jax.model.kernels.tpu_attention import refusal
+    reason = _refusal(implementation, time, dim)
+    require(reason is None, "model.attention", f"{reason}; use auto")
 
-        require((reason := refusal(dim, time)) is None, "model.attention", f"{reason}; use auto")
+
+def _refusal(implementation: str, time: int, dim: int) -> str | None:
+    """Returns the reason why an implementation does not take sequences or heads of this size; None if it does."""
+    if implementation == "pallas_tpu":
+        from gpt_jax.model.kernels import tpu_attention
+
+        return tpu_attention.refusal(dim, time)
+    if implementation == "pallas_gpu":
+        from gpt_jax.model.kernels import gpu
+
+        return gpu.refusal(dim, time)
+    return None
 
 
 def _plain(
@@ -189,4 +199,15 @@ def _pallas_tpu(query: Array, key: Array, value: Array, *options: Any) -> Array:
     return pallas_tpu_self_attention(qkv, jnp.zeros_like(qkv[0, 0]), heads, *options).reshape(query.shape)
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {"plain": _plain, "blockwise": blockwise_attention, "pallas_tpu": _pallas_tpu}
+def _pallas_gpu(*arguments: Any) -> Array:
+    from gpt_jax.model.kernels.gpu import pallas_gpu_attention
+
+    return pallas_gpu_attention(*arguments)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "plain": _plain,
+    "blockwise": blockwise_attention,
+    "pallas_tpu": _pallas_tpu,
+    "pallas_gpu": _pallas_gpu,
+}

@@ -40,6 +40,8 @@ VMEM_SPARE = 8 << 20
 INTERPRET: Any = False
 """The argument `interpret` of `pallas_call`, with which tests run the kernels on CPUs."""
 
+RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # where it is in jax 0.12, and before
+
 Ref = Any  # a reference to memory inside a kernel
 Packed = Float[Array, "batch three time width"]
 """Queries, keys and values with all heads side by side, width = heads * dim. In this layout, XLA writes the projection's result
@@ -92,6 +94,14 @@ class Shape(NamedTuple):
     def kept_scale(self) -> float:
         """Factor of the probabilities that dropout keeps."""
         return 65536 / (65536 - threshold(self.rate))
+
+
+class MaskTerms(NamedTuple):
+    """The terms of one head's dropout mask for one block of queries and one of keys (docs/masks.md)."""
+
+    row: UInt32[Array, "pairs 1"]
+    column: UInt32[Array, "1 keys"]
+    multiplier: UInt32[Array, "1 keys"]
 
 
 # -- forward ------------------------------------------------------------------------------------------------------------------
@@ -220,104 +230,140 @@ def forward(
 # -- backward -----------------------------------------------------------------------------------------------------------------
 
 
-def _backward_kernel(
-    shape: Shape, words: Ref, query: Ref, key: Ref, value: Ref, output: Ref, log_normalizers: Ref, gradient: Ref, *refs: Ref
-) -> None:
-    """Computes the gradients of one block of keys and values, and its part of the queries'; grid point (group, example, block).
+class BackwardRefs(NamedTuple):
+    """The memory of the backward kernel, in the order of its arguments after `words`."""
+
+    query: Ref
+    """[time, LANES]."""
+    key: Ref
+    """[block, LANES]."""
+    value: Ref
+    """[block, LANES]."""
+    output: Ref
+    """[time, LANES]."""
+    log_normalizers: Ref
+    """float32 [in_group, time], base 2."""
+    gradient: Ref
+    """Gradient of the output, [time, LANES]."""
+    segments: Ref
+    """int32 [1, time], or None."""
+    gradients: Ref
+    """Results: the gradients of queries, keys and values, [3, time, LANES]."""
+    bias_gradients: Ref
+    """Results: their sums over time and examples, float32 [3, LANES]."""
+    query_total: Ref
+    """Scratch: the gradients of the queries, transposed, float32 [LANES, time]."""
+    key_total: Ref
+    """Scratch: the gradients of the keys, transposed, float32 [LANES, block]."""
+    value_total: Ref
+    """Scratch: the gradients of the values, transposed, float32 [LANES, block]."""
+
+
+def _backward_kernel(shape: Shape, words: Ref, *arguments: Ref) -> None:
+    """Computes the gradients of a block of keys and values, and its part of the queries'; grid point (group, example, block).
 
     The gradients are accumulated transposed, [dim, positions]: a product whose result has 64 columns leaves half of a matrix unit
     idle, and one whose result has 64 rows does not.
-
-    Refs:
-      words: uint32 [1, 2 * in_group], the streams of the group's heads.
-      query, output, gradient (of the output): [time, LANES]; key, value: [block, LANES].
-      log_normalizers: float32 [in_group, time], base 2.
-      segments: int32 [1, time], if there are any.
-      gradients: [3, time, LANES]; bias_gradients: float32 [3, LANES], summed over the examples.
-      query_total: float32 [LANES, time], scratch; key_total, value_total: float32 [LANES, block], scratch.
     """
-    segments, (gradients, bias_gradients, query_total, key_total, value_total) = _optional(shape.segments, refs)
-    block, size, dtype = pl.program_id(2), shape.block, query.dtype
-    key_start = _start(shape, block)
+    inputs, (segments, results) = arguments[:6], _optional(shape.segments, arguments[6:])
+    refs = BackwardRefs._make((*inputs, segments, *results))
+    block, size = pl.program_id(2), shape.block
+    start = _start(shape, block)
     streams = _streams(shape, words)
-    column_terms = [_column_terms(shape, *stream, key_start) for stream in streams]
-    keys_transposed = key[...].T
+    column_terms = [_column_terms(shape, *stream, start) for stream in streams]
+    keys_transposed = refs.key[...].T
 
     def attend(query_block: Any, diagonal: bool) -> None:
-        """Handles the tiles of one block of queries."""
-        start = _start(shape, query_block)
-        row_terms = [_row_terms(shape, stream, start) for stream in streams]
+        row_terms = [_row_terms(shape, stream, _start(shape, query_block)) for stream in streams]
         terms = [MaskTerms(rows, *columns) for rows, columns in zip(row_terms, column_terms, strict=True)]
-        queries_transposed, gradients_transposed = (ref[pl.ds(start, size), :].T for ref in (query, gradient))
-        logarithms: dict[tuple[int, int], Array] = {}
-        inner: dict[tuple[int, int], Array] = {}
-
-        def prepare_rows(first: int) -> None:
-            """Computes two columns for each head: the normalizer's logarithm, and the sum of probability x its gradient."""
-            rows = pl.ds(start + first, LANES)
-            products = gradient[rows, :].astype(jnp.float32) * output[rows, :].astype(jnp.float32)
-            for head in range(shape.in_group):
-                logarithms[head, first] = _column(log_normalizers[head : head + 1, rows])
-                inner[head, first] = _only(shape, head, products).sum(1, keepdims=True) * (1 / shape.kept_scale)
-
-        def products(tile: tuple[int, int, int]) -> tuple[Array, Array]:
-            head, first, k = tile
-            rows, keys = pl.ds(start + first, LANES), slice(k, k + LANES)
-            if (head, first) not in inner:
-                prepare_rows(first)
-            scores = _dot(shape, _only(shape, head, query[rows, :]), _existing(shape, 0, key[keys, :]), (1, 1))
-            return scores, _dot(shape, _only(shape, head, gradient[rows, :]), _existing(shape, 0, value[keys, :]), (1, 1))
-
-        def differentiate(tile: tuple[int, int, int], started: tuple[Array, Array]) -> None:
-            head, first, k = tile
-            scores, weights_gradient = started
-            on_diagonal = diagonal and k == first
-            weights = jnp.exp2(scores * shape.score_scale - logarithms[head, first])
-            if on_diagonal:
-                weights = jnp.where(_triangle(), weights, 0.0)
-            if shape.segments:
-                own = _column(segments[:, pl.ds(start + first, LANES)])
-                weights = jnp.where(own == segments[:, pl.ds(key_start + k, LANES)], weights, 0.0)
-            kept = weights
-            if shape.rate:
-                weights_gradient, kept = _drop(shape, terms[head], first, slice(k, k + LANES), [weights_gradient, weights])
-            scores_gradient = (weights * (weights_gradient - inner[head, first])).astype(dtype)
-            lanes, rows, keys = slice(head * shape.dim, (head + 1) * shape.dim), slice(first, first + LANES), slice(k, k + LANES)
-            value_part = _dot(shape, gradients_transposed[lanes, rows], kept.astype(dtype), (1, 0))
-            key_part = _dot(shape, queries_transposed[lanes, rows], scores_gradient, (1, 0))
-            query_part = _dot(shape, keys_transposed[lanes, keys], scores_gradient, (1, 1))
-            # The first part that a total receives replaces what was in memory.
-            for total, at, part, is_first in (
-                (value_total, keys, value_part, on_diagonal),
-                (key_total, keys, key_part, on_diagonal),
-                (query_total, pl.ds(start + first, LANES), query_part, k == 0 and not shape.several),
-            ):
-                total[lanes, at] = part if is_first else total[lanes, at] + part
-
-        tiles = [
-            (head, first, k)
-            for first in range(0, size, LANES)
-            for k in range(0, first + LANES if diagonal else size, LANES)
-            for head in range(shape.in_group)
-        ]
-        _pipelined(tiles, products, differentiate, TILES_AHEAD)
+        _differentiate_block(shape, refs, terms, keys_transposed, _start(shape, query_block), start, diagonal)
 
     if shape.several:
-        pl.when(block == 0)(lambda: _fill_zeros(query_total))
+        pl.when(block == 0)(lambda: _fill_zeros(refs.query_total))
     attend(block, diagonal=True)
     if shape.several:
         jax.lax.fori_loop(block + 1, shape.time // size, lambda later, _: attend(later, diagonal=False), None)
 
-    pl.when((pl.program_id(1) == 0) & (block == 0))(lambda: _fill_zeros(bias_gradients))
+    pl.when((pl.program_id(1) == 0) & (block == 0))(lambda: _fill_zeros(refs.bias_gradients))
     scale = shape.kept_scale / math.sqrt(shape.dim)
     # The block's queries attend to no later keys, so the total of their gradients is complete, too.
     for part, (total, offset, factor) in enumerate(
-        ((query_total, key_start, scale), (key_total, 0, scale), (value_total, 0, shape.kept_scale))
+        ((refs.query_total, start, scale), (refs.key_total, 0, scale), (refs.value_total, 0, shape.kept_scale))
     ):
         for first in range(0, size, LANES):
             tile = (total[:, pl.ds(offset + first, LANES)] * factor).T
-            gradients[part, pl.ds(key_start + first, LANES), :] = tile.astype(dtype)
-            bias_gradients[part : part + 1, :] += tile.sum(0, keepdims=True)
+            refs.gradients[part, pl.ds(start + first, LANES), :] = tile.astype(refs.gradients.dtype)
+            refs.bias_gradients[part : part + 1, :] += tile.sum(0, keepdims=True)
+
+
+def _differentiate_block(
+    shape: Shape, refs: BackwardRefs, terms: list[MaskTerms], keys_transposed: Array, start: Any, key_start: Any, diagonal: bool
+) -> None:
+    """Adds what the tiles of one block of queries and one of keys contribute to the totals.
+
+    Args:
+      terms: the terms of each head's dropout mask for these blocks.
+      keys_transposed: [LANES, block].
+      start, key_start: first positions of the blocks.
+      diagonal: whether the blocks have the same positions, so that the tiles above the diagonal are left out.
+    """
+    queries_transposed, gradients_transposed = (ref[pl.ds(start, shape.block), :].T for ref in (refs.query, refs.gradient))
+    logarithms: dict[tuple[int, int], Array] = {}
+    inner: dict[tuple[int, int], Array] = {}
+
+    def prepare_rows(first: int) -> None:
+        """Computes two columns for each head: the normalizer's logarithm, and the sum of probability x its gradient."""
+        rows = pl.ds(start + first, LANES)
+        products = refs.gradient[rows, :].astype(jnp.float32) * refs.output[rows, :].astype(jnp.float32)
+        for head in range(shape.in_group):
+            logarithms[head, first] = _column(refs.log_normalizers[head : head + 1, rows])
+            inner[head, first] = _only(shape, head, products).sum(1, keepdims=True) * (1 / shape.kept_scale)
+
+    def multiply(tile: tuple[int, int, int]) -> tuple[Array, Array]:
+        """Returns the scores and the gradient of the weights, before their masks."""
+        head, first, k = tile
+        rows, keys = pl.ds(start + first, LANES), slice(k, k + LANES)
+        if (head, first) not in inner:
+            prepare_rows(first)
+        of_key, of_value = (_existing(shape, 0, ref[keys, :]) for ref in (refs.key, refs.value))
+        of_rows = (_only(shape, head, ref[rows, :]) for ref in (refs.query, refs.gradient))
+        return _dot(shape, next(of_rows), of_key, (1, 1)), _dot(shape, next(of_rows), of_value, (1, 1))
+
+    def differentiate(tile: tuple[int, int, int], multiplied: tuple[Array, Array]) -> None:
+        head, first, k = tile
+        scores, weights_gradient = multiplied
+        on_diagonal, dtype = diagonal and k == first, refs.query.dtype
+        weights = jnp.exp2(scores * shape.score_scale - logarithms[head, first])
+        if on_diagonal:
+            weights = jnp.where(_triangle(), weights, 0.0)
+        if shape.segments:
+            own = _column(refs.segments[:, pl.ds(start + first, LANES)])
+            weights = jnp.where(own == refs.segments[:, pl.ds(key_start + k, LANES)], weights, 0.0)
+        kept = weights
+        if shape.rate:
+            weights_gradient, kept = _drop(shape, terms[head], first, slice(k, k + LANES), [weights_gradient, weights])
+        scores_gradient = (weights * (weights_gradient - inner[head, first])).astype(dtype)
+        lanes, rows, keys = slice(head * shape.dim, (head + 1) * shape.dim), slice(first, first + LANES), slice(k, k + LANES)
+        # The first part that a total receives replaces what was in memory.
+        for total, at, is_first, part in (
+            (refs.value_total, keys, on_diagonal, _dot(shape, gradients_transposed[lanes, rows], kept.astype(dtype), (1, 0))),
+            (refs.key_total, keys, on_diagonal, _dot(shape, queries_transposed[lanes, rows], scores_gradient, (1, 0))),
+            (
+                refs.query_total,
+                pl.ds(start + first, LANES),
+                k == 0 and not shape.several,
+                _dot(shape, keys_transposed[lanes, keys], scores_gradient, (1, 1)),
+            ),
+        ):
+            total[lanes, at] = part if is_first else total[lanes, at] + part
+
+    tiles = [
+        (head, first, k)
+        for first in range(0, shape.block, LANES)
+        for k in range(0, first + LANES if diagonal else shape.block, LANES)
+        for head in range(shape.in_group)
+    ]
+    _pipelined(tiles, multiply, differentiate, TILES_AHEAD)
 
 
 def backward(
@@ -367,14 +413,6 @@ def backward(
 
 
 # -- pieces of both -----------------------------------------------------------------------------------------------------------
-
-
-class MaskTerms(NamedTuple):
-    """The terms of one head's dropout mask for one block of queries and one of keys (docs/masks.md)."""
-
-    row: UInt32[Array, "pairs 1"]
-    column: UInt32[Array, "1 keys"]
-    multiplier: UInt32[Array, "1 keys"]
 
 
 def _streams(shape: Shape, words: Ref) -> list[Stream]:
@@ -454,7 +492,7 @@ def _reciprocal(x: Array, dtype: Any) -> Array:
     """Returns 1 / x; for bfloat16 results by an approximation and one step of Newton's method, which is much cheaper."""
     if dtype == jnp.float32:
         return 1 / x
-    approximation = pl.reciprocal(x, approx=True)
+    approximation = RECIPROCAL(x, approx=True)
     return approximation * (2.0 - x * approximation)
 
 

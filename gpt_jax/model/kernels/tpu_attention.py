@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
+from gpt_jax.errors import UserError
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT
 from gpt_jax.model.kernels.tpu import LANES, Shape, backward, forward
 from gpt_jax.runtime.sharding import all_sum, constrain, per_shard
@@ -59,11 +60,11 @@ def pallas_tpu_self_attention(
       stream, rate, segment_ids, precision: as for `attention.attention`.
 
     Raises:
-      ValueError: the kernels do not take this size of heads, length or dtype.
+      UserError: the kernels do not take this size of heads, length or dtype.
     """
     time, dim = projected.shape[1], projected.shape[3] // num_heads
     if reason := refusal(dim, time, projected.dtype):
-        raise ValueError(reason)
+        raise UserError(reason)
     return _self_attention(projected, bias, stream, segment_ids, Options(dim, 0.0 if stream is None else rate, precision))
 
 
@@ -147,7 +148,7 @@ def _forward_rule(
 
 
 def _keep(array: Array, name: str) -> Array:
-    """Names an array for the policies of `jax.checkpoint`, as integers: it rounds floating-point numbers in a pass over memory."""
+    """Names an array for the policies of `jax.checkpoint`, as integers: it would round other numbers in a pass over memory."""
     integers = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
     named = checkpoint_name(jax.lax.bitcast_convert_type(array, integers), name)
     return jax.lax.bitcast_convert_type(named, array.dtype)
