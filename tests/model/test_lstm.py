@@ -305,7 +305,7 @@ def test_it_learns(batch):
         return value, optax.apply_updates(params, updates), moments
 
     losses = []
-    for _ in range(150):
+    for _ in range(200):
         value, params, moments = update(params, moments)
         losses.append(float(value))
     assert losses[0] == pytest.approx(np.log(50), abs=0.01)
