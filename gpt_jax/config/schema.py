@@ -212,9 +212,9 @@ class ModelOptions(Section, section="model"):
     a matrix product with parameters, so that the queries, keys, values and results of attention, the inputs of GELU, the residual
     sums, and the gates of an LSTM are stored; `full`: all activations of a block; `auto`: `dots`, or `full` in a pre-training for
     which the memory of the accelerators would not suffice with `dots`, and `off` for an LSTM."""
-    layer_unroll: int = field(1, affects="speed", within=POSITIVE)
-    """Number of layers that follow one another in each iteration of the loop over layers; must divide `num_layers`. Unrolled
-    layers copy fewer activations on TPUs, but take longer to compile (docs/kernels.md). > 0."""
+    layer_unroll: int = field(0, affects="speed", within=NOT_NEGATIVE)
+    """Number of layers that follow one another in each iteration of the loop over layers; must divide `num_layers`. On TPUs, more
+    copy fewer activations and take longer to compile (docs/kernels.md). 0: all if a pre-training on TPUs has up to 12, else 1."""
     attention: Literal["auto", "plain", "blockwise", "pallas_tpu", "pallas_gpu"] = field("auto", affects="speed")
     """Implementation of attention. `plain` computes all probabilities as one array; `blockwise` computes them in blocks, and
     again in the backward pass, and stores none; both run on any device. `pallas_tpu` and
@@ -256,7 +256,7 @@ class ModelConfig(ModelOptions):
         require(divides, "model.num_heads", f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}")
         divisors = [str(n) for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
         problem = f"{self.layer_unroll} does not divide model.num-layers {self.num_layers}; use one of {', '.join(divisors)}"
-        require(self.num_layers % self.layer_unroll == 0, "model.layer-unroll", problem)
+        require(self.num_layers % (self.layer_unroll or 1) == 0, "model.layer-unroll", problem)
 
     @property
     def head_dim(self) -> int:

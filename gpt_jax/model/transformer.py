@@ -292,7 +292,7 @@ def apply_cached(
                 caches.append(updated)
             return x, caches
         layers = params["blocks"], jnp.arange(config.num_layers), cache
-        return jax.lax.scan(rematerialize(config, layer), x, layers, unroll=config.layer_unroll)
+        return jax.lax.scan(rematerialize(config, layer), x, layers, unroll=config.layer_unroll or 1)
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
@@ -342,7 +342,8 @@ def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[...
     if remat == "off":
         return body
     policy = keep.nothing_saveable if remat == "full" else keep.save_only_these_names(KEPT, ATTENTION_OUTPUT)
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # CSE cannot undo it inside a scan.
+    # Where layers are unrolled, CSE would undo a full recomputation. It cannot inside of a scan.
+    return jax.checkpoint(body, policy=policy, prevent_cse=remat == "full" and config.layer_unroll > 1)
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -1,8 +1,10 @@
 """The cost of a compiled TPU program, read from its optimized HLO text: cycles by part, collectives and Pallas kernels.
 
-The TPU compiler estimates the cycles of every fusion, product and copy. Loops are multiplied out by their trip counts. The parts
-are the scopes that the model's code names with `jax.named_scope`. Not in the estimates: asynchronous copies, collectives, waiting
-for memory, and Pallas kernels, whose calls are listed instead.
+The TPU compiler estimates the cycles of every fusion, product and copy. Loops are multiplied out by their trip counts. Of a
+conditional, the branch with the fewest cycles counts, because the other is for exceptions, such as improbable targets in the
+loss. The parts are the scopes that the model's code names with `jax.named_scope`.
+
+Not in the estimates: asynchronous copies, collectives, waiting for memory, and Pallas kernels, whose calls are listed instead.
 """
 
 import collections
@@ -213,13 +215,28 @@ class _Reader:
                 self._found.kernels.append(Kernel(re.sub(r"\.\d+$", "", instruction.name), times, part, direction))
             elif opcode == "fusion":
                 self._visit_fused(instruction, times, part, direction)
-            elif opcode in ("call", "conditional", "async-start"):
-                for name in instruction.called:  # all branches of a conditional: an upper bound
+            elif opcode == "conditional":
+                self._visit_cheapest(instruction.called, times)
+            elif opcode in ("call", "async-start"):
+                for name in instruction.called:
                     self._visit(name, times)
             if instruction.cycles:
                 cycles, name = times * instruction.cycles, instruction.name
                 kind = self._kind(instruction)
                 self._found.costs.append(Cost(cycles, part, direction, kind, times, name, instruction.op_name))
+
+    def _visit_cheapest(self, branches: Sequence[str], times: int) -> None:
+        """Adds the costs of the branch with the fewest cycles."""
+        outside, found = self._found, []
+        for branch in branches:
+            self._found = Costs([], [], [])
+            self._visit(branch, times)
+            found.append(self._found)
+        self._found = outside
+        costs, collectives, kernels = min(found, key=lambda found: found.cycles)
+        outside.costs.extend(costs)
+        outside.collectives.extend(collectives)
+        outside.kernels.extend(kernels)
 
     def _visit_fused(self, fusion: Instruction, times: int, part: str, direction: str) -> None:
         """Adds the collectives inside a fusion. The cycles of all its instructions are in its own estimate.

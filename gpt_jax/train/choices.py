@@ -18,10 +18,12 @@ from gpt_jax.train.memory_estimate import check_remat, remat_that_fits
 
 Config = TypeVar("Config", bound=RunConfig)
 
-CHOICES = ("attention", "remat", "loss_chunk")
+CHOICES = ("attention", "remat", "layer_unroll", "loss_chunk")
 """Fields of `ModelConfig`."""
 EARLIER: dict[str, Any] = {"attention": "plain"}
 """The meaning of "auto" in runs that did not record their choices."""
+UNROLLED_ON_TPUS = 12
+"""Maximum number of layers that a pre-training on TPUs unrolls. Each takes some ten seconds to compile (docs/kernels.md)."""
 
 
 def choose(model: ModelConfig, platform: str) -> ModelConfig:
@@ -37,14 +39,15 @@ def choose(model: ModelConfig, platform: str) -> ModelConfig:
     check_attention(attention, platform, model.context_length, model.head_dim)
     remat: Any = choose_remat(model)
     loss_chunk = model.loss_chunk or (0 if platform == "cpu" else 128)
-    return dataclasses.replace(model, attention=attention, remat=remat, loss_chunk=loss_chunk)
+    unroll = model.layer_unroll or 1
+    return dataclasses.replace(model, attention=attention, remat=remat, layer_unroll=unroll, loss_chunk=loss_chunk)
 
 
 def choose_for(config: Config, mesh: Mesh) -> Config:
     """Returns the config with all choices made for the devices of a mesh.
 
-    In a pre-training, `model.remat` depends on the memory of a device. The batches of a fine-tuning have different lengths, so it
-    uses that of `choose`.
+    In a pre-training, `model.remat` depends on the memory of a device, and TPUs unroll all layers of models with few. The batches
+    of a fine-tuning have different lengths, each of which is compiled, so it uses what `choose` returns.
 
     Raises:
       UserError: as `choose`; or the batch does not fit the devices' memory.
@@ -54,7 +57,9 @@ def choose_for(config: Config, mesh: Mesh) -> Config:
     if isinstance(config, PretrainConfig):
         automatic = dataclasses.replace(config, model=dataclasses.replace(chosen, remat=config.model.remat))
         remat: Any = remat_that_fits(automatic, mesh.shape, device.platform, device.device_kind)
-        chosen = dataclasses.replace(chosen, remat=remat)
+        few = device.platform == "tpu" and chosen.num_layers <= UNROLLED_ON_TPUS
+        unroll = config.model.layer_unroll or (chosen.num_layers if few else 1)
+        chosen = dataclasses.replace(chosen, remat=remat, layer_unroll=unroll)
     return dataclasses.replace(config, model=chosen)
 
 

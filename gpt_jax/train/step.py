@@ -21,7 +21,7 @@ from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec, compute_dtype
 from gpt_jax.runtime.memory import return_freed_memory
 from gpt_jax.runtime.sharding import constrain, named_sharding
-from gpt_jax.train.choices import choose, choose_for
+from gpt_jax.train.choices import choose_for
 from gpt_jax.train.compilation import AbstractBatch
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
@@ -168,9 +168,9 @@ def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
 
 def _settle(config: RunConfig, mesh: Mesh) -> RunConfig:
     """Resolves the settings that depend on the mesh's devices, which need not be those of this machine."""
-    platform = mesh.devices.flat[0].platform
-    dtype: Any = str(compute_dtype(config.model, platform))
-    return dataclasses.replace(config, model=dataclasses.replace(choose(config.model, platform), compute_dtype=dtype))
+    config = choose_for(config, mesh)
+    dtype: Any = str(compute_dtype(config.model, mesh.devices.flat[0].platform))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
 
 
 def _map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:

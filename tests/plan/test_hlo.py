@@ -52,6 +52,15 @@ def test_loops_are_multiplied_out():
     assert {cost.name: (cost.cycles, cost.times) for cost in costs.costs} == {"a": (60, 20), "m": (500, 5), "e": (7, 1)}
 
 
+def test_the_cheapest_branch_of_a_conditional_counts():
+    branches = [
+        ("rare", [line("%a", "f32[8]", "add", "%p, %p", cycles=50)]),
+        ("usual", [line("%b", "f32[8]", "negate", "%p", cycles=2), line("%c", "f32[8]", "add", "%b, %p", cycles=3)]),
+    ]
+    entry = line("%choice", "f32[8]", "conditional", "%i, %p, %p", "branch_computations={%rare, %usual}")
+    assert [cost.name for cost in read_costs(module([entry], *branches), {}).costs] == ["b", "c"]
+
+
 def test_the_trip_count_that_the_compiler_states_comes_first():
     instruction, *computations = loop("l", 4, [line("%a", "f32[8]", "add", "%p, %p", cycles=1)])
     known = instruction + ', backend_config={"known_trip_count":{"n":"9"}}'

@@ -68,10 +68,13 @@ def rewrite(run, **values):
 )
 def test_choices_depend_on_the_platform(platform, attention, loss_chunk):
     chosen = choose(ModelConfig(), platform)
-    assert (chosen.attention, chosen.remat, chosen.loss_chunk) == (attention, "dots", loss_chunk)
+    choices = chosen.attention, chosen.remat, chosen.layer_unroll, chosen.loss_chunk
+    assert choices == (attention, "dots", 1, loss_chunk)
     assert choose(chosen, platform) == chosen
-    given = ModelConfig(attention="plain", remat="full", loss_chunk=7)
+    given = ModelConfig(attention="plain", remat="full", layer_unroll=4, loss_chunk=7)
     assert choose(given, platform) == given
+    with pytest.raises(UserError, match=r"--model\.attention: pallas_.pu runs on .PUs, and the devices are .PUs; use auto"):
+        choose(ModelConfig(attention="pallas_gpu" if platform == "tpu" else "pallas_tpu"), platform)
 
 
 @pytest.mark.parametrize(("time", "attention"), [(32, "plain"), (64, "plain"), (65, "blockwise"), (2048, "blockwise")])
@@ -198,6 +201,15 @@ def test_remat_depends_on_the_batch_and_on_the_memory_of_the_devices(tmp_path):
         keep_choices(run, gpt1(4096), tpus(4))
     with pytest.raises(UserError, match=r"96 sequences a device, .* with --model\.remat off; at most"):
         keep_choices(run, gpt1(384, remat="off"), tpus(4))
+
+
+def test_tpus_unroll_the_layers_of_models_with_few(tmp_path):
+    layers = {12: 12, 24: 1}
+    for num_layers, unrolled in layers.items():
+        chosen = keep_choices(RunDir(tmp_path / "new"), gpt1(64, num_layers=num_layers), tpus(4)).model
+        assert chosen.layer_unroll == unrolled
+    run = record(tmp_path / "run", gpt1(64, layer_unroll=3))
+    assert keep_choices(run, gpt1(64), tpus(4)).model.layer_unroll == 3
 
 
 def test_a_run_keeps_its_remat_on_the_same_devices_and_chooses_anew_on_others(tmp_path):

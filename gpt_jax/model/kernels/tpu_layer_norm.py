@@ -136,7 +136,7 @@ def _block(time: int) -> int:
     return max(size for size in range(ROWS, BLOCK + 1, ROWS) if time % size == 0)
 
 
-def _normalize(sums: Array, gain: Array, bias: Array, *, epsilon: float) -> Array:
+def normalize(sums: Array, gain: Array, bias: Array, *, epsilon: float) -> Array:
     """Normalizes this device's rows, [batch, time, embed]."""
     batch, time, embed = sums.shape
     rows = pl.BlockSpec((None, _block(time), embed), lambda b, i: (b, i, 0))
@@ -153,7 +153,7 @@ def _normalize(sums: Array, gain: Array, bias: Array, *, epsilon: float) -> Arra
     )(sums, gain[None].astype(jnp.float32), bias[None].astype(jnp.float32))
 
 
-def _differentiate(
+def differentiate(
     options: Options, sums: Array, stream: Array | None, gain: Array, gradient: Array
 ) -> tuple[Array, Array, Float[Array, "3 embed"]]:
     """Returns the gradients of the residual, of `changed`, and of the vectors, summed over all examples."""
@@ -196,15 +196,15 @@ def _forward_rule(
 ) -> tuple[Array, tuple[Any, ...]]:
     changed = changed + changed_bias
     sums = checkpoint_name(residual + (changed if stream is None else dropout(changed, stream, options.rate)), KEPT)
-    normalize = per_shard(functools.partial(_normalize, epsilon=options.epsilon), (HIDDEN, VECTOR, VECTOR), HIDDEN)
-    return normalize(sums, gain, bias), (sums, stream, gain)
+    to_rows = per_shard(functools.partial(normalize, epsilon=options.epsilon), (HIDDEN, VECTOR, VECTOR), HIDDEN)
+    return to_rows(sums, gain, bias), (sums, stream, gain)
 
 
 def _backward_rule(options: Options, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, Array, Array, Array, None]:
     sums, stream, gain = saved
     names = (HIDDEN, None if stream is None else STREAM, VECTOR, HIDDEN)
-    differentiate = per_shard(functools.partial(_differentiate, options), names, (HIDDEN, HIDDEN, (None, None)))
-    residual, changed, vectors = differentiate(sums, stream, gain, gradient)
+    of_shard = per_shard(functools.partial(differentiate, options), names, (HIDDEN, HIDDEN, (None, None)))
+    residual, changed, vectors = of_shard(sums, stream, gain, gradient)
     gain_gradient, bias_gradient = (vector.astype(gain.dtype) for vector in vectors[:2])
     return residual, changed, vectors[2].astype(residual.dtype), gain_gradient, bias_gradient, None
 
