@@ -47,8 +47,11 @@ def ours(config: dict[str, Any]) -> Program:
 
     @jax.jit
     def compute(hidden: jax.Array, table: jax.Array) -> Any:
-        loss = lambda *arrays: cross_entropy(*arrays, batch["targets"], batch["loss_weights"], model.vocab_size, model.loss_chunk)  # noqa: E731
-        return jax.value_and_grad(loss, argnums=(0, 1))(hidden, table)
+        def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
+            return cross_entropy(hidden, table, batch["targets"], batch["loss_weights"], model.vocab_size, model.loss_chunk)
+
+        with jax.default_matmul_precision(model.matmul_precision):
+            return jax.value_and_grad(loss, argnums=(0, 1))(hidden, table)
 
     def run(count: int) -> None:
         for _ in range(count):
