@@ -1,26 +1,47 @@
 """Benchmark `attention`: the implementations of attention, and PyTorch's, on queries, keys and values of one layer."""
 
+import contextlib
 import dataclasses
 import functools
-import typing
+import subprocess
+import sys
 from typing import Any
 
 from gpt_jax.bench import torch_gpt
 from gpt_jax.bench.comparison import Comparison, Request
 from gpt_jax.bench.program import Program, ProgramSpec, start_jax
 from gpt_jax.bench.train import read_config
-from gpt_jax.config import ModelOptions
+from gpt_jax.config import ModelConfig
 from gpt_jax.config.load import config_to_dict
+from gpt_jax.errors import UserError
 
 PEERS = ("torch",)
 OUTPUT_ERROR = "relative error of the output"
 GRADIENT_ERROR = "largest relative error of a gradient"
 
 
-def implementations() -> list[str]:
-    """Returns the names of the implementations of attention."""
-    names = typing.get_args(typing.get_type_hints(ModelOptions)["attention"])
-    return [name for name in names if name != "auto"]
+def implementations(model: ModelConfig) -> list[str]:
+    """Returns the names of the implementations of attention that run on this machine's devices and take the model's sizes."""
+    from gpt_jax.model.attention import IMPLEMENTATIONS, check_attention
+
+    names = []
+    for name in IMPLEMENTATIONS:
+        with contextlib.suppress(UserError):
+            check_attention(name, default_platform(), model.context_length, model.head_dim)
+            names.append(name)
+    return names
+
+
+@functools.cache
+def default_platform() -> str:
+    """Returns the platform of this machine's devices: "cpu", "gpu" or "tpu".
+
+    Another process asks JAX, because a process that has asked holds the devices, and the programs could not use them. It is "cpu"
+    if JAX does not start; the first program then reports the reason.
+    """
+    code = "from gpt_jax.bench.program import start_jax; start_jax(); import jax; print(jax.default_backend())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, errors="replace")
+    return (done.stdout.split() or ["cpu"])[-1]
 
 
 def comparisons(request: Request) -> list[Comparison]:
@@ -36,7 +57,7 @@ def _comparison(request: Request, batch_size: int, gradients: bool) -> Compariso
     config, model = request.config, request.config.model
     train = dataclasses.replace(config.train, batch_size=batch_size)
     settings = {"config": config_to_dict(dataclasses.replace(config, train=train)), "gradients": gradients}
-    programs = {name: ProgramSpec(f"{__name__}:ours", {**settings, "implementation": name}) for name in implementations()}
+    programs = {name: ProgramSpec(f"{__name__}:ours", {**settings, "implementation": name}) for name in implementations(model)}
     programs |= {peer: ProgramSpec(f"{__name__}:peer", settings) for peer in request.peers}
     shape = f"batch {batch_size} x {model.context_length}, {model.num_heads} heads of {model.head_dim}"
     work = f"output and gradients, dropout {model.attention_dropout:g}" if gradients else "output, no dropout"

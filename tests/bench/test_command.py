@@ -8,11 +8,12 @@ import jax
 import pytest
 
 from gpt_jax import arguments
-from gpt_jax.bench import peers
+from gpt_jax.bench import attention, peers
 from gpt_jax.bench.command import BENCHMARKS, Benchmark, all_comparisons
 from gpt_jax.bench.comparison import Comparison, Request, Result, Timing
 from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.cli import main
+from gpt_jax.config import ModelConfig
 from gpt_jax.config.load import load_config
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import IMPLEMENTATIONS
@@ -56,6 +57,16 @@ def test_the_attention_benchmark_shows_how_far_an_implementation_is_from_the_def
     monkeypatch.setitem(IMPLEMENTATIONS, "blockwise", lambda *arguments: 1.25 * blockwise(*arguments))
     program = BENCHMARKS["attention"].comparisons(Request(tiny, "tiny", (8,)))[1].programs["blockwise"].build()
     assert list(program.details().values()) == pytest.approx([0.25, 0.25], rel=1e-4)
+
+
+@pytest.mark.parametrize(("platform", "kernel"), [("cpu", None), ("tpu", "pallas_tpu"), ("gpu", "pallas_gpu")])
+def test_the_attention_benchmark_leaves_out_what_does_not_run_here(platform, kernel, monkeypatch):
+    assert attention.default_platform() == "cpu"
+    monkeypatch.setattr(attention, "default_platform", lambda: platform)
+    kernels = [kernel] if kernel else []
+    for comparison in BENCHMARKS["attention"].comparisons(Request(load_config("gpt1"), "gpt1", (2,))):
+        assert list(comparison.programs) == ["plain", "blockwise", *kernels]
+    assert attention.implementations(ModelConfig(context_length=2048, embed_dim=24, num_heads=8)) == ["plain", "blockwise"]
 
 
 def test_programs_without_a_config_run(monkeypatch):
