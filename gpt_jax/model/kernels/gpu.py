@@ -154,8 +154,8 @@ class Results(NamedTuple):
     output: Any
     """[batch, time, heads, dim], compute dtype."""
     remainder: Any
-    """What rounding has cut off the output, in the compute dtype; None in float32. With the rounded output alone, `inner` would
-    make the error of the gradients of queries and keys a fifth larger than that of `plain`."""
+    """The part of the output that rounding has cut off, in the compute dtype; None in float32. With the rounded output alone,
+    `inner` would make the error of the gradients of queries and keys a fifth larger than that of `plain`."""
     log_normalizer: Any
     """Logarithm with base 2 of each row's normalizer, float32 [batch, heads, time]."""
 
