@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ from gpt_jax.model import transformer
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params
 from gpt_jax.tasks.head import Head
+from gpt_jax.train.choices import choose
 
 SIZES: dict[str, Any] = {
     "vocab_size": 257,
@@ -241,6 +243,23 @@ def test_the_signature_lists_inputs_and_outputs_in_order(tmp_path: Path) -> None
     for entry, array in zip(signature["inputs"] + signature["outputs"], [*exported.in_avals, *exported.out_avals], strict=True):
         assert entry["dtype"] == array.dtype.name
         assert entry["shape"] == [size if isinstance(size, int) else str(size) for size in array.shape]
+
+
+@pytest.mark.parametrize("name", ["language model", "choices"])
+@pytest.mark.parametrize("attention", ["auto", "pallas_tpu"])
+def test_a_graph_that_a_tpu_writes_contains_no_kernels(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Kernels would restrict the graph to one platform and to lengths that they take."""
+    sizes: Any = SIZES | {"context_length": 256, "embed_dim": 256, "num_heads": 2, "mlp_dim": 128, "attention": attention}
+    function = dataclasses.replace(FUNCTIONS[name], model=ModelConfig(**sizes))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert choose(function.model, jax.default_backend()).attention == "pallas_tpu"
+    write_stablehlo(tmp_path, function, function.named_parameters(random_params(function)))
+    graph = jax.export.deserialize(bytearray((tmp_path / "model.stablehlo").read_bytes())).mlir_module()
+    assert "stablehlo.dot_general" in graph
+    calls = set(re.findall(r"custom_call @(\w+)", graph))
+    assert calls <= {"shape_assertion"}
 
 
 @pytest.mark.parametrize(("format_", "file"), [("stablehlo", "model.stablehlo"), ("savedmodel", "saved_model.pb")])
