@@ -120,15 +120,23 @@ class Choice(NamedTuple):
     """The reason, as a phrase for the user."""
 
 
+MAX_PLAIN = 4096
+"""Length in tokens up to which `plain` replaces a TPU kernel. The probabilities of longer sequences would fill the memory."""
 BLOCKWISE_BEYOND = 64
 """Sequence length in tokens beyond which `blockwise` trains faster than `plain` on CPUs (docs/benchmarks.md)."""
 
 
-def choose_attention(platform: str, time: int, dim: int) -> Choice:
-    """Returns the implementation for sequences of `time` tokens and heads of size `dim` on a platform ("cpu", "gpu" or "tpu")."""
+def choose_attention(platform: str, time: int, dim: int, device_kind: str = "") -> Choice:
+    """Returns the implementation for sequences of `time` tokens and heads of size `dim`.
+
+    Args:
+      platform: that of the devices: "cpu", "gpu" or "tpu".
+      device_kind: their kind in JAX. Kernels take shorter sequences on some.
+    """
     if platform == "tpu":
-        reason = _refusal("pallas_tpu", time, dim)
-        return Choice("plain", reason) if reason else Choice("pallas_tpu", "the fastest on TPUs")
+        reason = _refusal("pallas_tpu", time, dim, device_kind)
+        other = "plain" if time <= MAX_PLAIN else "blockwise"
+        return Choice(other, reason) if reason else Choice("pallas_tpu", "the fastest on TPUs")
     if platform != "cpu":
         return Choice("plain", f"nothing is known to be faster on a {platform.upper()}")
     if time > BLOCKWISE_BEYOND:
@@ -136,26 +144,26 @@ def choose_attention(platform: str, time: int, dim: int) -> Choice:
     return Choice("plain", f"about as fast as any on CPUs up to {BLOCKWISE_BEYOND} tokens")
 
 
-def check_attention(implementation: str, platform: str, time: int, dim: int) -> None:
-    """Checks that an implementation runs on a platform's devices and takes sequences of `time` tokens with heads of size `dim`.
+def check_attention(implementation: str, platform: str, time: int, dim: int, device_kind: str = "") -> None:
+    """Checks that an implementation runs on these devices and takes sequences and heads of this size.
 
     Raises:
       UserError: it does not.
     """
     needed = PLATFORMS.get(implementation, platform)
     devices = {"cpu": "CPUs", "gpu": "GPUs", "tpu": "TPUs"}
-    problem = f"{implementation} runs on {devices[needed]}, and the devices are {devices.get(platform, platform)}; use auto"
-    require(needed == platform, "model.attention", problem)
-    reason = _refusal(implementation, time, dim)
+    problem = f"{implementation} runs on {devices.get(needed, needed)}, and the devices are {devices.get(platform, platform)}"
+    require(needed == platform, "model.attention", f"{problem}; use auto")
+    reason = _refusal(implementation, time, dim, device_kind)
     require(reason is None, "model.attention", f"{reason}; use auto")
 
 
-def _refusal(implementation: str, time: int, dim: int) -> str | None:
+def _refusal(implementation: str, time: int, dim: int, device_kind: str) -> str | None:
     """Returns the reason why an implementation does not take sequences or heads of this size; None if it does."""
     if implementation == "pallas_tpu":
         from gpt_jax.model.kernels import tpu_attention
 
-        return tpu_attention.refusal(dim, time)
+        return tpu_attention.refusal(dim, time, device_kind=device_kind)
     if implementation == "pallas_gpu":
         from gpt_jax.model.kernels import gpu
 

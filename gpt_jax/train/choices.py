@@ -26,17 +26,18 @@ UNROLLED_ON_TPUS = 12
 """Maximum number of layers that a pre-training on TPUs unrolls. Each takes some ten seconds to compile (docs/kernels.md)."""
 
 
-def choose(model: ModelConfig, platform: str) -> ModelConfig:
-    """Returns the model's config with all choices made for the devices of a platform ("cpu", "gpu" or "tpu").
+def choose(model: ModelConfig, platform: str, device_kind: str = "") -> ModelConfig:
+    """Returns the model's config with all choices made for devices of a platform ("cpu", "gpu" or "tpu") and a kind.
 
     Attention is chosen for sequences that fill the context, also if a task's batches are shorter.
 
     Raises:
       UserError: the attention that the config names does not run on these devices.
     """
-    chosen: Any = choose_attention(platform, model.context_length, model.head_dim).name
+    sizes = model.context_length, model.head_dim, device_kind
+    chosen: Any = choose_attention(platform, *sizes).name
     attention = chosen if model.attention == "auto" else model.attention
-    check_attention(attention, platform, model.context_length, model.head_dim)
+    check_attention(attention, platform, *sizes)
     remat: Any = choose_remat(model)
     loss_chunk = model.loss_chunk or (0 if platform == "cpu" else 128)
     unroll = model.layer_unroll or 1
@@ -53,7 +54,7 @@ def choose_for(config: Config, mesh: Mesh) -> Config:
       UserError: as `choose`; or the batch does not fit the devices' memory.
     """
     device = mesh.devices.flat[0]
-    chosen = choose(config.model, device.platform)
+    chosen = choose(config.model, device.platform, device.device_kind)
     if isinstance(config, PretrainConfig):
         automatic = dataclasses.replace(config, model=dataclasses.replace(chosen, remat=config.model.remat))
         remat: Any = remat_that_fits(automatic, mesh.shape, device.platform, device.device_kind)

@@ -204,6 +204,24 @@ def test_remat_depends_on_the_batch_and_on_the_memory_of_the_devices(tmp_path):
         keep_choices(run, gpt1(384, remat="off"), tpus(4))
 
 
+@pytest.mark.parametrize(
+    ("kind", "model", "attention"),
+    [
+        ("TPU v5 lite", {}, "pallas_tpu"),
+        ("TPU v5 lite", {"context_length": 8192}, "pallas_tpu"),
+        ("TPU v4", {"context_length": 8192}, "blockwise"),
+        ("TPU v5 lite", {"num_heads": 24}, "plain"),  # heads of 32
+    ],
+)
+def test_attention_on_tpus_depends_on_what_the_kernels_take(tmp_path, kind, model, attention):
+    run, config = RunDir(tmp_path / "new"), gpt1(8, **{"attention": "auto"} | model)
+    assert keep_choices(run, config, tpus(4, kind)).model.attention == attention
+    if attention != "pallas_tpu":
+        message = r"--model\.attention: pallas_tpu takes (heads of size 64 or 128, not 32|.* 4,096 tokens on a TPU v4, not 8,192)"
+        with pytest.raises(UserError, match=message):
+            keep_choices(run, replace_fields(config, model={"attention": "pallas_tpu"}), tpus(4, kind))
+
+
 def test_tpus_unroll_the_layers_of_models_with_few(tmp_path):
     layers = {12: 12, 24: 1}
     for num_layers, unrolled in layers.items():

@@ -21,6 +21,8 @@ HEAD_DIMS = (64, 128)
 """Sizes of heads that the kernels take."""
 MAX_TIME = 8192
 """Maximum sequence length in tokens, of which the backward kernel holds whole rows in vector memory."""
+MAX_TIME_BY_CHIP = {"TPU v4": 4096}
+"""The maximum for chips with less vector memory, by their `device_kind` in JAX."""
 
 QKV = ("batch", None, None, "heads")
 """Logical axes of queries, keys and values: [batch, 3, time, width], with the heads side by side."""
@@ -68,12 +70,14 @@ def pallas_tpu_self_attention(
     return _self_attention(projected, bias, stream, segment_ids, Options(dim, 0.0 if stream is None else rate, precision))
 
 
-def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16) -> str | None:
+def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16, device_kind: str = "") -> str | None:
     """Returns the reason, for the user, why the kernels do not take heads of this size, length or dtype; None if they do."""
+    longest = MAX_TIME_BY_CHIP.get(device_kind, MAX_TIME)
+    where = f" on a {device_kind}" if device_kind in MAX_TIME_BY_CHIP else ""
     if dim not in HEAD_DIMS:
         return f"pallas_tpu takes heads of size 64 or 128, not {dim}"
-    if time > MAX_TIME:
-        return f"pallas_tpu takes sequences of at most {MAX_TIME:,} tokens, not {time:,}"
+    if time > longest:
+        return f"pallas_tpu takes sequences of at most {longest:,} tokens{where}, not {time:,}"
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"pallas_tpu computes in bfloat16 or float32, not {jnp.dtype(dtype)}"
     return None
