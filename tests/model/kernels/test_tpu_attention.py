@@ -11,6 +11,7 @@ import pytest
 from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from gpt_jax.model import transformer
 from gpt_jax.model.dropout import DropoutKey
+from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 from gpt_jax.plan.hlo import read_costs
 from gpt_jax.runtime import sharding
 from gpt_jax.train.step import init_state, lower_step
@@ -79,6 +80,32 @@ def test_twenty_updates_do_not_depend_on_the_implementation_or_the_mesh():
         losses[attention, devices] = train(config, 20, devices)[:, 0]
     for actual in losses.values():
         np.testing.assert_allclose(actual, losses["plain", 1], atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("topology", "time", "heads", "dim", "segments", "dtype"),
+    [
+        ("v4:2x2x1", 512, 2, 64, True, "bfloat16"),  # no 32-bit multiplication
+        ("v4:2x2x1", 4096, 2, 64, False, "bfloat16"),  # the longest that fits
+        ("v5e:2x2", 8192, 2, 64, False, "bfloat16"),
+        ("v5e:2x2", 200, 3, 64, True, "float32"),
+        ("v5p:2x2x1", 1024, 2, 128, True, "bfloat16"),
+        ("v6e:2x2", 384, 1, 64, False, "bfloat16"),
+        ("tpu7x:2x2x1", 512, 1, 128, False, "float32"),
+    ],
+)
+def test_the_kernels_compile_for_all_chips(tpu_devices, topology, time, heads, dim, segments, dtype):
+    [device, *_] = tpu_devices(topology)
+    placed = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+    width, ids = heads * dim, placed((2, time), jnp.int32) if segments else None
+    arrays = placed((2, time, 3, width), dtype), placed((3, width), dtype), placed((2, heads, 2), jnp.uint32), ids
+
+    def loss(projected, bias, stream, segment_ids):
+        return pallas_tpu_self_attention(projected, bias, heads, stream, 0.1, segment_ids, "highest").sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(*arrays).compile().as_text()
+    assert [kernel.times for kernel in read_costs(text, {"data": 1}).kernels] == [1, 1]
 
 
 @pytest.mark.slow
