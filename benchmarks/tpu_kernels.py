@@ -134,13 +134,14 @@ def _compile(kernel: str, topology: str, sizes: Sizes) -> None:
     import jax.numpy as jnp
 
     from gpt_jax.model.kernels import tpu, tpu_layer_norm
+    from gpt_jax.model.kernels.tpu_tiles import Shape
     from gpt_jax.plan.topology import topology_devices
 
     device = topology_devices(topology)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     array = lambda shape, dtype=sizes.dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
     batch, time, embed = sizes.batch, sizes.time, sizes.embed
-    shape = tpu.Shape(time, sizes.heads, sizes.dim, sizes.rate, sizes.segments, jax.lax.Precision.HIGHEST)
+    shape = Shape(time, sizes.heads, sizes.dim, sizes.rate, sizes.segments, jax.lax.Precision.HIGHEST)
     rows, vector = array((batch, time, embed)), array((embed,), "float32")
     words = array((batch, shape.groups, 1, 2 * shape.in_group), "uint32")
     segments = array((batch, 1, time), "int32") if sizes.segments else None

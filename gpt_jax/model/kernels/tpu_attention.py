@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT
-from gpt_jax.model.kernels.tpu import LANES, Shape, backward, forward
+from gpt_jax.model.kernels.tpu import backward, forward
+from gpt_jax.model.kernels.tpu_tiles import LANES, Shape
 from gpt_jax.runtime.sharding import all_sum, constrain, per_shard
 
 HEAD_DIMS = (64, 128)

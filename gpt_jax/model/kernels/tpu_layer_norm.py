@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, UInt32
 from gpt_jax.model.dropout import column_terms, dropout, keep_pair, row_term, threshold
 from gpt_jax.model.kernels import tpu
 from gpt_jax.model.kernels.blockwise import KEPT
+from gpt_jax.model.kernels.tpu_tiles import LANES, fill_zeros
 from gpt_jax.runtime.sharding import all_sum, per_shard
 
 ROWS = 32
@@ -66,7 +67,7 @@ def pallas_tpu_add_and_normalize(
 
 def takes(time: int, embed: int) -> bool:
     """Returns whether the kernels take arrays of this size."""
-    return embed % tpu.LANES == 0 and time % ROWS == 0
+    return embed % LANES == 0 and time % ROWS == 0
 
 
 # -- the kernels --------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
     residual_gradient, *changed_gradient, vectors = outputs
     block, embed = sums.shape
     start_of_block = pl.program_id(1) * block
-    pl.when(pl.program_id(1) == 0)(lambda: _fill_zeros(vectors))
+    pl.when(pl.program_id(1) == 0)(lambda: fill_zeros(vectors))
     scale_kept = 65536 / (65536 - threshold(options.rate))
     if options.rate:
         a, b = words[0, 0], words[0, 1]
@@ -116,7 +117,7 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
         residual_gradient[rows, :] = into.astype(residual_gradient.dtype)
         kept = into
         if options.rate:
-            pairs = jax.lax.broadcasted_iota(jnp.int32, (ROWS // 2, tpu.LANES), 0) + ((start_of_block + start) >> 1)
+            pairs = jax.lax.broadcasted_iota(jnp.int32, (ROWS // 2, LANES), 0) + ((start_of_block + start) >> 1)
             row = row_term(a, pairs.astype(jnp.uint32))[:, :1].reshape(ROWS // 16, 8, 1)
             halves = keep_pair(row, column[None], multiplier[None], options.rate)
             by_pair = (into * scale_kept).reshape(ROWS // 16, 2, 8, embed)
@@ -126,10 +127,6 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
         totals = [total + part.reshape(-1, SUBLANES, embed).sum(0) for total, part in zip(totals, parts, strict=True)]
     for number, total in enumerate(totals):
         vectors[number * SUBLANES : (number + 1) * SUBLANES, :] += total
-
-
-def _fill_zeros(ref: Any) -> None:
-    ref[...] = jnp.zeros_like(ref)
 
 
 def _block(time: int) -> int:

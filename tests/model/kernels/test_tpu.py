@@ -14,7 +14,7 @@ from hypothesis import strategies
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import attention
 from gpt_jax.model.dropout import Site, dropout, mask_stream
-from gpt_jax.model.kernels import tpu
+from gpt_jax.model.kernels import tpu_tiles
 from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 from tests.model.kernels.tpu_interpreter import STRICT, interpreted
 
@@ -30,7 +30,7 @@ class Case(NamedTuple):
     rate: float = 0.1
     segments: str = ""
     dtype: Any = jnp.float32
-    block: int = tpu.MAX_BLOCK
+    block: int = tpu_tiles.MAX_BLOCK
     """Maximum size of a block. A longer sequence takes the path of several blocks."""
 
     @property
@@ -75,7 +75,7 @@ def kernels(case: Case) -> list[np.ndarray]:
         return pallas_tpu_self_attention(packed, jnp.zeros_like(packed[0, 0]), case.heads, *masks, "highest").reshape(case.shape)
 
     with interpreted(STRICT), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpu, "MAX_BLOCK", case.block)
+        patch.setattr(tpu_tiles, "MAX_BLOCK", case.block)
         return differentiate(function, case.arrays)
 
 

@@ -1,0 +1,199 @@
+"""Pieces of the attention kernels for TPUs: what their tiles have in common (kernels/tpu.py)."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, UInt32
+
+from gpt_jax.model.dropout import column_terms, keep_pair, row_term, threshold
+
+LANES = 128
+"""Lanes of a vector register, and the number of queries and of keys in a tile."""
+MAX_BLOCK = 512
+"""Maximum number of queries, and of keys, in a block."""
+VMEM_SPARE = 8 << 20
+"""Bytes of vector memory for everything but whole rows: blocks, spilled registers and the compiler's own scratch."""
+
+RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # where it is in jax 0.12, and before
+
+Ref = Any  # a reference to memory inside a kernel
+Stream = tuple[UInt32[Array, ""], UInt32[Array, ""]]
+
+
+class Shape(NamedTuple):
+    """The static properties of a kernel."""
+
+    time: int
+    """Number of positions, a multiple of `LANES`."""
+    heads: int
+    """Number of heads on this device."""
+    dim: int
+    """Size of a head: 64 or 128."""
+    rate: float
+    """Dropout rate on the probabilities."""
+    segments: bool
+    """Whether queries attend only to keys of their own segment."""
+    precision: jax.lax.Precision
+    """Precision of products of float32 numbers."""
+
+    @property
+    def block(self) -> int:
+        """Number of positions in a block: the largest multiple of `LANES` up to `MAX_BLOCK` that divides the time."""
+        return max(size for size in range(LANES, MAX_BLOCK + 1, LANES) if self.time % size == 0)
+
+    @property
+    def several(self) -> bool:
+        """Whether the time consists of several blocks."""
+        return self.time > self.block
+
+    @property
+    def in_group(self) -> int:
+        """Number of heads in a group."""
+        return LANES // self.dim
+
+    @property
+    def groups(self) -> int:
+        """Number of groups. If the number of heads is odd, the last group lacks a head."""
+        return -(-self.heads // self.in_group)
+
+    @property
+    def score_scale(self) -> float:
+        """Factor from the product of a query and a key to the logarithm, base 2, of the weight."""
+        return math.log2(math.e) / math.sqrt(self.dim)
+
+    @property
+    def kept_scale(self) -> float:
+        """Factor of the probabilities that dropout keeps."""
+        return 65536 / (65536 - threshold(self.rate))
+
+
+class MaskTerms(NamedTuple):
+    """The terms of one head's dropout mask for one block of queries and one of keys (docs/masks.md)."""
+
+    row: UInt32[Array, "pairs 1"]
+    column: UInt32[Array, "1 keys"]
+    multiplier: UInt32[Array, "1 keys"]
+
+
+def streams(shape: Shape, words: Ref) -> list[Stream]:
+    """Returns the two words of each head in the group; none without dropout."""
+    return [(words[0, 2 * head], words[0, 2 * head + 1]) for head in range(shape.in_group)] if shape.rate else []
+
+
+def query_terms(shape: Shape, stream: Stream, start: Any) -> UInt32[Array, "pairs 1"]:
+    """Returns R for each pair of queries in the block that begins at `start`."""
+    pairs = iota((shape.block // 2, LANES), 0) + (start >> 1)
+    return row_term(stream[0], pairs.astype(jnp.uint32))[:, :1]
+
+
+def key_terms(shape: Shape, a: Array, b: Array, start: Any) -> tuple[UInt32[Array, "1 keys"], UInt32[Array, "1 keys"]]:
+    """Returns C and D for each key in the block that begins at `start`."""
+    keys = iota((8, shape.block), 1) + start
+    column, multiplier = column_terms(a, b, keys.astype(jnp.uint32))
+    return column[:1], multiplier[:1]
+
+
+def drop(shape: Shape, terms: MaskTerms, first: int, keys: slice, arrays: Iterable[Array]) -> list[Array]:
+    """Sets the dropped elements of [LANES, keys] arrays to zero, for the tile of queries that begins at `first` in the block."""
+    # The queries of a pair, 8 apart, are the same rows of two neighboring registers.
+    row = terms.row[first // 2 : (first + LANES) // 2].reshape(LANES // 16, 8, 1)
+    kept = keep_pair(row, terms.column[None, :, keys], terms.multiplier[None, :, keys], shape.rate)
+
+    def drop(x: Array) -> Array:
+        by_pair = x.reshape(LANES // 16, 2, 8, x.shape[1])
+        return jnp.stack([jnp.where(keep, by_pair[:, half], 0.0) for half, keep in enumerate(kept)], 1).reshape(x.shape)
+
+    return [drop(x) for x in arrays]
+
+
+def pipelined(units: Iterable[Any], begin: Callable[[Any], Any], finish: Callable[[Any, Any], None], ahead: int) -> None:
+    """Calls `finish(unit, begin(unit))` for all units, in an order in which `begin` is `ahead` units ahead of `finish`.
+
+    The cores issue instructions in the order of the program. Without this, the matrix units would wait for each softmax.
+    """
+    begun: list[tuple[Any, Any]] = []
+    for unit in units:
+        begun.append((unit, begin(unit)))
+        if len(begun) > ahead:
+            finish(*begun.pop(0))
+    for unit, started in begun:
+        finish(unit, started)
+
+
+def dot(shape: Shape, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """Returns the product of two matrices over one axis of each, in float32."""
+    precision = shape.precision if a.dtype == jnp.float32 else None
+    dims = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def only_head(shape: Shape, head: int, x: Array) -> Array:
+    """Returns [rows, LANES] with zeros outside of one head's lanes."""
+    if shape.in_group == 1:
+        return x
+    is_first = iota(x.shape, 1) < shape.dim
+    return jnp.where(is_first if head == 0 else ~is_first, x, jnp.zeros_like(x))
+
+
+def existing_heads(shape: Shape, group_axis: int, x: Array) -> Array:
+    """Returns [rows, LANES] with zeros in the lanes of a head that the last group lacks, where memory holds anything."""
+    if shape.heads % shape.in_group == 0:
+        return x
+    lane = pl.program_id(group_axis) * LANES + iota(x.shape, 1)
+    return jnp.where(lane < shape.heads * shape.dim, x, jnp.zeros_like(x))
+
+
+def side_by_side(shape: Shape, heads: tuple[Array, ...]) -> Array:
+    """Returns [LANES, LANES] with each head's lanes from its own array, which is [LANES, LANES] or [LANES, 1]."""
+    return heads[0] if shape.in_group == 1 else jnp.where(iota((LANES, LANES), 1) < shape.dim, heads[0], heads[1])
+
+
+def reciprocal(x: Array, dtype: Any) -> Array:
+    """Returns 1 / x; for bfloat16 results by an approximation and one step of Newton's method, which is much cheaper."""
+    if dtype == jnp.float32:
+        return 1 / x
+    approximation = RECIPROCAL(x, approx=True)
+    return approximation * (2.0 - x * approximation)
+
+
+def as_column(row: Array) -> Array:
+    """Returns [1, LANES] as a column that is repeated along the lanes, [LANES, LANES]."""
+    return jnp.broadcast_to(row, (LANES, LANES)).T
+
+
+def repeat(column: Array, width: int) -> Array:
+    """Repeats a column [LANES, LANES] to [LANES, width]."""
+    return jnp.concatenate([column] * (width // LANES), 1)
+
+
+def triangle() -> Array:
+    """Returns which keys the queries of a tile on the diagonal attend to."""
+    return iota((LANES, LANES), 0) >= iota((LANES, LANES), 1)
+
+
+def iota(shape: tuple[int, ...], axis: int) -> Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def first_position(shape: Shape, block: Any) -> Any:
+    """Returns the first position of a block."""
+    return pl.multiple_of(block * shape.block, shape.block) if shape.several else 0
+
+
+def fill_zeros(ref: Ref) -> None:
+    ref[...] = jnp.zeros_like(ref)
+
+
+def optional(present: bool, refs: tuple[Ref, ...]) -> tuple[Ref, tuple[Ref, ...]]:
+    """Splits off the first of `refs`, or None if it is not present."""
+    return (refs[0], refs[1:]) if present else (None, refs)
+
+
+def vmem_limit(rows: int) -> int:
+    """Returns the limit of vector memory in bytes for a kernel that holds this many bytes of whole rows."""
+    return max(rows + VMEM_SPARE, 16 << 20)
