@@ -25,7 +25,7 @@ from gpt_jax.model.attention import attention, self_attention, split_heads
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
 from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT
 from gpt_jax.model.layer_norm import add_and_normalize
-from gpt_jax.runtime.sharding import constrain
+from gpt_jax.runtime.sharding import all_gather, constrain, is_split, per_shard, sum_and_split
 
 Params = dict[str, Any]
 """Parameters as nested dictionaries of arrays."""
@@ -33,6 +33,8 @@ Tokens = Int[Array, "batch time"]
 Hidden = Float[Array, "batch time embed"]
 Starts = Int[Array, "batch"]
 """Position of the first new token of each row."""
+Names = tuple[str | None, ...]
+"""Logical axis names."""
 Terms = tuple[jax.Array, jax.Array]
 """A product with parameters and the bias that is to be added to it."""
 Cache = dict[str, Any]
@@ -67,17 +69,21 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(config.param_dtype), axes=names, decay=True)
         bias = jnp.zeros(tuple(outputs.values()), config.param_dtype)
         self.bias = nnx.Param(bias, axes=names[len(inputs) :], decay=False)
-        self.inputs, self.outputs = _merge_heads(inputs), _merge_heads(outputs)
+        self.outputs = _merge_heads(outputs)
+        self.shape = (*_merge_heads(inputs), *self.outputs)
+        merged = tuple(axis for axis, name in zip(names, (*inputs, *outputs), strict=True) if name != "head_dim")
+        self.names = merged[: -len(self.outputs)], merged[-len(self.outputs) :]
         self.precision = config.matmul_precision
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        multiplied, bias = self.terms(x)
-        return multiplied + bias
+        return add_bias(self._multiply(x), self.bias[...].reshape(self.outputs))
 
     def terms(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns x @ kernel and the bias, in the dtype of x, for a kernel that also sums the bias gradient."""
-        kernel = self.kernel[...].astype(x.dtype).reshape(*self.inputs, *self.outputs)
-        return product(x, kernel, len(self.inputs), self.precision), self.bias[...].astype(x.dtype).reshape(self.outputs)
+        return self._multiply(x), self.bias[...].astype(x.dtype).reshape(self.outputs)
+
+    def _multiply(self, x: jax.Array) -> jax.Array:
+        return product(x, self.kernel[...].reshape(self.shape), *self.names, self.precision)
 
 
 def _merge_heads(sizes: dict[str, int]) -> tuple[int, ...]:
@@ -86,36 +92,81 @@ def _merge_heads(sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple((sizes | heads)[name] for name in sizes if name != "head_dim")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: jax.Array, kernel: jax.Array, num_inputs: int, precision: str) -> jax.Array:
-    """Returns the product over the last `num_inputs` axes of `x` and the first ones of `kernel`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def product(x: jax.Array, kernel: jax.Array, inputs: Names, outputs: Names, precision: str) -> jax.Array:
+    """Returns the product of `x` and a parameter, over the last axes of `x` and the first of `kernel`, in the dtype of `x`.
 
-    Its gradients are those of `jnp.tensordot`, but arranged so that XLA copies little on CPUs (docs/benchmarks.md). XLA
-    transposes the first operand of the product that gives the kernel's gradient, so the narrower operand comes first.
+    The kernel is rounded to the dtype of `x` and then gathered, in the forward and again in the backward pass. Its gradient is
+    computed and summed over devices in float32, as is that of the token table (tied.py), and each device receives the shard that
+    it stores. The collectives are explicit, because XLA's choice for TPUs is hundreds of transfers between neighbors, or a sum of
+    the whole gradient on each device.
+
+    Args:
+      x: [batch, ..., *inputs].
+      kernel: [*inputs, *outputs].
+      inputs, outputs: logical names of the kernel's axes, one of which is "embed".
     """
-    return jnp.tensordot(x, kernel, axes=num_inputs, precision=precision)
+    return jnp.tensordot(x, _gather(kernel, (*inputs, *outputs), x.dtype), axes=len(inputs), precision=precision)
+
+
+def _gather(kernel: jax.Array, names: Names, dtype: Any) -> jax.Array:
+    """Returns the kernel in a dtype, with the axis "embed" whole on each device."""
+    gather = lambda part: all_gather(part.astype(dtype), "embed", axis=names.index("embed"))  # noqa: E731
+    return per_shard(gather, (names,), _without_embed(names))(kernel) if is_split("embed") else kernel.astype(dtype)
+
+
+def _without_embed(names: Names) -> Names:
+    return tuple(None if name == "embed" else name for name in names)
 
 
 def _product_fwd(
-    x: jax.Array, kernel: jax.Array, num_inputs: int, precision: str
+    x: jax.Array, kernel: jax.Array, inputs: Names, outputs: Names, precision: str
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return product(x, kernel, num_inputs, precision), (x, kernel)
+    return product(x, kernel, inputs, outputs, precision), (x, kernel)
 
 
 def _product_bwd(
-    num_inputs: int, precision: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
+    inputs: Names, outputs: Names, precision: str, saved: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    rows, outputs = range(x.ndim - num_inputs), range(x.ndim - num_inputs, gradient.ndim)
+    rows = range(x.ndim - len(inputs))
     multiply = functools.partial(jax.lax.dot_general, precision=precision)
-    x_gradient = multiply(gradient, kernel, ((outputs, range(num_inputs, kernel.ndim)), ((), ())))
-    if x.size <= gradient.size:
-        return x_gradient, multiply(x, gradient, ((rows, rows), ((), ())))
-    transposed = multiply(gradient, x, ((rows, rows), ((), ())))
-    return x_gradient, jnp.moveaxis(transposed, range(len(outputs)), range(num_inputs, kernel.ndim))
+    contracted = range(len(rows), gradient.ndim), range(len(inputs), kernel.ndim)
+    x_gradient = multiply(gradient, _gather(kernel, (*inputs, *outputs), x.dtype), (contracted, ((), ())))
+
+    # The side with "embed" comes first, so that the shards are consecutive in memory. It is also the narrower one, as it should
+    # be, because XLA transposes the first operand on CPUs.
+    sides = [(x, inputs), (gradient, outputs)]
+    swapped = "embed" in outputs
+    (first, first_names), (second, second_names) = reversed(sides) if swapped else sides
+
+    def local(first: jax.Array, second: jax.Array) -> jax.Array:
+        part = multiply(first, second, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+        if part.ndim == 2 or not is_split("embed"):
+            return sum_and_split(part, "batch", "embed", axis=0)
+        # TPUs store queries, keys and values as separate matrices, and would sum and send them whole if they were one array.
+        return jnp.stack([sum_and_split(part[:, i], "batch", "embed", axis=0) for i in range(part.shape[1])], axis=1)
+
+    names = tuple(("batch", *(None,) * (len(rows) - 1), *_without_embed(side)) for side in (first_names, second_names))
+    total = per_shard(local, names, (*first_names, *second_names))(first, second).astype(kernel.dtype)
+    return x_gradient, jnp.moveaxis(total, range(len(outputs)), range(-len(outputs), 0)) if swapped else total
 
 
 product.defvjp(_product_fwd, _product_bwd)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns the sum of `x` [..., *outputs] and a parameter [*outputs], in the dtype of `x`; see `product` on its gradient."""
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_bwd(bias: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = gradient.sum(axis=tuple(range(gradient.ndim - bias.ndim)), dtype=jnp.float32)
+    return gradient, total.astype(bias.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (add_bias(x, bias), bias), _add_bias_bwd)
 
 
 class LayerNorm(nnx.Module):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import DropoutKey, Site, dropout, mask_stream
-from gpt_jax.model.loss import Batch, cross_entropy
+from gpt_jax.model.loss import Batch, cross_entropy, embed_tokens
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec
 from gpt_jax.train.step import TrainableModel
@@ -64,11 +64,11 @@ class Head(NamedTuple):
         batch = _fold_sequences(batch)
         if dropout_key is not None:
             dropout_key = dropout_key._replace(example_id=batch["example_id"])
-        hidden = network(config).apply(config, params, batch["tokens"], dropout_key=dropout_key)
+        token_rows, table = embed_tokens(config, params, batch["tokens"])
+        hidden = network(config).apply(config, params, batch["tokens"], dropout_key=dropout_key, token_rows=token_rows)
         scores = self._scores(config, params, hidden, batch, dropout_key)
         loss = -(batch["labels"] * jax.nn.log_softmax(scores)).sum()
         if self.lm_weight:
-            table = params["embedding"]["tokens"]
             with jax.default_matmul_precision(config.matmul_precision):
                 loss += self.lm_weight * cross_entropy(
                     hidden, table, batch["targets"], batch["loss_weights"], config.vocab_size, config.loss_chunk
