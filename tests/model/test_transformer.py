@@ -12,6 +12,7 @@ from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.model import dropout as masks
 from gpt_jax.model import transformer
 from gpt_jax.model.loss import language_model_loss
+from gpt_jax.plan.hlo import read_costs
 from gpt_jax.runtime.sharding import make_mesh, named_sharding
 from tests.model import paper
 
@@ -240,3 +241,64 @@ def test_remat_saves_memory_and_changes_no_number():
     assert memory["full"] < 0.95 * memory["dots"] < 0.7 * memory["off"]
     for remat in ("dots", "full"):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-3), results[remat], results["off"])
+
+
+# -- what crosses the devices of a mesh -------------------------------------------------------------------------------------
+
+
+def test_the_gradient_of_a_parameter_is_summed_in_float32():
+    """Two tokens whose gradients differ by a factor of 1,000: a sum in bfloat16 would lose the smaller one."""
+    x, gradient = jnp.ones((2, 1, 2), jnp.bfloat16), jnp.array([1, 1e-3], jnp.bfloat16)[:, None, None]
+
+    def weighted(kernel, bias):
+        multiplied = transformer.product(x, kernel, ("embed",), ("mlp",), "default")
+        return (transformer.add_bias(multiplied, bias) * gradient).astype(jnp.float32).sum()
+
+    gradients = jax.jit(jax.grad(weighted, argnums=(0, 1)))(jnp.ones((2, 1)), jnp.ones(1))
+    for each in gradients:
+        assert each.dtype == jnp.float32
+        np.testing.assert_allclose(each, 1 + float(jnp.bfloat16(1e-3)), rtol=1e-6)
+
+
+# The matrices are large beside everything else, and their shards on eight devices are not a multiple of a TPU's 128 lanes.
+LARGE = dataclasses.replace(TINY, context_length=128, num_layers=2, embed_dim=256, num_heads=4, mlp_dim=1024, attention="plain")
+
+
+def sent(devices, **sizes):
+    """Returns the bytes that the layers of `LARGE` send for each entry of their parameters on eight TPUs, by kind and dtype."""
+    config = dataclasses.replace(LARGE, compute_dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(**sizes), devices)
+
+    def loss(blocks, hidden):
+        params = {"embedding": {"positions": jnp.zeros((128, 256)), "tokens": None}, "blocks": blocks}
+        return transformer.apply(config, params, jnp.zeros((16, 128), jnp.int32), token_rows=hidden).astype(jnp.float32).sum()
+
+    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))["blocks"]
+    is_spec = lambda leaf: isinstance(leaf, transformer.ParamSpec)  # noqa: E731
+    specs = transformer.param_specs(config)["blocks"]
+    shardings = jax.tree.map(lambda spec: named_sharding(mesh, spec.axes), specs, is_leaf=is_spec)
+    blocks = jax.tree.map(lambda shape, sharding: shape.update(sharding=sharding), shapes, shardings)
+    hidden = jax.ShapeDtypeStruct((16, 128, 256), jnp.float32, sharding=named_sharding(mesh, ("batch", None, None)))
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss), out_shardings=shardings).lower(blocks, hidden).compile()
+    entries, total = sum(shape.size for shape in jax.tree.leaves(shapes)), {}
+    for each in read_costs(program.as_text(), mesh.shape).collectives:
+        kind = each.kind, each.dtype.removeprefix("bf16+")  # Small sums of biases join those of matrices.
+        total[kind] = total.get(kind, 0) + each.bytes * each.times / entries
+    return total
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ({"data": 8}, {("all-reduce", "f32"): 4}),
+        ({"data": 1, "fsdp": 8}, {("all-gather", "bf16"): 4, ("reduce-scatter", "f32"): 4}),
+        ({"data": 2, "fsdp": 4}, {("all-gather", "bf16"): 4, ("reduce-scatter", "f32"): 4, ("all-reduce", "f32"): 1}),
+    ],
+    ids=str,
+)
+def test_on_tpus_layers_are_gathered_twice_and_their_gradients_cross_once(tpu_devices, sizes, expected):
+    """`expected` is in bytes for each entry: two gathers in bfloat16 and one sum in float32. 5 % more are allowed for biases."""
+    total = sent(tuple(tpu_devices("v5e:2x4")), **sizes)
+    assert {kind: round(size) for kind, size in total.items() if size > 0.05} == expected
+    assert sum(total.values()) <= 1.05 * sum(expected.values())
