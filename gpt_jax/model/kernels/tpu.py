@@ -284,21 +284,17 @@ def _differentiate_block(
             weights_gradient, kept = tiles.drop(shape, terms[head], first, slice(k, k + LANES), [weights_gradient, weights])
         scores_gradient = (weights * (weights_gradient - inner[head, first])).astype(dtype)
         lanes, rows, keys = slice(head * shape.dim, (head + 1) * shape.dim), slice(first, first + LANES), slice(k, k + LANES)
+        value_part = tiles.dot(shape, gradients_transposed[lanes, rows], kept.astype(dtype), (1, 0))
+        key_part = tiles.dot(shape, queries_transposed[lanes, rows], scores_gradient, (1, 0))
+        if shape.in_group == 1:  # libtpu 0.0.42 and 0.0.50 do not compile the other form for heads of 128 and several blocks.
+            query_part = tiles.dot(shape, scores_gradient, refs.key[keys, :], (1, 0)).T
+        else:
+            query_part = tiles.dot(shape, keys_transposed[lanes, keys], scores_gradient, (1, 1))
         # The first part that a total receives replaces what was in memory.
-        for total, at, is_first, part in (
-            (
-                refs.value_total,
-                keys,
-                on_diagonal,
-                tiles.dot(shape, gradients_transposed[lanes, rows], kept.astype(dtype), (1, 0)),
-            ),
-            (refs.key_total, keys, on_diagonal, tiles.dot(shape, queries_transposed[lanes, rows], scores_gradient, (1, 0))),
-            (
-                refs.query_total,
-                pl.ds(start + first, LANES),
-                k == 0 and not shape.several,
-                tiles.dot(shape, keys_transposed[lanes, keys], scores_gradient, (1, 1)),
-            ),
+        for total, at, part, is_first in (
+            (refs.value_total, keys, value_part, on_diagonal),
+            (refs.key_total, keys, key_part, on_diagonal),
+            (refs.query_total, pl.ds(start + first, LANES), query_part, k == 0 and not shape.several),
         ):
             total[lanes, at] = part if is_first else total[lanes, at] + part
 
