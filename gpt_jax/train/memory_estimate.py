@@ -4,9 +4,11 @@ The estimate is the sum of
 
     the state          parameters and their moments
     the gradients      once more if those of micro-batches are accumulated, and a copy of the parameters in the compute dtype
-    the table          its gradient before it is summed over the devices; gathered tables and layers with fsdp
+    the table          its gradient before it is summed over the devices
+    gathered arrays    with fsdp, the table and layers, in the compute dtype
     kept arrays        what the backward pass needs, for each layer (`KEPT`) and outside of the layers (`OUTSIDE`)
-    workspace          a chunk of the loss, a layer in float32, and the probabilities of `plain` attention
+    workspace          one layer in the backward pass (`LAYER`) or a chunk of the loss, whichever is larger, and the
+                       probabilities of `plain` attention
 
 A test compares it with the count of the TPU compiler. It does not depend on the version of any library, and neither does the
 choice of `model.remat` that is based on it.
@@ -67,6 +69,8 @@ KEPT_BY_KERNELS = KEPT | {"off": Kept(embed=4, heads=4, mlp=5, normalizers=1)}
 """The arrays that a layer with the kernels of `pallas_tpu` keeps; their layer norms keep nothing in float32 and no masks."""
 OUTSIDE = Kept(embed=3, embed_float32=1, embed_bool=1)
 """The arrays that the embeddings and the loss keep."""
+LAYER = Kept(embed=4, heads=4, mlp=5, embed_float32=1, normalizers=1)
+"""The arrays of one layer in its backward pass, most of which are computed again, and the gradient of its output."""
 PLAIN_KEPT = {"full": 0, "dots": 0, "off": 7}
 """Bytes that `plain` attention keeps for each head, query and key: probabilities before and after dropout, and the mask."""
 PLAIN_WORKSPACE = 12
@@ -128,11 +132,11 @@ def step_bytes(config: RunConfig, sizes: Mapping[str, int], platform: str, remat
 
     state = bytes_of_parameters + 8 * parameters
     gradients = 4 * parameters * (2 if train.grad_accum_steps > 1 else 1) + dtype * parameters
-    gathered = (4 * table + 4 * dtype * _layer_size(model, sizes)) if num_shards(sizes, "embed") > 1 else 0
+    gathered = dtype * (table + 4 * _layer_size(model, sizes)) if num_shards(sizes, "embed") > 1 else 0
     layer = (KEPT_BY_KERNELS if model.attention == "pallas_tpu" else KEPT)[remat]
     kept = model.num_layers * _kept_bytes(layer, model, sizes, dtype) + _kept_bytes(OUTSIDE, model, sizes, dtype)
-    chunk = local * min(model.loss_chunk, model.context_length) * table // model.embed_dim * 4
-    workspace = chunk + tokens * 4 * model.embed_dim
+    odds = local * min(model.loss_chunk, model.context_length) * table // model.embed_dim * dtype
+    workspace = max(odds, tokens * _kept_bytes(LAYER, model, sizes, dtype))
     if model.attention == "plain":
         pairs = tokens * model.context_length * model.num_heads // num_shards(sizes, "heads")
         workspace += pairs * (PLAIN_WORKSPACE + PLAIN_KEPT[remat] * model.num_layers)
