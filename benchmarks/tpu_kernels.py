@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 from gpt_jax.arguments import Parser
 from gpt_jax.errors import UserError
 from gpt_jax.inputs.numbers import POSITIVE, number
+from gpt_jax.model.kernels.tpu_attention import refusal
+from gpt_jax.plan.topology import topology_devices
 from gpt_jax.runtime.chips import CHIPS
 
 FLOPS_PER_CYCLE = {"TPU v4": 262_144, "TPU v5 lite": 131_072, "TPU v5": 262_144, "TPU v6 lite": 524_288}
@@ -85,10 +87,13 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns the cycles of each kernel without dropout and at the given rate.
 
     Raises:
-      UserError: the sequences are too long, or the compiler refuses a kernel.
+      UserError: the kernels do not take the sizes, the topology is unknown, or the compiler refuses a kernel.
     """
-    if options.time > 512:
-        raise UserError(f"--time: {options.time} is too long; kernels for more than 512 tokens contain loops")
+    if options.time > 512 or options.time % 128:
+        raise UserError(f"--time: must be 128, 256, 384 or 512, not {options.time}; kernels for more contain loops")
+    if reason := refusal(options.dim, options.time, options.dtype):
+        raise UserError(f"--dim: {reason}")
+    topology_devices(options.topology)  # An unknown one is an error here.
     rows = []
     for kernel in KERNELS:
         rates = [0.0] if kernel == "layer_norm_forward" else [0.0, options.rate]
@@ -135,7 +140,6 @@ def _compile(kernel: str, topology: str, sizes: Sizes) -> None:
 
     from gpt_jax.model.kernels import tpu, tpu_layer_norm
     from gpt_jax.model.kernels.tpu_tiles import Shape
-    from gpt_jax.plan.topology import topology_devices
 
     device = topology_devices(topology)[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
