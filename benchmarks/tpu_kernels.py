@@ -59,11 +59,11 @@ class Sizes(NamedTuple):
 
 def main() -> int:
     """Prints a table; returns the exit code, which is 2 after a user's mistake."""
-    options = _parser().parse_args()
-    if options.compile:
-        _compile(options.compile, options.topology, Sizes(*json.loads(options.sizes)))
-        return 0
     try:
+        options = _parser().parse_args()
+        if options.compile:
+            _compile(options.compile, options.topology, Sizes(*json.loads(options.sizes)))
+            return 0
         rows = measure(options)
     except UserError as error:
         print(f"benchmarks.tpu_kernels: {error}", file=sys.stderr)

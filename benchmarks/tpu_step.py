@@ -36,10 +36,10 @@ MEMORY = ("argument", "output", "alias", "temp", "generated_code")
 
 def main() -> int:
     """Compiles, prints the tables, and writes the files; returns the exit code, which is 2 after a user's mistake."""
-    options = _parser().parse_args()
     jax.config.update("jax_platforms", "cpu")  # Do not look for a TPU.
     jax.config.update("jax_enable_compilation_cache", False)
     try:
+        options = _parser().parse_args()
         report, text = measure(options)
     except (UserError, TrainingError) as error:
         print(f"benchmarks.tpu_step: {error}", file=sys.stderr)

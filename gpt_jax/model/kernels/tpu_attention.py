@@ -79,7 +79,7 @@ def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16, device_kind: str = "
         return f"pallas_tpu takes heads of size 64 or 128, not {dim}"
     if time > longest:
         return f"pallas_tpu takes sequences of at most {longest:,} tokens{where}, not {time:,}"
-    if dtype not in (jnp.bfloat16, jnp.float32):
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"pallas_tpu computes in bfloat16 or float32, not {jnp.dtype(dtype)}"
     return None
 
