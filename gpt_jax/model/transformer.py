@@ -142,13 +142,15 @@ def _product_bwd(
 
     def local(first: jax.Array, second: jax.Array) -> jax.Array:
         part = multiply(first, second, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-        if part.ndim == 2 or not is_split("embed"):
-            return sum_and_split(part, "batch", "embed", axis=0)
-        # TPUs store queries, keys and values as separate matrices, and would sum and send them whole if they were one array.
-        return jnp.stack([sum_and_split(part[:, i], "batch", "embed", axis=0) for i in range(part.shape[1])], axis=1)
+        return sum_and_split(part, "batch", "embed", axis=0)
 
+    def stacked(first: jax.Array, second: jax.Array) -> jax.Array:
+        return jnp.stack([local(first, second[..., i, :]) for i in range(second.shape[-2])], axis=1)
+
+    # TPUs store queries, keys and values as separate matrices, and would sum and send them whole if they were one array.
+    function = stacked if is_split("embed") and len(second_names) == 2 else local
     names = tuple(("batch", *(None,) * (len(rows) - 1), *_without_embed(side)) for side in (first_names, second_names))
-    total = per_shard(local, names, (*first_names, *second_names))(first, second).astype(kernel.dtype)
+    total = per_shard(function, names, (*first_names, *second_names))(first, second).astype(kernel.dtype)
     return x_gradient, jnp.moveaxis(total, range(len(outputs)), range(-len(outputs), 0)) if swapped else total
 
 
