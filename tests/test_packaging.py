@@ -338,6 +338,7 @@ def test_spelling_is_american(path: Path) -> None:
 ACROSS_MODULES = {
     "bench/test_gpu": "the measurements in benchmarks/gpu",
     "bench/test_gpu_tables": "their tables",
+    "bench/test_tpu_kernels": "benchmarks/tpu_kernels.py",
     "config/test_configs": "the files in configs/",
     "interop/test_graphs": "ONNX and StableHLO",
     "launch/test_container": "launch/Dockerfile",
