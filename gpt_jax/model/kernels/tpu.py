@@ -68,12 +68,8 @@ def _forward_kernel(shape: Shape, words: Ref, query: Ref, key: Ref, value: Ref, 
             head, first = unit
             width = first + LANES if diagonal else size
             keys = pl.ds(start, width)
-            s = tiles.dot(
-                shape,
-                tiles.only_head(shape, head, query[pl.ds(first, LANES), :]),
-                tiles.existing_heads(shape, 1, key[keys, :]),
-                (1, 1),
-            )
+            queries = tiles.only_head(shape, head, query[pl.ds(first, LANES), :])
+            s = tiles.dot(shape, queries, tiles.existing_heads(shape, 1, key[keys, :]), (1, 1))
             if shape.segments:
                 own = tiles.as_column(segments[:, pl.ds(tiles.first_position(shape, block) + first, LANES)])
                 s = jnp.where(tiles.repeat(own, width) == segments[:, keys], s, MASKED)
