@@ -202,7 +202,7 @@ class ModelOptions(Section, section="model"):
     """Dropout rate on both residual branches, in [0, 1) (section 4.1: 0.1)."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = field("auto", affects="result")
     """Type of activations and matrix products; `auto`: bfloat16 on accelerators, float32 on a CPU. Layer norms, softmaxes and
-    the loss are always computed in float32."""
+    the loss are always computed in float32, and gradients of matrices and embeddings are summed over devices in float32."""
     param_dtype: Literal["float32", "bfloat16"] = field("float32", affects="result")
     """Type of the stored parameters. The optimizer always computes in float32 and keeps its moments in float32."""
     matmul_precision: Literal["default", "high", "highest"] = field("default", affects="result")
