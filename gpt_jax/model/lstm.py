@@ -21,7 +21,8 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.model import transformer
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout
 from gpt_jax.model.kernels.blockwise import KEPT
-from gpt_jax.model.transformer import Hidden, Linear, Params, Starts, TokenEmbedding, Tokens
+from gpt_jax.model.linear import Linear
+from gpt_jax.model.transformer import Hidden, Params, Starts, TokenEmbedding, Tokens
 from gpt_jax.runtime.sharding import constrain
 
 Cache = dict[str, Float[Array, "batch positions units"]]

@@ -246,20 +246,6 @@ def test_remat_saves_memory_and_changes_no_number():
 # -- what crosses the devices of a mesh -------------------------------------------------------------------------------------
 
 
-def test_the_gradient_of_a_parameter_is_summed_in_float32():
-    """Two tokens whose gradients differ by a factor of 1,000: a sum in bfloat16 would lose the smaller one."""
-    x, gradient = jnp.ones((2, 1, 2), jnp.bfloat16), jnp.array([1, 1e-3], jnp.bfloat16)[:, None, None]
-
-    def weighted(kernel, bias):
-        multiplied = transformer.product(x, kernel, ("embed",), ("mlp",), "default")
-        return (transformer.add_bias(multiplied, bias) * gradient).astype(jnp.float32).sum()
-
-    gradients = jax.jit(jax.grad(weighted, argnums=(0, 1)))(jnp.ones((2, 1)), jnp.ones(1))
-    for each in gradients:
-        assert each.dtype == jnp.float32
-        np.testing.assert_allclose(each, 1 + float(jnp.bfloat16(1e-3)), rtol=1e-6)
-
-
 # The matrices are large beside everything else, and their shards on eight devices are not a multiple of a TPU's 128 lanes.
 LARGE = dataclasses.replace(TINY, context_length=128, num_layers=2, embed_dim=256, num_heads=4, mlp_dim=1024, attention="plain")
 
