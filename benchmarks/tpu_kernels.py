@@ -10,8 +10,8 @@ the number of grid points are close to the time in the core. A kernel takes the 
     pops       8 cycles for each register that is read from a matrix unit, divided by 4 matrix units
     bytes      its arrays, read and written once, over the bandwidth of the memory
 
-Sequences of more than 512 tokens are refused, because their kernels contain loops, of which a schedule does not show the trip
-counts. Each kernel is compiled in a process of its own, which takes some five seconds.
+Sequences of more than 512 tokens are refused, because their kernels contain loops whose trip counts the schedule does
+not show. Each kernel is compiled in a process of its own, which takes some five seconds.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from gpt_jax.plan.topology import topology_devices
 from gpt_jax.runtime.chips import CHIPS
 
 FLOPS_PER_CYCLE = {"TPU v4": 262_144, "TPU v5 lite": 131_072, "TPU v5": 262_144, "TPU v6 lite": 524_288}
-"""Products and sums in a cycle in bfloat16 of a device, at which the compiler's estimates of products peak. With the published
-peak in FLOP/s, they give the clock."""
+"""Peak number of bfloat16 multiplications and additions that a device does in a cycle, according to the compiler's estimates. The
+published peak in FLOP/s divided by this number is the clock rate. TPU7x is missing, so its kernels have no count of bytes."""
 CORES = {"TPU v4": 2, "TPU v5": 2}
 """Cores that divide the grid, for chips with several."""
 KERNELS = ("attention_forward", "attention_backward", "layer_norm_forward", "layer_norm_backward")
@@ -123,7 +123,7 @@ def measure_kernel(kernel: str, topology: str, sizes: Sizes) -> dict[str, Any]:
         pops = len(re.findall(r"\bvpop\.f32\.mr[fb]\.", program.read_text()))
     kind = compiled["device_kind"]
     points = compiled["grid_points"] / CORES.get(kind, 1)
-    clock = CHIPS[kind].peak_flops["bfloat16"] / FLOPS_PER_CYCLE[kind]
+    clock = CHIPS[kind].peak_flops["bfloat16"] / FLOPS_PER_CYCLE[kind] if kind in FLOPS_PER_CYCLE else 0.0
     counts = {
         "bundles": bundles * points,
         "pops": 8 * pops / 4 * points,
@@ -134,7 +134,7 @@ def measure_kernel(kernel: str, topology: str, sizes: Sizes) -> dict[str, Any]:
 
 
 def _compile(kernel: str, topology: str, sizes: Sizes) -> None:
-    """Compiles a kernel in this process, and prints what its schedule does not contain."""
+    """Compiles a kernel in this process, and prints the device kind, the grid points and the bytes."""
     import jax
     import jax.numpy as jnp
 
@@ -164,7 +164,7 @@ def _compile(kernel: str, topology: str, sizes: Sizes) -> None:
     traced = jax.jit(function).trace(*arguments)
     [call] = [equation for equation in _equations(traced.jaxpr.jaxpr) if equation.primitive.name == "pallas_call"]
     traced.lower().compile()
-    # Queries, keys and values are in one array, which is three arguments of the kernel, each for a third of it.
+    # Queries, keys and values are in one array, and the kernel takes it as three arguments and reads a third of it through each.
     repeated = 2 * math.prod(qkv.shape) * jnp.dtype(sizes.dtype).itemsize if kernel.startswith("attention") else 0
     size = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in [*call.invars, *call.outvars]) - repeated
     points = math.prod(call.params["grid_mapping"].grid)
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
         ("dim", 64, "size of a head"),
     ):
         parser.add_argument(f"--{name}", type=number(int, POSITIVE), default=default, help=f"{text} ({default})")
-    parser.add_argument("--rate", type=float, default=0.1, help="dropout rate beside 0 (0.1)")
+    parser.add_argument("--rate", type=float, default=0.1, help="dropout rate to measure in addition to 0 (0.1)")
     parser.add_argument("--segments", action="store_true", help="several examples in a sequence")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="file for the table, as JSON")

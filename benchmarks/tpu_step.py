@@ -5,7 +5,8 @@
     python -m benchmarks.tpu_step gpt1_1b5 --topology v5e:16x16 --per-device 2 --out report.json --hlo program.hlo
 
 The step is that of `lower_step`, compiled by libtpu (`pip install 'gpt_jax[tpu]'`), and the cycles are the compiler's own
-estimates, with the exceptions that gpt_jax/plan/hlo.py states. gpt1 takes about half a minute on two cores.
+estimates, with the exceptions that gpt_jax/plan/hlo.py states. gpt1 takes two to three
+minutes on two cores, or about one with `--set model.layer_unroll=1`.
 """
 
 import argparse

@@ -1,11 +1,12 @@
-"""Causal self-attention (section 4.1): one function with interchangeable implementations, whose results must agree.
+"""Causal self-attention (section 4.1), with interchangeable implementations whose results must agree.
 
     plain        all probabilities as one array, by the definition
     blockwise    blocks of queries in plain JAX (kernels/blockwise.py)
     pallas_tpu   kernels for TPUs (kernels/tpu.py, kernels/tpu_attention.py)
     pallas_gpu   kernels for NVIDIA GPUs (kernels/gpu.py)
 
-The modules of Pallas kernels are imported where they are used, because importing Pallas takes time that a run on a CPU can spare.
+The modules of Pallas kernels are imported where they are used, because importing Pallas takes time and runs on CPUs do not need
+it.
 """
 
 import math
@@ -59,7 +60,7 @@ def self_attention(
 
 
 def split_heads(qkv: Float[Array, "batch time 3 width"], num_heads: int) -> list[Float[Array, "batch time heads dim"]]:
-    """Returns queries, keys and values, each with its heads apart."""
+    """Returns queries, keys and values, each with a separate axis of heads."""
     batch, time, _, width = qkv.shape
     by_head = qkv.reshape(batch, time, 3, num_heads, width // num_heads)
     return [part[:, :, 0] for part in jax.lax.split(by_head, (1, 1, 1), axis=2)]

@@ -1,4 +1,4 @@
-"""Affine maps with parameters: how their kernels are gathered and their gradients summed over devices."""
+"""Affine maps with parameters: how their weights are gathered and their gradients summed over devices."""
 
 import functools
 from typing import Any
@@ -40,7 +40,7 @@ class Linear(nnx.Module):
         return add_bias(self._multiply(x), self.bias[...].reshape(self.outputs))
 
     def terms(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns x @ kernel and the bias, in the dtype of x, for a kernel that also sums the bias gradient."""
+        """Returns x @ kernel and the bias in the dtype of x, for a caller whose Pallas kernel also sums the bias gradient."""
         return self._multiply(x), self.bias[...].astype(x.dtype).reshape(self.outputs)
 
     def _multiply(self, x: jax.Array) -> jax.Array:

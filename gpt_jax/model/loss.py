@@ -125,8 +125,8 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         loss = log(1 + others)
         gradient of score[v] = weight / (1 + others) * (odds[v], or -others for the target)
 
-    The factor of each token is applied to the tableer operand or result of a product, so that the products read the odds as
-    they are. Nothing cancels where the target is almost certain, because both parts are then small.
+    The factor of each token is applied to the smaller operand or to the result of a product, so that the products read the odds
+    as they are. Nothing cancels where the target is almost certain, because both parts are then small.
     """
     first = shard_index("vocab") * table.shape[0]
     entries = first + jnp.arange(table.shape[0])
@@ -144,7 +144,7 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         x, target, weight = map(part, (hidden, targets, weights))
         target_row = table.at[part(rows)].get(mode="fill", fill_value=0)
         target_score = all_sum(_product("bte,bte->bt", x, target_row), "vocab")
-        competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: E731  Others are padding.
+        competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: E731  Entries from `vocab_size` on are padding.
         odds, others, shift = _odds(x, table, competes, target_score)
         normalizer = jnp.exp(target_score - shift) + others
         total = total + (weight * (jnp.log(normalizer) + shift - target_score)).sum()
@@ -173,9 +173,9 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
 def _odds(x: Array, table: Array, competes: Callable[[], Array], target_score: Array) -> tuple[Array, Array, Array]:
     """Returns exp(score - shift) of the target's competitors, in the dtype of `x`, their sum over all shards, and the shift.
 
-    The shift is the target's score. As it is known before the other scores, the exponentials and their sum are computed where
-    the product's results are produced, and no scores are written to memory. Where a sum could overflow, which takes a target
-    whose probability is below 1e-25, all tokens of the chunk are computed again, shifted by their highest scores.
+    The shift is usually the target's score. As it is known before the other scores, the exponentials and their sum are computed
+    where the product's results are produced, and no scores are written to memory. Where a sum could overflow, which takes a
+    target whose probability is below 1e-25, all tokens of the chunk are computed again, shifted by their highest scores.
 
     Args:
       x: hidden states [batch, time, embed].

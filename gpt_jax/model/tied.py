@@ -26,7 +26,7 @@ class SharedTable(NamedTuple):
     """A gathered table. Functions that use it return the gradient of `gradient` and none of `rows`, so it can be float32."""
 
     rows: Float[Array, "padded_vocab embed"]
-    """In the compute dtype, on every device that does not split the vocabulary."""
+    """In the compute dtype. Each device holds all of them, or its shard if the mesh splits the vocabulary."""
     gradient: Float[Array, "shards padded_vocab embed"]
     """Zeros that are never read, float32. Their gradient is that of the table, with one part for each shard of the batch."""
 

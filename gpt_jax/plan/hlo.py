@@ -1,8 +1,8 @@
 """The cost of a compiled TPU program, read from its optimized HLO text: cycles by part, collectives and Pallas kernels.
 
-The TPU compiler estimates the cycles of every fusion, product and copy. Loops are multiplied out by their trip counts. Of a
-conditional, the branch with the fewest cycles counts, because the other is for exceptions, such as improbable targets in the
-loss. The parts are the scopes that the model's code names with `jax.named_scope`.
+The TPU compiler estimates the cycles of every fusion, product and copy. The cycles of a loop's body are multiplied by its trip
+count. Of a conditional, the branch with the fewest cycles counts, because the other is for exceptions, such as improbable targets
+in the loss. The parts are the scopes that the model's code names with `jax.named_scope`.
 
 Not in the estimates: asynchronous copies, collectives, waiting for memory, and Pallas kernels, whose calls are listed instead.
 """

@@ -19,17 +19,17 @@ from gpt_jax.train.memory_estimate import check_remat, remat_that_fits
 Config = TypeVar("Config", bound=RunConfig)
 
 CHOICES = ("attention", "remat", "layer_unroll", "loss_chunk")
-"""Fields of `ModelConfig`."""
+"""The fields of `ModelConfig` that a run chooses."""
 EARLIER: dict[str, Any] = {"attention": "plain"}
 """The meaning of "auto" in runs that did not record their choices."""
 UNROLLED_ON_TPUS = 12
-"""Maximum number of layers that a pre-training on TPUs unrolls. Each takes some ten seconds to compile (docs/kernels.md)."""
+"""Maximum number of layers of a model that is unrolled when it is pre-trained on TPUs. Each takes some ten seconds to compile."""
 
 
 def choose(model: ModelConfig, platform: str, device_kind: str = "") -> ModelConfig:
     """Returns the model's config with all choices made for devices of a platform ("cpu", "gpu" or "tpu") and a kind.
 
-    Attention is chosen for sequences that fill the context, also if a task's batches are shorter.
+    Attention is chosen for sequences that fill the context, even if a task's batches are shorter.
 
     Raises:
       UserError: the attention that the config names does not run on these devices.
@@ -106,7 +106,7 @@ def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, 
 def _recorded(run: RunDir, platform: str) -> ModelConfig | None:
     """Returns the model's config with the choices that a run has made, or None if there is no run.
 
-    The first version recorded no platform. `platform` is then taken for it.
+    Runs of the first version recorded no platform; `platform` is used for them.
     """
     stored = run.stored()
     if not stored:

@@ -21,7 +21,7 @@ from gpt_jax.runtime.sharding import all_sum, constrain, per_shard
 HEAD_DIMS = (64, 128)
 """Sizes of heads that the kernels take."""
 MAX_TIME = 8192
-"""Maximum sequence length in tokens, of which the backward kernel holds whole rows in vector memory."""
+"""Maximum sequence length in tokens. The backward kernel holds all positions of a group of heads in vector memory."""
 MAX_TIME_BY_CHIP = {"TPU v4": 4096}
 """The maximum for chips with less vector memory, by their `device_kind` in JAX."""
 
@@ -54,7 +54,7 @@ def pallas_tpu_self_attention(
 ) -> Float[Array, "batch time width"]:
     """Computes causal self-attention with TPU kernels.
 
-    Sequences whose length is not a multiple of 128 are padded, which is safe because no query attends to keys after its own.
+    Sequences whose length is not a multiple of 128 are padded, which is safe because no query attends to keys at later positions.
 
     Args:
       projected: queries, keys and values without their bias, bfloat16 or float32, with the heads side by side.
@@ -126,7 +126,7 @@ def _pad(shape: Shape, array: Array, axis: int) -> Array:
 def _masks(
     shape: Shape, batch: int, stream: Array | None, segment_ids: Array | None
 ) -> tuple[UInt32[Array, "batch groups 1 words"], Int[Array, "batch 1 padded_time"] | None]:
-    """Returns the streams by group, with zeros for missing heads and without dropout, and the segments as rows."""
+    """Returns the streams by group and the segments as rows. Streams of missing heads are zero, as are all without dropout."""
     stream = jnp.zeros((batch, shape.heads, 2), jnp.uint32) if stream is None else stream
     missing = shape.groups * shape.in_group - shape.heads
     words = jnp.pad(stream, ((0, 0), (0, missing), (0, 0))).reshape(batch, shape.groups, 1, 2 * shape.in_group)
@@ -153,7 +153,7 @@ def _forward_rule(
 
 
 def _keep(array: Array, name: str) -> Array:
-    """Names an array for the policies of `jax.checkpoint`, as integers: it would round other numbers in a pass over memory."""
+    """Names an array for the policies of `jax.checkpoint`, as integers, because that rounds other numbers in an extra pass."""
     integers = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
     named = checkpoint_name(jax.lax.bitcast_convert_type(array, integers), name)
     return jax.lax.bitcast_convert_type(named, array.dtype)

@@ -3,9 +3,10 @@
     sum = residual + dropout(changed + changed_bias)
     output = normalize(sum) * gain + bias
 
-XLA computes the first line at the end of the product that `changed` comes from. The second and the gradients of both are Pallas
-kernels that are limited by memory: while a few rows are in registers, a kernel computes their mean, their variance around it,
-all gradients, and what the rows add to the gradients of the three vectors. XLA would read the rows again for each sum.
+XLA computes the first line at the end of the product that `changed` comes from. Pallas kernels compute the second line and the
+gradients of both. They are limited by memory: while a few rows are in registers, a kernel computes their mean, their variance
+around it, all gradients, and what the rows add to the gradients of `gain`, `bias` and `changed_bias`. XLA would read the rows
+again for each sum.
 """
 
 import functools
@@ -30,7 +31,7 @@ BLOCK = 256
 """Maximum number of rows in a block. All of a block is one program, so that the scheduler has enough to interleave."""
 SUBLANES = 8
 VECTORS = 3
-"""Gradients that are sums over rows: of the gain, the bias, and the bias of what the residual is added to."""
+"""Number of gradients that are sums over rows: those of `gain`, `bias` and `changed_bias`."""
 
 HIDDEN, STREAM, VECTOR = ("batch", None, None), ("batch", None), (None,)
 

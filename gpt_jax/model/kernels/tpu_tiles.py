@@ -1,4 +1,4 @@
-"""Pieces of the attention kernels for TPUs: what their tiles have in common (kernels/tpu.py)."""
+"""Helper functions of the attention kernels for TPUs (kernels/tpu.py)."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -63,7 +63,7 @@ class Shape(NamedTuple):
 
     @property
     def score_scale(self) -> float:
-        """Factor from the product of a query and a key to the logarithm, base 2, of the weight."""
+        """Factor that turns the product of a query and a key into the base-2 logarithm of the weight."""
         return math.log2(math.e) / math.sqrt(self.dim)
 
     @property
@@ -86,13 +86,13 @@ def streams(shape: Shape, words: Ref) -> list[Stream]:
 
 
 def query_terms(shape: Shape, stream: Stream, start: Any) -> UInt32[Array, "pairs 1"]:
-    """Returns R for each pair of queries in the block that begins at `start`."""
+    """Returns the term R of docs/masks.md for each pair of queries in the block that begins at `start`."""
     pairs = iota((shape.block // 2, LANES), 0) + (start >> 1)
     return row_term(stream[0], pairs.astype(jnp.uint32))[:, :1]
 
 
 def key_terms(shape: Shape, a: Array, b: Array, start: Any) -> tuple[UInt32[Array, "1 keys"], UInt32[Array, "1 keys"]]:
-    """Returns C and D for each key in the block that begins at `start`."""
+    """Returns the terms C and D of docs/masks.md for each key in the block that begins at `start`."""
     keys = iota((8, shape.block), 1) + start
     column, multiplier = column_terms(a, b, keys.astype(jnp.uint32))
     return column[:1], multiplier[:1]
@@ -141,7 +141,7 @@ def only_head(shape: Shape, head: int, x: Array) -> Array:
 
 
 def existing_heads(shape: Shape, group_axis: int, x: Array) -> Array:
-    """Returns [rows, LANES] with zeros in the lanes of a head that the last group lacks, where memory holds anything."""
+    """Returns [rows, LANES] with zeros in the lanes of a head that the last group lacks, where memory is undefined."""
     if shape.heads % shape.in_group == 0:
         return x
     lane = pl.program_id(group_axis) * LANES + iota(x.shape, 1)
