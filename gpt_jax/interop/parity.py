@@ -60,7 +60,7 @@ class ExportedFunction:
     def __call__(self, params: Params, tokens: jax.Array, *extract: jax.Array) -> jax.Array:
         """Returns the logits, or the log-probabilities of a model with a head."""
         model = dataclasses.replace(
-            self.model, compute_dtype="float32", matmul_precision="highest", attention="plain", remat="off"
+            self.model, compute_dtype="float32", matmul_precision="highest", attention="plain", remat="off", layer_unroll=1
         )
         valid = _in_range(tokens, model.vocab_size)
         if self.head is None:

@@ -9,6 +9,7 @@ graph definitions are internal to this package. `param_specs` gives the logical 
 are derived, and whether weight decay applies to it.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable
@@ -203,6 +204,8 @@ def apply_cached(
     Keys and values beyond a row's own length, left there by padding, are never attended to and are overwritten as the row
     grows. Without a cache and `start`, rows begin at position 0. Parameters and cache may be those of `unstack_layers`.
     """
+    if start is not None:
+        config = dataclasses.replace(config, attention="plain")  # Kernels take whole sequences and batches that split evenly.
     embedding = params["embedding"]
     positions = _positions(tokens, segment_ids) if start is None else start[:, None] + jnp.arange(tokens.shape[1])
     graph, _ = split_module(Block, config)

@@ -18,8 +18,8 @@ from gpt_jax.train.memory_estimate import check_remat, remat_that_fits
 
 Config = TypeVar("Config", bound=RunConfig)
 
-CHOICES = ("attention", "remat", "layer_unroll", "loss_chunk")
-"""The fields of `ModelConfig` that a run chooses."""
+AUTOMATIC: dict[str, Any] = {"attention": "auto", "remat": "auto", "layer_unroll": 0, "loss_chunk": 0}
+"""The fields of `ModelConfig` that a run chooses, and the values that leave the choice to it."""
 EARLIER: dict[str, Any] = {"attention": "plain"}
 """The meaning of "auto" in runs that did not record their choices."""
 UNROLLED_ON_TPUS = 12
@@ -77,7 +77,7 @@ def keep_choices(run: RunDir, config: Config, mesh: Mesh) -> Config:
     recorded = _recorded(run, device.platform)
     same_devices = stored.get("devices") == f"{mesh.size} x {device.device_kind}"
     if recorded is not None and stored.get("platform", device.platform) == device.platform:
-        automatic = {name for name in CHOICES if getattr(config.model, name) in ("auto", 0)}
+        automatic = {name for name in AUTOMATIC if getattr(config.model, name) in ("auto", 0)}
         if not same_devices and device.platform != "cpu":
             automatic.discard("remat")
         kept: dict[str, Any] = {name: getattr(recorded, name) for name in automatic}
@@ -93,7 +93,7 @@ def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, 
     recorded = _recorded(run, platform)
     if recorded is None:
         return {}
-    names = [name for name in CHOICES if getattr(config.model, name) != getattr(recorded, name)]
+    names = [name for name in AUTOMATIC if getattr(config.model, name) != getattr(recorded, name)]
     changes = {
         f"model.{name.replace('_', '-')}": f"{getattr(config.model, name)} instead of {getattr(recorded, name)}" for name in names
     }

@@ -26,6 +26,7 @@ from gpt_jax.train.checkpoint_info import (
     read_config,
     read_manifest,
 )
+from gpt_jax.train.choices import AUTOMATIC
 from gpt_jax.train.step import LANGUAGE_MODEL, TrainableModel, abstract_state
 
 
@@ -53,8 +54,8 @@ def load_model(path: Path, model: TrainableModel = LANGUAGE_MODEL) -> RestoredMo
     info = find_checkpoint(path, console.say)
     config = read_config(info)
     mesh = local_mesh(config.model)
-    here: Any = {"attention": "auto", "remat": "auto", "loss_chunk": 0}  # The run has chosen them for its own devices.
-    config = dataclasses.replace(config, mesh=MeshConfig(), model=dataclasses.replace(config.model, **here))
+    model_config = dataclasses.replace(config.model, **AUTOMATIC)  # The run has made its choices for its own devices.
+    config = dataclasses.replace(config, mesh=MeshConfig(), model=model_config)
     params = restore_params(info, abstract_state(config, mesh, model)["params"])
     return RestoredModel(config, mesh, params, load_tokenizer(info.path / "tokenizer"), info)
 

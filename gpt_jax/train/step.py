@@ -21,7 +21,7 @@ from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec, compute_dtype
 from gpt_jax.runtime.memory import return_freed_memory
 from gpt_jax.runtime.sharding import constrain, named_sharding
-from gpt_jax.train.choices import choose_for
+from gpt_jax.train.choices import choose, choose_for
 from gpt_jax.train.compilation import AbstractBatch
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
@@ -103,7 +103,8 @@ def lower_step(
       total_steps, warmup_steps: length and warm-up of the run, in updates; the defaults suffice if only the cost matters.
       batch: abstract arrays of a batch; None means `abstract_batch`.
     """
-    config = _settle(choose_for(config, mesh), mesh)
+    config = choose_for(config, mesh)
+    config = dataclasses.replace(config, model=_settle(config.model, mesh))
     update = functools.partial(train_step, config, model, total_steps, warmup_steps)
     shardings = state_shardings(config, mesh, model), named_sharding(mesh, ())
     step = jax.jit(update, out_shardings=shardings, donate_argnums=0)
@@ -116,7 +117,7 @@ def jit_evaluation(config: RunConfig, mesh: Mesh, function: Callable[[ModelConfi
 
     The arrays that it returns are replicated on every device.
     """
-    model_config = _settle(config, mesh).model
+    model_config = _settle(config.model, mesh)
     return jax.jit(functools.partial(function, model_config), out_shardings=named_sharding(mesh, ()))
 
 
@@ -166,11 +167,11 @@ def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
     return {"params": params, "moments": init_moments(params), "step": jnp.zeros((), jnp.int32), "ok": jnp.ones((), jnp.bool)}
 
 
-def _settle(config: RunConfig, mesh: Mesh) -> RunConfig:
+def _settle(model: ModelConfig, mesh: Mesh) -> ModelConfig:
     """Resolves the settings that depend on the mesh's devices, which need not be those of this machine."""
-    config = choose_for(config, mesh)
-    dtype: Any = str(compute_dtype(config.model, mesh.devices.flat[0].platform))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype=dtype))
+    device = mesh.devices.flat[0]
+    dtype: Any = str(compute_dtype(model, device.platform))
+    return dataclasses.replace(choose(model, device.platform, device.device_kind), compute_dtype=dtype)
 
 
 def _map_specs(function: Callable[[ParamSpec], Any], specs: Any) -> Any:

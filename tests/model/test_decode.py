@@ -1,5 +1,6 @@
 """Generation from a cache against doing it the long way, and sampling against its definition."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -190,6 +191,15 @@ def test_a_row_does_not_depend_on_the_others(params):
 def test_on_a_mesh(params, greedy):
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))):
         assert generate(TINY, params, PROMPTS, NEW, temperature=0.0) == greedy
+
+
+def test_during_training_on_tpus():
+    """A run samples with its own config and mesh. Kernels would refuse prompts that do not split evenly over the devices."""
+    model = dataclasses.replace(TINY, embed_dim=128, num_heads=2)
+    params = transformer.init(model, jax.random.key(0))
+    expected = generate(model, params, PROMPTS, NEW, temperature=0.0)
+    with jax.set_mesh(make_mesh(MeshConfig(data=8))):
+        assert generate(dataclasses.replace(model, attention="pallas_tpu"), params, PROMPTS, NEW, temperature=0.0) == expected
 
 
 @pytest.mark.parametrize(

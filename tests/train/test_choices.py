@@ -16,8 +16,10 @@ from gpt_jax.model.attention import IMPLEMENTATIONS
 from gpt_jax.runtime.mesh import AXES
 from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.runtime.sharding import make_mesh
-from gpt_jax.train.choices import changed_choices, choose, keep_choices
+from gpt_jax.train.choices import AUTOMATIC, changed_choices, choose, keep_choices
 from gpt_jax.train.pretrain import pretrain
+from gpt_jax.train.restore import load_model
+from gpt_jax.train.step import jit_evaluation
 from tests.tiny import replace_fields, tiny_config, trajectory, write_text
 
 
@@ -41,7 +43,7 @@ def whole(config, tmp_path_factory):
 
 def recorded(run):
     model = json.loads((run / "config.json").read_text())["config"]["model"]
-    return {name: model[name] for name in ("attention", "remat", "loss_chunk")}
+    return {name: model[name] for name in AUTOMATIC}
 
 
 def events(run):
@@ -95,7 +97,7 @@ def test_implementations_of_attention_train_alike(config, tmp_path):
 
 
 def test_they_are_recorded(whole):
-    assert recorded(whole) == {"attention": "blockwise", "remat": "dots", "loss_chunk": 0}
+    assert recorded(whole) == {"attention": "blockwise", "remat": "dots", "layer_unroll": 1, "loss_chunk": 0}
     assert events(whole) == []
 
 
@@ -110,7 +112,7 @@ def test_a_run_keeps_what_an_earlier_version_chose(config, tmp_path, monkeypatch
         rewrite(run, attention=attention)
         pretrain(config, run)
         assert trajectory(run) == trajectory(earlier)
-        assert recorded(run) == {"attention": "plain", "remat": "off", "loss_chunk": 0}
+        assert recorded(run) == {"attention": "plain", "remat": "off", "layer_unroll": 1, "loss_chunk": 0}
         assert events(run) == []
 
 
@@ -229,6 +231,18 @@ def test_tpus_unroll_the_layers_of_models_with_few(tmp_path):
         assert chosen.layer_unroll == unrolled
     run = record(tmp_path / "run", gpt1(64, layer_unroll=3))
     assert keep_choices(run, gpt1(64), tpus(4)).model.layer_unroll == 3
+
+
+def test_a_model_that_is_loaded_makes_its_own_choices(whole):
+    """They were made for the devices of the run, and would unroll graphs that are exported on another machine."""
+    assert recorded(whole) == {"attention": "blockwise", "remat": "dots", "layer_unroll": 1, "loss_chunk": 0}
+    model = load_model(whole).config.model
+    assert {name: getattr(model, name) for name in AUTOMATIC} == AUTOMATIC
+
+
+def test_evaluation_does_not_depend_on_the_batch_of_the_training():
+    """A model that was trained on a pod is evaluated on a few devices."""
+    jit_evaluation(gpt1(4096), tpus(1), lambda config, params, batch: batch)
 
 
 def test_a_run_keeps_its_remat_on_the_same_devices_and_chooses_anew_on_others(tmp_path):

@@ -29,6 +29,10 @@ ROWS = 32
 """Rows that are in registers at a time."""
 BLOCK = 256
 """Maximum number of rows in a block. All of a block is one program, so that the scheduler has enough to interleave."""
+MAX_BYTES = 8 << 20
+"""Bytes of vector memory that the blocks of four arrays may fill, two of each: half of what a kernel has by default."""
+MAX_EMBED = 8192
+"""Maximum width of the residual stream, of which `ROWS` rows in float32 fill `MAX_BYTES`."""
 SUBLANES = 8
 VECTORS = 3
 """Number of gradients that are sums over rows: those of `gain`, `bias` and `changed_bias`."""
@@ -68,7 +72,7 @@ def pallas_tpu_add_and_normalize(
 
 def takes(time: int, embed: int) -> bool:
     """Returns whether the kernels take arrays of this size."""
-    return embed % LANES == 0 and time % ROWS == 0
+    return embed % LANES == 0 and embed <= MAX_EMBED and time % ROWS == 0
 
 
 # -- the kernels --------------------------------------------------------------------------------------------------------------
@@ -130,18 +134,21 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
         vectors[number * SUBLANES : (number + 1) * SUBLANES, :] += total
 
 
-def _block(time: int) -> int:
-    return max(size for size in range(ROWS, BLOCK + 1, ROWS) if time % size == 0)
+def _block(sums: Array) -> int:
+    """Returns the number of rows in a block: at most `BLOCK`, and few enough for eight blocks in `MAX_BYTES`."""
+    _, time, embed = sums.shape
+    longest = max(min(BLOCK, MAX_BYTES // (8 * embed * sums.dtype.itemsize)), ROWS)
+    return max(size for size in range(ROWS, longest + 1, ROWS) if time % size == 0)
 
 
 def normalize(sums: Array, gain: Array, bias: Array, *, epsilon: float) -> Array:
     """Normalizes this device's rows, [batch, time, embed]."""
     batch, time, embed = sums.shape
-    rows = pl.BlockSpec((None, _block(time), embed), lambda b, i: (b, i, 0))
+    rows = pl.BlockSpec((None, _block(sums), embed), lambda b, i: (b, i, 0))
     vector = pl.BlockSpec((1, embed), lambda b, i: (0, 0))
     return pl.pallas_call(
         functools.partial(_normalize_kernel, epsilon),
-        grid=(batch, time // _block(time)),
+        grid=(batch, time // _block(sums)),
         in_specs=[rows, vector, vector],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(sums.shape, sums.dtype),
@@ -156,13 +163,13 @@ def differentiate(
 ) -> tuple[Array, Array, Float[Array, "3 embed"]]:
     """Returns the gradients of the residual, of `changed`, and of the vectors, summed over all examples."""
     batch, time, embed = sums.shape
-    rows = pl.BlockSpec((None, _block(time), embed), lambda b, i: (b, i, 0))
+    rows = pl.BlockSpec((None, _block(sums), embed), lambda b, i: (b, i, 0))
     words = jnp.zeros((batch, 2), jnp.uint32) if stream is None else stream
     like = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
     number = 2 if options.rate else 1
     *gradients, vectors = pl.pallas_call(
         functools.partial(_gradient_kernel, options),
-        grid=(batch, time // _block(time)),
+        grid=(batch, time // _block(sums)),
         in_specs=[
             pl.BlockSpec((None, 1, 2), lambda b, i: (b, 0, 0), memory_space=pltpu.SMEM),
             rows,
