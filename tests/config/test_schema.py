@@ -316,6 +316,10 @@ def test_the_ends_of_the_ranges(field, accepted, refused):
     ("build", "message"),
     [
         (lambda: ModelConfig(num_heads=7), "--model.num-heads: 7 does not divide"),
+        (
+            lambda: ModelConfig(layer_unroll=5),
+            "--model.layer-unroll: 5 does not divide model.num-layers 12; use one of 1, 2, 3, 4, 6, 12",
+        ),
         (lambda: OptimConfig(warmup="soon"), "--optim.warmup: 'soon' is not a duration"),
         (lambda: TrainConfig(grad_accum_steps=3), "--train.grad-accum-steps: 3 does not divide"),
         (lambda: TrainConfig(save_every="0 steps"), "--train.save-every: must be positive, not '0 steps'"),
