@@ -214,7 +214,8 @@ class ModelOptions(Section, section="model"):
     which the memory of the accelerators would not suffice with `dots`, and `off` for an LSTM."""
     layer_unroll: int = field(0, affects="speed", within=NOT_NEGATIVE)
     """Number of layers that follow one another in each iteration of the loop over layers; must divide `num_layers`. On TPUs, more
-    copy fewer activations and take longer to compile (docs/kernels.md). 0: all if a pre-training on TPUs has up to 12, else 1."""
+    copy fewer activations and take longer to compile (docs/kernels.md). 0: all if a pre-training on TPUs has up to 12 and
+    `remat` is not `full`, else 1."""
     attention: Literal["auto", "plain", "blockwise", "pallas_tpu", "pallas_gpu"] = field("auto", affects="speed")
     """Implementation of attention. `plain` computes all probabilities as one array; `blockwise` computes them in blocks, and
     again in the backward pass, and stores none; both run on any device. `pallas_tpu` and

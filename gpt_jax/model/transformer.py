@@ -279,8 +279,7 @@ def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[...
     if remat == "off":
         return body
     policy = keep.nothing_saveable if remat == "full" else keep.save_only_these_names(KEPT, ATTENTION_OUTPUT)
-    # Where layers are unrolled, CSE would undo a full recomputation. It cannot inside of a scan.
-    return jax.checkpoint(body, policy=policy, prevent_cse=remat == "full" and config.layer_unroll > 1)
+    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # CSE cannot undo it inside a scan.
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

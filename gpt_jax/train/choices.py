@@ -59,7 +59,8 @@ def choose_for(config: Config, mesh: Mesh) -> Config:
         automatic = dataclasses.replace(config, model=dataclasses.replace(chosen, remat=config.model.remat))
         remat: Any = remat_that_fits(automatic, mesh.shape, device.platform, device.device_kind)
         few = device.platform == "tpu" and chosen.num_layers <= UNROLLED_ON_TPUS
-        unroll = config.model.layer_unroll or (chosen.num_layers if few else 1)
+        # Without a loop, the compiler merges a full recomputation with the forward pass, and nothing is saved.
+        unroll = config.model.layer_unroll or (chosen.num_layers if few and remat != "full" else 1)
         chosen = dataclasses.replace(chosen, remat=remat, layer_unroll=unroll)
     return dataclasses.replace(config, model=chosen)
 

@@ -229,6 +229,7 @@ def test_tpus_unroll_the_layers_of_models_with_few(tmp_path):
     for num_layers, unrolled in layers.items():
         chosen = keep_choices(RunDir(tmp_path / "new"), gpt1(64, num_layers=num_layers), tpus(4)).model
         assert chosen.layer_unroll == unrolled
+    assert keep_choices(RunDir(tmp_path / "new"), gpt1(64, remat="full"), tpus(4)).model.layer_unroll == 1
     run = record(tmp_path / "run", gpt1(64, layer_unroll=3))
     assert keep_choices(run, gpt1(64), tpus(4)).model.layer_unroll == 3
 
