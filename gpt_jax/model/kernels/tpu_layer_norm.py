@@ -29,9 +29,10 @@ ROWS = 32
 """Rows that are in registers at a time."""
 BLOCK = 256
 """Maximum number of rows in a block. All of a block is one program, so that the scheduler has enough to interleave."""
-MAX_BYTES = 8 << 20
-"""Bytes of vector memory that the blocks of four arrays may fill, two of each: half of what a kernel has by default."""
-MAX_EMBED = 8192
+MAX_BYTES = 6 << 20
+"""Bytes of vector memory that the blocks of four arrays may fill, two of each. A v4 has 16 MiB in all, also for spilled
+registers."""
+MAX_EMBED = 6144
 """Maximum width of the residual stream, of which `ROWS` rows in float32 fill `MAX_BYTES`."""
 SUBLANES = 8
 VECTORS = 3

@@ -1,6 +1,7 @@
 """The TPU kernels of layer normalization, interpreted on a CPU, against plain JAX and its derivatives."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,3 +57,21 @@ def test_other_sizes_do_without_the_kernels():
     assert not tpu_layer_norm.takes(128, 192)
     for ours, plain in zip(results("pallas_tpu", 9, 0.3, jnp.float32), results("plain", 9, 0.3, jnp.float32), strict=True):
         np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize(("embed", "dtype"), [(768, "bfloat16"), (4096, "bfloat16"), (2048, "float32")])
+def test_the_kernels_compile_for_all_chips(tpu_devices, topology, embed, dtype):
+    """Wide rows take shorter blocks, because all of them have to fit into vector memory."""
+    [device, *_] = tpu_devices(topology)
+    placed = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+    rows, vector, stream = placed((2, 512, embed), dtype), placed((embed,), jnp.float32), placed((2, 2), jnp.uint32)
+    config = dataclasses.replace(CONFIG, attention="pallas_tpu", embed_dim=embed)
+
+    def loss(residual, changed, changed_bias, gain, bias, stream):
+        return add_and_normalize(residual, changed, changed_bias, gain, bias, stream, 0.1, config).sum()
+
+    differentiate = jax.jit(jax.grad(loss, tuple(range(5))))
+    text = differentiate.lower(rows, rows, placed((embed,), dtype), vector, vector, stream).compile().as_text()
+    assert "layer_norm_backward" in text
