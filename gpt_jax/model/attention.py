@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from gpt_jax.errors import require
 from gpt_jax.model.dropout import dropout
-from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT, MASKED, blockwise_attention
+from gpt_jax.model.kernels.blockwise import MASKED, blockwise_attention
+from gpt_jax.model.remat import keep
 from gpt_jax.runtime.sharding import constrain
 
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
@@ -54,7 +54,7 @@ def self_attention(
         from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 
         return pallas_tpu_self_attention(projected, bias, num_heads, stream, rate, segment_ids, precision)
-    qkv = checkpoint_name(constrain(projected + bias, "batch", None, None, "heads"), KEPT)
+    qkv = keep(constrain(projected + bias, "batch", None, None, "heads"))
     mixed = IMPLEMENTATIONS[name](*split_heads(qkv, num_heads), stream, rate, segment_ids, precision)
     return mixed.reshape(qkv.shape[0], time, -1)
 
@@ -196,7 +196,7 @@ def _plain(
     if stream is not None:
         probabilities = dropout(probabilities, stream, rate)
     mixed = jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(value.dtype), value, precision=precision)
-    return checkpoint_name(mixed, ATTENTION_OUTPUT)
+    return keep(mixed)
 
 
 def _pallas_tpu(query: Array, key: Array, value: Array, *options: Any) -> Array:

@@ -2,12 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, UInt32
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import dropout
-from gpt_jax.model.kernels.blockwise import KEPT
+from gpt_jax.model.remat import keep
 
 
 def add_and_normalize(
@@ -35,7 +34,7 @@ def add_and_normalize(
             vectors = changed_bias, gain, bias
             return pallas_tpu_add_and_normalize(x, changed, *vectors, stream, rate, config.layer_norm_epsilon)
     changed = changed + changed_bias
-    summed = checkpoint_name(x + (changed if stream is None else dropout(changed, stream, rate)), KEPT)
+    summed = keep(x + (changed if stream is None else dropout(changed, stream, rate)))
     return normalize(summed, gain, bias, config.layer_norm_epsilon)
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import transformer
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout
-from gpt_jax.model.kernels.blockwise import KEPT
 from gpt_jax.model.linear import Linear
+from gpt_jax.model.remat import keep, rematerialize
 from gpt_jax.model.transformer import Hidden, Params, Starts, TokenEmbedding, Tokens
 from gpt_jax.runtime.sharding import constrain
 
@@ -58,7 +57,7 @@ class Lstm(nnx.Module):
             projected, fresh = now
             if fresh is not None:
                 hidden, cell = (jnp.where(fresh[:, None], 0, array) for array in (hidden, cell))
-            gates = checkpoint_name(projected + jnp.tensordot(hidden, recurrent, 1), KEPT)
+            gates = keep(projected + jnp.tensordot(hidden, recurrent, 1))
             i, f, g, o = jnp.moveaxis(gates.astype(jnp.float32), 1, 0)
             cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
             hidden = (jax.nn.sigmoid(o) * jnp.tanh(cell)).astype(x.dtype)
@@ -68,7 +67,7 @@ class Lstm(nnx.Module):
         # The input projection is one product for all steps; only the recurrent product must be computed step by step.
         projected = constrain(self.input(x), "batch", None, None, "mlp")
         by_time = jax.tree.map(lambda array: jnp.moveaxis(array, 1, 0), (projected, restart))
-        _, states = jax.lax.scan(transformer.rematerialize(self.config, step), state, by_time)
+        _, states = jax.lax.scan(rematerialize(self.config, step), state, by_time)
         hidden, cell = (jnp.moveaxis(array, 0, 1) for array in states)
         return self.output(hidden), {"hidden": hidden, "cell": cell}
 

@@ -18,15 +18,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.attention import attention, self_attention, split_heads
 from gpt_jax.model.dropout import DropoutKey, Site, apply_dropout, mask_stream
-from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT
 from gpt_jax.model.layer_norm import add_and_normalize
 from gpt_jax.model.linear import Linear, Terms
+from gpt_jax.model.remat import keep, rematerialize
 from gpt_jax.runtime.sharding import constrain
 
 Params = dict[str, Any]
@@ -112,7 +111,7 @@ class Mlp(nnx.Module):
         self.down = Linear(config, mlp, embed, rngs=rngs)
 
     def __call__(self, x: Hidden) -> Terms:
-        up = checkpoint_name(constrain(self.up(x), "batch", None, "mlp"), KEPT)
+        up = keep(constrain(self.up(x), "batch", None, "mlp"))
         return self.down.terms(jax.nn.gelu(up, approximate=True))
 
 
@@ -266,20 +265,6 @@ def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
-
-
-def choose_remat(config: ModelConfig) -> str:
-    """Returns what `config.remat` stands for. An LSTM has no large intermediate results, so it recomputes nothing by default."""
-    return {"transformer": "dots", "lstm": "off"}[config.kind] if config.remat == "auto" else config.remat
-
-
-def rematerialize(config: ModelConfig, body: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps the body of a scan so that its backward pass recomputes values as specified by `config.remat`."""
-    remat, keep = choose_remat(config), jax.checkpoint_policies
-    if remat == "off":
-        return body
-    policy = keep.nothing_saveable if remat == "full" else keep.save_only_these_names(KEPT, ATTENTION_OUTPUT)
-    return jax.checkpoint(body, policy=policy, prevent_cse=False)  # CSE cannot undo it inside a scan.
 
 
 def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gpt_jax.config import ModelConfig, PretrainConfig, RunConfig
 from gpt_jax.config.load import config_from_dict
 from gpt_jax.model.attention import check_attention, choose_attention
-from gpt_jax.model.transformer import choose_remat
+from gpt_jax.model.remat import choose_remat
 from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.train.memory_estimate import check_remat, remat_that_fits
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
+from gpt_jax.model import remat
 from gpt_jax.model.dropout import keep, threshold
 
 BLOCK = 128
@@ -28,11 +28,6 @@ MAX_UNROLLED = 8
 """Maximum number of blocks that are unrolled."""
 MASKED = -1e30
 """Score of a key that a query must not attend to. It is finite, so that the difference of two such scores is not NaN."""
-ATTENTION_OUTPUT = "attention"
-"""The name by which `jax.checkpoint` policies keep what attention returns, so that it is not computed again."""
-
-KEPT = "kept"
-"""The name of other values that these policies keep: those that only a product with parameters could compute again."""
 
 Heads = Float[Array, "batch heads time dim"]
 Rows = Float[Array, "batch heads time 1"]
@@ -240,7 +235,7 @@ def _attention_fwd(
 ) -> tuple[Heads, tuple[Any, ...]]:
     with jax.default_matmul_precision(precision):
         output, log_normalizer = _forward(query, key, value, masks, rate)
-    output, log_normalizer = (checkpoint_name(array, ATTENTION_OUTPUT) for array in (output, log_normalizer))
+    output, log_normalizer = map(remat.keep, (output, log_normalizer))
     return output, (query, key, value, masks, output, log_normalizer)
 
 

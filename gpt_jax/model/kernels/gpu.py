@@ -27,14 +27,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int, UInt32
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.dropout import SECOND, column_terms, row_term, threshold
-from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT
+from gpt_jax.model.remat import keep_bits
 from gpt_jax.runtime.sharding import per_shard
 
 HEAD_DIMS = (16, 32, 64, 128)
@@ -464,7 +463,7 @@ def _attention_fwd(
     forward = functools.partial(_forward, dropped=dropped, precision=precision)
     names = (HEADS, HEADS, HEADS, _names(masks))
     results = per_shard(forward, names, _result_names(query))(query, key, value, masks)
-    results = jax.tree.map(_keep, results)
+    results = jax.tree.map(keep_bits, results)
     return results.output, (query, key, value, masks, results)
 
 
@@ -472,13 +471,6 @@ def _attention_bwd(dropped: int, precision: str, saved: tuple[Any, ...], gradien
     backward = functools.partial(_backward, dropped=dropped, precision=precision)
     names = (HEADS, HEADS, HEADS, _names(saved[3]), _result_names(gradient), HEADS)
     return *per_shard(backward, names, (HEADS, HEADS, HEADS))(*saved, gradient), None
-
-
-def _keep(array: Array) -> Array:
-    """Names an array for the policies of `jax.checkpoint`, as integers, since floats would be rounded in a pass over memory."""
-    integers = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
-    named = checkpoint_name(jax.lax.bitcast_convert_type(array, integers), ATTENTION_OUTPUT)
-    return jax.lax.bitcast_convert_type(named, array.dtype)
 
 
 def _result_names(output: Array) -> Any:

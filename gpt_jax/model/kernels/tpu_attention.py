@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, UInt32
 
 from gpt_jax.errors import UserError
-from gpt_jax.model.kernels.blockwise import ATTENTION_OUTPUT, KEPT
 from gpt_jax.model.kernels.tpu import backward, forward
 from gpt_jax.model.kernels.tpu_tiles import LANES, Shape
+from gpt_jax.model.remat import keep_bits
 from gpt_jax.runtime.sharding import all_sum, constrain, per_shard
 
 HEAD_DIMS = (64, 128)
@@ -148,15 +147,8 @@ def _forward_rule(
     qkv = constrain((projected + bias).swapaxes(1, 2), *QKV)
     local = functools.partial(_local_forward, options)
     results = per_shard(local, (QKV, *_names(stream, segment_ids)), (OUTPUT, LOGARITHMS))(qkv, stream, segment_ids)
-    output, logarithms = (_keep(array, ATTENTION_OUTPUT) for array in results)
-    return output, (_keep(qkv, KEPT), stream, segment_ids, output, logarithms)
-
-
-def _keep(array: Array, name: str) -> Array:
-    """Names an array for the policies of `jax.checkpoint`, as integers, because that rounds other numbers in an extra pass."""
-    integers = jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32
-    named = checkpoint_name(jax.lax.bitcast_convert_type(array, integers), name)
-    return jax.lax.bitcast_convert_type(named, array.dtype)
+    output, logarithms = map(keep_bits, results)
+    return output, (keep_bits(qkv), stream, segment_ids, output, logarithms)
 
 
 def _backward_rule(options: Options, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, None, None]:

@@ -14,15 +14,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, UInt32
 
 from gpt_jax.model.dropout import column_terms, dropout, keep_pair, row_term, threshold
 from gpt_jax.model.kernels import tpu
-from gpt_jax.model.kernels.blockwise import KEPT
 from gpt_jax.model.kernels.tpu_tiles import LANES, fill_zeros
+from gpt_jax.model.remat import keep
 from gpt_jax.runtime.sharding import all_sum, per_shard
 
 ROWS = 32
@@ -201,7 +200,7 @@ def _forward_rule(
     residual: Array, changed: Array, changed_bias: Array, gain: Array, bias: Array, stream: Array | None, options: Options
 ) -> tuple[Array, tuple[Any, ...]]:
     changed = changed + changed_bias
-    sums = checkpoint_name(residual + (changed if stream is None else dropout(changed, stream, options.rate)), KEPT)
+    sums = keep(residual + (changed if stream is None else dropout(changed, stream, options.rate)))
     to_rows = per_shard(functools.partial(normalize, epsilon=options.epsilon), (HIDDEN, VECTOR, VECTOR), HIDDEN)
     return to_rows(sums, gain, bias), (sums, stream, gain)
 
