@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from gpt_jax.errors import require
 from gpt_jax.model.dropout import dropout
 from gpt_jax.model.kernels.blockwise import MASKED, blockwise_attention
+from gpt_jax.model.linear import add_bias
 from gpt_jax.model.remat import keep
 from gpt_jax.runtime.sharding import constrain
 
@@ -44,7 +45,8 @@ def self_attention(
     gradient while it has the others at hand.
 
     Args:
-      projected, bias: compute dtype.
+      projected: compute dtype.
+      bias: dtype of parameters, in which its gradient is summed over examples and devices.
       num_heads: number of heads in the width.
       stream, rate, segment_ids, precision, implementation: as for `attention`.
     """
@@ -54,7 +56,7 @@ def self_attention(
         from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 
         return pallas_tpu_self_attention(projected, bias, num_heads, stream, rate, segment_ids, precision)
-    qkv = keep(constrain(projected + bias, "batch", None, None, "heads"))
+    qkv = keep(constrain(add_bias(projected, bias), "batch", None, None, "heads"))
     mixed = IMPLEMENTATIONS[name](*split_heads(qkv, num_heads), stream, rate, segment_ids, precision)
     return mixed.reshape(qkv.shape[0], time, -1)
 

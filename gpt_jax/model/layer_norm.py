@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, UInt32
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.dropout import dropout
+from gpt_jax.model.linear import add_bias
 from gpt_jax.model.remat import keep
 
 
@@ -22,7 +23,8 @@ def add_and_normalize(
     """Returns normalize(x + dropout(changed + changed_bias)) * gain + bias, where rows have mean 0 and variance 1.
 
     Args:
-      x, changed, changed_bias: compute dtype. The sum is rounded to it; its normalization is computed in float32.
+      x, changed: compute dtype. The sum is rounded to it; its normalization is computed in float32.
+      changed_bias: the bias of the projection that `changed` comes from.
       gain, bias: the parameters of the layer norm.
       stream, rate: the dropout mask's stream, None to disable dropout, and its rate.
       config: chooses the kernels of `kernels.tpu_layer_norm` together with those of attention.
@@ -33,7 +35,7 @@ def add_and_normalize(
         if takes(*x.shape[1:]):
             vectors = changed_bias, gain, bias
             return pallas_tpu_add_and_normalize(x, changed, *vectors, stream, rate, config.layer_norm_epsilon)
-    changed = changed + changed_bias
+    changed = add_bias(changed, changed_bias)
     summed = keep(x + (changed if stream is None else dropout(changed, stream, rate)))
     return normalize(summed, gain, bias, config.layer_norm_epsilon)
 

@@ -13,7 +13,7 @@ from gpt_jax.runtime.sharding import all_gather, is_split, per_shard, sum_and_sp
 Names = tuple[str | None, ...]
 """Logical axis names."""
 Terms = tuple[jax.Array, jax.Array]
-"""A product with parameters and the bias that is to be added to it."""
+"""A product with parameters, in the compute dtype, and the bias to be added to it, in the dtype of parameters."""
 
 
 class Linear(nnx.Module):
@@ -39,9 +39,9 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return add_bias(self._multiply(x), self.bias[...].reshape(self.outputs))
 
-    def terms(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns x @ kernel and the bias in the dtype of x, for a caller whose Pallas kernel also sums the bias gradient."""
-        return self._multiply(x), self.bias[...].astype(x.dtype).reshape(self.outputs)
+    def terms(self, x: jax.Array) -> Terms:
+        """Returns x @ kernel and the bias, for a caller whose Pallas kernel also sums the bias gradient."""
+        return self._multiply(x), self.bias[...].reshape(self.outputs)
 
     def _multiply(self, x: jax.Array) -> jax.Array:
         return product(x, self.kernel[...].reshape(self.shape), *self.names, self.precision)

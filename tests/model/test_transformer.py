@@ -247,12 +247,12 @@ def test_remat_saves_memory_and_changes_no_number():
 
 
 # The matrices are large beside everything else, and their shards on eight devices are not a multiple of a TPU's 128 lanes.
-LARGE = dataclasses.replace(TINY, context_length=128, num_layers=2, embed_dim=256, num_heads=4, mlp_dim=1024, attention="plain")
+LARGE = dataclasses.replace(TINY, context_length=128, num_layers=2, embed_dim=256, num_heads=4, mlp_dim=1024)
 
 
-def sent(devices, **sizes):
+def sent(devices, attention, **sizes):
     """Returns the bytes that the layers of `LARGE` send for each entry of their parameters on eight TPUs, by kind and dtype."""
-    config = dataclasses.replace(LARGE, compute_dtype="bfloat16")
+    config = dataclasses.replace(LARGE, compute_dtype="bfloat16", attention=attention)
     mesh = make_mesh(MeshConfig(**sizes), devices)
 
     def loss(blocks, hidden):
@@ -269,7 +269,7 @@ def sent(devices, **sizes):
         program = jax.jit(jax.grad(loss), out_shardings=shardings).lower(blocks, hidden).compile()
     entries, total = sum(shape.size for shape in jax.tree.leaves(shapes)), {}
     for each in read_costs(program.as_text(), mesh.shape).collectives:
-        kind = each.kind, each.dtype.removeprefix("bf16+")  # Small sums of biases join those of matrices.
+        kind = each.kind, each.dtype
         total[kind] = total.get(kind, 0) + each.bytes * each.times / entries
     return total
 
@@ -283,8 +283,9 @@ def sent(devices, **sizes):
     ],
     ids=str,
 )
-def test_on_tpus_layers_are_gathered_twice_and_their_gradients_cross_once(tpu_devices, sizes, expected):
+@pytest.mark.parametrize("attention", ["plain", "pallas_tpu"])
+def test_on_tpus_layers_are_gathered_twice_and_their_gradients_cross_once(tpu_devices, attention, sizes, expected):
     """`expected` is in bytes for each entry: two gathers in bfloat16 and one sum in float32. 5 % more are allowed for biases."""
-    total = sent(tuple(tpu_devices("v5e:2x4")), **sizes)
+    total = sent(tuple(tpu_devices("v5e:2x4")), attention, **sizes)
     assert {kind: round(size) for kind, size in total.items() if size > 0.05} == expected
     assert sum(total.values()) <= 1.05 * sum(expected.values())

@@ -144,19 +144,19 @@ def _forward_rule(
     projected: Array, bias: Array, stream: Array | None, segment_ids: Array | None, options: Options
 ) -> tuple[Array, tuple[Any, ...]]:
     # XLA writes the product in this order, and reads its gradient in it, without a copy.
-    qkv = constrain((projected + bias).swapaxes(1, 2), *QKV)
+    qkv = constrain((projected + bias.astype(projected.dtype)).swapaxes(1, 2), *QKV)
     local = functools.partial(_local_forward, options)
     results = per_shard(local, (QKV, *_names(stream, segment_ids)), (OUTPUT, LOGARITHMS))(qkv, stream, segment_ids)
     output, logarithms = map(keep_bits, results)
-    return output, (keep_bits(qkv), stream, segment_ids, output, logarithms)
+    return output, (keep_bits(qkv), bias, stream, segment_ids, output, logarithms)
 
 
 def _backward_rule(options: Options, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, None, None]:
-    _, stream, segment_ids, _, _ = saved
+    qkv, bias, stream, segment_ids, *results = saved
     names = (QKV, *_names(stream, segment_ids), OUTPUT, LOGARITHMS, OUTPUT)
     local = functools.partial(_local_backward, options)
-    qkv_gradient, bias_gradient = per_shard(local, names, (QKV, BIAS))(*saved, gradient)
-    return qkv_gradient.swapaxes(1, 2), bias_gradient.astype(gradient.dtype), None, None
+    qkv_gradient, bias_gradient = per_shard(local, names, (QKV, BIAS))(qkv, stream, segment_ids, *results, gradient)
+    return qkv_gradient.swapaxes(1, 2), bias_gradient.astype(bias.dtype), None, None
 
 
 def _names(stream: Array | None, segment_ids: Array | None) -> tuple[Any, Any]:

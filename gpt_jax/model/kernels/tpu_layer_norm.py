@@ -62,12 +62,12 @@ def pallas_tpu_add_and_normalize(
     Args:
       residual, changed: bfloat16 or float32; `embed` must be a multiple of 128 and `time` one of 32.
       changed_bias: the bias of the projection that `changed` comes from.
-      gain, bias: float32.
+      gain, bias: the parameters of the layer norm.
       stream: determines the dropout mask; None disables dropout.
       rate: dropout rate.
     """
     options = Options(epsilon, 0.0 if stream is None else rate)
-    return _add_and_normalize(residual, changed, changed_bias.astype(residual.dtype), gain, bias, stream, options)
+    return _add_and_normalize(residual, changed, changed_bias, gain, bias, stream, options)
 
 
 def takes(time: int, embed: int) -> bool:
@@ -199,19 +199,19 @@ def _add_and_normalize(
 def _forward_rule(
     residual: Array, changed: Array, changed_bias: Array, gain: Array, bias: Array, stream: Array | None, options: Options
 ) -> tuple[Array, tuple[Any, ...]]:
-    changed = changed + changed_bias
+    changed = changed + changed_bias.astype(changed.dtype)
     sums = keep(residual + (changed if stream is None else dropout(changed, stream, options.rate)))
     to_rows = per_shard(functools.partial(normalize, epsilon=options.epsilon), (HIDDEN, VECTOR, VECTOR), HIDDEN)
-    return to_rows(sums, gain, bias), (sums, stream, gain)
+    return to_rows(sums, gain, bias), (sums, stream, changed_bias, gain, bias)
 
 
 def _backward_rule(options: Options, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, Array, Array, Array, None]:
-    sums, stream, gain = saved
+    sums, stream, changed_bias, gain, bias = saved
     names = (HIDDEN, None if stream is None else STREAM, VECTOR, HIDDEN)
     of_shard = per_shard(functools.partial(differentiate, options), names, (HIDDEN, HIDDEN, (None, None)))
     residual, changed, vectors = of_shard(sums, stream, gain, gradient)
-    gain_gradient, bias_gradient = (vector.astype(gain.dtype) for vector in vectors[:2])
-    return residual, changed, vectors[2].astype(residual.dtype), gain_gradient, bias_gradient, None
+    of_gain, of_bias, of_changed_bias = (v.astype(p.dtype) for v, p in zip(vectors, (gain, bias, changed_bias), strict=True))
+    return residual, changed, of_changed_bias, of_gain, of_bias, None
 
 
 _add_and_normalize.defvjp(_forward_rule, _backward_rule)
