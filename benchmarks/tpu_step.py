@@ -5,8 +5,8 @@
     python -m benchmarks.tpu_step gpt1_1b5 --topology v5e:16x16 --per-device 2 --out report.json --hlo program.hlo
 
 The step is that of `lower_step`, compiled by libtpu (`pip install 'gpt_jax[tpu]'`), and the cycles are the compiler's own
-estimates, with the exceptions that gpt_jax/plan/hlo.py states. gpt1 takes two to three
-minutes on two cores, or about one with `--set model.layer_unroll=1`.
+estimates, with the exceptions that gpt_jax/plan/costs.py states. gpt1 takes two to three minutes on two cores, or about one with
+`--set model.layer_unroll=1`.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from gpt_jax.config import PretrainConfig
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.errors import TrainingError, UserError, one_line
 from gpt_jax.inputs.numbers import POSITIVE, number
-from gpt_jax.plan.hlo import Collective, Costs, Kernel, read_costs
+from gpt_jax.plan.costs import Collective, Costs, Kernel, read_costs
 from gpt_jax.plan.topology import topology_devices
 from gpt_jax.runtime.sharding import make_mesh
 from gpt_jax.train.step import lower_step
@@ -98,23 +99,42 @@ def _summary(costs: Costs) -> dict[str, Any]:
         parts[part]["all"] = cycles
     for (part, direction, kind), cycles in costs.by("part", "direction", "kind").items():
         parts[part][f"{direction} {kind}"] = cycles
-    transfers = collections.Counter[Collective]()
-    executions = collections.Counter[Collective]()
-    for collective in costs.collectives:
-        alike = collective._replace(bytes=0, times=0)
-        transfers[alike] += collective.bytes * collective.times
-        executions[alike] += collective.times
-    kernels = collections.Counter[tuple[str, str, str]]()
-    for kernel in costs.kernels:
-        kernels[kernel.name, kernel.part, kernel.direction] += kernel.times
-    top = sorted(costs.costs, reverse=True)[:40]
     return {
         "cycles": costs.cycles,
         "parts": parts,
-        "collectives": [each._replace(bytes=size, times=executions[each])._asdict() for each, size in transfers.most_common()],
-        "kernels": [Kernel(name, times, *place)._asdict() for (name, *place), times in kernels.items()],
-        "top": [cost._asdict() for cost in top],
+        "collectives": _sum_collectives(costs.collectives),
+        "kernels": _sum_kernels(costs.kernels),
+        "top": [cost._asdict() for cost in sorted(costs.costs, reverse=True)[:40]],
     }
+
+
+def _sum_collectives(collectives: Iterable[Collective]) -> list[dict[str, Any]]:
+    """Returns one row for collectives that differ only in size and overlap, with the sums over all their executions."""
+    groups: dict[Collective, list[Collective]] = collections.defaultdict(list)
+    for each in collectives:
+        groups[each._replace(bytes=0, times=0, overlap_cycles=0, overlap_kernels=())].append(each)
+    rows = []
+    for alike, members in groups.items():
+        kernels = collections.Counter[str]()
+        for each in members:
+            for kernel in each.overlap_kernels:
+                kernels[kernel.name] += each.times * kernel.times
+        sums = {
+            "bytes": sum(each.times * each.bytes for each in members),
+            "times": sum(each.times for each in members),
+            "overlap_cycles": sum(each.times * each.overlap_cycles for each in members),
+            "overlap_kernels": dict(kernels),
+        }
+        rows.append(alike._asdict() | sums)
+    return sorted(rows, key=lambda row: row["bytes"], reverse=True)
+
+
+def _sum_kernels(kernels: Iterable[Kernel]) -> list[dict[str, Any]]:
+    """Returns one row for kernels that differ only in their number of executions."""
+    executions = collections.Counter[Kernel]()
+    for each in kernels:
+        executions[each._replace(times=0)] += each.times
+    return [each._replace(times=times)._asdict() for each, times in executions.items()]
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -133,16 +153,19 @@ def describe(report: dict[str, Any]) -> str:
     for part, cycles in report["parts"].items():
         detail = ", ".join(f"{name} {count / 1e6:.1f}" for name, count in cycles.items() if name != "all" and count >= 5e4)
         lines.append(f"{cycles['all'] / 1e6:9.2f} {part:10}  {detail}")
-    lines.append("collectives: MiB in all, executions, kind, dtype, axes")
+    lines.append("collectives: MiB in all, executions, kind, dtype, axes; what runs while asynchronous ones are under way")
     for each in report["collectives"]:
-        kind = f"{each['kind']} {each['dtype']} over {each['axes']}"
-        asynchronous = ", asynchronous" if each["asynchronous"] else ""
-        where = f"({each['part']}, {each['direction']}{asynchronous})"
-        lines.append(f"{each['bytes'] / MIB:9.2f} {each['times']:4} {kind} {where}")
-    lines.append("Pallas kernels: executions, name" if report["kernels"] else "no Pallas kernels")
+        what = f"{each['kind']} {each['dtype']} over {each['axes']} ({each['part']}, {each['direction']})"
+        lines.append(f"{each['bytes'] / MIB:9.2f} {each['times']:4} {what}{_overlap(each) if each['asynchronous'] else ''}")
+    lines.append("Pallas kernels: executions, name, MiB of arrays in one" if report["kernels"] else "no Pallas kernels")
     for each in report["kernels"]:
-        lines.append(f"{each['times']:9} {each['name']} ({each['part']}, {each['direction']})")
+        lines.append(f"{each['times']:9} {each['name']} ({each['part']}, {each['direction']}) {each['bytes'] / MIB:.2f}")
     return "\n".join(lines)
+
+
+def _overlap(collective: dict[str, Any]) -> str:
+    kernels = "".join(f", {times} {name}" for name, times in collective["overlap_kernels"].items())
+    return f", asynchronous beside {collective['overlap_cycles'] / 1e6:.2f} M cycles{kernels}"
 
 
 def _parser() -> argparse.ArgumentParser:

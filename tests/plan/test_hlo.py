@@ -1,171 +1,54 @@
-"""Costs are read from small programs that were added up by hand, and from programs that libtpu compiled."""
+"""Instructions, computations and sizes are read from lines that the TPU compiler has written."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gpt_jax.plan.hlo import Collective, Kernel, direction_of, mesh_axes, part_of, read_costs, shape_bytes
+from gpt_jax.plan.hlo import parse, shape_bytes, shape_dtypes
 
-MESH = {"slice": 1, "data": 2, "fsdp": 2, "tensor": 1}
+MODULE = """HloModule jit_f, is_scheduled=true, num_partitions=8
 
+%fused (p: f32[8], /*index=1*/q: s32[]) -> f32[8] {
+  %p = f32[8]{0:T(1024)(128)} parameter(0)
+  %q = s32[] parameter(1)
+  ROOT %slice.1 = f32[8]{0} dynamic-slice(%p, %q), dynamic_slice_sizes={8}
+}
 
-def line(name, shape, opcode, operands="", attributes="", op_name="", cycles=0):
-    """Returns an instruction as the compiler writes it."""
-    metadata = f', metadata={{op_name="{op_name}" stack_frame_id=3}}' if op_name else ""
-    config = f', backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}' if cycles else ""
-    comma = ", " if attributes else ""
-    return f"  {name} = {shape} {opcode}({operands}){comma}{attributes}{metadata}{config}"
-
-
-def module(entry, *computations):
-    """Returns the text of a module of computations, each a name and its lines, after which comes the entry."""
-    blocks = [
-        f"%{name} (p: f32[8], /*index=1*/q: s32[]) -> f32[8] {{\n" + "\n".join(lines) + "\n}" for name, lines in computations
-    ]
-    return "\n\n".join(
-        ["HloModule jit_f, is_scheduled=true", *blocks, "ENTRY %main (p: f32[8]) -> f32[8] {\n" + "\n".join(entry) + "\n}"]
-    )
+ENTRY %main.2_spmd (x: f32[8]) -> (f32[8], f32[8]) {
+  %x = f32[8]{0} parameter(0), sharding={devices=[8]<=[8]}
+  %three = s32[]{:T(128)} constant(3)
+  %fusion = f32[8]{0:T(8,128)S(1)} fusion(%x, %three), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/mlp/add"}, \
+backend_config={"window_config":{"estimated_cycles":"1921","iteration_bounds":["1"]}}
+  %loop = (s32[], f32[8]{0}) while(%t), condition=%cond.1, body=%body-1
+  %choice = f32[8]{0} conditional(%q, %x, %x), branch_computations={%rare, %usual}
+  ROOT %t = (f32[8]{0}, /*index=1*/f32[8]{0}) tuple(%fusion, /*index=1*/%fusion)
+}
+"""
 
 
-def loop(name, trips, body):
-    """Returns the `while` instruction, and the computations of a loop."""
-    condition = [
-        line("%limit", "s32[]{:T(128)}", "constant", str(trips)),
-        line("%state", "(s32[], f32[8]{0})", "parameter", "0"),
-        line("%i", "s32[]", "get-tuple-element", "%state", "index=0"),
-        line("ROOT %less", "pred[]", "compare", "%i, %limit", "direction=LT"),
-    ]
-    instruction = line(f"%{name}", "(s32[], f32[8]{0})", "while", "%t", f"condition=%{name}_condition, body=%{name}_body")
-    return instruction, (f"{name}_condition", condition), (f"{name}_body", body)
-
-
-def test_loops_are_multiplied_out():
-    inner, *inner_computations = loop("inner", 4, [line("%a", "f32[8]{0}", "add", "%p, %p", op_name="jit(f)/x/add", cycles=3)])
-    outer, *outer_computations = loop("outer", 5, [inner, line("%m", "f32[8]{0}", "multiply", "%p, %p", cycles=100)])
-    costs = read_costs(
-        module([outer, line("%e", "f32[8]", "negate", "%p", cycles=7)], *inner_computations, *outer_computations), {}
-    )
-    assert costs.cycles == 5 * 4 * 3 + 5 * 100 + 7
-    assert {cost.name: (cost.cycles, cost.times) for cost in costs.costs} == {"a": (60, 20), "m": (500, 5), "e": (7, 1)}
-
-
-def test_the_cheapest_branch_of_a_conditional_counts():
-    branches = [
-        ("rare", [line("%a", "f32[8]", "add", "%p, %p", cycles=50)]),
-        ("usual", [line("%b", "f32[8]", "negate", "%p", cycles=2), line("%c", "f32[8]", "add", "%b, %p", cycles=3)]),
-    ]
-    entry = line("%choice", "f32[8]", "conditional", "%i, %p, %p", "branch_computations={%rare, %usual}")
-    assert [cost.name for cost in read_costs(module([entry], *branches), {}).costs] == ["b", "c"]
-
-
-def test_the_trip_count_that_the_compiler_states_comes_first():
-    instruction, *computations = loop("l", 4, [line("%a", "f32[8]", "add", "%p, %p", cycles=1)])
-    known = instruction + ', backend_config={"known_trip_count":{"n":"9"}}'
-    assert read_costs(module([known], *computations), {}).cycles == 9
-
-
-def test_a_loop_without_a_constant_trip_count_is_an_error():
-    instruction, (name, condition), body = loop("l", 4, [])
-    condition[0] = line("%limit", "s32[]", "parameter", "1")
-    with pytest.raises(ValueError, match="trip count of loop l "):
-        read_costs(module([instruction], (name, condition), body), {})
-
-
-def test_a_fusion_belongs_to_the_product_inside_it():
-    fused = [
-        line("%c", "bf16[8,8]{1,0:T(8,128)(2,1)}", "convolution", "%x, %y", op_name="jit(f)/transpose(jvp())/mlp/dot_general"),
-        line("ROOT %s", "bf16[8,8]", "add", "%c, %c", op_name="jit(f)/jvp()/layer_norm/add"),
-    ]
-    moves = [line("%d", "f32[8]", "dynamic-slice", "%p, %q"), line("ROOT %b", "f32[8]", "bitcast", "%d")]
-    mask = [line("ROOT %x", "u32[8]", "xor", "%p, %q", op_name="jit(f)/jvp(embedding)/xor")]
-    fusion = lambda name, calls, op_name, cycles: line(  # noqa: E731
-        f"%{name}", "f32[8]", "fusion", "%p", f"kind=kLoop, calls=%{calls}", op_name, cycles
-    )
-    entry = [
-        fusion("one", "product", "jit(f)/jvp()/layer_norm/add", 10),
-        fusion("two", "moves", "jit(f)/jvp()/while/body/dynamic_slice", 20),
-        fusion("three", "mask", "", 40),
-        line("%four", "f32[8]", "copy", "%p", op_name="jit(f)/optimizer/mul", cycles=80),
-    ]
-    costs = read_costs(module(entry, ("product", fused), ("moves", moves), ("mask", mask)), {})
-    assert costs.by("part", "direction", "kind") == {
-        ("optimizer", "forward", "copy"): 80,
-        ("embedding", "forward", "elementwise"): 40,
-        ("scan", "forward", "copy"): 20,
-        ("mlp", "backward", "product"): 10,
+def test_computations_keep_the_order_of_their_instructions():
+    program = parse(MODULE)
+    assert program.entry == "main.2_spmd"
+    assert {name: list(computation) for name, computation in program.computations.items()} == {
+        "fused": ["p", "q", "slice.1"],
+        "main.2_spmd": ["x", "three", "fusion", "loop", "choice", "t"],
     }
 
 
-@pytest.mark.parametrize(
-    ("op_name", "part", "direction"),
-    [
-        ("jit(train_step)/jvp(embedding)/gather", "embedding", "forward"),
-        ("jit(train_step)/transpose(jvp(embedding))/scatter-add", "embedding", "backward"),
-        ("jit(train_step)/jvp()/while/body/closed_call/attention/bqhd,bkhd->bhqk/dot_general", "attention", "forward"),
-        ("jit(t)/transpose(jvp())/while/body/checkpoint/rematted_computation/mlp/tanh", "mlp", "recomputed"),
-        ("jit(t)/transpose(jvp())/while/body/checkpoint/mlp/dot_general", "mlp", "backward"),
-        ("jit(t)/jvp()/while/body/jit(dynamic_index_in_dim)/dynamic_slice", "scan", "forward"),
-        ("jit(t)/jvp()/while/body/dynamic_update_slice", "scan", "forward"),
-        ("jit(t)/jvp(loss)/shard_map/while/body/dynamic_slice", "loss", "forward"),
-        ("jit(t)/attention/layer_norm/mul", "layer_norm", "forward"),
-        ("jit(t)/convert_element_type", "other", "forward"),
-        ("", "other", "forward"),
-    ],
-)
-def test_parts_and_directions_come_from_the_names_of_scopes(op_name, part, direction):
-    assert (part_of(op_name), direction_of(op_name)) == (part, direction)
+def test_what_an_instruction_says():
+    main = parse(MODULE).computations["main.2_spmd"]
+    fusion = main["fusion"]
+    assert (fusion.shape, fusion.opcode, fusion.inputs) == ("f32[8]{0:T(8,128)S(1)}", "fusion", ["x", "three"])
+    assert (fusion.op_name, fusion.cycles, fusion.called) == ("jit(f)/mlp/add", 1921, ["fused"])
+    assert (main["three"].operands, main["three"].op_name, main["three"].cycles) == ("3", "", 0)
+    assert (main["t"].shape, main["t"].inputs) == ("(f32[8]{0}, /*index=1*/f32[8]{0})", ["fusion"])
+    assert (main["loop"].attribute("body"), main["loop"].called) == ("body-1", [])
+    assert main["choice"].called == ["rare", "usual"]
+    with pytest.raises(ValueError, match="instruction x has no attribute 'body'"):
+        main["x"].attribute("body")
 
 
-def test_collectives_have_the_bytes_of_their_larger_side():
-    groups = "channel_id=1, replica_groups={{0,1},{2,3}}"
-    entry = [
-        line("%p", "bf16[64,32]{1,0}", "parameter", "0"),
-        line("%scattered", "bf16[32,32]{1,0}", "reduce-scatter", "%p", groups),
-        line("%start", "(bf16[32,32]{1,0}, bf16[64,32]{1,0}, u32[])", "all-gather-start", "%scattered", groups),
-        line("%done", "bf16[64,32]{1,0}", "all-gather-done", "%start"),
-        line("%sum", "(f32[3]{0}, f32[5]{0})", "all-reduce", "%x, %y", groups, op_name="jit(f)/optimizer/reduce_sum"),
-    ]
-    assert read_costs(module(entry), MESH).collectives == [
-        Collective("reduce-scatter", "bf16", 64 * 32 * 2, 1, "fsdp", "other", "forward", False),
-        Collective("all-gather", "bf16", 64 * 32 * 2, 1, "fsdp", "other", "forward", True),
-        Collective("all-reduce", "f32", 32, 1, "fsdp", "optimizer", "forward", False),
-    ]
-
-
-def test_a_collective_that_runs_beside_several_fusions_is_counted_once():
-    gather = 'channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), frontend_attributes={chain_id="0"}'
-    fused = [
-        (f"part{n}", [line("%g", "bf16[8,8]{1,0}", "all-gather", "%p", gather, op_name="jit(f)/mlp/dot_general")])
-        for n in range(3)
-    ]
-    body = [line(f"%f{n}", "bf16[8,8]", "fusion", "%p", f"kind=kCustom, calls=%part{n}") for n in range(3)]
-    instruction, *computations = loop("layers", 6, body)
-    collectives = read_costs(module([instruction], *fused, *computations), MESH).collectives
-    assert collectives == [Collective("all-gather", "bf16", 128, 6, "data", "mlp", "forward", True)]
-
-
-@pytest.mark.parametrize(
-    ("groups", "axes"),
-    [
-        ("replica_groups={{0,1},{2,3}}", "fsdp"),
-        ("replica_groups={{0,2},{1,3}}", "data"),
-        ("replica_groups={{0,1,2,3}}, use_global_device_ids=true", "data+fsdp"),
-        ("replica_groups=[2,2]<=[4]", "fsdp"),
-        ("replica_groups=[2,2]<=[2,2]T(1,0)", "data"),
-        ("replica_groups=[1,4]<=[4]", "data+fsdp"),
-        ("replica_groups=mesh['data'=2,'fsdp'=2] {'fsdp'}", "fsdp"),
-        ("replica_groups=mesh['slice'=1,'data'=2,'fsdp'=2,'tensor'=1] {'slice','data'}", "data"),
-        ("replica_groups=mesh['axis_0'=2,'axis_1'=1,'axis_2'=2], device_ids=([2,2]T(1,0)) {'axis_0'}, to_apply=%add", "fsdp"),
-        ("replica_groups={{0,3},{1,2}}, to_apply=%add", "{{0,3},{1,2}}, to_apply=%add"),
-        ("source_target_pairs={{0,1},{1,0},{2,3},{3,2}}", "fsdp"),
-        ("source_target_pairs={{0,0},{1,2},{2,1},{3,3}}", "data+fsdp"),
-    ],
-)
-def test_groups_of_devices_are_named_by_mesh_axes(groups, axes):
-    assert mesh_axes(f"channel_id=1, {groups}", MESH) == axes
+def test_other_texts_are_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        parse("module @jit_f {\n}\n")
 
 
 @pytest.mark.parametrize(
@@ -182,43 +65,5 @@ def test_bytes_of_shapes(shape, size):
     assert shape_bytes(shape) == size
 
 
-def test_other_texts_are_refused():
-    with pytest.raises(ValueError, match="no entry computation"):
-        read_costs("module @jit_f {\n}\n", {})
-
-
-# -- compiled programs ------------------------------------------------------------------------------------------------------
-
-
-def compile_scan(devices, length):
-    """Compiles a scan over products with a kernel and a sum over the devices in it; returns its costs."""
-    mesh = Mesh(np.array(devices).reshape(4), ("data",))
-    sharded = lambda shape, *axes: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, PartitionSpec(*axes)))  # noqa: E731
-
-    def double(x_ref, out_ref):
-        out_ref[...] = x_ref[...] * 2
-
-    @jax.named_scope("mlp")
-    def kernel(x):
-        return jax.lax.psum(pl.pallas_call(double, jax.ShapeDtypeStruct(x.shape, x.dtype), name="double")(x), "data")
-
-    def scan(x, weights):
-        def body(x, weight):
-            with jax.named_scope("attention"):
-                x = x @ weight
-            return jax.shard_map(kernel, in_specs=PartitionSpec(None), out_specs=PartitionSpec(None), check_vma=False)(x), None
-
-        return jax.lax.scan(body, x, weights)[0]
-
-    with jax.set_mesh(mesh):
-        compiled = jax.jit(scan).lower(sharded((1024, 2048)), sharded((length, 2048, 2048))).compile()
-    return read_costs(compiled.as_text(), mesh.shape)
-
-
-def test_cycles_of_a_compiled_scan_grow_with_its_length(tpu_devices):
-    four, seven = (compile_scan(tpu_devices("v5e:2x2"), length) for length in (4, 7))
-    products = [costs.by("part", "kind")["attention", "product"] for costs in (four, seven)]
-    assert products[0] * 7 == products[1] * 4
-    assert 1 <= products[0] / (4 * 1024 * 2048 * 2048 / (4 * 128 * 128)) <= 1.3  # the chip has four units of 128 x 128
-    assert four.kernels == [Kernel("double", 4, "mlp", "forward")]
-    assert seven.collectives == [Collective("all-reduce", "bf16", 1024 * 2048 * 2, 7, "data", "mlp", "forward", False)]
+def test_dtypes_of_shapes():
+    assert shape_dtypes("(f32[8]{0:T(8,128)}, bf16[2,3], f32[], u32[]{:S(2)})") == {"f32", "bf16", "u32"}
