@@ -248,3 +248,34 @@ def test_cycles_of_a_compiled_scan_grow_with_its_length(tpu_devices):
     assert 1 <= products[0] / (4 * 1024 * 2048 * 2048 / (4 * 128 * 128)) <= 1.3  # the chip has four units of 128 x 128
     assert four.kernels == [Kernel("double", 2 * 1024 * 2048 * 2, 4, "mlp", "forward")]
     assert seven.collectives == [Collective("all-reduce", "bf16", 1024 * 2048 * 2, 7, "data", 4, "mlp", "forward")]
+
+
+def test_compiled_collectives_overlap_with_products_and_leave_each_device_its_shard(tpu_devices):
+    """Two layers with sharded weights, and a sum over the batch that looks like a gradient.
+
+    The first layer's weights are gathered before anything else can run, and the second layer's during the first product.
+    """
+    mesh = Mesh(np.array(tpu_devices("v5e:2x2")), ("fsdp",))
+    shard = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))  # noqa: E731
+
+    def step(x, first, second):
+        with jax.named_scope("mlp"):
+            x = jax.lax.with_sharding_constraint(x @ first, shard("fsdp"))
+            x = jax.lax.with_sharding_constraint(x @ second, shard("fsdp"))
+        with jax.named_scope("optimizer"):
+            return x, jax.lax.with_sharding_constraint(
+                jnp.einsum("bi,bo->io", x, x, preferred_element_type=jnp.float32), shard("fsdp")
+            )
+
+    weights = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=shard("fsdp"))
+    batch = jax.ShapeDtypeStruct((16384, 2048), jnp.bfloat16, sharding=shard("fsdp"))
+    costs = read_costs(jax.jit(step).lower(batch, weights, weights).compile().as_text(), mesh.shape)
+    product = next(cost for cost in costs.costs if cost.kind == "product")
+    assert product.cycles == pytest.approx(4096 * 2048 * 2048 / (4 * 128 * 128), rel=0.1)
+    gathers = [each for each in costs.collectives if each.kind == "all-gather"]
+    assert {(each.bytes, each.axes, each.devices) for each in gathers} == {(2048 * 2048 * 2, "fsdp", 4)}
+    assert [(each.asynchronous, each.overlap_cycles) for each in gathers] == [(False, 0), (True, product.cycles)]
+    (scatter,) = (each for each in costs.collectives if each.kind == "reduce-scatter")
+    assert (scatter.dtype, scatter.devices, scatter.part, scatter.asynchronous) == ("f32", 4, "optimizer", False)
+    assert 1 <= scatter.bytes / (2048 * 2048 * 4) <= 1.1  # The compiler pads it.
+    assert "all-reduce" not in {each.kind for each in costs.collectives}
