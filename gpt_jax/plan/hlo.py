@@ -1,5 +1,6 @@
 """Parses the text of an optimized HLO module, `compiled.as_text()`, into computations and instructions."""
 
+import importlib
 import math
 import re
 from collections.abc import Mapping
@@ -122,9 +123,7 @@ def shape_dtypes(shape: str) -> set[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Returns `read_costs`, which has moved to gpt_jax/plan/costs.py, for modules that still import it from here."""
+    """Returns `read_costs`, which has moved to gpt_jax/plan/costs.py, for tests that still import it from here."""
     if name != "read_costs":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from gpt_jax.plan.costs import read_costs
-
-    return read_costs
+    return importlib.import_module("gpt_jax.plan.costs").read_costs
