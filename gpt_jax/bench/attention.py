@@ -23,11 +23,13 @@ GRADIENT_ERROR = "largest relative error of a gradient"
 def implementations(model: ModelConfig) -> list[str]:
     """Returns the names of the implementations of attention that run on this machine's devices and take the model's sizes."""
     from gpt_jax.model.attention import IMPLEMENTATIONS, check_attention
+    from gpt_jax.model.transformer import compute_dtype
 
-    names = []
+    platform, names = default_platform(), []
+    sizes = model.context_length, model.head_dim, compute_dtype(model, platform), ""
     for name in IMPLEMENTATIONS:
         with contextlib.suppress(UserError):
-            check_attention(name, default_platform(), model.context_length, model.head_dim)
+            check_attention(name, platform, *sizes)
             names.append(name)
     return names
 

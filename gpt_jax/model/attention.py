@@ -51,7 +51,7 @@ def self_attention(
       stream, rate, segment_ids, precision, implementation: as for `attention`.
     """
     time, dim = projected.shape[1], projected.shape[3] // num_heads
-    name = choose_attention(jax.default_backend(), time, dim).name if implementation == "auto" else implementation
+    name = _resolve(implementation, time, dim, projected.dtype)
     if name == "pallas_tpu":
         from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 
@@ -105,8 +105,7 @@ def attention(
     """
     queries, keys = query.shape[1], key.shape[1]
     if queries == keys and query_offset is None:
-        time, dim = query.shape[1], query.shape[3]
-        name = choose_attention(jax.default_backend(), time, dim).name if implementation == "auto" else implementation
+        name = _resolve(implementation, query.shape[1], query.shape[3], query.dtype)
         return IMPLEMENTATIONS[name](query, key, value, stream, rate, segment_ids, precision)
     if stream is not None and queries != keys:
         raise ValueError(f"dropout needs as many queries as keys, got {queries} and {keys}")
@@ -129,15 +128,15 @@ BLOCKWISE_BEYOND = 64
 """Sequence length in tokens beyond which `blockwise` trains faster than `plain` on CPUs (docs/benchmarks.md)."""
 
 
-def choose_attention(platform: str, time: int, dim: int, device_kind: str = "") -> Choice:
-    """Returns the implementation for sequences of `time` tokens and heads of size `dim`.
+def choose_attention(platform: str, time: int, dim: int, dtype: Any, device_kind: str) -> Choice:
+    """Returns the implementation for sequences of `time` tokens and heads of size `dim` in a compute dtype.
 
     Args:
       platform: that of the devices: "cpu", "gpu" or "tpu".
-      device_kind: their kind in JAX. Kernels take shorter sequences on some.
+      device_kind: their kind in JAX, "" if it is unknown. Kernels take shorter sequences on some.
     """
     if platform == "tpu":
-        reason = _refusal("pallas_tpu", time, dim, device_kind)
+        reason = _refusal("pallas_tpu", time, dim, dtype, device_kind)
         other = "plain" if time <= MAX_PLAIN else "blockwise"
         return Choice(other, reason) if reason else Choice("pallas_tpu", "the fastest on TPUs")
     if platform != "cpu":
@@ -147,8 +146,8 @@ def choose_attention(platform: str, time: int, dim: int, device_kind: str = "") 
     return Choice("plain", f"about as fast as any on CPUs up to {BLOCKWISE_BEYOND} tokens")
 
 
-def check_attention(implementation: str, platform: str, time: int, dim: int, device_kind: str = "") -> None:
-    """Checks that an implementation runs on these devices and takes sequences and heads of this size.
+def check_attention(implementation: str, platform: str, time: int, dim: int, dtype: Any, device_kind: str) -> None:
+    """Checks that an implementation runs on these devices and takes sequences and heads of this size; see `choose_attention`.
 
     Raises:
       UserError: it does not.
@@ -157,21 +156,29 @@ def check_attention(implementation: str, platform: str, time: int, dim: int, dev
     devices = {"cpu": "CPUs", "gpu": "GPUs", "tpu": "TPUs"}
     problem = f"{implementation} runs on {devices.get(needed, needed)}, and the devices are {devices.get(platform, platform)}"
     require(needed == platform, "model.attention", f"{problem}; use auto")
-    reason = _refusal(implementation, time, dim, device_kind)
+    reason = _refusal(implementation, time, dim, dtype, device_kind)
     require(reason is None, "model.attention", f"{reason}; use auto")
 
 
-def _refusal(implementation: str, time: int, dim: int, device_kind: str) -> str | None:
+def _refusal(implementation: str, time: int, dim: int, dtype: Any, device_kind: str) -> str | None:
     """Returns the reason why an implementation does not take sequences or heads of this size; None if it does."""
     if implementation == "pallas_tpu":
         from gpt_jax.model.kernels import tpu_attention
 
-        return tpu_attention.refusal(dim, time, device_kind=device_kind)
+        return tpu_attention.refusal(dim, time, dtype, device_kind)
     if implementation == "pallas_gpu":
         from gpt_jax.model.kernels import gpu
 
-        return gpu.refusal(dim, time)
+        return gpu.refusal(dim, time, dtype)
     return None
+
+
+def _resolve(implementation: str, time: int, dim: int, dtype: Any) -> str:
+    """Returns the name of an implementation, which "auto" leaves to the kind of this machine's devices."""
+    if implementation != "auto":
+        return implementation
+    device = jax.devices()[0]
+    return choose_attention(device.platform, time, dim, dtype, device.device_kind).name
 
 
 def _plain(

@@ -135,7 +135,7 @@ def apply_cached(
     restart = None if segment_ids is None else jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     graph, _ = transformer.split_module(Lstm, config)
     with jax.default_matmul_precision(config.matmul_precision):
-        x = constrain(params["embedding"]["tokens"], "vocab", None)[tokens] if token_rows is None else token_rows
+        x = transformer.look_up_tokens(config, params, tokens) if token_rows is None else token_rows
         x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
         x = constrain(x.astype(transformer.compute_dtype(config)), "batch", None, None)
         output, states = nnx.merge(graph, params["lstm"])(x, restart, state)

@@ -215,9 +215,8 @@ def apply_cached(
         return nnx.merge(graph, layer_params)(x, layer_key, segment_ids, layer_cache, start)
 
     with jax.default_matmul_precision(config.matmul_precision):
-        # The table is gathered over "fsdp" first, so that a lookup moves table rows and never the batch.
         with jax.named_scope("embedding"):
-            rows = constrain(embedding["tokens"], "vocab", None)[tokens] if token_rows is None else token_rows
+            rows = look_up_tokens(config, params, tokens) if token_rows is None else token_rows
             x = rows + constrain(embedding["positions"], None, None)[positions]
             x = apply_dropout(x, dropout_key, config.embed_dropout, Site.EMBEDDING)
             x = constrain(x.astype(compute_dtype(config)), "batch", None, None)
@@ -229,6 +228,13 @@ def apply_cached(
             return x, caches
         layers = params["blocks"], jnp.arange(config.num_layers), cache
         return jax.lax.scan(rematerialize(config, layer), x, layers, unroll=config.layer_unroll or 1)
+
+
+def look_up_tokens(config: ModelConfig, params: Params, tokens: Tokens) -> Hidden:
+    """Returns the tokens' rows of the table as `tied.lookup` does, float32 but rounded to the compute dtype, for any batch size."""
+    # The table is gathered over "fsdp" first, so that a lookup moves table rows and never the batch.
+    table = constrain(params["embedding"]["tokens"].astype(compute_dtype(config)), "vocab", None)
+    return table[tokens].astype(jnp.float32)
 
 
 def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:

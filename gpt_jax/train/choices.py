@@ -13,6 +13,7 @@ from gpt_jax.config import ModelConfig, PretrainConfig, RunConfig
 from gpt_jax.config.load import config_from_dict
 from gpt_jax.model.attention import check_attention, choose_attention
 from gpt_jax.model.remat import choose_remat
+from gpt_jax.model.transformer import compute_dtype
 from gpt_jax.runtime.rundir import RunDir
 from gpt_jax.train.memory_estimate import check_remat, remat_that_fits
 
@@ -34,7 +35,7 @@ def choose(model: ModelConfig, platform: str, device_kind: str = "") -> ModelCon
     Raises:
       UserError: the attention that the config names does not run on these devices.
     """
-    sizes = model.context_length, model.head_dim, device_kind
+    sizes = model.context_length, model.head_dim, compute_dtype(model, platform), device_kind
     chosen: Any = choose_attention(platform, *sizes).name
     attention = chosen if model.attention == "auto" else model.attention
     check_attention(attention, platform, *sizes)
@@ -58,7 +59,7 @@ def choose_for(config: Config, mesh: Mesh) -> Config:
     if isinstance(config, PretrainConfig):
         automatic = dataclasses.replace(config, model=dataclasses.replace(chosen, remat=config.model.remat))
         remat: Any = remat_that_fits(automatic, mesh.shape, device.platform, device.device_kind)
-        few = device.platform == "tpu" and chosen.num_layers <= UNROLLED_ON_TPUS
+        few = device.platform == "tpu" and chosen.kind == "transformer" and chosen.num_layers <= UNROLLED_ON_TPUS
         # Without a loop, the compiler merges a full recomputation with the forward pass, and nothing is saved.
         unroll = config.model.layer_unroll or (chosen.num_layers if few and remat != "full" else 1)
         chosen = dataclasses.replace(chosen, remat=remat, layer_unroll=unroll)
@@ -69,24 +70,32 @@ def keep_choices(run: RunDir, config: Config, mesh: Mesh) -> Config:
     """Returns the config with all choices made: those of the run in this folder, if there is one, otherwise new ones.
 
     Fields that are not "auto" stay as they are. On another platform than before, the choices are made anew, and so is that of
-    `model.remat` on other devices.
+    `model.remat` if the devices, the mesh or the micro-batches are others.
 
     Raises:
-      UserError: as `choose_for`.
+      UserError: as `choose_for`; also if the batch does not fit with what the config or the run has chosen.
     """
     device, stored = mesh.devices.flat[0], run.stored()
     recorded = _recorded(run, device.platform)
-    same_devices = stored.get("devices") == f"{mesh.size} x {device.device_kind}"
+    same_memory = False
     if recorded is not None and stored.get("platform", device.platform) == device.platform:
+        same_devices = stored.get("devices") == f"{mesh.size} x {device.device_kind}"
+        same_memory = same_devices and _batch_layout(config) == _batch_layout(recorded)
         automatic = {name for name in AUTOMATIC if getattr(config.model, name) in ("auto", 0)}
-        if not same_devices and device.platform != "cpu":
+        if not same_memory and device.platform != "cpu":
             automatic.discard("remat")
-        kept: dict[str, Any] = {name: getattr(recorded, name) for name in automatic}
+        kept: dict[str, Any] = {name: getattr(recorded.model, name) for name in automatic}
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **kept))
+        same_memory = same_memory and config.model == recorded.model
     config = choose_for(config, mesh)
-    if isinstance(config, PretrainConfig) and not same_devices:
+    if isinstance(config, PretrainConfig) and not same_memory:
         check_remat(config, mesh.shape, device.platform, device.device_kind)
     return config
+
+
+def _batch_layout(config: RunConfig) -> tuple[Any, ...]:
+    """Returns the settings that determine how many sequences a device processes at once."""
+    return config.mesh, config.train.batch_size, config.train.grad_accum_steps
 
 
 def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, str]:
@@ -94,24 +103,23 @@ def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, 
     recorded = _recorded(run, platform)
     if recorded is None:
         return {}
-    names = [name for name in AUTOMATIC if getattr(config.model, name) != getattr(recorded, name)]
-    changes = {
-        f"model.{name.replace('_', '-')}": f"{getattr(config.model, name)} instead of {getattr(recorded, name)}" for name in names
-    }
+    values = {name: (getattr(config.model, name), getattr(recorded.model, name)) for name in AUTOMATIC}
+    changes = {f"model.{name.replace('_', '-')}": f"{now} instead of {old}" for name, (now, old) in values.items() if now != old}
     before, now = run.stored().get("lengths"), list(run.lengths or ())
     if before and now and before != now:
         changes["task.num-length-buckets"] = f"{len(now)} ({now}) instead of {len(before)} ({before})"
     return changes
 
 
-def _recorded(run: RunDir, platform: str) -> ModelConfig | None:
-    """Returns the model's config with the choices that a run has made, or None if there is no run.
+def _recorded(run: RunDir, platform: str) -> RunConfig | None:
+    """Returns the config with the choices that a run has made, or None if there is no run.
 
     Runs of the first version recorded no platform; `platform` is used for them.
     """
     stored = run.stored()
     if not stored:
         return None
-    model = config_from_dict(stored["config"], run.path / "config.json").model
-    earlier: dict[str, Any] = {name: value for name, value in EARLIER.items() if getattr(model, name) == "auto"}
-    return choose(dataclasses.replace(model, **earlier), stored.get("platform", platform))
+    config = config_from_dict(stored["config"], run.path / "config.json")
+    earlier: dict[str, Any] = {name: value for name, value in EARLIER.items() if getattr(config.model, name) == "auto"}
+    model = choose(dataclasses.replace(config.model, **earlier), stored.get("platform", platform))
+    return dataclasses.replace(config, model=model)

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from gpt_jax.config import ModelConfig, RunConfig
 from gpt_jax.errors import UserError, field_error
 from gpt_jax.model.network import network
+from gpt_jax.model.remat import choose_remat
 from gpt_jax.model.transformer import ParamSpec, compute_dtype
 from gpt_jax.runtime.chips import CHIPS, GIB
 from gpt_jax.runtime.mesh import num_shards
@@ -91,7 +92,7 @@ def remat_that_fits(config: RunConfig, sizes: Mapping[str, int], platform: str, 
     if config.model.remat != "auto":
         return config.model.remat
     if not _is_known(config.model, platform, kind):
-        return {"transformer": "dots", "lstm": "off"}[config.model.kind]
+        return choose_remat(config.model)
     usable = int(USABLE[platform] * CHIPS[kind].memory)
     for remat in ORDER:
         if step_bytes(config, sizes, platform, remat) <= usable:

@@ -203,7 +203,7 @@ def _header(config: RunConfig, mesh: Mesh, title: str, total_steps: int) -> str:
     parts = [f"{model.num_parameters:,} parameters", f"{title} in {total_steps:,} steps"]
     parts += [f"{mesh.size} x {device.device_kind}", f"mesh {axes}"]
     if model.kind == "transformer":
-        choice = choose_attention(device.platform, model.context_length, model.head_dim, device.device_kind)
+        choice = choose_attention(device.platform, model.context_length, model.head_dim, dtype, device.device_kind)
         parts.append(f"attention {model.attention}" + (f" ({choice.reason})" if choice.name == model.attention else ""))
     return " | ".join([*parts, f"{dtype} over {model.param_dtype}"])
 

@@ -11,7 +11,7 @@ import pytest
 from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.model import dropout as masks
 from gpt_jax.model import transformer
-from gpt_jax.model.loss import language_model_loss
+from gpt_jax.model.loss import embed_tokens, language_model_loss
 from gpt_jax.plan.hlo import read_costs
 from gpt_jax.runtime.sharding import make_mesh, named_sharding
 from tests.model import paper
@@ -198,6 +198,14 @@ def test_bfloat16_activations_float32_parameters(params, tokens):
     gradients = jax.eval_shape(jax.grad(functools.partial(language_model_loss, config)), params, batch, None)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
     assert jax.eval_shape(functools.partial(transformer.logits, config), params, hidden).dtype == jnp.float32
+
+
+def test_scoring_and_training_read_the_same_embeddings(params, tokens):
+    """Training gathers the table in the compute dtype. A score from the parameters alone is of the same model."""
+    config = dataclasses.replace(TINY, compute_dtype="bfloat16")
+    rows, _ = jax.jit(embed_tokens, static_argnums=0)(config, params, tokens)
+    np.testing.assert_array_equal(rows, params["embedding"]["tokens"].astype(jnp.bfloat16)[tokens].astype(jnp.float32))
+    np.testing.assert_array_equal(apply(config, params, tokens), apply(config, params, tokens, token_rows=rows))
     products = [line for line in apply.lower(config, params, tokens).as_text().splitlines() if "stablehlo.dot_general" in line]
     assert products
     assert all("(tensor<" in line and line.split(":")[-1].count("xbf16>") >= 2 for line in products)

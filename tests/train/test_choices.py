@@ -212,6 +212,8 @@ def test_remat_depends_on_the_batch_and_on_the_memory_of_the_devices(tmp_path):
         ("TPU v5 lite", {}, "pallas_tpu"),
         ("TPU v5 lite", {"context_length": 8192}, "pallas_tpu"),
         ("TPU v4", {"context_length": 8192}, "blockwise"),
+        ("TPU v4", {"context_length": 4096}, "pallas_tpu"),
+        ("TPU v4", {"context_length": 4096, "compute_dtype": "float32"}, "plain"),
         ("TPU v5 lite", {"num_heads": 24}, "plain"),  # heads of 32
     ],
 )
@@ -219,7 +221,8 @@ def test_attention_on_tpus_depends_on_what_the_kernels_take(tmp_path, kind, mode
     run, config = RunDir(tmp_path / "new"), gpt1(8, **{"attention": "auto"} | model)
     assert keep_choices(run, config, tpus(4, kind)).model.attention == attention
     if attention != "pallas_tpu":
-        message = r"--model\.attention: pallas_tpu takes (heads of size 64 or 128, not 32|.* 4,096 tokens on a TPU v4, not 8,192)"
+        lengths = r".* at most (4,096 tokens in bfloat16 on a TPU v4, not 8,192|2,048 tokens in float32 on a TPU v4, not 4,096)"
+        message = rf"--model\.attention: pallas_tpu takes (heads of size 64 or 128, not 32|{lengths})"
         with pytest.raises(UserError, match=message):
             keep_choices(run, replace_fields(config, model={"attention": "pallas_tpu"}), tpus(4, kind))
 
@@ -253,6 +256,15 @@ def test_a_run_keeps_its_remat_on_the_same_devices_and_chooses_anew_on_others(tm
     other = keep_choices(run, gpt1(384), tpus(8))
     assert other.model.remat == "dots"
     assert changed_choices(run, other, "tpu") == {"model.remat": "dots instead of off"}
+
+
+def test_a_run_with_larger_micro_batches_chooses_its_remat_anew(tmp_path):
+    run = record(tmp_path / "run", gpt1(64, remat="dots"))
+    assert keep_choices(run, gpt1(384), tpus(4)).model.remat == "full"
+    with pytest.raises(UserError, match=r"96 sequences a device, .* with --model\.remat off; at most"):
+        keep_choices(run, gpt1(384, remat="off"), tpus(4))
+    with pytest.raises(UserError, match=r"1024 sequences a device"):
+        keep_choices(run, gpt1(4096), tpus(4))
 
 
 def test_a_run_that_did_not_record_remat_keeps_its_meaning(tmp_path):

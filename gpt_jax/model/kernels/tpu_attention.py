@@ -21,8 +21,8 @@ HEAD_DIMS = (64, 128)
 """Sizes of heads that the kernels take."""
 MAX_TIME = 8192
 """Maximum sequence length in tokens. The backward kernel holds all positions of a group of heads in vector memory."""
-MAX_TIME_BY_CHIP = {"TPU v4": 4096}
-"""The maximum for chips with less vector memory, by their `device_kind` in JAX."""
+MAX_BYTES_BY_CHIP = {"TPU v4": 8192}
+"""Maximum of tokens x bytes of a number for chips with less vector memory, by their `device_kind` in JAX."""
 
 QKV = ("batch", None, None, "heads")
 """Logical axes of queries, keys and values: [batch, 3, time, width], with the heads side by side."""
@@ -72,14 +72,16 @@ def pallas_tpu_self_attention(
 
 def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16, device_kind: str = "") -> str | None:
     """Returns the reason, for the user, why the kernels do not take heads of this size, length or dtype; None if they do."""
-    longest = MAX_TIME_BY_CHIP.get(device_kind, MAX_TIME)
-    where = f" on a {device_kind}" if device_kind in MAX_TIME_BY_CHIP else ""
+    dtype = jnp.dtype(dtype)
+    longest, where = MAX_TIME, ""
+    if device_kind in MAX_BYTES_BY_CHIP:
+        longest, where = MAX_BYTES_BY_CHIP[device_kind] // dtype.itemsize, f" in {dtype} on a {device_kind}"
     if dim not in HEAD_DIMS:
         return f"pallas_tpu takes heads of size 64 or 128, not {dim}"
     if time > longest:
         return f"pallas_tpu takes sequences of at most {longest:,} tokens{where}, not {time:,}"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"pallas_tpu computes in bfloat16 or float32, not {jnp.dtype(dtype)}"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"pallas_tpu computes in bfloat16 or float32, not {dtype}"
     return None
 
 
