@@ -1,1 +1,1 @@
-"""Compiles for hardware that is not attached, and reads what its compiler says about a program."""
+"""Compiling programs for hardware that is not attached, and reading their costs from the compiler's output."""

@@ -70,6 +70,7 @@ class Collective(NamedTuple):
     devices: int
     """Devices in one group; 2 for a collective-permute."""
     part: str
+    """Part of the model; that of one of them if the compiler has combined several collectives."""
     direction: str
     asynchronous: bool = False
     """Whether other instructions may run between its start and its end."""

@@ -1,4 +1,4 @@
-"""Devices of TPU slices that are not attached. Programs compile for them on any machine, since libtpu contains the compiler."""
+"""Devices of TPU slices that are not attached. Any machine can compile for them, because libtpu contains the compiler."""
 
 import importlib.util
 import os
@@ -12,9 +12,9 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Otherwise only one process on a machine could load libtpu at a time.
     "TPU_SKIP_MDS_QUERY": "1",  # Only TPU VMs have the metadata server that libtpu would wait for.
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # It has no effect on topologies, but libtpu warns if it cannot find it out.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # Topologies do not depend on it, but libtpu logs a warning if it is unknown.
 }
-"""Variables that libtpu needs on a machine without TPUs. Those that are already set are left as they are."""
+"""Environment variables that libtpu needs on a machine without TPUs. Variables that are already set keep their values."""
 
 EXAMPLES = "v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1 or tpu7x:2x2x1"
 
@@ -22,14 +22,14 @@ EXAMPLES = "v5e:4x4, v5p:2x2x1, v6e:2x4, v4:2x2x1 or tpu7x:2x2x1"
 def topology_devices(name: str) -> list[jax.Device]:
     """Returns the devices of a slice, for a mesh to compile for. They cannot run anything.
 
-    It loads libtpu into this process, but does not look for TPUs, so that it also works where there are none. Programs compiled
-    for such devices cannot be read back from JAX's compilation cache; each attempt is a warning.
+    The function loads libtpu into this process but does not look for TPUs, and therefore works on machines without any. JAX
+    cannot read programs for such devices back from its compilation cache, and logs a warning at each attempt.
 
     Args:
       name: the generation and the number of chips along each axis of the slice, such as "v5e:4x4" or "v5p:2x2x1".
 
     Raises:
-      UserError: libtpu is not installed, or it does not know the topology.
+      UserError: libtpu is not installed or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs that are not attached needs libtpu: pip install 'gpt_jax[tpu]'")
