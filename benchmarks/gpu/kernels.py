@@ -20,27 +20,22 @@ import numpy as np
 from gpt_jax.errors import one_line
 from gpt_jax.model.attention import attention
 from gpt_jax.model.dropout import Site, mask_stream
-from gpt_jax.model.kernels import gpu
-from gpt_jax.model.kernels.gpu import Blocks, pallas_gpu_attention
+from gpt_jax.model.kernels import gpu_kernels
+from gpt_jax.model.kernels.gpu import pallas_gpu_attention
+from gpt_jax.model.kernels.gpu_tuning import TuningConfig
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float32")
 CASES = ((1, 64, 0), (200, 64, 70), (512, 64, 0), (512, 64, 200), (300, 128, 0), (512, 128, 200))
 """Length, size of a head, and length of a segment (0: no segments) of what is checked, with three heads and dropout 0.1."""
 REHEARSED = CASES[1:2]
 TRIED = {
-    "forward": (
-        Blocks(128, 64, 4, 3),
-        Blocks(128, 64, 4, 2),
-        Blocks(64, 64, 4, 3),
-        Blocks(128, 128, 8, 2),
-        Blocks(128, 32, 4, 3),
-    ),
-    "queries": (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(128, 64, 4, 3), Blocks(128, 128, 8, 2), Blocks(64, 32, 4, 3)),
-    "keys": (Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 2), Blocks(64, 128, 8, 2), Blocks(32, 64, 4, 3), Blocks(128, 64, 4, 2)),
+    "forward": ((128, 64, 4, 3), (128, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2), (128, 32, 4, 3)),
+    "query_gradients": ((64, 64, 4, 3), (64, 64, 4, 2), (128, 64, 4, 3), (128, 128, 8, 2), (64, 32, 4, 3)),
+    "key_value_gradients": ((64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 8, 2), (32, 64, 4, 3), (128, 64, 4, 2)),
 }
-"""Blocks to time for each kernel; the first are those of heads of 64 in 16 bits."""
+"""The fields of each `TuningConfig` to time, by kernel. The first is the one that is chosen for bfloat16 and heads of 64."""
 REPETITIONS = 20
 
 
@@ -87,19 +82,21 @@ def check(length: int, dim: int, segment: int, dtype: str) -> dict[str, Any]:
         return case | {"failure": one_line(error)}
 
 
-def time_blocks(shape: Sequence[int], tried: dict[str, Sequence[Blocks]]) -> Iterator[dict[str, Any]]:
-    """Times output and gradients in bfloat16 with dropout 0.1, with other blocks for one kernel at a time.
+def time_blocks(shape: Sequence[int], tried: dict[str, Sequence[tuple[int, int, int, int]]]) -> Iterator[dict[str, Any]]:
+    """Times output and gradients in bfloat16 with dropout 0.1, with another tuning of one kernel at a time.
 
     Yields:
-      The kernel, its blocks, and the median of `REPETITIONS` calls in milliseconds ("ms"), or the reason of a "failure".
+      The kernel, its block sizes and compiler options ("blocks"), and the median time of `REPETITIONS` calls in milliseconds
+      ("ms") or the reason for a "failure".
     """
     arrays, stream, _ = problem(shape, "bfloat16")
-    chosen = gpu.choose_blocks(shape[1], shape[3], jnp.bfloat16)
+    chosen = gpu_kernels.choose_tuning(shape[1], shape[3], jnp.bfloat16)
     for kernel, candidates in tried.items():
         for blocks in candidates:
-            result = {"kernel": kernel, "blocks": list(blocks)}
+            result = {"kernel": kernel, "blocks": blocks}
+            tuning = chosen._replace(**{kernel: TuningConfig(*blocks)})
             try:
-                with mock.patch.object(gpu, "choose_blocks", return_value=chosen._replace(**{kernel: blocks})):
+                with mock.patch.object(gpu_kernels, "choose_tuning", return_value=tuning):
                     yield result | {"ms": 1000 * _median_seconds(arrays, stream)}
             except Exception as error:
                 yield result | {"failure": one_line(error)}
@@ -121,7 +118,7 @@ def main(words: Sequence[str]) -> None:
     """Measures, and prints the results."""
     on_gpu = jax.default_backend() == "gpu"
     errors = [check(*case, dtype) for dtype in DTYPES for case in (CASES if on_gpu else REHEARSED)]
-    tried = TRIED if on_gpu else {"forward": [Blocks(16, 16, 4, 2)]}
+    tried = TRIED if on_gpu else {"forward": ((16, 16, 4, 2),)}
     print(json.dumps({"errors": errors, "times": list(time_blocks(tuple(map(int, words)), tried))}))
 
 
