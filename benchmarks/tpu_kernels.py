@@ -10,8 +10,9 @@ the number of grid points are close to the time in the core. A kernel takes the 
     pops       8 cycles for each register that is read from a matrix unit, divided by 4 matrix units
     bytes      its arrays, read and written once, over the bandwidth of the memory
 
-Sequences of more than 512 tokens are refused, because their kernels contain loops whose trip counts the schedule does
-not show. Each kernel is compiled in a process of its own, which takes some five seconds.
+The attention kernels of sequences of more than 512 tokens loop over blocks of keys or queries. A block has from 0 to n - 1
+others to visit, so the bundles of this loop count (n - 1) / 2 times. Each kernel is compiled in a process of its own, which takes
+some five seconds.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from gpt_jax.arguments import Parser
 from gpt_jax.errors import UserError
 from gpt_jax.inputs.numbers import POSITIVE, number
 from gpt_jax.model.kernels.tpu_attention import refusal
+from gpt_jax.model.kernels.tpu_tiles import LANES
 from gpt_jax.plan.topology import topology_devices
 from gpt_jax.runtime.chips import CHIPS
 
@@ -89,8 +91,8 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
       UserError: the kernels do not take the sizes, the topology is unknown, or the compiler refuses a kernel.
     """
-    if options.time > 512 or options.time % 128:
-        raise UserError(f"--time: must be 128, 256, 384 or 512, not {options.time}; kernels for more contain loops")
+    if options.time % LANES:
+        raise UserError(f"--time: must be a multiple of {LANES}, not {options.time}")
     if reason := refusal(options.dim, options.time, options.dtype):
         raise UserError(f"--dim: {reason}")
     topology_devices(options.topology)  # An unknown one is an error here.
@@ -117,10 +119,8 @@ def measure_kernel(kernel: str, topology: str, sizes: Sizes) -> dict[str, Any]:
         if done.returncode:
             raise UserError(f"{kernel} does not compile for {topology}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
         compiled = json.loads(done.stdout)
-        [schedule] = Path(folder).glob(f"*-{kernel}*-schedule-analysis_final_bundles.txt")
         [program] = [path for path in Path(folder).glob(f"*-{kernel}*-final_bundles.txt") if "schedule-analysis" not in path.name]
-        bundles = int(re.search(r"total scheduled bundles:\s*(\d+)", schedule.read_text())[1])  # type: ignore[index]
-        pops = len(re.findall(r"\bvpop\.f32\.mr[fb]\.", program.read_text()))
+        bundles, pops = _count(program.read_text(), compiled["loop_trips"])
     kind = compiled["device_kind"]
     points = compiled["grid_points"] / CORES.get(kind, 1)
     clock = CHIPS[kind].peak_flops["bfloat16"] / FLOPS_PER_CYCLE[kind] if kind in FLOPS_PER_CYCLE else 0.0
@@ -133,8 +133,25 @@ def measure_kernel(kernel: str, topology: str, sizes: Sizes) -> dict[str, Any]:
     return {"kernel": kernel, "rate": sizes.rate, **counts, "cycles": max(counts.values()), "per_head": per_head}
 
 
+def _count(program: str, loop_trips: float) -> tuple[float, float]:
+    """Returns the bundles of one grid point, and how many registers they read from the matrix units.
+
+    Args:
+      program: the text of the final bundles. Each begins with its address and one ">" for each loop around it; the outermost loop
+        is that over the grid.
+      loop_trips: trip count of the kernel's own loop.
+    """
+    bundles, pops, times = 0.0, 0.0, 1.0
+    for line in program.splitlines():
+        if bundle := re.match(r"\s*0x[0-9a-f]+\s+(?:\w+)?\s*: (>*)", line):
+            times = loop_trips if len(bundle[1]) > 1 else 1.0
+            bundles += times
+        pops += times * len(re.findall(r"\bvpop\.f32\.mr[fb]\.", line))
+    return bundles, pops
+
+
 def _compile(kernel: str, topology: str, sizes: Sizes) -> None:
-    """Compiles a kernel in this process, and prints the device kind, the grid points and the bytes."""
+    """Compiles a kernel in this process, and prints the device kind, grid points, mean trip count of its loop, and bytes."""
     import jax
     import jax.numpy as jnp
 
@@ -168,7 +185,8 @@ def _compile(kernel: str, topology: str, sizes: Sizes) -> None:
     repeated = 2 * math.prod(qkv.shape) * jnp.dtype(sizes.dtype).itemsize if kernel.startswith("attention") else 0
     size = sum(math.prod(x.aval.shape) * x.aval.dtype.itemsize for x in [*call.invars, *call.outvars]) - repeated
     points = math.prod(call.params["grid_mapping"].grid)
-    print(json.dumps({"device_kind": device.device_kind, "grid_points": points, "bytes": size}))
+    loop_trips = (time // shape.block - 1) / 2
+    print(json.dumps({"device_kind": device.device_kind, "grid_points": points, "loop_trips": loop_trips, "bytes": size}))
 
 
 def _equations(jaxpr: Any) -> Any:
