@@ -198,6 +198,9 @@ def test_bfloat16_activations_float32_parameters(params, tokens):
     gradients = jax.eval_shape(jax.grad(functools.partial(language_model_loss, config)), params, batch, None)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
     assert jax.eval_shape(functools.partial(transformer.logits, config), params, hidden).dtype == jnp.float32
+    products = [line for line in apply.lower(config, params, tokens).as_text().splitlines() if "stablehlo.dot_general" in line]
+    assert products
+    assert all("(tensor<" in line and line.split(":")[-1].count("xbf16>") >= 2 for line in products)
 
 
 def test_scoring_and_training_read_the_same_embeddings(params, tokens):
@@ -206,9 +209,6 @@ def test_scoring_and_training_read_the_same_embeddings(params, tokens):
     rows, _ = jax.jit(embed_tokens, static_argnums=0)(config, params, tokens)
     np.testing.assert_array_equal(rows, params["embedding"]["tokens"].astype(jnp.bfloat16)[tokens].astype(jnp.float32))
     np.testing.assert_array_equal(apply(config, params, tokens), apply(config, params, tokens, token_rows=rows))
-    products = [line for line in apply.lower(config, params, tokens).as_text().splitlines() if "stablehlo.dot_general" in line]
-    assert products
-    assert all("(tensor<" in line and line.split(":")[-1].count("xbf16>") >= 2 for line in products)
 
 
 def test_auto_is_float32_on_a_cpu(params, tokens):
@@ -226,6 +226,19 @@ def test_matmul_precision_reaches_every_product(precision, params, tokens):
         assert products
         named = f"precision = [{precision.upper()}, {precision.upper()}]"
         assert all(named in line or (precision == "default" and "precision" not in line) for line in products)
+
+
+@pytest.mark.parametrize("remat", ["off", "dots"])
+def test_unrolled_layers_have_the_same_gradients(params, tokens, remat):
+    def gradients(unroll):
+        config = dataclasses.replace(TINY, remat=remat, layer_unroll=unroll)
+        batch = {"tokens": tokens, "targets": tokens, "loss_weights": np.ones((2, 24), np.float32)}
+        program = jax.jit(jax.grad(functools.partial(language_model_loss, config))).lower(params, batch, DROPOUT)
+        return program.as_text().count("stablehlo.while"), program.compile()(params, batch, DROPOUT)
+
+    (loops, rolled), (fewer, unrolled) = gradients(1), gradients(TINY.num_layers)
+    assert fewer < loops
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), unrolled, rolled)
 
 
 def test_remat_saves_memory_and_changes_no_number():

@@ -36,8 +36,8 @@ def problem(time, heads=2, dim=16, rate=0.0, segment=0, dtype=jnp.float32):
     """Returns queries, keys, values and a gradient of the output, and the stream, rate and segments of the masks.
 
     Args:
-      segment: length of a segment; 0 for no segments. Those of the second example are half as long, and every other one belongs
-        to the same segment, so that a query sees keys before and after ones that it does not see.
+      segment: length of a segment; 0 for no segments. The parts of the second example are half as long, and every other part
+        belongs to the same segment, so that a query sees keys before and after keys that it does not see.
     """
     draw = np.random.default_rng(time).normal
     arrays = [jnp.asarray(draw(size=(BATCH, time, heads, dim)), dtype) for _ in range(4)]
@@ -70,7 +70,7 @@ def plain(masks):
 
 
 def distances(actual, expected):
-    """Returns relative L2 distances. The gradients of a single key's score are 0, from which distances are absolute."""
+    """Returns relative L2 distances; absolute ones where the expected array is zero, as are the gradients of a single score."""
     wide = [(np.asarray(ours, np.float64), np.asarray(theirs, np.float64)) for ours, theirs in zip(actual, expected, strict=True)]
     return [np.linalg.norm(ours - theirs) / (np.linalg.norm(theirs) or 1) for ours, theirs in wide]
 
@@ -145,7 +145,7 @@ def test_bfloat16(time, dim):
 
 
 def test_blocks_of_keys_without_a_visible_key_add_nothing():
-    """The first queries of the last segment pass over four blocks of keys, whose scores are greater than theirs, in vain."""
+    """The first queries of the last segment pass four blocks of keys that they do not see, and whose scores are the greatest."""
     (query, key, value, _), (_, _, segments) = problem(160, segment=140)
     key = key.at[:, :128].mul(100)
     value = value.at[0, :140].set(1e30)
@@ -187,14 +187,14 @@ def test_shards_have_the_results_of_one_device(mesh, local, masked):
 
 
 def calls(jaxpr):
-    """Returns how many times each compiled kernel is in a program; those that would be interpreted are not counted."""
+    """Returns how many times each compiled kernel is in a program; interpreted kernels are not counted."""
     kernels = [equation.params for equation in equations(jaxpr) if equation.primitive.name == "pallas_call"]
     return Counter(re.search(r"attention_\w+", str(kernel["name"]))[0] for kernel in kernels if not kernel["interpret"])
 
 
 @pytest.mark.parametrize(("remat", "forward"), [("off", 1), ("dots", 1), ("full", 2)])
 def test_the_forward_kernel_runs_once_unless_everything_is_recomputed(monkeypatch, remat, forward):
-    """In the gradient of a scan over layers, each kernel is once in the body of a scan."""
+    """In the gradient of a scan over layers, each kernel occurs once in the body of a scan."""
     monkeypatch.setitem(implementations.IMPLEMENTATIONS, "plain", pallas_gpu_attention)
     config = ModelConfig(
         vocab_size=64, context_length=32, num_layers=3, num_heads=2, embed_dim=32, mlp_dim=64, attention="plain", remat=remat

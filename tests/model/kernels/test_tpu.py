@@ -123,8 +123,7 @@ CASES = strategies.builds(
 )
 
 
-@pytest.mark.slow
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=12, database=None, phases=[hypothesis.Phase.generate])
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=8, database=None, phases=[hypothesis.Phase.generate])
 @hypothesis.given(CASES)
 def test_float32(case):
     for actual, expected in zip(kernels(case), exact(case), strict=True):
