@@ -9,8 +9,9 @@ and kernels are listed with what a model of their time needs.
 """
 
 import collections
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from gpt_jax.plan.hlo import Computation, Instruction, Program, parse, shape_bytes, shape_dtypes
@@ -25,7 +26,10 @@ MOVES = {
     *("bitcast", "broadcast", "concatenate", "constant", "copy", "dynamic-slice", "dynamic-update-slice", "get-tuple-element"),
     *("iota", "pad", "parameter", "reshape", "reverse", "slice", "transpose", "tuple"),
 }
+SLICE = "slice"
+"""The mesh axis between slices of TPUs."""
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "ragged-all-to-all", "reduce-scatter")
+STARTS_CHAIN = 'custom_call_target="AsyncCollectiveStart"'
 PALLAS = 'custom_call_target="tpu_custom_call"'
 
 
@@ -59,7 +63,7 @@ class Collective(NamedTuple):
     """A transfer between devices."""
 
     kind: str
-    """An opcode in `COLLECTIVES`."""
+    """An opcode in `COLLECTIVES`. Transfers between slices also have the kind "one-to-one"."""
     dtype: str
     bytes: int
     """Bytes in one execution: those of its operands or of its results on one device, whichever are more."""
@@ -70,7 +74,7 @@ class Collective(NamedTuple):
     devices: int
     """Devices in one group; 2 for a collective-permute."""
     part: str
-    """Part of the model; that of one of them if the compiler has combined several collectives."""
+    """Part of the model. If the compiler has combined several collectives, it is the part of one of them."""
     direction: str
     asynchronous: bool = False
     """Whether other instructions may run between its start and its end."""
@@ -126,6 +130,9 @@ class _Reader:
 
     def __init__(self, program: Program, mesh: Mapping[str, int]) -> None:
         self._computations, self._mesh = program.computations, mesh
+        if program.num_partitions * mesh.get(SLICE, 1) == math.prod(mesh.values()):
+            self._mesh = {**mesh, SLICE: 1}  # The module is that of one slice, and numbers only its devices.
+        self._slices = mesh.get(SLICE, 1)
         self._fusions: dict[str, tuple[str, str, set[str]]] = {}
 
     def read(self, name: str) -> Costs:
@@ -139,28 +146,44 @@ class _Reader:
                 found.extend(self.read(instruction.attribute("body")), self._trip_count(instruction))
             elif opcode == "conditional":
                 found.extend(min(map(self.read, instruction.called), key=lambda branch: branch.cycles))
-            elif opcode in ("call", "async-start"):
+            elif opcode == "call":
                 found.extend(self.read(instruction.called[0]))
             elif opcode == "custom-call" and PALLAS in instruction.attributes:
                 found.kernels.append(self._kernel(instruction, computation))
-            elif opcode in COLLECTIVES:
-                found.collectives.append(self._collective(instruction, computation))
-            elif opcode.removesuffix("-start") in COLLECTIVES:
-                transfers.start(instruction.name, self._collective(instruction, computation))
-            elif opcode.removesuffix("-done") in COLLECTIVES:
-                transfers.update(instruction.inputs[0], shape_bytes(instruction.shape))
             elif opcode == "fusion":
-                for collective, chain in self._fused_collectives(instruction, instruction):
-                    if chain is None:
-                        found.collectives.append(collective)
-                    elif chain in transfers:
+                for collective, chain, starts in self._fused_collectives(instruction, instruction):
+                    if starts:
+                        transfers.start(chain, [collective])
+                    elif chain in transfers:  # Otherwise it was started outside of a loop that continues it.
                         transfers.update(chain)
-                    else:
-                        transfers.start(chain, collective)
+            else:
+                self._read_transfers(instruction, computation, transfers)
             if instruction.cycles:
                 place, kind = self._place(instruction), self._kind(instruction)
                 found.costs.append(Cost(instruction.cycles, *place, kind, 1, instruction.name, instruction.op_name))
         return found
+
+    def _read_transfers(self, instruction: Instruction, computation: Computation, transfers: "_Transfers") -> None:
+        """Adds the collectives that an instruction performs or starts, and ends those that end with it."""
+        opcode, name = instruction.opcode, instruction.name
+        if opcode in COLLECTIVES:
+            transfers.start("", [self._collective(instruction, computation)])
+        elif opcode.removesuffix("-start") in COLLECTIVES:
+            transfers.start(name, [self._collective(instruction, computation)])
+        elif opcode.removesuffix("-done") in COLLECTIVES:
+            transfers.update(instruction.inputs[0], shape_bytes(instruction.shape))
+        elif opcode == "call-start":  # A SparseCore executes the computation. Its cycles do not delay the TensorCore.
+            inside = self._computations[instruction.called[0]]
+            started = [self._collective(each, inside) for each in inside.values() if each.opcode in COLLECTIVES]
+            transfers.start(name, started)
+        elif opcode == "call-update":  # It passes the operands, for which the SparseCore has waited since its start.
+            transfers.restart(instruction.inputs[0], name)
+        elif opcode == "call-done":
+            transfers.update(instruction.inputs[0])
+        elif opcode == "send" and (key := _rendezvous(instruction)):
+            transfers.start(key, [self._transfer_between_slices(instruction, computation)])
+        elif opcode == "recv-done" and (key := _rendezvous(computation[instruction.inputs[0]])):
+            transfers.update(key)
 
     def _trip_count(self, loop: Instruction) -> int:
         """Returns the trip count of a loop that counts from 0, as those of `jax.lax.scan` do."""
@@ -190,17 +213,25 @@ class _Reader:
         size = max(shape_bytes(inputs), shape_bytes(result))
         return Collective(kind, dtype, size, 1, axes, devices, *self._place(instruction))
 
-    def _fused_collectives(self, outer: Instruction, fusion: Instruction) -> Iterator[tuple[Collective, str | None]]:
-        """Yields the collectives inside a fusion, each with its chain if it is asynchronous.
+    def _transfer_between_slices(self, send: Instruction, computation: Computation) -> Collective:
+        kind = send.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
+        inputs = _input_shapes(send, computation)
+        dtype = "+".join(sorted(shape_dtypes(inputs)))
+        return Collective(kind, dtype, shape_bytes(inputs), 1, SLICE, self._slices, *self._place(send))
+
+    def _fused_collectives(self, outer: Instruction, fusion: Instruction) -> Iterator[tuple[Collective, str, bool]]:
+        """Yields the collectives inside a fusion: each with the name of its chain, and whether the fusion starts it.
 
         An asynchronous collective is repeated in a chain of fusions: one starts it, some compute while it is under way, and the
-        last one ends it. A reduce-scatter may be written as an all-reduce from whose result the device slices its shard.
+        last one ends it. The name of the chain is "" if the collective is synchronous. A reduce-scatter may be written as an
+        all-reduce from whose result the device slices its shard.
 
         Args:
           outer: the instruction of the computation that is being read. It gives the part if the collective does not name one.
           fusion: `outer`, or a fusion inside it.
         """
         computation = self._computations[fusion.called[0]]
+        started = {each.inputs[0] for each in computation.values() if STARTS_CHAIN in each.attributes}
         sliced = {each.inputs[0] for each in computation.values() if each.opcode == "dynamic-slice"}
         for each in computation.values():
             if each.opcode == "fusion":
@@ -213,7 +244,7 @@ class _Reader:
                 if each.opcode == "all-reduce" and each.name in sliced:
                     collective = collective._replace(kind="reduce-scatter")
                 chain = re.search(r'chain_id="?(\d+)', each.attributes)
-                yield collective, chain and f"chain {chain[1]}"
+                yield collective, f"chain {chain[1]}" if chain else "", not chain or each.name in started
 
     def _place(self, instruction: Instruction) -> tuple[str, str]:
         """Returns part and direction: those of the product in a fusion, or else its own, or else the only part inside."""
@@ -250,30 +281,42 @@ class _Reader:
 
 
 class _Transfers:
-    """Asynchronous collectives of one computation, with what runs between the start and the end of each."""
+    """Collectives of one computation, with what runs between the start and the end of each."""
 
     def __init__(self, found: Costs) -> None:
         self._found = found
-        self._started: dict[str, tuple[int, int, int]] = {}
+        self._started: dict[str, tuple[range, int, int]] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._started
 
-    def start(self, key: str, collective: Collective) -> None:
-        """Adds a collective. What is found from now on runs beside it."""
-        costs, collectives, kernels = self._found
-        self._started[key] = len(collectives), len(costs), len(kernels)
-        collectives.append(collective._replace(asynchronous=True))
+    def start(self, key: str, collectives: Sequence[Collective]) -> None:
+        """Adds collectives, which are synchronous if the key is "". What is found from now on runs beside the others."""
+        first = len(self._found.collectives)
+        self._found.collectives.extend(each._replace(asynchronous=bool(key)) for each in collectives)
+        if key:
+            self._started[key] = range(first, first + len(collectives)), len(self._found.costs), len(self._found.kernels)
+
+    def restart(self, key: str, new: str) -> None:
+        """Gives collectives another key. Only what is found from now on runs beside them."""
+        self._started[new] = self._started.pop(key)[0], len(self._found.costs), len(self._found.kernels)
 
     def update(self, key: str, size: int = 0) -> None:
-        """Sets the overlap of a collective to all that has been found since its start; `size` are the bytes of its result."""
-        costs, collectives, kernels = self._found
-        index, first_cost, first_kernel = self._started[key]
-        collectives[index] = collectives[index]._replace(
-            bytes=max(collectives[index].bytes, size),
-            overlap_cycles=sum(cost.cycles for cost in costs[first_cost:]),
-            overlap_kernels=tuple(kernels[first_kernel:]),
-        )
+        """Sets the overlap of collectives to all that has been found since their start; `size` are the bytes of a result."""
+        indices, first_cost, first_kernel = self._started[key]
+        cycles = sum(cost.cycles for cost in self._found.costs[first_cost:])
+        kernels = tuple(self._found.kernels[first_kernel:])
+        for index in indices:
+            each = self._found.collectives[index]
+            self._found.collectives[index] = each._replace(
+                bytes=max(each.bytes, size), overlap_cycles=cycles, overlap_kernels=kernels
+            )
+
+
+def _rendezvous(instruction: Instruction) -> str:
+    """Returns the name that the two ends of a transfer between slices have in common, or "" for other instructions."""
+    match = re.search(r'_xla_host_transfer_rendezvous="([^"]+)",.*_xla_megascale_transfer_type=', instruction.attributes)
+    return match[1] if match else ""
 
 
 def _input_shapes(instruction: Instruction, computation: Computation) -> str:

@@ -51,12 +51,12 @@ class Instruction(NamedTuple):
         return [name for one, many in CALLED.findall(self.attributes) for name in [one, *re.findall(r"[\w.\-]+", many)] if name]
 
     def attribute(self, name: str) -> str:
-        """Returns the value of an attribute that is a single word, such as `body=%name`.
+        """Returns the value of an attribute that is a single word, such as name in `body=%name`.
 
         Raises:
           ValueError: the instruction does not have the attribute.
         """
-        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        match = re.search(rf'\b{name}=[%"]?([\w.\-]+)', self.attributes)
         if not match:
             raise ValueError(f"instruction {self.name} has no attribute {name!r}")
         return match[1]
@@ -67,10 +67,13 @@ Computation = Mapping[str, Instruction]
 
 
 class Program(NamedTuple):
-    """A module: its computations by name, and the name of the one that is executed first."""
+    """A module."""
 
     computations: Mapping[str, Computation]
     entry: str
+    """Name of the computation that is executed first."""
+    num_partitions: int
+    """Number of devices that execute the module together. Several slices of TPUs execute one module each."""
 
 
 def parse(text: str) -> Program:
@@ -90,7 +93,8 @@ def parse(text: str) -> Program:
             current[match[1]] = _parse_instruction(match[1], match[2])
     if not entry:
         raise ValueError("not an HLO module: it has no entry computation")
-    return Program(computations, entry)
+    partitions = re.search(r"^HloModule .*\bnum_partitions=(\d+)", text)
+    return Program(computations, entry, int(partitions[1]) if partitions else 1)
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:

@@ -70,6 +70,7 @@ def _parse_axes(mesh: str, dims: str | None, order: str | None, axes: str) -> Pa
     for axis, before, size in re.findall(AXIS, axes):
         first = int(before or 1)
         ranges[axis].append((first, first * int(size or sizes[axis])))
+    # Each axis is split where parts of it begin and end: 8 with the part (2)2 becomes 2 x 2 x 2, of which the second takes part.
     shape: list[int] = []
     positions: list[int] = []
     for axis, size in sizes.items():

@@ -153,26 +153,90 @@ def test_what_runs_between_start_and_end_overlaps_with_a_collective():
     assert [(kernel.name, kernel.times) for kernel in costs.kernels] == [("outer", 10), ("inner", 30)]
 
 
-def test_a_collective_that_runs_beside_several_fusions_is_counted_once():
-    gather = 'channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), frontend_attributes={chain_id="0"}'
+def chain(number, *cycles):
+    """Returns fusions that start a collective, continue it and end it, with cycles of each; and their computations."""
+    gather = f'channel_id=7, replica_groups=[2,2]<=[2,2]T(1,0), frontend_attributes={{chain_id="{number}"}}'
     fused = [
-        (
-            f"part{n}",
-            [
-                line("%p", "bf16[4,8]{1,0}", "parameter", "0"),
-                line("%g", "bf16[8,8]{1,0}", "all-gather", "%p", gather, op_name="jit(f)/mlp/dot_general"),
-            ],
-        )
-        for n in range(3)
+        line("%p", "bf16[4,8]{1,0}", "parameter", "0"),
+        line("%g", "bf16[8,8]{1,0}", "all-gather", "%p", gather, op_name="jit(f)/mlp/dot_general"),
     ]
-    start, middle, end = (
-        line(f"%f{n}", "bf16[8,8]", "fusion", "%p", f"kind=kCustom, calls=%part{n}", cycles=cycles)
-        for n, cycles in enumerate((0, 30, 0))
-    )
+    start = [*fused, line("ROOT %s", "(bf16[8,8])", "custom-call", "%g", 'custom_call_target="AsyncCollectiveStart"')]
+    names = [f"chain{number}.{step}" for step in range(len(cycles))]
+    fusions = [
+        line(f"%{name}", "bf16[8,8]", "fusion", "%p", f"kind=kCustom, calls=%{name}_computation", cycles=count)
+        for name, count in zip(names, cycles, strict=True)
+    ]
+    return fusions, [(f"{name}_computation", fused if step else start) for step, name in enumerate(names)]
+
+
+def test_a_collective_that_runs_beside_several_fusions_is_counted_once():
+    (start, middle, end), fused = chain(0, 0, 30, 0)
     between = line("%add", "f32[8]", "add", "%p, %p", cycles=4)
-    instruction, *computations = loop("layers", 6, [start, middle, between, end, between.replace("add", "add.1")])
+    instruction, *computations = loop("layers", 6, [start, middle, between, end, between.replace("add", "after")])
     collectives = read_costs(module([instruction], *fused, *computations), MESH).collectives
     assert collectives == [Collective("all-gather", "bf16", 128, 6, "data", 2, "mlp", "forward", True, overlap_cycles=34)]
+
+
+def test_a_collective_that_continues_inside_a_loop_is_counted_once():
+    (start, inside, end), fused = chain(0, 0, 30, 0)
+    (other, done), others = chain(1, 0, 0)
+    instruction, *computations = loop("loop", 5, [inside, other, done])
+    collectives = read_costs(module([start, instruction, end], *fused, *others, *computations), MESH).collectives
+    gather = Collective("all-gather", "bf16", 128, 1, "data", 2, "mlp", "forward", True)
+    assert collectives == [gather._replace(overlap_cycles=150), gather._replace(times=5)]
+
+
+def test_a_collective_on_a_sparse_core_begins_when_it_gets_its_operands():
+    inside = [
+        line("%q", "bf16[4,8]{1,0}", "parameter", "0"),
+        line("ROOT %g", "bf16[8,8]{1,0}", "all-gather", "%q", "replica_groups=[2,2]<=[4]", "jit(f)/mlp/dot", cycles=2**63 - 1),
+    ]
+    add = lambda name, cycles: line(f"%{name}", "f32[8]", "add", "%p, %p", cycles=cycles)  # noqa: E731
+    entry = [
+        line("%p", "bf16[4,8]{1,0}", "parameter", "0"),
+        line("%start", "((), (), (s32[1]))", "call-start", "", 'async_execution_thread="sparsecore", to_apply=%called'),
+        add("before", 1000),
+        line("%update", "((bf16[4,8]), bf16[8,8])", "call-update", "%start, %p"),
+        add("beside", 7),
+        line("%done", "bf16[8,8]{1,0}", "call-done", "%update"),
+        add("after", 2000),
+    ]
+    costs = read_costs(module(entry, ("called", inside)), MESH)
+    assert costs.collectives == [Collective("all-gather", "bf16", 128, 1, "fsdp", 2, "mlp", "forward", True, overlap_cycles=7)]
+    assert costs.cycles == 3007
+
+
+def test_transfers_between_slices_are_those_of_a_module_that_each_slice_executes():
+    """Four slices of four devices: the module numbers the devices of one slice, and sends to the others through their hosts."""
+    name = 'frontend_attributes={_xla_host_transfer_rendezvous="psum.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    infeed = 'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="other"}'
+    entry = [
+        line("%p", "f32[8]{0}", "parameter", "0"),
+        line("%token", "token[]", "after-all"),
+        line("%sum", "f32[8]{0}", "all-reduce", "%p", "replica_groups={{0,1},{2,3}}"),
+        line("%send", "(f32[8]{0}, u32[], token[])", "send", "%sum, %token", name, op_name="jit(f)/optimizer/reduce_sum"),
+        line("%beside", "f32[8]{0}", "negate", "%p", cycles=7),
+        line("%recv", "(f32[8]{0}, u32[], token[])", "recv", "%token", name),
+        line("%other", "(f32[8]{0}, u32[], token[])", "recv", "%token", infeed),
+        line("%other-done", "(f32[8]{0}, token[])", "recv-done", "%other", "is_host_transfer=true"),
+        line("%also", "f32[8]{0}", "negate", "%p", cycles=8),
+        line("%recv-done", "(f32[8]{0}, token[])", "recv-done", "%recv", "is_host_transfer=true"),
+        line("%after", "f32[8]{0}", "negate", "%p", cycles=1000),
+    ]
+    text = module(entry).replace("is_scheduled=true", "is_scheduled=true, num_partitions=4", 1)
+    assert read_costs(text, {**MESH, "slice": 4}).collectives == [
+        Collective("all-reduce", "f32", 32, 1, "fsdp", 2, "other", "forward"),
+        Collective("all-reduce", "f32", 32, 1, "slice", 4, "optimizer", "forward", True, overlap_cycles=15),
+    ]
+
+
+def test_the_axis_slice_inside_a_module_is_like_others():
+    entry = [
+        line("%p", "f32[8]{0}", "parameter", "0"),
+        line("%sum", "f32[8]{0}", "all-reduce", "%p", "replica_groups={{0,2},{1,3}}"),
+    ]
+    text = module(entry).replace("is_scheduled=true", "is_scheduled=true, num_partitions=4", 1)
+    assert [(each.axes, each.devices) for each in read_costs(text, {"slice": 2, "data": 2}).collectives] == [("slice", 2)]
 
 
 def test_an_all_reduce_of_which_a_device_keeps_its_shard_is_a_reduce_scatter():

@@ -18,6 +18,7 @@ ENTRY %main.2_spmd (x: f32[8]) -> (f32[8], f32[8]) {
   %fusion = f32[8]{0:T(8,128)S(1)} fusion(%x, %three), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/mlp/add"}, \
 backend_config={"window_config":{"estimated_cycles":"1921","iteration_bounds":["1"]}}
   %loop = (s32[], f32[8]{0}) while(%t), condition=%cond.1, body=%body-1
+  %send = (f32[8]{0}, u32[], token[]) send(%x, %token), frontend_attributes={transfer_type="ALL_REDUCE",name="psum.1"}
   %choice = f32[8]{0} conditional(%q, %x, %x), branch_computations={%rare, %usual}
   ROOT %t = (f32[8]{0}, /*index=1*/f32[8]{0}) tuple(%fusion, /*index=1*/%fusion)
 }
@@ -26,10 +27,10 @@ backend_config={"window_config":{"estimated_cycles":"1921","iteration_bounds":["
 
 def test_computations_keep_the_order_of_their_instructions():
     program = parse(MODULE)
-    assert program.entry == "main.2_spmd"
+    assert (program.entry, program.num_partitions) == ("main.2_spmd", 8)
     assert {name: list(computation) for name, computation in program.computations.items()} == {
         "fused": ["p", "q", "slice.1"],
-        "main.2_spmd": ["x", "three", "fusion", "loop", "choice", "t"],
+        "main.2_spmd": ["x", "three", "fusion", "loop", "send", "choice", "t"],
     }
 
 
@@ -41,9 +42,14 @@ def test_what_an_instruction_says():
     assert (main["three"].operands, main["three"].op_name, main["three"].cycles) == ("3", "", 0)
     assert (main["t"].shape, main["t"].inputs) == ("(f32[8]{0}, /*index=1*/f32[8]{0})", ["fusion"])
     assert (main["loop"].attribute("body"), main["loop"].called) == ("body-1", [])
+    assert main["send"].attribute("transfer_type") == "ALL_REDUCE"
     assert main["choice"].called == ["rare", "usual"]
     with pytest.raises(ValueError, match="instruction x has no attribute 'body'"):
         main["x"].attribute("body")
+
+
+def test_a_module_without_partitions_is_for_one_device():
+    assert parse(MODULE.replace(", num_partitions=8", "")).num_partitions == 1
 
 
 def test_other_texts_are_refused():
