@@ -146,8 +146,10 @@ def _query_gradients_kernel(config: KernelConfig, inputs: Inputs, query_gradient
 
 
 def _key_value_gradients_kernel(config: KernelConfig, inputs: Inputs, key_gradient: Ref, value_gradient: Ref) -> None:
-    """Computes the gradients of one block of keys and values. Its tiles are [keys, queries], so that no product needs a tile
-    transposed."""
+    """Computes the gradients of one block of keys and values.
+
+    Its tiles are transposed, [keys, queries], so that no product needs the transpose of a tile.
+    """
     block_q, block_kv = config.tuning.block_q, config.tuning.block_kv
     start = pl.program_id(0) * block_kv
     key, value = (tiles.load(config, ref, start, block_kv) for ref in (inputs.key, inputs.value))

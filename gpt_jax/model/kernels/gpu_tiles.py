@@ -38,9 +38,11 @@ class KernelConfig(NamedTuple):
     """Precision of products of float32 numbers."""
     tuning: TuningConfig
     time: int
+    """Number of positions."""
     dim: int
     """Size of a head."""
     interpret: bool = False
+    """Whether Pallas interprets the kernel instead of compiling it."""
 
     @property
     def score_scale(self) -> float:
@@ -93,16 +95,18 @@ def dot(config: KernelConfig, a: Array, b: Array, transposed: bool = False) -> A
 
 
 def exp2(config: KernelConfig, x: Array) -> Array:
-    """Returns 2**x, or 0 where this is less than 2**-126. Such small weights do not matter, and the exact result would take four
-    instructions instead of one."""
+    """Returns 2**x, or 0 where this is less than 2**-126.
+
+    Such small weights do not matter, and to compute them would take four instructions instead of one.
+    """
     return jnp.exp2(x) if config.interpret else _inline_ptx("ex2.approx.ftz.f32 $0, $1;", x)
 
 
 def opaque_zeros(config: KernelConfig, size: int) -> Array:
     """Returns float32 zeros [size, 1] that the compiler does not recognize as constants.
 
-    With a constant, the compiler would move the selection of kept elements behind their conversion to 16 bits. It would then
-    have to unpack and repack the pairs of elements that one instruction converts.
+    With constant zeros, the compiler would convert a tile to 16 bits before it selects the kept elements. It would then have to
+    unpack and repack the pairs of elements that one instruction converts.
     """
     zeros = jnp.zeros(size)
     return (zeros if config.interpret else _inline_ptx("mov.f32 $0, $1;", zeros))[:, None]
