@@ -14,10 +14,10 @@ from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConf
 from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
 from gpt_jax.data.sources import open_source
 from gpt_jax.errors import UserError, require
+from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import GIB
 from gpt_jax.runtime.mesh import check_batch, check_model, resolve_mesh
 
-from .accelerators import Accelerator
 from .job import BUCKETS, CLAIMS, Job, to_mount_paths
 
 MINIMUMS = {"slices": 1, "preemptions": 0, "crashes": 0, "grace_seconds": 1, "seeds": 1}

@@ -13,8 +13,8 @@ from typing import Any
 
 from gpt_jax.errors import UserError, nearest, require
 from gpt_jax.runtime import git_info
+from gpt_jax.runtime.accelerators import parse_accelerator
 
-from .accelerators import parse_accelerator
 from .job import Job, default_name
 
 TARGETS = {

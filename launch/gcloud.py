@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gpt_jax.runtime.accelerators import RUNTIMES
+
 from . import tpu_worker
-from .accelerators import RUNTIMES
 from .job import Job, to_mount_paths
 from .supervise import kill, spawn
 

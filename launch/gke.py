@@ -15,8 +15,8 @@ import subprocess
 from typing import Any
 
 from gpt_jax.errors import require
+from gpt_jax.runtime.accelerators import smallest_multi_host_slice
 
-from .accelerators import smallest_multi_host_slice
 from .checks import KUBERNETES_NAME, require_google_zone
 from .job import BUCKETS, CLAIMS, PORT, RESTART_CODE, Job, mount_names, require_tool, to_mount_paths
 from .manifest import write_manifest

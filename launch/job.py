@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpt_jax.errors import Preempted, UserError
-
-from .accelerators import Accelerator
+from gpt_jax.runtime.accelerators import Accelerator
 
 RESTART_CODE = Preempted.exit_code
 """Exit code of a run that was asked to stop and has saved its state. It means that the run should be started again."""

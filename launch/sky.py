@@ -14,9 +14,9 @@ from typing import Any
 
 from gpt_jax.errors import UserError, require
 from gpt_jax.runtime import git_info
+from gpt_jax.runtime.accelerators import RUNTIMES
 from gpt_jax.runtime.lock import WAIT
 
-from .accelerators import RUNTIMES
 from .job import BUCKETS, PORT, RESTART_CODE, Job, mount_names, require_tool, to_mount_paths
 from .manifest import write_manifest
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from gpt_jax.config.load import config_folder
 from gpt_jax.errors import UserError, require
 from gpt_jax.runtime import git_info
+from gpt_jax.runtime.accelerators import RUNTIMES
 
 from . import tpu_worker
-from .accelerators import RUNTIMES
 from .checks import require_google_zone
 from .gcloud import Gcloud
 from .job import BUCKETS, Job, mount_names, require_tool, to_mount_paths

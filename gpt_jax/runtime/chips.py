@@ -5,7 +5,9 @@ Sources, last checked in November 2026:
 - TPUs: the tables of key specifications on cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and tpu7x. The memory bandwidth of
   v6e is that on the page tpu7x, which compares generations. v4's clock and links (6 of 50 GB/s in each direction) are in table 4
   of Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning with Hardware Support for Embeddings"
-  (2023).
+  (2023). The bandwidth between slices is that of the data center network: v5e's and v6e's for a pod of 256 chips, v5p's for a
+  chip; the other pages have none. The operations in a cycle are those of the matrix units. The estimates of libtpu's compiler for
+  a product of 8,192 x 8,192 matrices are 70 to 90 % of them.
 - A100, H100, H200 and L4: the data sheet "NVIDIA ... Tensor Core GPU" of each, of which copies of the tables were checked. The
   clocks and peaks of H100 are in the white paper "NVIDIA H100 Tensor Core GPU Architecture". B200: the data sheets "NVIDIA HGX
   B200" and "NVIDIA DGX B200", divided by 8; sources differ about its other peaks. GeForce: the white papers "NVIDIA Ampere GA102
@@ -34,6 +36,19 @@ class Chip(NamedTuple):
     Express, apart from optional bridges between two cards."""
     clock: float = 0.0
     """Clock in Hz at which the chip reaches its peak in bfloat16; 0: not published."""
+    torus: int = 0
+    """Number of dimensions of the TPU's torus: it has two links in each. 0: not a TPU."""
+    slice_bandwidth: float = 0.0
+    """Bandwidth to other slices in bytes/s and direction; 0: not published."""
+    flops_per_cycle: int = 0
+    """Operations of a bfloat16 product in one cycle of the compiler's estimates; 0: not a TPU."""
+    cores: int = 1
+    """TensorCores that execute the grid of a kernel together."""
+
+    @property
+    def cycles_per_second(self) -> float:
+        """Cycles of the compiler's estimates in a second, for TPUs."""
+        return self.peak_flops["bfloat16"] / self.flops_per_cycle
 
 
 def _chip(bfloat16: float, memory: int, bandwidth: float, link: float, clock: float = 0.0, **peaks: float) -> Chip:
@@ -42,12 +57,18 @@ def _chip(bfloat16: float, memory: int, bandwidth: float, link: float, clock: fl
     return Chip({dtype: peak * 1e12 for dtype, peak in flops.items()}, memory, bandwidth * 1e9, link * 1e9, clock * 1e6)
 
 
+def _tpu(chip: Chip, torus: int, flops_per_cycle: int, cores: int = 1, between_slices: float = 0.0) -> Chip:
+    """Returns a chip with the properties of a TPU; the bandwidth between slices is in Gbit/s."""
+    bandwidth = between_slices * 1e9 / 8
+    return chip._replace(torus=torus, flops_per_cycle=flops_per_cycle, cores=cores, slice_bandwidth=bandwidth)
+
+
 CHIPS = {
-    "TPU v4": _chip(275, 32 * GIB, 1200, 600, 1050, int8=275),
-    "TPU v5 lite": _chip(197, 16 * GIB, 819, 400, int8=393),
-    "TPU v5": _chip(459, 95 * GIB, 2765, 1200, fp8=459),
-    "TPU v6 lite": _chip(918, 32 * GIB, 1638, 800, int8=1836, fp8=918),
-    "TPU7x": _chip(2307 / 2, 192 * GIB // 2, 7380 / 2, 1200 / 2, fp8=4614 / 2),
+    "TPU v4": _tpu(_chip(275, 32 * GIB, 1200, 600, 1050, int8=275), 3, 262_144, cores=2),
+    "TPU v5 lite": _tpu(_chip(197, 16 * GIB, 819, 400, int8=393), 2, 131_072, between_slices=6400 / 256),
+    "TPU v5": _tpu(_chip(459, 95 * GIB, 2765, 1200, fp8=459), 3, 262_144, cores=2, between_slices=50),
+    "TPU v6 lite": _tpu(_chip(918, 32 * GIB, 1638, 800, int8=1836, fp8=918), 2, 524_288, between_slices=25_600 / 256),
+    "TPU7x": _tpu(_chip(2307 / 2, 192 * GIB // 2, 7380 / 2, 1200 / 2, fp8=4614 / 2), 3, 524_288),
     "NVIDIA A100-SXM4-40GB": _chip(312, 40_960 * MIB, 1555, 600, 1410, tf32=156, float32=19.5),
     "NVIDIA A100-SXM4-80GB": _chip(312, 81_920 * MIB, 2039, 600, 1410, tf32=156, float32=19.5),
     "NVIDIA A100 80GB PCIe": _chip(312, 81_920 * MIB, 1935, 0, 1410, tf32=156, float32=19.5),

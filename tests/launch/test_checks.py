@@ -14,9 +14,9 @@ from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.data import sources
 from gpt_jax.errors import UserError
 from gpt_jax.launch import checks
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import BUCKETS, CLAIMS, Job, mount_names
 from gpt_jax.model.network import network
+from gpt_jax.runtime.accelerators import parse_accelerator
 
 
 def make(accelerator="v5e-16", **fields):
@@ -282,7 +282,7 @@ def test_launching_does_not_import_jax():
     code = """
 import sys
 from gpt_jax.launch import checks, gke, local, sky, slurm, tpu_vm
-from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
 words = ("--data.store", "gs://data/store")
 job = Job("pretrain", "gpt1", words, "gs://runs/a", "a", parse_accelerator("v5e-16"), image="i")

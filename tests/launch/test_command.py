@@ -16,9 +16,9 @@ from gpt_jax.config import load
 from gpt_jax.errors import UserError
 from gpt_jax.launch import command, gke, local, tpu_vm
 from gpt_jax.launch import supervise as supervision
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
 from gpt_jax.runtime import git_info
+from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.git_info import Checkout
 
 

@@ -15,8 +15,8 @@ import yaml
 
 from gpt_jax.errors import UserError
 from gpt_jax.launch import checks, gke
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
+from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.train import checkpoint_info
 from tests.tiny import smoke_overrides
 

@@ -1,7 +1,7 @@
 """Jobs: their commands, their names, and the storage that their paths name."""
 
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import BUCKETS, CLAIMS, Job, default_name, mount_names, to_mount_paths
+from gpt_jax.runtime.accelerators import parse_accelerator
 
 
 def make(**fields):

@@ -14,9 +14,9 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.launch import local
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.checks import check
 from gpt_jax.launch.job import Job
+from gpt_jax.runtime.accelerators import parse_accelerator
 from tests.tiny import smoke_overrides, trajectory
 
 STAND_IN = """

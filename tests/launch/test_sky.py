@@ -10,9 +10,9 @@ import yaml
 
 from gpt_jax.errors import UserError
 from gpt_jax.launch import checks, sky
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
 from gpt_jax.runtime import git_info
+from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.git_info import Checkout
 
 check_job = functools.cache(checks.check_job)  # A check takes a large part of a second.

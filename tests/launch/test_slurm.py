@@ -12,8 +12,8 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.launch import checks, slurm
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.job import Job
+from gpt_jax.runtime.accelerators import parse_accelerator
 
 STORE = ("--data.store", "/shared/store")
 GPUS = {"accelerator": "h100-8", "slices": 2, "overrides": (*STORE, "--mesh.slice", "2")}

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.launch import slurm
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.checks import check
 from gpt_jax.launch.job import Job
+from gpt_jax.runtime.accelerators import parse_accelerator
 from tests.tiny import smoke_overrides
 
 TOOLS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol")

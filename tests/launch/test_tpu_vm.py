@@ -19,12 +19,12 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.launch import checks, supervise, tpu_vm, tpu_watch
-from gpt_jax.launch.accelerators import parse_accelerator
 from gpt_jax.launch.gcloud import Gcloud, Result
 from gpt_jax.launch.job import Job
 from gpt_jax.launch.supervise import Outcome
 from gpt_jax.launch.tpu_watch import ActionKind, Observation, Timing, TpuWatcher, combine_statuses, decide
 from gpt_jax.runtime import git_info
+from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.git_info import Checkout
 from tests.launch import fake_gcloud
 from tests.tiny import smoke_overrides, trajectory

@@ -1,4 +1,4 @@
-"""The hardware that a job can request: hosts, devices, memory, and the names that cloud products use.
+"""The hardware that a job can request or be planned for: hosts, devices, memory, and the names that cloud products use.
 
 An accelerator is named FAMILY-SIZE. TPU sizes are those of Cloud TPU: chips for v5e and v6e, TensorCores (two in a chip) for v4,
 v5p and 7x. GPU and CPU sizes count the devices of one node; "cpu-4" is a node on which JAX simulates four devices.
@@ -30,8 +30,8 @@ class Accelerator:
     chips_per_host: int
     devices_per_host: int
     """Number of devices that JAX sees on one host."""
-    memory: int = 0
-    """Memory of one device in bytes; 0 if it is not known."""
+    device_kind: str = ""
+    """Kind of its devices in JAX; "" for CPUs. `CHIPS` has their properties."""
     gcloud: str = ""
     """Accelerator type in Cloud TPU; xpk calls it the TPU type."""
     gke: str = ""
@@ -40,6 +40,11 @@ class Accelerator:
     """Chips along each axis of the slice, as in the GKE node label gke-tpu-topology."""
     sky: str = ""
     """Name in SkyPilot, without the number of GPUs."""
+
+    @property
+    def memory(self) -> int:
+        """Memory of one device in bytes; 0 if it is not known."""
+        return CHIPS[self.device_kind].memory if self.device_kind else 0
 
     @property
     def devices(self) -> int:
@@ -101,7 +106,7 @@ def _tpu_slices() -> Iterator[Accelerator]:
                 hosts=chips // chips_per_host,
                 chips_per_host=chips_per_host,
                 devices_per_host=chips_per_host * devices_per_chip,
-                memory=CHIPS[device_kind].memory,
+                device_kind=device_kind,
                 gcloud=f"{gcloud}-{size}",
                 gke=gke,
                 topology=topology,
@@ -112,8 +117,7 @@ def _tpu_slices() -> Iterator[Accelerator]:
 def _nodes() -> Iterator[Accelerator]:
     for family, (device_kind, gke, sky) in _GPUS.items():
         for count in (1, 2, 4, 8):
-            memory = CHIPS[device_kind].memory
-            yield Accelerator(f"{family}-{count}", "gpu", family, 1, count, count, memory, gke=gke, sky=sky)
+            yield Accelerator(f"{family}-{count}", "gpu", family, 1, count, count, device_kind, gke=gke, sky=sky)
     for count in range(1, 257):
         yield Accelerator(f"cpu-{count}", "cpu", "cpu", 1, count, count)
 
@@ -122,8 +126,11 @@ ACCELERATORS = {accelerator.name: accelerator for accelerator in (*_tpu_slices()
 """All accelerators by name."""
 
 
-def parse_accelerator(name: str) -> Accelerator:
+def parse_accelerator(name: str, option: str = "--accelerator") -> Accelerator:
     """Returns the accelerator with the given name, which may be Cloud TPU's own ("v5litepod-16").
+
+    Args:
+      option: the option that the name comes from, for the message.
 
     Raises:
       UserError: the name is unknown; the message lists the nearest ones.
@@ -136,11 +143,11 @@ def parse_accelerator(name: str) -> Accelerator:
         return ACCELERATORS[f"{family}-{size}"]
     if family not in _FAMILIES:
         hint = nearest(family or name, _FAMILIES)
-        raise UserError(f"--accelerator: '{name}' is not in a known family (write FAMILY-SIZE, such as v5e-16); {hint}")
+        raise UserError(f"{option}: '{name}' is not in a known family (write FAMILY-SIZE, such as v5e-16); {hint}")
     sizes = sorted(int(known.rpartition("-")[2]) for known, accelerator in ACCELERATORS.items() if accelerator.family == family)
     place = bisect.bisect(sizes, int(size)) if size.isdecimal() else 0
     neighbors = ", ".join(f"{family}-{neighbor}" for neighbor in sizes[max(place - 2, 0) : place + 2])
-    raise UserError(f"--accelerator: '{name}' does not exist; the nearest sizes are {neighbors}")
+    raise UserError(f"{option}: '{name}' does not exist; the nearest sizes are {neighbors}")
 
 
 def smallest_multi_host_slice(family: str) -> Accelerator:

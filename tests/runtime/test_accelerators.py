@@ -5,8 +5,8 @@ import math
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.launch import accelerators
-from gpt_jax.launch.accelerators import parse_accelerator
+from gpt_jax.runtime import accelerators
+from gpt_jax.runtime.accelerators import parse_accelerator
 
 
 @pytest.mark.parametrize(
