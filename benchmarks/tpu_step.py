@@ -26,7 +26,9 @@ from gpt_jax.config import PretrainConfig
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.errors import TrainingError, UserError, one_line
 from gpt_jax.inputs.numbers import POSITIVE, number
-from gpt_jax.plan.costs import Collective, Costs, Kernel, read_costs
+from gpt_jax.plan.collectives import Collective
+from gpt_jax.plan.costs import Costs, read_costs
+from gpt_jax.plan.kernels import Kernel
 from gpt_jax.plan.topology import topology_devices
 from gpt_jax.runtime.sharding import make_mesh
 from gpt_jax.train.step import lower_step

@@ -3,7 +3,7 @@
 import importlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, **{f"{kind}{n}": n for kind in "fsu" for n in (4, 8, 16, 32, 64)}}
@@ -75,6 +75,13 @@ class Program(NamedTuple):
     num_partitions: int
     """Number of devices that execute the module together. Several slices of TPUs execute one module each."""
 
+    def inside(self, name: str) -> Iterator[Instruction]:
+        """Yields the instructions of a computation and of those that they call, except for loops."""
+        for instruction in self.computations[name].values():
+            yield instruction
+            for called in instruction.called:
+                yield from self.inside(called)
+
 
 def parse(text: str) -> Program:
     """Parses the text of an HLO module.
@@ -114,6 +121,11 @@ def _closing(text: str, opening: int) -> int:
         if depth == 0:
             return opening + match.start()
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
+
+
+def input_shapes(instruction: Instruction, computation: Computation) -> str:
+    """Returns the shapes of an instruction's operands, one after the other."""
+    return " ".join(computation[name].shape for name in instruction.inputs)
 
 
 def shape_bytes(shape: str) -> int:

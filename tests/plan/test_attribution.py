@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt_jax.plan.scopes import direction_of, part_of
+from gpt_jax.plan.attribution import direction_of, part_of
 
 
 @pytest.mark.parametrize(
