@@ -1,12 +1,12 @@
 """Causal self-attention (section 4.1), with interchangeable implementations whose results must agree.
 
-    plain        all probabilities as one array, by the definition
+    plain        the definition, with all probabilities in one array
     blockwise    blocks of queries in plain JAX (kernels/blockwise.py)
     pallas_tpu   kernels for TPUs (kernels/tpu.py, kernels/tpu_attention.py)
     pallas_gpu   kernels for NVIDIA GPUs (kernels/gpu.py)
 
-The modules of Pallas kernels are imported where they are used, because importing Pallas takes time and runs on CPUs do not need
-it.
+The modules with Pallas kernels are imported where they are used, because importing Pallas takes time, and runs on CPUs do not
+need it.
 """
 
 import math
@@ -25,7 +25,7 @@ from gpt_jax.model.remat import keep
 from gpt_jax.runtime.sharding import constrain
 
 PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
-"""The platform of the devices that an implementation needs; the others run everywhere."""
+"""The platforms that some implementations require; all others run everywhere."""
 
 
 def self_attention(
@@ -39,14 +39,14 @@ def self_attention(
     precision: str = "default",
     implementation: str = "auto",
 ) -> Float[Array, "batch time width"]:
-    """Computes attention of whole sequences to themselves from the fused projection of queries, keys and values.
+    """Computes causal self-attention over whole sequences from the fused projection of queries, keys and values.
 
-    The heads are side by side: width = heads x dim. The projection comes without its bias, because a kernel can sum the bias
-    gradient while it has the others at hand.
+    The heads are side by side: width = heads x dim. The bias is passed separately, because a kernel that computes the other
+    gradients can also sum the bias gradient.
 
     Args:
-      projected: compute dtype.
-      bias: dtype of parameters, in which its gradient is summed over examples and devices.
+      projected: queries, keys and values without their bias, in the compute dtype.
+      bias: added to `projected`, in the parameters' dtype. Its gradient is summed over examples and devices in float32.
       num_heads: number of heads in the width.
       stream, rate, segment_ids, precision, implementation: as for `attention`.
     """
@@ -62,7 +62,7 @@ def self_attention(
 
 
 def split_heads(qkv: Float[Array, "batch time 3 width"], num_heads: int) -> list[Float[Array, "batch time heads dim"]]:
-    """Returns queries, keys and values, each with a separate axis of heads."""
+    """Returns queries, keys and values, each with a separate axis for the heads."""
     batch, time, _, width = qkv.shape
     by_head = qkv.reshape(batch, time, 3, num_heads, width // num_heads)
     return [part[:, :, 0] for part in jax.lax.split(by_head, (1, 1, 1), axis=2)]
@@ -86,19 +86,19 @@ def attention(
     serves training (as many queries as keys) and decoding from a cache (fewer queries than keys).
 
     Args:
-      query, key, value: compute dtype.
-      stream: this layer's dropout mask streams, from `mask_stream`; None disables dropout. A stream requires as many queries as
+      query, key, value: arrays in the compute dtype.
+      stream: streams of this layer's dropout masks, from `mask_stream`; None disables dropout. Streams require as many queries as
         keys, so decoding has no dropout.
       rate: dropout rate on the probabilities, a Python number in [0, 1).
-      segment_ids: numbers of packed examples; a query attends only to keys of its own segment. Also requires as many queries as
-        keys.
+      segment_ids: numbers of the examples packed into a row; a query attends only to keys of its own segment. They also require
+        as many queries as keys.
       query_offset: position of the first query, one for all rows or one per row; None means keys - queries.
-      precision: precision of float32 products, forward and backward, on hardware that would otherwise reduce it.
-      implementation: a name in `IMPLEMENTATIONS`, or "auto" for that of `choose_attention` on this machine's devices. Decoding,
-        which has fewer queries than keys or an offset, always uses "plain".
+      precision: precision of float32 products in both passes, on hardware that would otherwise reduce it.
+      implementation: a name in `IMPLEMENTATIONS`, or "auto" for the choice of `choose_attention` for this machine's devices.
+        Decoding, which has fewer queries than keys or an offset, always uses "plain".
 
     Returns:
-      Sums of values weighted by probabilities, in the compute dtype. The softmax is computed in float32.
+      Sums of the values weighted by the probabilities, in the compute dtype. The softmax is computed in float32.
 
     Raises:
       ValueError: `stream` is given, but the numbers of queries and keys differ.
@@ -123,7 +123,7 @@ class Choice(NamedTuple):
 
 
 MAX_PLAIN = 4096
-"""Length in tokens up to which `plain` replaces a TPU kernel. The probabilities of longer sequences would fill the memory."""
+"""Maximum sequence length in tokens for which `plain` replaces a TPU kernel. For longer ones, the probabilities fill memory."""
 BLOCKWISE_BEYOND = 64
 """Sequence length in tokens beyond which `blockwise` trains faster than `plain` on CPUs (docs/benchmarks.md)."""
 
@@ -132,8 +132,8 @@ def choose_attention(platform: str, time: int, dim: int, dtype: Any, device_kind
     """Returns the implementation for sequences of `time` tokens and heads of size `dim` in a compute dtype.
 
     Args:
-      platform: that of the devices: "cpu", "gpu" or "tpu".
-      device_kind: their kind in JAX, "" if it is unknown. Kernels take shorter sequences on some.
+      platform: the platform of the devices: "cpu", "gpu" or "tpu".
+      device_kind: the kind of the devices, as in JAX, or "" if it is unknown. On some, kernels support only shorter sequences.
     """
     if platform == "tpu":
         reason = _refusal("pallas_tpu", time, dim, dtype, device_kind)
@@ -147,7 +147,7 @@ def choose_attention(platform: str, time: int, dim: int, dtype: Any, device_kind
 
 
 def check_attention(implementation: str, platform: str, time: int, dim: int, dtype: Any, device_kind: str) -> None:
-    """Checks that an implementation runs on these devices and takes sequences and heads of this size; see `choose_attention`.
+    """Checks that an implementation runs on these devices and supports sequences and heads of this size; see `choose_attention`.
 
     Raises:
       UserError: it does not.
@@ -161,7 +161,7 @@ def check_attention(implementation: str, platform: str, time: int, dim: int, dty
 
 
 def _refusal(implementation: str, time: int, dim: int, dtype: Any, device_kind: str) -> str | None:
-    """Returns the reason why an implementation does not take sequences or heads of this size; None if it does."""
+    """Returns the reason why an implementation does not support sequences or heads of this size; None if it does."""
     if implementation == "pallas_tpu":
         from gpt_jax.model.kernels import tpu_attention
 
@@ -174,7 +174,7 @@ def _refusal(implementation: str, time: int, dim: int, dtype: Any, device_kind: 
 
 
 def _resolve(implementation: str, time: int, dim: int, dtype: Any) -> str:
-    """Returns the name of an implementation, which "auto" leaves to the kind of this machine's devices."""
+    """Returns the name of an implementation, with "auto" resolved for this machine's devices."""
     if implementation != "auto":
         return implementation
     device = jax.devices()[0]
@@ -209,7 +209,7 @@ def _plain(
 
 
 def _pallas_tpu(query: Array, key: Array, value: Array, *options: Any) -> Array:
-    """Packs queries, keys and values for the kernel, which training gets from its fused projection instead."""
+    """Packs queries, keys and values into one array for the kernel. In training, the fused projection provides this array."""
     from gpt_jax.model.kernels.tpu_attention import pallas_tpu_self_attention
 
     batch, time, heads, _ = query.shape

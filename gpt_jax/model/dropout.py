@@ -9,12 +9,12 @@ dropped. Resuming, or changing the mesh, the micro-batch size or the attention k
     dropout(x, stream, rate)                              like x, [..., T, E] with a stream [..., 2]
     apply_dropout(x, key, rate, site)                     like x, [batch, time, embed]
 
-Queries q and q + 8, which differ in bit 3, form a pair and share one product. Eight rows are the sublanes of a TPU vector
-register, and r and r + 8 are the two rows that a GPU thread holds of a tensor-core accumulator. A kernel that computes by pairs
-(`row_term`, `column_terms`, `keep_pair`) therefore moves nothing between lanes, regardless of its block size.
+Queries q and q + 8, which differ in bit 3, form a pair and share one product. A TPU vector register has eight sublanes, and a GPU
+thread holds rows r and r + 8 of a tensor-core accumulator. A kernel that computes masks by pairs (`row_term`, `column_terms`,
+`keep_pair`) therefore moves no data between lanes, regardless of its block size.
 
-All of it is 32-bit integer arithmetic with Python operators, so the same code runs on NumPy arrays, under `jax.jit` and inside
-Pallas kernels. The values are frozen: any change requires a new version number.
+All computations are 32-bit integer arithmetic with Python operators, so the same code runs on NumPy arrays, under `jax.jit` and
+inside Pallas kernels. The values are frozen: any change requires a new version number.
 """
 
 from enum import IntEnum
@@ -85,13 +85,13 @@ def threefry(k0: Any, k1: Any, x0: Any, x1: Any) -> tuple[Any, Any]:
     return x0, x1
 
 
-# --- what a kernel computes: one term per pair of queries, two per key, three operations per (pair, key) -------------
+# --- computed in kernels: one term per pair of queries, two per key, three operations per (pair, key) ----------------
 
 SECOND = 0xADB4A92D  # a multiplier with a good two-dimensional lattice mod 2**32 (Steele and Vigna, 2022)
 
 
 def row_term(a: Any, pair: Any) -> Any:
-    """Returns the term R of query pair p, the queries q = 16 (p // 8) + p % 8 and q + 8. `a` is the stream's first word."""
+    """Returns the term R of query pair p: queries q = 16 (p // 8) + p % 8 and q + 8. `a` is the stream's first word."""
     return finalize(a ^ pair)
 
 
@@ -108,14 +108,14 @@ def keep_pair(row: Any, column: Any, multiplier: Any, rate: float) -> tuple[Any,
 
 
 def finalize(x: Any) -> Any:
-    """Applies a bijection of 32-bit words in which every input bit changes every output bit with probability near 1/2."""
+    """Applies a bijection of 32-bit words in which flipping any input bit flips each output bit with probability near 1/2."""
     x = (x ^ x >> np.uint32(16)) * np.uint32(0x21F0AAAD)
     x = (x ^ x >> np.uint32(15)) * np.uint32(0xD35A2D97)
     return x ^ x >> np.uint32(15)
 
 
 def threshold(rate: float) -> int:
-    """Returns how many of an element's 65536 possible values mean "dropped".
+    """Returns the number of an element's 65536 possible values that mean "dropped".
 
     Raises:
       ValueError: the rate is not in [0, 1), or rounds to 1.
@@ -127,7 +127,7 @@ def threshold(rate: float) -> int:
 
 
 def _survives(words: Any, rate: float) -> Any:
-    # The upper half decides. It is compared as a signed number, because a TPU (v5e) has no unsigned comparison.
+    # The upper half of a word decides. The comparison is signed, because a TPU (v5e) has no unsigned comparison.
     return words.astype(np.int32) >= np.int32((threshold(rate) << 16) - (1 << 31))
 
 
@@ -145,7 +145,7 @@ def keep(stream: UInt32[AnyArray, "*shape 2"], queries: Integers, keys: Integers
 
 
 def dropout(x: Float[Array, "*shape T E"], stream: UInt32[Array, "*shape 2"], rate: float) -> Float[Array, "*shape T E"]:
-    """Applies inverted dropout; the position on axis T is the query and that on axis E the key. Rate 0 is the identity."""
+    """Applies inverted dropout; positions on axis T are the queries, and positions on axis E the keys. Rate 0 is the identity."""
     dropped = threshold(rate)
     if dropped == 0:
         return x
@@ -161,7 +161,7 @@ def apply_dropout(x: jax.Array, key: DropoutKey | None, rate: float, site: Site)
 
 
 def _words(stream: Any, queries: Integers, keys: Integers) -> Any:
-    """Returns a 32-bit word for each element; its upper half decides."""
+    """Returns a 32-bit word for each element. The word's upper half decides whether the element is kept."""
     queries, keys = queries.astype(np.uint32), keys.astype(np.uint32)
     pair = queries >> np.uint32(4) << np.uint32(3) | queries & np.uint32(7)
     second_of_pair = queries >> np.uint32(3) & np.uint32(1)

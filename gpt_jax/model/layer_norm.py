@@ -20,14 +20,14 @@ def add_and_normalize(
     rate: float,
     config: ModelConfig,
 ) -> Float[Array, "batch time embed"]:
-    """Returns normalize(x + dropout(changed + changed_bias)) * gain + bias, where rows have mean 0 and variance 1.
+    """Returns normalize(x + dropout(changed + changed_bias)) * gain + bias, where normalized rows have mean 0 and variance 1.
 
     Args:
-      x, changed: compute dtype. The sum is rounded to it; its normalization is computed in float32.
+      x, changed: arrays in the compute dtype, to which their sum is rounded. The normalization is computed in float32.
       changed_bias: the bias of the projection that `changed` comes from.
       gain, bias: the parameters of the layer norm.
-      stream, rate: the dropout mask's stream, None to disable dropout, and its rate.
-      config: chooses the kernels of `kernels.tpu_layer_norm` together with those of attention.
+      stream, rate: the stream of the dropout mask (None disables dropout) and the dropout rate.
+      config: its `attention` also selects the kernels of `kernels.tpu_layer_norm`.
     """
     if config.attention == "pallas_tpu":
         from gpt_jax.model.kernels.tpu_layer_norm import pallas_tpu_add_and_normalize, takes
@@ -41,7 +41,7 @@ def add_and_normalize(
 
 
 def normalize(x: Float[Array, "*rows embed"], gain: jax.Array, bias: jax.Array, epsilon: float) -> Float[Array, "*rows embed"]:
-    """Returns the layer normalization of x over its last axis, computed in float32, in the dtype of x."""
+    """Returns x normalized over its last axis, computed in float32 and rounded to the dtype of x."""
     wide = x.astype(jnp.float32)
     centered = wide - wide.mean(axis=-1, keepdims=True)
     variance = jnp.square(centered).mean(axis=-1, keepdims=True)

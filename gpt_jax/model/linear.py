@@ -1,4 +1,4 @@
-"""Affine maps with parameters: how their weights are gathered and their gradients summed over devices."""
+"""Affine maps with parameters: how their weights are gathered, and how their gradients are summed over devices."""
 
 import functools
 from typing import Any
@@ -13,14 +13,15 @@ from gpt_jax.runtime.sharding import all_gather, is_split, per_shard, sum_and_sp
 Names = tuple[str | None, ...]
 """Logical axis names."""
 Terms = tuple[jax.Array, jax.Array]
-"""A product with parameters, in the compute dtype, and the bias to be added to it, in the dtype of parameters."""
+"""A product with a parameter, in the compute dtype, and the bias to be added to it, in the parameters' dtype."""
 
 
 class Linear(nnx.Module):
-    """Affine map x @ kernel + bias over one or more input and output dimensions; kernel N(0, init_stddev), bias 0.
+    """Affine map x @ kernel + bias over one or more input and output dimensions.
 
-    Heads and their dimensions are separate in the parameters, but side by side in activations, as one dimension. Arrays that end
-    with a short axis of heads and one of 64 numbers would be padded or transposed on TPUs.
+    The kernel is drawn from N(0, init_stddev); the bias is initially 0. Heads and their dimensions are separate axes of the
+    parameters but a single axis of activations, because TPUs would pad or transpose arrays that end with a short axis of heads
+    and an axis of 64 numbers.
     """
 
     def __init__(self, config: ModelConfig, inputs: dict[str, int], outputs: dict[str, int], *, rngs: nnx.Rngs):
@@ -48,19 +49,19 @@ class Linear(nnx.Module):
 
 
 def _merge_heads(sizes: dict[str, int]) -> tuple[int, ...]:
-    """Returns sizes with those of "heads" and "head_dim" multiplied."""
+    """Returns the sizes, with "heads" and "head_dim" merged into their product."""
     heads = {"heads": sizes["heads"] * sizes["head_dim"]} if "heads" in sizes else {}
     return tuple((sizes | heads)[name] for name in sizes if name != "head_dim")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def product(x: jax.Array, kernel: jax.Array, inputs: Names, outputs: Names, precision: str) -> jax.Array:
-    """Returns the product of `x` and a parameter, over the last axes of `x` and the first of `kernel`, in the dtype of `x`.
+    """Returns `x` times a parameter, contracting the last axes of `x` with the first axes of `kernel`, in the dtype of `x`.
 
-    The kernel is rounded to the dtype of `x` and then gathered, in the forward and again in the backward pass. Its gradient is
-    computed and summed over devices in float32, as is that of the token table (tied.py), and each device receives the shard that
-    it stores. The collectives are explicit, because XLA's choice for TPUs is hundreds of transfers between neighbors, or a sum of
-    the whole gradient on each device.
+    The kernel is rounded to the dtype of `x` and then gathered, in the forward pass and again in the backward pass. Its gradient
+    is computed and summed over devices in float32, like the gradient of the token table (tied.py), and each device receives the
+    shard that it stores. The collectives are explicit because on TPUs, XLA would choose hundreds of transfers between neighbors,
+    or sum the whole gradient on each device.
 
     Args:
       x: [batch, ..., *inputs].
@@ -71,7 +72,7 @@ def product(x: jax.Array, kernel: jax.Array, inputs: Names, outputs: Names, prec
 
 
 def _gather(kernel: jax.Array, names: Names, dtype: Any) -> jax.Array:
-    """Returns the kernel in a dtype, with the axis "embed" whole on each device."""
+    """Returns the kernel in a dtype, with the whole "embed" axis on each device."""
     gather = lambda part: all_gather(part.astype(dtype), "embed", axis=names.index("embed"))  # noqa: E731
     return per_shard(gather, (names,), _without_embed(names))(kernel) if is_split("embed") else kernel.astype(dtype)
 
@@ -95,8 +96,8 @@ def _product_bwd(
     contracted = range(len(rows), gradient.ndim), range(len(inputs), kernel.ndim)
     x_gradient = multiply(gradient, _gather(kernel, (*inputs, *outputs), x.dtype), (contracted, ((), ())))
 
-    # If devices store shards, the side with "embed" comes first, so that shards are consecutive in memory. Otherwise it is the
-    # narrower one, because XLA transposes the first operand on CPUs.
+    # If devices store shards, the operand with "embed" comes first, so that each shard is contiguous in memory. Otherwise the
+    # narrower operand comes first, because XLA transposes the first operand on CPUs.
     sides = [(x, inputs), (gradient, outputs)]
     swapped = "embed" in outputs if is_split("embed") else x.size > gradient.size
     (first, first_names), (second, second_names) = reversed(sides) if swapped else sides
@@ -108,7 +109,7 @@ def _product_bwd(
     def stacked(first: jax.Array, second: jax.Array) -> jax.Array:
         return jnp.stack([local(first, second[..., i, :]) for i in range(second.shape[-2])], axis=1)
 
-    # TPUs store queries, keys and values as separate matrices, and would sum and send them whole if they were one array.
+    # TPUs store the matrices of queries, keys and values separately. In one array, the gradients would be summed and sent whole.
     function = stacked if is_split("embed") and len(second_names) == 2 else local
     names = tuple(("batch", *(None,) * (len(rows) - 1), *_without_embed(side)) for side in (first_names, second_names))
     total = per_shard(function, names, (*first_names, *second_names))(first, second).astype(kernel.dtype)
@@ -120,7 +121,7 @@ product.defvjp(_product_fwd, _product_bwd)
 
 @jax.custom_vjp
 def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns the sum of `x` [..., *outputs] and a parameter [*outputs], in the dtype of `x`; see `product` on its gradient."""
+    """Returns `x` [..., *outputs] plus a parameter [*outputs], in the dtype of `x`. The bias gradient is summed in float32."""
     return x + bias.astype(x.dtype)
 
 

@@ -1,9 +1,9 @@
 """Next-token cross-entropy over the vocabulary, in chunks of time (section 3.1, equation 1).
 
-A batch x time x vocabulary array of float32 logits would be the largest array in the training step. Here the logits of only
+A batch x time x vocabulary array of float32 logits would be the largest array in the training step. Here, only the logits of
 `chunk` time steps exist at once. The batch axis is not split, because splitting it, or flattening batch and time, would gather
-the batch on every device. The gradients are computed in the forward pass, chunk by chunk, while the logits are available. Value
-and gradients therefore take three vocabulary-sized products instead of four, and no array of that size is kept.
+the batch on every device. The gradients are computed in the forward pass, chunk by chunk, while the logits are available. The
+loss and its gradients therefore take three vocabulary-sized products instead of four, and no vocabulary-sized array is kept.
 """
 
 import functools
@@ -26,11 +26,11 @@ Table = Float[Array, "padded_vocab embed"]
 Weights = Float[Array, "batch time"]
 
 CACHED_ROWS = 256
-"""Number of tokens whose logits a CPU computes at once: few enough for its cache, but enough to amortize the table's gradient,
-which is read and written in full for every chunk (docs/benchmarks.md has the measurements)."""
+"""Number of tokens whose logits a CPU computes at once: few enough for its cache, but enough to amortize the cost of reading and
+writing the table's whole gradient for every chunk (docs/benchmarks.md has the measurements)."""
 
 LARGEST_ODDS = 1e25
-"""Sum of odds against a target up to which its products with weights and activations are within the range of bfloat16."""
+"""Maximum sum of the odds against a target for which their products with weights and activations fit the range of bfloat16."""
 
 
 def normalize(batch: Batch) -> Batch:
@@ -39,7 +39,7 @@ def normalize(batch: Batch) -> Batch:
 
 
 def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropout_key: DropoutKey | None) -> Float[Array, ""]:
-    """Returns the sum of weight x negative log-likelihood (nats) of the targets, which is their mean after `normalize`.
+    """Returns the sum over targets of weight x negative log-likelihood (nats), a weighted mean if `normalize` was applied.
 
     Args:
       batch: tokens and targets int32 [batch, time], loss_weights float32 [batch, time], optionally segment_ids [batch, time].
@@ -54,7 +54,7 @@ def language_model_loss(config: ModelConfig, params: Params, batch: Batch, dropo
 
 
 def embed_tokens(config: ModelConfig, params: Params, tokens: Tokens) -> tuple[Hidden, SharedTable]:
-    """Returns the tokens' rows of the table, and the table for `cross_entropy`, so that it is gathered once (tied.py)."""
+    """Returns the tokens' rows of the table, and the gathered table for `cross_entropy`, which then need not gather it again."""
     with jax.named_scope("embedding"):
         return lookup(share(params["embedding"]["tokens"], compute_dtype(config)), tokens)
 
@@ -62,7 +62,7 @@ def embed_tokens(config: ModelConfig, params: Params, tokens: Tokens) -> tuple[H
 def time_chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks"], int]:
     """Returns the starts and the common length of the fewest chunks of at most `longest` steps that cover `time`.
 
-    The last chunk may extend beyond `time`. If `longest` is 0, a chunk has about `CACHED_ROWS` tokens of a batch of this size.
+    The last chunk may extend beyond `time`. If `longest` is 0, a chunk of a batch of this size has about `CACHED_ROWS` tokens.
     """
     longest = longest or max(CACHED_ROWS // batch, 1)
     number = -(-time // longest)
@@ -71,7 +71,7 @@ def time_chunks(time: int, longest: int, batch: int) -> tuple[Int[Array, "chunks
 
 
 def pad_time(array: jax.Array, time: int) -> jax.Array:
-    """Pads axis 1 with zeros to length `time`. Padded loss weights are 0, so padding does not count."""
+    """Pads axis 1 with zeros to length `time`. The loss weights of the padding are thus 0, so it does not affect the loss."""
     missing = time - array.shape[1]
     return jnp.pad(array, [(0, 0), (0, missing)] + [(0, 0)] * (array.ndim - 2)) if missing else array
 
@@ -81,8 +81,8 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Returns sum_bt weights[b, t] * -log softmax(hidden[b, t] @ table[:vocab_size].T)[targets[b, t]], float32.
 
-    It is differentiable with respect to `hidden` and `table` only. The product is computed in the dtype of `hidden` with
-    float32 results, for at most `chunk` time steps at once (0 means about `CACHED_ROWS` tokens).
+    The function is differentiable with respect to `hidden` and `table` only. The product has operands in the dtype of `hidden`
+    and float32 results, and is computed for at most `chunk` time steps at once (0 means about `CACHED_ROWS` tokens).
     """
     shared = table if isinstance(table, SharedTable) else share(table, hidden.dtype)
     return _cross_entropy(hidden, shared, targets, weights, vocab_size, chunk)
@@ -98,8 +98,8 @@ def _over_shards(
 ) -> Any:
     """Computes the loss, with each device handling its own examples and its shard of the vocabulary.
 
-    With `gradients`, it returns (loss, (gradient of hidden, gradient of table)), as the forward pass of a custom VJP must. The
-    table's gradient is not summed over the devices yet (tied.py).
+    If `gradients` is True, it returns (loss, (gradient of hidden, gradient of table)), as the forward pass of a custom VJP must.
+    The table's gradient is not yet summed over the devices (tied.py).
     """
     by_example, by_token = ("batch", None, None), ("batch", None)
     out_names = ((), (by_example, PARTIAL)) if gradients else ()
@@ -109,7 +109,7 @@ def _over_shards(
 
 
 def _backward(vocab_size: int, chunk: int, gradients: tuple[Array, Array], factor: Array) -> tuple[Array, Any, None, None]:
-    """Scales the gradients that the forward pass computed; targets and weights have none."""
+    """Scales the gradients that the forward pass computed. Targets and weights have no gradients."""
     hidden_gradient, table_gradient = ((factor * gradient).astype(gradient.dtype) for gradient in gradients)
     return hidden_gradient, SharedTable(None, table_gradient), None, None  # type: ignore[arg-type]  # None: no gradient
 
@@ -118,20 +118,20 @@ _cross_entropy.defvjp(functools.partial(_over_shards, gradients=True), _backward
 
 
 def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab_size: int, chunk: int, gradients: bool) -> Any:
-    """Computes the loss, summed over the devices, and optionally its gradients for this device's examples and entries.
+    """Computes the loss, summed over devices, and optionally its gradients for this device's examples and vocabulary entries.
 
-    With odds[v] = exp(score[v] - score[target]) for all entries but the target (`_odds`), and `others` their sum,
+    With odds[v] = exp(score[v] - score[target]) for all entries but the target (`_odds`), and `others` as their sum,
 
         loss = log(1 + others)
         gradient of score[v] = weight / (1 + others) * (odds[v], or -others for the target)
 
-    The factor of each token is applied to the smaller operand or to the result of a product, so that the products read the odds
-    as they are. Nothing cancels where the target is almost certain, because both parts are then small.
+    Each token's factor, weight / (1 + others), is applied to the smaller operand or to the result of a product, so that the
+    products read the odds unchanged. No digits cancel where the target is almost certain: the odds and `others` are then small.
     """
     first = shard_index("vocab") * table.shape[0]
     entries = first + jnp.arange(table.shape[0])
-    # On CPUs, XLA transposes the first operand of the table's gradient, which should not be the larger one. On TPUs, the result
-    # would have to be transposed instead.
+    # On CPUs, XLA transposes the first operand of the product for the table's gradient, so the smaller operand comes first. On
+    # TPUs, this order would require transposing the result.
     on_cpu = chunk == 0
     time = hidden.shape[1]
     starts, chunk = time_chunks(time, chunk, hidden.shape[0])
@@ -144,7 +144,8 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
         x, target, weight = map(part, (hidden, targets, weights))
         target_row = table.at[part(rows)].get(mode="fill", fill_value=0)
         target_score = all_sum(_product("bte,bte->bt", x, target_row), "vocab")
-        competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: E731  Entries from `vocab_size` on are padding.
+        # Entries from `vocab_size` on are padding.
+        competes = lambda: (entries < vocab_size) & (entries != target[..., None])  # noqa: E731
         odds, others, shift = _odds(x, table, competes, target_score)
         normalizer = jnp.exp(target_score - shift) + others
         total = total + (weight * (jnp.log(normalizer) + shift - target_score)).sum()
@@ -163,7 +164,7 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
     if not gradients:
         return total
     hidden_gradient, factor, others = (jnp.moveaxis(x, 0, 1).reshape(*targets.shape, *x.shape[3:]) for x in pieces)
-    # The targets' part is added once and not in each chunk, because adding rows reads and writes the whole gradient on TPUs.
+    # The targets' part is added once, not in each chunk, because on TPUs, adding rows reads and writes the whole gradient.
     target_gradient = -others[..., None] * _scale(hidden, factor)
     table_gradient = table_gradient.T if on_cpu else table_gradient
     table_gradient = table_gradient.at[rows].add(target_gradient, mode="drop")
@@ -171,16 +172,17 @@ def _local(hidden: Array, table: Array, targets: Array, weights: Array, *, vocab
 
 
 def _odds(x: Array, table: Array, competes: Callable[[], Array], target_score: Array) -> tuple[Array, Array, Array]:
-    """Returns exp(score - shift) of the target's competitors, in the dtype of `x`, their sum over all shards, and the shift.
+    """Returns exp(score - shift) of all entries but the target, in the dtype of `x`, their sum over all shards, and the shift.
 
-    The shift is usually the target's score. As it is known before the other scores, the exponentials and their sum are computed
-    where the product's results are produced, and no scores are written to memory. Where a sum could overflow, which takes a
-    target whose probability is below 1e-25, all tokens of the chunk are computed again, shifted by their highest scores.
+    The shift is usually the target's score. It is known before the other scores, so the exponentials and their sum are computed
+    as the product's results are produced, and no scores are written to memory. If a sum could overflow, which requires a target
+    whose probability is below 1e-25, all tokens of the chunk are computed again, shifted by their highest scores.
 
     Args:
       x: hidden states [batch, time, embed].
       table: this device's rows [entries, embed], in the dtype of `x`.
-      competes: returns bool [batch, time, entries]. It is called in each branch, so that no branch reads a stored array.
+      competes: returns bool [batch, time, entries], False for targets and padding. Each branch calls it instead of reading a
+        stored array.
       target_score: float32 [batch, time].
     """
 
@@ -191,21 +193,21 @@ def _odds(x: Array, table: Array, competes: Callable[[], Array], target_score: A
     def shifted_by_highest() -> tuple[Array, Array, Array]:
         scores = jnp.where(competes(), _product("bte,ve->btv", x, table), -jnp.inf)
         highest = all_max(scores.max(axis=-1), "vocab")
-        # Without the barrier, both products would become one, and its results would be stored.
+        # Without the barrier, XLA would merge the two products into one and store its results.
         return exponentials(jax.lax.optimization_barrier(x), jnp.maximum(highest, target_score))
 
     usual = exponentials(x, target_score)
     largest = usual[1].max()
-    if is_split("vocab"):  # The devices that communicate in the second branch must all take it.
+    if is_split("vocab"):  # All devices that communicate in the second branch must take it together.
         largest = all_max(largest, "batch")
     return jax.lax.cond(largest < LARGEST_ODDS, lambda: usual, shifted_by_highest)
 
 
 def _product(axes: str, *operands: Array) -> Array:
-    """Returns an einsum in float32."""
+    """Returns an einsum with float32 results."""
     return jnp.einsum(axes, *operands, preferred_element_type=jnp.float32)
 
 
 def _scale(x: Array, factor: Array) -> Array:
-    """Multiplies each token of `x` [batch, time, embed] by a factor [batch, time], in float32; the dtype of `x` is kept."""
+    """Returns each token of `x` [batch, time, embed] times its factor [batch, time], computed in float32, in the dtype of `x`."""
     return (factor[..., None] * x).astype(x.dtype)

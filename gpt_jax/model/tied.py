@@ -1,13 +1,13 @@
-"""The token table, which is both the embedding and the output layer: how it is gathered, and how its gradients are summed.
+"""The token table, shared by the embedding and the output layer: how it is gathered, and how its gradients are summed.
 
     shared = share(params["embedding"]["tokens"], dtype)
     token_rows, shared = lookup(shared, tokens)
     loss = cross_entropy(hidden, shared, targets, ...)
 
-Each device gathers the table once, in the compute dtype. Its gradient has two parts, from the lookup and from the output layer.
-Both are added on the device before anything is sent, so that one array crosses the devices: it is summed over them in float32,
-and each device receives the columns that it stores. Sums of gradients over devices are in float32 because the error of bfloat16,
-0.4 % of each addend, would depend on the number of devices.
+Each device gathers the table once, in the compute dtype. The table's gradient has two parts, one from the lookup and one from
+the output layer. Each device adds the two before anything is sent, so only one array is communicated: it is summed over the
+devices in float32, and each device receives the columns that it stores. Gradients are summed over devices in float32 because the
+rounding error of bfloat16, 0.4% of each addend, would depend on the number of devices.
 """
 
 from typing import Any, NamedTuple
@@ -19,16 +19,16 @@ from jaxtyping import Array, Float, Int
 from gpt_jax.runtime.sharding import all_gather, all_sum, constrain, per_shard, shard_count, shard_index, sum_and_split
 
 TABLE, STORED, PARTIAL = ("vocab", None), ("vocab", "embed"), ("batch", "vocab", None)
-"""Logical axes: of the gathered table, of the stored one, and of one unsummed gradient for each shard of the batch."""
+"""Logical axes of the gathered table, of the stored table, and of the unsummed gradients, one for each shard of the batch."""
 
 
 class SharedTable(NamedTuple):
-    """A gathered table. Functions that use it return the gradient of `gradient` and none of `rows`, so it can be float32."""
+    """A gathered table. Its gradient is returned for the field `gradient` and not for `rows`, so that it can be float32."""
 
     rows: Float[Array, "padded_vocab embed"]
-    """In the compute dtype. Each device holds all of them, or its shard if the mesh splits the vocabulary."""
+    """Rows in the compute dtype. Each device holds all rows, or its shard of them if the mesh splits the vocabulary."""
     gradient: Float[Array, "shards padded_vocab embed"]
-    """Zeros that are never read, float32. Their gradient is that of the table, with one part for each shard of the batch."""
+    """Float32 zeros that are never read. Their gradient is the table's gradient, with one part for each shard of the batch."""
 
 
 @jax.custom_vjp
@@ -47,15 +47,15 @@ _gather.defvjp(lambda table, like: (_gather(table, like), (jnp.zeros((), table.d
 
 
 def share(table: Float[Array, "padded_vocab embed"], dtype: Any) -> SharedTable:
-    """Returns the table gathered on each device in a dtype, for functions whose gradients are summed before they are sent."""
+    """Returns the table in a dtype, gathered on each device, for functions whose gradients are added up before they are sent."""
     return _gather(table, jnp.zeros((), dtype))
 
 
 @jax.custom_vjp
 def lookup(shared: SharedTable, tokens: Int[Array, "batch time"]) -> tuple[Float[Array, "batch time embed"], SharedTable]:
-    """Returns the rows of the tokens in float32, and the table for what uses it next.
+    """Returns the tokens' rows in float32, and the table for the next function that uses it.
 
-    The gradient with respect to the table is added to that of the table returned, without an array of its own.
+    The gradient of the lookup is added to the gradient of the returned table, so it needs no array of its own.
     """
 
     def local(rows: Array, tokens: Array) -> Array:
@@ -79,6 +79,6 @@ lookup.defvjp(lambda shared, tokens: (lookup(shared, tokens), tokens), _lookup_g
 
 
 def local_rows(tokens: Array, size: int) -> Array:
-    """Returns, inside `per_shard`, the rows of tokens in this device's shard of `size` rows; `size` where they are in another."""
+    """Returns, inside `per_shard`, each token's row in this device's shard of `size` rows, or `size` if another shard has it."""
     rows = tokens - shard_index("vocab") * size
     return jnp.where((rows >= 0) & (rows < size), rows, size)
