@@ -1,7 +1,7 @@
 """Generation with a cache: greedy, temperature, top-k and nucleus sampling, in one compiled program.
 
-With few rows, the time of a token is that of reading the weights from memory, so a token must not copy weights or cache, nor sort
-the scores of the vocabulary.
+With few rows, the time per token is the time to read the weights from memory. The loop over tokens therefore neither copies
+weights or cache nor sorts the scores of the vocabulary.
 """
 
 import functools
@@ -42,7 +42,7 @@ def generate(
       prompts: token ids, at least one per prompt.
       num_tokens: maximum number of tokens to append to each prompt.
       temperature: divisor of the logits; 0 always takes the most likely token (greedy decoding).
-      top_k: number of most likely tokens to sample from; None means all. See `sample` for tokens that are equally likely.
+      top_k: number of most likely tokens to sample from; None means all. See `sample` for ties.
       top_p: total probability of the most likely tokens to sample from, in (0, 1].
       stop: token that ends a continuation and is not returned; None means no such token.
       seed: equal seeds give equal text, row by row.
@@ -73,7 +73,7 @@ def generate(
 
 
 def _bucket(length: int, context: int) -> int:
-    """Returns the length to which prompts and cache are padded, so that few executables serve all lengths: a power of two."""
+    """Returns the padded length of prompts or cache, a power of two or the context, so that few executables serve all lengths."""
     return min(max(32, 1 << (length - 1).bit_length()), context)
 
 
@@ -112,8 +112,8 @@ def _generate(
     """Processes the prompts in one pass, then draws one token at a time, up to `num_tokens` or until every row has stopped.
 
     Row i continues after the `lengths[i]` tokens of its prompt. `capacity` is the number of positions in the cache. `settings`
-    are the last three arguments of `sample`; a negative `stop` means no stop token. Of a row of the result, only the first
-    `num_tokens` are meaningful, and only up to its stop token.
+    are the last three arguments of `sample`; a negative `stop` means no stop token. In each row of the result, only the first
+    `num_tokens` tokens are meaningful, and only up to the stop token.
     """
     net, batch, key = network(config), tokens.shape[0], jax.random.key(seed)
     # Padding is written into the cache after each prompt; the row's own tokens overwrite it before any query can attend to it.
@@ -132,7 +132,7 @@ def _generate(
         # A stopped row continues until all have stopped; `generate` truncates it.
         return number + 1, token, cache, drawn.at[:, number].set(token), finished | (token == stop)
 
-    # The last token of each prompt is processed again, by the loop, so that the first new token is drawn like all others.
+    # The loop processes the last token of each prompt again, so that the first new token is drawn like all others.
     last = jnp.take_along_axis(tokens, (lengths - 1)[:, None], axis=1)[:, 0]
     start = jnp.int32(0), last, cache, jnp.full((batch, capacity), stop), jnp.zeros(batch, bool)
     drawn = jax.lax.while_loop(unfinished, extend, start)[3]
@@ -144,8 +144,8 @@ def sample(
 ) -> Int[Array, "batch"]:
     """Draws a token for each row from softmax(scores / temperature), restricted to the top k and to the nucleus of mass p.
 
-    Exactly k tokens are in the top k, and the nucleus has as few tokens as possible. Of tokens with equal scores, those with
-    lower ids are taken first. A temperature of 0 takes the most likely token, by the same rule.
+    The top k are exactly k tokens, and the nucleus has as few tokens as possible. Among tokens with equal scores, those with
+    lower ids are taken first. At temperature 0, the most likely token is taken, by the same rule.
     """
 
     def draw() -> Int[Array, "batch"]:
@@ -161,19 +161,19 @@ def sample(
 
 
 def _keep(scores: Float[Array, "batch vocab"], weights: Float[Array, "batch vocab"], limit: Array) -> Float[Array, "batch vocab"]:
-    """Returns the scores of the most likely tokens, as few as have a total weight of at least `limit`, and -inf for the others.
+    """Returns the scores of the fewest most likely tokens whose total weight is at least `limit`, and -inf for all others.
 
-    `scores` are not positive. Of tokens with equal scores, those with lower ids come first. A binary search finds the last token
-    that is kept. Its passes over the scores, one for each bit, together take about a tenth of the time of a sort.
+    No score may be positive. Among tokens with equal scores, those with lower ids come first. A binary search finds the last
+    token that is kept. Its passes over the scores, one for each bit, together take about a tenth of the time of a sort.
     """
-    # The bits of a float that is not negative, read as an integer, have the order of the floats; -score may be a negative zero.
+    # The bits of nonnegative floats, read as integers, have the same order as the floats. `abs`, since -score may be -0.0.
     distance = jax.lax.bitcast_convert_type(jnp.abs(scores), jnp.int32)
     ids = jnp.arange(scores.shape[-1])
 
     def weigh_less(kept: Bool[Array, "batch vocab"]) -> Bool[Array, "batch 1"]:
         return jnp.where(kept, weights, 0).sum(axis=-1, keepdims=True) < limit
 
-    # The last token is the one before which the total is still below the limit.
+    # The last token that is kept is the one before which the total weight is still below the limit.
     zero = jnp.zeros((len(scores), 1), jnp.int32)
     edge = _search(31, lambda value: weigh_less(distance < value), zero)
     last = _search(len(ids).bit_length(), lambda end: weigh_less((distance < edge) | ((distance == edge) & (ids < end))), zero)
@@ -181,7 +181,7 @@ def _keep(scores: Float[Array, "batch vocab"], weights: Float[Array, "batch voca
 
 
 def _search(bits: int, holds: Callable[[Array], Array], zero: Array) -> Array:
-    """Returns the largest integers of `bits` bits for which `holds` is True, elementwise; it is True for 0 and up to them."""
+    """Returns, elementwise, the largest integer of `bits` bits for which `holds` is True, as it must be for all smaller ones."""
 
     def set_bit(number: Array, found: Array) -> Array:
         larger = found | (1 << (bits - 1 - number))

@@ -1,7 +1,7 @@
-"""The settings that a run chooses for itself where the config says "auto". They change the numbers only by rounding.
+"""The settings that a run chooses where the config says "auto". They change results only by rounding.
 
-A choice is a pure function of the config and the devices, never of a timing. The run's config.json records it, and a run that
-resumes uses it again, even if a later version would choose differently.
+A choice is a pure function of the config and the devices; it never depends on a timing. The run's config.json records the choice,
+and a resumed run uses it again, even if a later version would choose differently.
 """
 
 import dataclasses
@@ -20,15 +20,15 @@ from gpt_jax.train.memory_estimate import check_remat, remat_that_fits
 Config = TypeVar("Config", bound=RunConfig)
 
 AUTOMATIC: dict[str, Any] = {"attention": "auto", "remat": "auto", "layer_unroll": 0, "loss_chunk": 0}
-"""The fields of `ModelConfig` that a run chooses, and the values that leave the choice to it."""
+"""The fields of `ModelConfig` that a run can choose, and the values that leave the choice to the run."""
 EARLIER: dict[str, Any] = {"attention": "plain"}
 """The meaning of "auto" in runs that did not record their choices."""
 UNROLLED_ON_TPUS = 12
-"""Maximum number of layers of a model that is unrolled when it is pre-trained on TPUs. Each takes some ten seconds to compile."""
+"""Maximum number of layers that are unrolled in pre-training on TPUs. Each layer takes some ten seconds to compile."""
 
 
 def choose(model: ModelConfig, platform: str, device_kind: str = "") -> ModelConfig:
-    """Returns the model's config with all choices made for devices of a platform ("cpu", "gpu" or "tpu") and a kind.
+    """Returns the model's config with all choices made for a platform ("cpu", "gpu" or "tpu") and a kind of device.
 
     Attention is chosen for sequences that fill the context, even if a task's batches are shorter.
 
@@ -48,11 +48,11 @@ def choose(model: ModelConfig, platform: str, device_kind: str = "") -> ModelCon
 def choose_for(config: Config, mesh: Mesh) -> Config:
     """Returns the config with all choices made for the devices of a mesh.
 
-    In a pre-training, `model.remat` depends on the memory of a device, and TPUs unroll all layers of models with few. The batches
-    of a fine-tuning have different lengths, each of which is compiled, so it uses what `choose` returns.
+    In pre-training, `model.remat` depends on the memory of a device, and models with few layers are unrolled on TPUs. Fine-tuning
+    has batches of several lengths and compiles the step for each, so it uses the choices of `choose`.
 
     Raises:
-      UserError: as `choose`; or the batch does not fit the devices' memory.
+      UserError: as for `choose`, or because the batch does not fit into the devices' memory.
     """
     device = mesh.devices.flat[0]
     chosen = choose(config.model, device.platform, device.device_kind)
@@ -60,20 +60,20 @@ def choose_for(config: Config, mesh: Mesh) -> Config:
         automatic = dataclasses.replace(config, model=dataclasses.replace(chosen, remat=config.model.remat))
         remat: Any = remat_that_fits(automatic, mesh.shape, device.platform, device.device_kind)
         few = device.platform == "tpu" and chosen.kind == "transformer" and chosen.num_layers <= UNROLLED_ON_TPUS
-        # Without a loop, the compiler merges a full recomputation with the forward pass, and nothing is saved.
+        # Without a loop, the compiler merges a full recomputation with the forward pass, and no memory is saved.
         unroll = config.model.layer_unroll or (chosen.num_layers if few and remat != "full" else 1)
         chosen = dataclasses.replace(chosen, remat=remat, layer_unroll=unroll)
     return dataclasses.replace(config, model=chosen)
 
 
 def keep_choices(run: RunDir, config: Config, mesh: Mesh) -> Config:
-    """Returns the config with all choices made: those of the run in this folder, if there is one, otherwise new ones.
+    """Returns the config with all choices made: those recorded by the run in this folder, or new ones if there is no run.
 
-    Fields that are not "auto" stay as they are. On another platform than before, the choices are made anew, and so is that of
-    `model.remat` if the devices, the mesh or the micro-batches are others.
+    Fields that are not "auto" are unchanged. If the platform has changed, all choices are made again. If the devices, the mesh or
+    the micro-batches have changed, `model.remat` is chosen again.
 
     Raises:
-      UserError: as `choose_for`; also if the batch does not fit with what the config or the run has chosen.
+      UserError: as for `choose_for`, or because the batch does not fit with the choices of the config or the run.
     """
     device, stored = mesh.devices.flat[0], run.stored()
     recorded = _recorded(run, device.platform)
@@ -99,7 +99,7 @@ def _batch_layout(config: RunConfig) -> tuple[Any, ...]:
 
 
 def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, str]:
-    """Returns a phrase for each choice that differs from the one that the run in this folder has made, keyed by field."""
+    """Returns a phrase for each choice that differs from the one recorded by the run in this folder, keyed by field."""
     recorded = _recorded(run, platform)
     if recorded is None:
         return {}
@@ -112,9 +112,9 @@ def changed_choices(run: RunDir, config: RunConfig, platform: str) -> dict[str, 
 
 
 def _recorded(run: RunDir, platform: str) -> RunConfig | None:
-    """Returns the config with the choices that a run has made, or None if there is no run.
+    """Returns the config of the run in this folder with its choices, or None if there is no run.
 
-    Runs of the first version recorded no platform; `platform` is used for them.
+    Runs of the first version did not record their platform; `platform` stands in for it.
     """
     stored = run.stored()
     if not stored:

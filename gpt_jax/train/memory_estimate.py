@@ -1,17 +1,17 @@
-"""Estimated memory of the training step on one device, from the arithmetic of shapes, and the choice of what is recomputed.
+"""Estimate of the training step's memory on one device, computed from array shapes, and the choice of `model.remat` from it.
 
 The estimate is the sum of
 
-    the state          parameters and their moments
-    the gradients      once more if those of micro-batches are accumulated, and a copy of the parameters in the compute dtype
-    the table          its gradient before it is summed over the devices
-    gathered arrays    with fsdp, the table and layers, in the compute dtype
-    kept arrays        what the backward pass needs, for each layer (`KEPT`) and outside of the layers (`OUTSIDE`)
+    state              the parameters and their moments
+    gradients          two sets if micro-batches are accumulated, otherwise one; also the parameters in the compute dtype
+    table              the gradient of the token table before it is summed over the devices
+    gathered arrays    with fsdp, the table and four layers, in the compute dtype
+    kept arrays        arrays that the backward pass needs, from each layer (`KEPT`) and from outside the layers (`OUTSIDE`)
     workspace          one layer in the backward pass (`LAYER`) or a chunk of the loss, whichever is larger, and the
                        probabilities of `plain` attention
 
-A test compares it with the count of the TPU compiler. It does not depend on the version of any library, and neither does the
-choice of `model.remat` that is based on it.
+A test compares the estimate with the TPU compiler's count. Neither the estimate nor the choice of `model.remat` depends on the
+version of any library.
 """
 
 import bisect
@@ -34,17 +34,17 @@ from gpt_jax.runtime.mesh import num_shards
 ORDER = ("dots", "full")
 """The values of `model.remat` that "auto" chooses from, best first.
 
-`off` is not among them. Writing and reading what it keeps takes longer than computing that again: gpt1 with 32 sequences on each
-v5e takes 200.6 million cycles with `off` and 177.0 million with `dots`, and with 16 sequences 106.4 and 105.3 million
-(benchmarks/tpu_step.py, Pallas kernels left out). It was not measured on GPUs."""
+`off` is not among them, because writing and reading the arrays that it keeps takes longer than recomputing them. With 32
+sequences on each v5e, gpt1 takes 200.6 million cycles with `off` and 177.0 million with `dots`; with 16 sequences, it takes 106.4
+and 105.3 million (benchmarks/tpu_step.py, not counting Pallas kernels). GPUs were not measured."""
 
 USABLE = {"tpu": 0.9, "gpu": 0.68}
-"""Share of a chip's memory that the estimate may fill. The rest is for the runtime and for the error of the estimate. On GPUs,
-JAX takes only three quarters of the memory."""
+"""Share of a chip's memory that the estimate may fill. The remainder is for the runtime and for the error of the estimate. On
+GPUs, JAX allocates only three quarters of the memory."""
 
 
 class Kept(NamedTuple):
-    """Arrays with a value for each token that the backward pass of a layer needs, by their widths and dtypes."""
+    """Numbers of arrays that the backward pass of a layer needs for each token, by width and dtype."""
 
     embed: int = 0
     """Number of arrays of width `embed_dim` in the compute dtype."""
@@ -67,11 +67,11 @@ KEPT = {
 }
 """The arrays that a layer keeps, by `model.remat`."""
 KEPT_BY_KERNELS = KEPT | {"off": Kept(embed=4, heads=4, mlp=5, normalizers=1)}
-"""The arrays that a layer with the kernels of `pallas_tpu` keeps; their layer norms keep nothing in float32 and no masks."""
+"""The arrays that a layer keeps with the kernels of `pallas_tpu`, whose layer norms keep no float32 arrays and no masks."""
 OUTSIDE = Kept(embed=3, embed_float32=1, embed_bool=1)
 """The arrays that the embeddings and the loss keep."""
 LAYER = Kept(embed=4, heads=4, mlp=5, embed_float32=1, normalizers=1)
-"""The arrays of one layer in its backward pass, most of which are computed again, and the gradient of its output."""
+"""The arrays of one layer in its backward pass, most of which are recomputed, and the gradient of the layer's output."""
 PLAIN_KEPT = {"full": 0, "dots": 0, "off": 7}
 """Bytes that `plain` attention keeps for each head, query and key: probabilities before and after dropout, and the mask."""
 PLAIN_WORKSPACE = 12
@@ -79,15 +79,15 @@ PLAIN_WORKSPACE = 12
 
 
 def remat_that_fits(config: RunConfig, sizes: Mapping[str, int], platform: str, kind: str) -> str:
-    """Returns the value of `model.remat` that "auto" stands for in a pre-training.
+    """Returns the value of `model.remat` that "auto" stands for in pre-training.
 
     Args:
-      config: all other choices are made.
+      config: the run's config, with all other choices made.
       sizes: sizes of the mesh axes.
-      platform, kind: of the devices. The estimate is made for Transformers on the chips in `CHIPS`.
+      platform, kind: platform and kind of the devices. Only Transformers on the chips in `CHIPS` are estimated.
 
     Raises:
-      UserError: the batch does not fit the chips' memory.
+      UserError: the batch does not fit into the chips' memory.
     """
     if config.model.remat != "auto":
         return config.model.remat
@@ -101,7 +101,7 @@ def remat_that_fits(config: RunConfig, sizes: Mapping[str, int], platform: str, 
 
 
 def check_remat(config: RunConfig, sizes: Mapping[str, int], platform: str, kind: str) -> None:
-    """Checks that a pre-training with a chosen `model.remat` does not need more memory than the chips have.
+    """Checks that pre-training with the chosen `model.remat` does not need more memory than the chips have.
 
     Raises:
       UserError: it does.
@@ -119,11 +119,11 @@ def step_bytes(config: RunConfig, sizes: Mapping[str, int], platform: str, remat
     """Returns the estimated memory of the training step on one device, in bytes.
 
     Args:
-      config: all choices but `model.remat` are made.
+      config: the run's config, with all choices but `model.remat` made.
       sizes: sizes of the mesh axes.
-      platform: of the devices, "tpu" or "gpu".
+      platform: platform of the devices, "tpu" or "gpu".
       remat: a key of `KEPT`.
-      sequences: sequences that a device processes at once; None means those of the config's micro-batches.
+      sequences: number of sequences that a device processes at once; None means its share of the config's micro-batches.
     """
     model, train = config.model, config.train
     local = sequences or -(-train.batch_size // (num_shards(sizes, "batch") * train.grad_accum_steps))
@@ -145,7 +145,7 @@ def step_bytes(config: RunConfig, sizes: Mapping[str, int], platform: str, remat
 
 
 def _kept_bytes(kept: Kept, model: ModelConfig, sizes: Mapping[str, int], dtype: int) -> int:
-    """Returns the bytes of the arrays for each token."""
+    """Returns the bytes of the arrays per token."""
     heads, mlp = (num_shards(sizes, axis) for axis in ("heads", "mlp"))
     embed = kept.embed * dtype + kept.embed_float32 * 4 + kept.embed_bool + kept.heads * dtype / heads
     return math.ceil(
@@ -154,18 +154,18 @@ def _kept_bytes(kept: Kept, model: ModelConfig, sizes: Mapping[str, int], dtype:
 
 
 def _table_size(model: ModelConfig, sizes: Mapping[str, int]) -> int:
-    """Returns the number of elements of the embedding table, gathered over fsdp."""
+    """Returns the number of elements of the embedding table on one device after gathering over fsdp."""
     return model.padded_vocab_size * model.embed_dim // num_shards(sizes, "vocab")
 
 
 def _layer_size(model: ModelConfig, sizes: Mapping[str, int]) -> int:
-    """Returns the number of elements of a layer's matrices, gathered over fsdp."""
+    """Returns the number of elements of a layer's matrices on one device after gathering over fsdp."""
     return model.embed_dim * (4 * model.embed_dim + 2 * model.mlp_dim) // num_shards(sizes, "mlp")
 
 
 @functools.lru_cache(maxsize=64)
 def _local_parameters(model: ModelConfig, sizes: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-    """Returns the number of parameters on one device, and their bytes."""
+    """Returns the number of parameters on one device, and their size in bytes."""
     shapes = jax.eval_shape(lambda: network(model).init(model, jax.random.key(0)))
     is_spec = lambda leaf: isinstance(leaf, ParamSpec)  # noqa: E731
     specs: Any = jax.tree.leaves(network(model).param_specs(model), is_leaf=is_spec)

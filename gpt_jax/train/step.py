@@ -26,15 +26,15 @@ from gpt_jax.train.compilation import AbstractBatch
 from gpt_jax.train.optimizer import init_moments, learning_rate, make_optimizer
 
 State = dict[str, Any]
-"""The training state, a nested dictionary of arrays: `params`, `moments` (`optimizer.Moments`), `step` (updates made, int32) and
-`ok` (bool: whether every update so far was finite)."""
+"""The training state, a nested dictionary of arrays: `params`, `moments` (`optimizer.Moments`), `step` (number of updates made,
+int32) and `ok` (bool: whether every update so far was finite)."""
 
 
 class TrainableModel(NamedTuple):
     """A model and its loss: everything the step and the loop need from a task. Pre-training uses `LANGUAGE_MODEL`."""
 
     loss: Callable[[ModelConfig, Params, Batch, DropoutKey | None], jax.Array]
-    """(config, params, batch, dropout_key) -> float32 []: the sum over the examples, with weights scaled by `normalize`."""
+    """(config, params, batch, dropout_key) -> float32 []: the loss summed over examples, with weights scaled by `normalize`."""
     normalize: Callable[[Batch], Batch]
     """Scales the weights of a global batch so that the losses of its micro-batches add up to the loss of the batch."""
     init: Callable[[ModelConfig, jax.Array], Params]
@@ -59,13 +59,13 @@ def state_shardings(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGU
 
 
 def init_state(config: RunConfig, mesh: Mesh, model: TrainableModel = LANGUAGE_MODEL) -> State:
-    """Returns a state with random parameters and zero moments, created in shards under jit: no host ever holds all of it."""
+    """Returns a state with random parameters and zero moments, created in shards under jit, so no host ever holds all of it."""
     init = jax.jit(functools.partial(_init, config, model), out_shardings=state_shardings(config, mesh, model))
     with jax.set_mesh(mesh):
         state = init(np.uint32(config.train.seed))
     if mesh.devices.flat[0].platform == "cpu":
         jax.block_until_ready(state)
-        return_freed_memory()  # The random numbers took as much as the state.
+        return_freed_memory()  # Drawing the random numbers took as much memory as the state.
     return state
 
 
@@ -93,7 +93,7 @@ def lower_step(
     model: TrainableModel = LANGUAGE_MODEL,
     batch: AbstractBatch | None = None,
 ) -> jax.stages.Lowered:
-    """Traces and lowers the training step for a mesh, whose devices need not be attached. `.compile()` makes it callable.
+    """Traces and lowers the training step for a mesh whose devices need not be attached. `.compile()` makes the result callable.
 
     The compiled function maps (state, batch) to (state, metrics) and donates the state's buffers. The metrics are scalars:
     `loss` (nats), `grad_norm` (global, before clipping), `learning_rate`, and `ok`, which becomes False at the first update
@@ -115,7 +115,7 @@ def lower_step(
 def jit_evaluation(config: RunConfig, mesh: Mesh, function: Callable[[ModelConfig, Params, Batch], Any]) -> jax.stages.Wrapped:
     """Returns a jitted function (params, batch) -> `function(model_config, params, batch)`; call it under `jax.set_mesh`.
 
-    The arrays that it returns are replicated on every device.
+    The results of the jitted function are replicated on every device.
     """
     model_config = _settle(config.model, mesh)
     return jax.jit(functools.partial(function, model_config), out_shardings=named_sharding(mesh, ()))
@@ -124,7 +124,7 @@ def jit_evaluation(config: RunConfig, mesh: Mesh, function: Callable[[ModelConfi
 def train_step(
     config: RunConfig, model: TrainableModel, total_steps: int, warmup_steps: float, state: State, batch: Batch
 ) -> tuple[State, dict[str, jax.Array]]:
-    """Makes one update, unless its loss or gradient, or that of an earlier update, is not finite; see `lower_step`."""
+    """Makes one update, unless the loss or gradient of this or an earlier update is not finite; see `lower_step`."""
     params, step = state["params"], state["step"]
     batch = model.normalize(batch)
 
@@ -145,9 +145,9 @@ def train_step(
 
 
 def _accumulate(value_and_grad: Callable[..., Any], params: Params, batch: Batch, parts: int) -> tuple[jax.Array, Any]:
-    """Returns loss and gradients of a batch, summed over `parts` micro-batches.
+    """Returns the loss and the gradients of a batch, summed over `parts` micro-batches.
 
-    Micro-batch j takes rows j, j + parts, j + 2 parts, ..., so that each device splits its own rows and nothing moves between
+    Micro-batch j takes rows j, j + parts, j + 2 parts, ..., so that each device splits its own rows and no rows move between
     devices.
     """
     if parts == 1:
@@ -168,7 +168,7 @@ def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
 
 
 def _settle(model: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """Resolves the settings that depend on the mesh's devices, which need not be those of this machine."""
+    """Resolves the settings that depend on the mesh's devices, which need not be attached to this machine."""
     device = mesh.devices.flat[0]
     dtype: Any = str(compute_dtype(model, device.platform))
     return dataclasses.replace(choose(model, device.platform, device.device_kind), compute_dtype=dtype)
