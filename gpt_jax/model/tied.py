@@ -7,7 +7,7 @@
 Each device gathers the table once, in the compute dtype. The table's gradient has two parts, one from the lookup and one from
 the output layer. Each device adds the two before anything is sent, so only one array is communicated: it is summed over the
 devices in float32, and each device receives the columns that it stores. Gradients are summed over devices in float32 because the
-rounding error of bfloat16, 0.4% of each addend, would depend on the number of devices.
+rounding error of bfloat16, 0.4 % of each addend, would depend on the number of devices.
 """
 
 from typing import Any, NamedTuple

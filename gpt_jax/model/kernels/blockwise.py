@@ -1,12 +1,12 @@
 """Causal attention in blocks of queries, in plain JAX: the default on CPUs, and the fallback where no kernel is better.
 
-A block of queries attends only to the keys up to its own end, so that with n blocks, (n + 1) / 2n of the scores are computed:
-10/16 at a length of 512. The scores of one block exist at a time. For the backward pass, only the output and the logarithm of
-each row's normalizer are kept; scores, probabilities and dropout masks are computed again, as in FlashAttention
+A block of queries attends only to the keys up to its own end, so with n blocks, only (n + 1) / 2n of the scores are computed:
+10/16 at a length of 512. Only the scores of one block exist at a time. For the backward pass, only the output and the logarithm
+of each row's normalizer are kept; scores, probabilities and dropout masks are recomputed, as in FlashAttention
 (Dao et al., 2022).
 
-Up to `MAX_UNROLLED` blocks, the blocks are unrolled, each with an ordinary softmax over its prefix of keys. Longer sequences are
-divided into square tiles, over which two loops run with a running maximum, so that no array has queries x keys elements.
+Up to `MAX_UNROLLED` blocks are unrolled, each with an ordinary softmax over its prefix of keys. Longer sequences are divided into
+square tiles and processed by two nested loops with a running maximum, so that no array has queries x keys elements.
 
 Arrays have the layout [batch, heads, time, dim] here.
 """
@@ -37,7 +37,7 @@ Tile = Float[Array, "batch heads queries keys"]
 
 
 class Masks(NamedTuple):
-    """The masks beside the causal one."""
+    """The masks that apply in addition to the causal mask."""
 
     stream: UInt32[Array, "batch heads 2"] | None
     """Streams of the dropout masks; None without dropout."""
@@ -53,9 +53,9 @@ def blockwise_attention(
     segment_ids: Int[Array, "batch time"] | None,
     precision: str,
 ) -> Float[Array, "batch time heads dim"]:
-    """Computes causal attention of as many queries as keys; the arguments are those of `attention.attention`."""
+    """Computes causal attention with as many queries as keys; see `attention.attention` for the arguments."""
     time = query.shape[1]
-    excess = -time % BLOCK if time > MAX_UNROLLED * BLOCK else 0  # No query attends to keys after its end.
+    excess = -time % BLOCK if time > MAX_UNROLLED * BLOCK else 0  # No query attends to the padding.
     pad = lambda array: jnp.pad(array, [(0, 0), (0, excess)] + [(0, 0)] * (array.ndim - 2)) if excess else array  # noqa: E731
     masks = Masks(stream, None if segment_ids is None else pad(segment_ids))
     by_head = (pad(array).swapaxes(1, 2) for array in (query, key, value))
@@ -82,7 +82,7 @@ def _forward(query: Heads, key: Heads, value: Heads, masks: Masks, rate: float) 
 def _backward(
     query: Heads, key: Heads, value: Heads, masks: Masks, rate: float, log_normalizer: Rows, inner: Rows, gradient: Heads
 ) -> tuple[Heads, Heads, Heads]:
-    """Returns the gradients of query, key and value; `gradient` is that of the output."""
+    """Returns the gradients of query, key and value; `gradient` is the gradient of the output."""
     if query.shape[2] > MAX_UNROLLED * BLOCK:
         return _backward_tiled(query, key, value, masks, rate, log_normalizer, inner, gradient)
     query_gradients = []
@@ -106,7 +106,7 @@ def _blocks(time: int) -> list[tuple[int, int]]:
 
 
 def _scores(query: Queries, key: Keys, rows: Array, columns: Array, masks: Masks) -> Tile:
-    """Returns the scaled scores, float32 [batch, heads, queries, keys], of queries at positions `rows` for keys at `columns`."""
+    """Returns the scaled scores, float32 [batch, heads, queries, keys], of queries at positions `rows` and keys at `columns`."""
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32) / math.sqrt(query.shape[-1])
     allowed = rows[:, None] >= columns
     if masks.segment_ids is not None:
@@ -124,7 +124,7 @@ def _drop(weights: Tile, rows: Array, columns: Array, masks: Masks, rate: float)
 
 
 def _mix(weights: Tile, value: Keys) -> Queries:
-    """Returns the sums of values with these weights, float32 [batch, heads, queries, dim]."""
+    """Returns the weighted sums of values, float32 [batch, heads, queries, dim]."""
     return jnp.einsum("bhqk,bhkd->bhqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
 
 
@@ -140,10 +140,10 @@ def _tile_gradients(
     masks: Masks,
     rate: float,
 ) -> tuple[Array, Array, Array]:
-    """Returns what a block of queries and a range of keys add to the three gradients, in float32.
+    """Returns the contributions of a block of queries and a range of keys to the three gradients, in float32.
 
-    Those of keys and values are transposed, [batch, heads, dim, keys]: their products then transpose the narrow operand, which
-    makes them up to twice as fast on CPUs as products that transpose the weights.
+    The gradients of keys and values are transposed, [batch, heads, dim, keys]: the products then transpose the narrow operand,
+    which makes them up to twice as fast on CPUs as products that transpose the weights.
     """
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     weights = jnp.exp(_scores(query, key, rows, columns, masks) - log_normalizer)
@@ -213,7 +213,7 @@ def _positions(block: Array) -> Array:
 
 
 def _at(array: Array, block: Array) -> Array:
-    """Returns one block of positions of [batch, heads, time, ...]."""
+    """Returns one block of positions of an array [batch, heads, time, ...]."""
     return jax.lax.dynamic_slice_in_dim(array, block * BLOCK, BLOCK, axis=2)
 
 
@@ -241,7 +241,7 @@ def _attention_fwd(
 
 def _attention_bwd(rate: float, precision: str, saved: tuple[Any, ...], gradient: Heads) -> tuple[Heads, Heads, Heads, None]:
     query, key, value, masks, output, log_normalizer = saved
-    # The sum over a row of probability times its gradient, which the softmax's gradient needs. Dropout does not change it.
+    # The gradient of the softmax needs the row sum of probability times its gradient. Dropout does not change this sum.
     inner = (gradient.astype(jnp.float32) * output.astype(jnp.float32)).sum(-1, keepdims=True)
     with jax.default_matmul_precision(precision):
         return *_backward(query, key, value, masks, rate, log_normalizer, inner, gradient), None

@@ -1,15 +1,15 @@
-"""Causal flash attention for TPUs in Pallas, with the dropout masks of docs/masks.md computed inside (docs/kernels.md).
+"""Causal flash attention for TPUs in Pallas; the kernels compute the dropout masks of docs/masks.md (docs/kernels.md).
 
 As in FlashAttention-2 (Dao, 2023), the forward kernel keeps its output and the logarithm of each row's normalizer, from which
-the backward kernel computes the probabilities again, tile by tile. Tiles above the diagonal are skipped.
+the backward kernel recomputes the probabilities, tile by tile. Tiles above the diagonal are skipped.
 
 A TPU's vector registers and matrix units are 128 lanes wide. A kernel therefore handles a group of heads that fills 128 lanes:
-two heads of 64 or one of 128. Two heads stay side by side; a product for one of them multiplies the other's lanes by zero.
-Nothing is shifted or padded for it in memory.
+two heads of size 64 or one of size 128. Two heads stay side by side: a product for one head multiplies the other head's lanes by
+zero, so nothing is shifted or padded in memory.
 
 The kernels work on blocks of up to 512 queries and 512 keys, whose tiles of 128 x 128 are unrolled in an order that keeps the
-matrix units busy. A sequence of up to 512 tokens is one block, so that each softmax sees its whole row; longer ones loop over
-blocks with a running maximum.
+matrix units busy. A sequence of up to 512 tokens is one block, so that each softmax sees its whole row. For longer sequences, the
+kernels loop over blocks with a running maximum.
 """
 
 import functools
@@ -29,10 +29,10 @@ from gpt_jax.model.kernels.tpu_tiles import LANES, MaskTerms, Ref, Shape
 SCORES_AHEAD = 2
 """Number of rows of tiles whose scores the forward kernel computes ahead of their softmax (docs/kernels.md)."""
 TILES_AHEAD = 4
-"""Number of tiles whose first two products the backward kernel computes ahead (docs/kernels.md)."""
+"""Number of tiles whose first two products the backward kernel computes in advance (docs/kernels.md)."""
 
 INTERPRET: Any = False
-"""The argument `interpret` of `pallas_call`, with which tests run the kernels on CPUs."""
+"""The argument `interpret` of `pallas_call`, which tests set in order to run the kernels on CPUs."""
 
 Packed = Float[Array, "batch three time width"]
 """Queries, keys and values with all heads side by side, width = heads * dim. In this layout, XLA writes the projection's result
@@ -43,15 +43,15 @@ and reads its gradient without a copy."""
 
 
 def _forward_kernel(shape: Shape, words: Ref, query: Ref, key: Ref, value: Ref, *refs: Ref) -> None:
-    """Computes one block of queries of one group, as grid point (example, group, block).
+    """Computes the output for one block of queries and one group of heads, at grid point (example, group, block).
 
     Refs:
       words: uint32 [1, 2 * in_group], the streams of the group's heads.
       query, output: [block, LANES]; key, value: [time, LANES].
       segments: int32 [1, time], if there are any.
-      log_normalizers: float32 [in_group, block], base 2.
-      columns: float32 [LANES, LANES], scratch for the maximum and the normalizer of each unit, a column each.
-      state: scratch if there are several blocks: maximum, normalizer and mixed values, float32 [in_group, block, LANES] each.
+      log_normalizers: float32 [in_group, block], base-2 logarithms.
+      columns: float32 [LANES, LANES], scratch for the maximum and the normalizer of each unit, one column each.
+      state: scratch if there are several blocks: maximum, normalizer and weighted values, float32 [in_group, block, LANES] each.
     """
     segments, (output, log_normalizers, columns, *state) = tiles.optional(shape.segments, refs)
     block, size, dtype = pl.program_id(2), shape.block, query.dtype
@@ -60,7 +60,7 @@ def _forward_kernel(shape: Shape, words: Ref, query: Ref, key: Ref, value: Ref, 
     mixed_by_unit: dict[tuple[int, int], tuple[Array, Array]] = {}
 
     def attend(key_block: Any, diagonal: bool) -> None:
-        """Lets the queries attend to one block of keys. A unit is one head's tile of queries with all their keys in the block."""
+        """Processes one block of keys. A unit is one head's tile of queries with all keys in the block that it attends to."""
         start = tiles.first_position(shape, key_block)
         terms = [MaskTerms(rows, *tiles.key_terms(shape, *pair, start)) for rows, pair in zip(row_terms, streams, strict=True)]
 
@@ -126,7 +126,7 @@ def _forward_kernel(shape: Shape, words: Ref, query: Ref, key: Ref, value: Ref, 
 def forward(
     shape: Shape, qkv: Packed, words: UInt32[Array, "batch groups 1 words"], segments: Int[Array, "batch 1 time"] | None
 ) -> tuple[Float[Array, "batch time width"], Float[Array, "batch groups in_group time"]]:
-    """Returns the output and the logarithm, base 2, of each row's normalizer in float32."""
+    """Returns the output, and the base-2 logarithm of each row's normalizer in float32."""
     batch, _, time, width = qkv.shape
     block = shape.block
     spec = lambda size, part, index: pl.BlockSpec((None, None, size, LANES), index(part))  # noqa: E731
@@ -153,7 +153,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, shape.groups, shape.in_group, time), jnp.float32),
         ],
         scratch_shapes=[pltpu.VMEM((LANES, LANES), jnp.float32), *state],
-        # A chip with two cores divides the examples.
+        # On a chip with two cores, the examples are divided between the cores.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_limit(4 * time * LANES * qkv.dtype.itemsize),
@@ -167,26 +167,26 @@ def forward(
 
 
 class BackwardRefs(NamedTuple):
-    """The memory of the backward kernel, in the order of its arguments after `words`."""
+    """References to the memory of the backward kernel, in the order of its arguments after `words`."""
 
     query: Ref
-    """[time, LANES]."""
+    """Queries, [time, LANES]."""
     key: Ref
-    """[block, LANES]."""
+    """Keys, [block, LANES]."""
     value: Ref
-    """[block, LANES]."""
+    """Values, [block, LANES]."""
     output: Ref
-    """[time, LANES]."""
+    """Output of the forward kernel, [time, LANES]."""
     log_normalizers: Ref
-    """float32 [in_group, time], base 2."""
+    """Base-2 logarithms of the normalizers, float32 [in_group, time]."""
     gradient: Ref
     """Gradient of the output, [time, LANES]."""
     segments: Ref
-    """int32 [1, time], or None."""
+    """Segment ids, int32 [1, time], or None."""
     gradients: Ref
     """Results: the gradients of queries, keys and values, [3, time, LANES]."""
     bias_gradients: Ref
-    """Results: their sums over time and examples, float32 [3, LANES]."""
+    """Results: the sums of these gradients over time and examples, float32 [3, LANES]."""
     query_total: Ref
     """Scratch: the gradients of the queries, transposed, float32 [LANES, time]."""
     key_total: Ref
@@ -196,10 +196,10 @@ class BackwardRefs(NamedTuple):
 
 
 def _backward_kernel(shape: Shape, words: Ref, *arguments: Ref) -> None:
-    """Computes the gradients of a block of keys and values, and its part of the queries'; grid point (group, example, block).
+    """Computes the gradients of a block of keys and values, and its contribution to the gradients of the queries.
 
-    The gradients are accumulated transposed, [dim, positions]: a product whose result has 64 columns leaves half of a matrix unit
-    idle, and one whose result has 64 rows does not.
+    The grid point is (group, example, block). The gradients are accumulated transposed, [dim, positions]: a product whose result
+    has 64 columns leaves half of a matrix unit idle, but one whose result has 64 rows does not.
     """
     inputs, (segments, results) = arguments[:6], tiles.optional(shape.segments, arguments[6:])
     refs = BackwardRefs._make((*inputs, segments, *results))
@@ -222,7 +222,7 @@ def _backward_kernel(shape: Shape, words: Ref, *arguments: Ref) -> None:
 
     pl.when((pl.program_id(1) == 0) & (block == 0))(lambda: tiles.fill_zeros(refs.bias_gradients))
     scale = shape.kept_scale / math.sqrt(shape.dim)
-    # The block's queries attend to no later keys, so the total of their gradients is complete, too.
+    # The block's queries do not attend to later keys, so the total of their gradients is complete, too.
     for part, (total, offset, factor) in enumerate(
         ((refs.query_total, start, scale), (refs.key_total, 0, scale), (refs.value_total, 0, shape.kept_scale))
     ):
@@ -235,20 +235,20 @@ def _backward_kernel(shape: Shape, words: Ref, *arguments: Ref) -> None:
 def _differentiate_block(
     shape: Shape, refs: BackwardRefs, terms: list[MaskTerms], keys_transposed: Array, start: Any, key_start: Any, diagonal: bool
 ) -> None:
-    """Adds what the tiles of one block of queries and one of keys contribute to the totals.
+    """Adds the contributions of one block of queries and one block of keys to the totals, tile by tile.
 
     Args:
       terms: the terms of each head's dropout mask for these blocks.
       keys_transposed: [LANES, block].
       start, key_start: first positions of the blocks.
-      diagonal: whether the blocks have the same positions, so that the tiles above the diagonal are left out.
+      diagonal: whether the blocks have the same positions. If so, the tiles above the diagonal are skipped.
     """
     queries_transposed, gradients_transposed = (ref[pl.ds(start, shape.block), :].T for ref in (refs.query, refs.gradient))
     logarithms: dict[tuple[int, int], Array] = {}
     inner: dict[tuple[int, int], Array] = {}
 
     def prepare_rows(first: int) -> None:
-        """Computes two columns for each head: the normalizer's logarithm, and the sum of probability x its gradient."""
+        """Computes two columns for each head: the normalizer's logarithm, and the row sum of probability x its gradient."""
         rows = pl.ds(start + first, LANES)
         products = refs.gradient[rows, :].astype(jnp.float32) * refs.output[rows, :].astype(jnp.float32)
         for head in range(shape.in_group):
@@ -256,7 +256,7 @@ def _differentiate_block(
             inner[head, first] = tiles.only_head(shape, head, products).sum(1, keepdims=True) * (1 / shape.kept_scale)
 
     def multiply(tile: tuple[int, int, int]) -> tuple[Array, Array]:
-        """Returns the scores and the gradient of the weights, before their masks."""
+        """Returns the scores and the gradient of the weights, before masking."""
         head, first, k = tile
         rows, keys = pl.ds(start + first, LANES), slice(k, k + LANES)
         if (head, first) not in inner:
@@ -282,11 +282,11 @@ def _differentiate_block(
         lanes, rows, keys = slice(head * shape.dim, (head + 1) * shape.dim), slice(first, first + LANES), slice(k, k + LANES)
         value_part = tiles.dot(shape, gradients_transposed[lanes, rows], kept.astype(dtype), (1, 0))
         key_part = tiles.dot(shape, queries_transposed[lanes, rows], scores_gradient, (1, 0))
-        if shape.in_group == 1:  # libtpu 0.0.42 and 0.0.50 do not compile the other form for heads of 128 and several blocks.
+        if shape.in_group == 1:  # libtpu 0.0.42 and 0.0.50 cannot compile the other form for size 128 and several blocks.
             query_part = tiles.dot(shape, scores_gradient, refs.key[keys, :], (1, 0)).T
         else:
             query_part = tiles.dot(shape, keys_transposed[lanes, keys], scores_gradient, (1, 1))
-        # The first part that a total receives replaces what was in memory.
+        # The first part of a total overwrites the earlier contents of its memory.
         for total, at, part, is_first in (
             (refs.value_total, keys, value_part, on_diagonal),
             (refs.key_total, keys, key_part, on_diagonal),
@@ -312,10 +312,10 @@ def backward(
     log_normalizers: Float[Array, "batch groups in_group time"],
     gradient: Float[Array, "batch time width"],
 ) -> tuple[Packed, Float[Array, "three width"]]:
-    """Returns the gradient of `qkv`, and its sum over batch and time in float32: that of the projection's bias."""
+    """Returns the gradient of `qkv`, and its sum over batch and time in float32, the gradient of the projection's bias."""
     batch, _, time, width = qkv.shape
     block = shape.block
-    # Whole rows of long sequences are in memory once, because their transfer takes little of the time.
+    # For long sequences, whole rows are not double-buffered, because their transfer takes only a small part of the time.
     mode = {"pipeline_mode": pl.Buffered(1)} if shape.several else {}
     rows = pl.BlockSpec((None, time, LANES), lambda j, b, i: (b, 0, j), **mode)
     in_specs = [
@@ -339,7 +339,7 @@ def backward(
         ],
         out_shape=[jax.ShapeDtypeStruct(qkv.shape, qkv.dtype), jax.ShapeDtypeStruct((3, width), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((LANES, time), jnp.float32), *[pltpu.VMEM((LANES, block), jnp.float32)] * 2],
-        # A chip with two cores divides the groups; each sums the bias gradients of its own over the examples.
+        # On a chip with two cores, the groups are divided between the cores; each sums its own bias gradients over the examples.
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=tiles.vmem_limit((6 * qkv.dtype.itemsize + 4) * time * LANES) if shape.several else None,

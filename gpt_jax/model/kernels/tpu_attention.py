@@ -1,7 +1,7 @@
-"""Differentiable self-attention on TPUs from the fused projection, through the kernels of `tpu`.
+"""Differentiable self-attention on TPUs, computed from the fused projection with the kernels of `tpu`.
 
-The derivative is defined for the whole, sharded arrays, and each of its two rules maps a kernel over the devices' shards. A
-checkpoint policy therefore sees what the forward rule keeps, by name, and the forward kernel runs once.
+The derivative is defined on whole, sharded arrays, and each of its two rules maps a kernel over the devices' shards. The arrays
+that the forward rule saves are therefore visible to checkpoint policies, by name, and the forward kernel runs only once.
 """
 
 import functools
@@ -18,23 +18,23 @@ from gpt_jax.model.remat import keep_bits
 from gpt_jax.runtime.sharding import all_sum, constrain, per_shard
 
 HEAD_DIMS = (64, 128)
-"""Sizes of heads that the kernels take."""
+"""Head sizes that the kernels support."""
 MAX_TIME = 8192
 """Maximum sequence length in tokens. The backward kernel holds all positions of a group of heads in vector memory."""
 MAX_BYTES_BY_CHIP = {"TPU v4": 8192}
-"""Maximum of tokens x bytes of a number for chips with less vector memory, by their `device_kind` in JAX."""
+"""Maximum product of tokens and bytes per number for chips with less vector memory, by their `device_kind` in JAX."""
 
 QKV = ("batch", None, None, "heads")
 """Logical axes of queries, keys and values: [batch, 3, time, width], with the heads side by side."""
 OUTPUT = ("batch", None, "heads")
 """Logical axes of the output: [batch, time, width]."""
 LOGARITHMS = ("batch", "heads", None, None)
-"""Logical axes of the normalizers' logarithms, [batch, groups, in_group, time], whose groups a device forms of its own heads."""
+"""Logical axes of the normalizers' logarithms: [batch, groups, in_group, time]. A device forms groups from its own heads."""
 STREAM, SEGMENTS, BIAS = ("batch", "heads", None), ("batch", None), (None, "heads")
 
 
 class Options(NamedTuple):
-    """The static arguments."""
+    """The static arguments of the differentiable function."""
 
     dim: int
     """Size of a head."""
@@ -57,12 +57,12 @@ def pallas_tpu_self_attention(
 
     Args:
       projected: queries, keys and values without their bias, bfloat16 or float32, with the heads side by side.
-      bias: added to `projected`. Its gradient is summed in the backward kernel instead of in further passes over memory.
+      bias: added to `projected`. The backward kernel sums its gradient, which avoids further passes over memory.
       num_heads: number of heads in the width.
       stream, rate, segment_ids, precision: as for `attention.attention`.
 
     Raises:
-      UserError: the kernels do not take this size of heads, length or dtype.
+      UserError: the kernels do not support this head size, length or dtype.
     """
     time, dim = projected.shape[1], projected.shape[3] // num_heads
     if reason := refusal(dim, time, projected.dtype):
@@ -71,7 +71,7 @@ def pallas_tpu_self_attention(
 
 
 def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16, device_kind: str = "") -> str | None:
-    """Returns the reason, for the user, why the kernels do not take heads of this size, length or dtype; None if they do."""
+    """Returns the reason, for the user, why the kernels do not support this head size, length or dtype; None if they do."""
     dtype = jnp.dtype(dtype)
     longest, where = MAX_TIME, ""
     if device_kind in MAX_BYTES_BY_CHIP:
@@ -104,7 +104,7 @@ def _local_backward(
     logarithms: Array,
     gradient: Array,
 ) -> tuple[Array, Array]:
-    """Computes the gradient of `qkv` for this device's examples and heads, and that of the bias, summed over all examples."""
+    """Computes the gradient of `qkv` for this device's examples and heads, and the bias gradient, summed over all examples."""
     shape = _shape(options, qkv, segment_ids)
     masks, rows = _masks(shape, len(qkv), stream, segment_ids), (_pad(shape, array, 1) for array in (output, gradient))
     output, gradient = rows
@@ -119,7 +119,7 @@ def _shape(options: Options, qkv: Array, segment_ids: Array | None) -> Shape:
 
 
 def _pad(shape: Shape, array: Array, axis: int) -> Array:
-    """Pads the time of an array, which is on `axis`, with zeros."""
+    """Pads the time axis of an array, whose number is `axis`, with zeros."""
     missing = shape.time - array.shape[axis]
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
 
@@ -127,7 +127,7 @@ def _pad(shape: Shape, array: Array, axis: int) -> Array:
 def _masks(
     shape: Shape, batch: int, stream: Array | None, segment_ids: Array | None
 ) -> tuple[UInt32[Array, "batch groups 1 words"], Int[Array, "batch 1 padded_time"] | None]:
-    """Returns the streams by group and the segments as rows. Streams of missing heads are zero, as are all without dropout."""
+    """Returns the streams by group and the segments as rows. The streams of missing heads are zero; without dropout, all are."""
     stream = jnp.zeros((batch, shape.heads, 2), jnp.uint32) if stream is None else stream
     missing = shape.groups * shape.in_group - shape.heads
     words = jnp.pad(stream, ((0, 0), (0, missing), (0, 0))).reshape(batch, shape.groups, 1, 2 * shape.in_group)
@@ -145,7 +145,7 @@ def _self_attention(projected: Array, bias: Array, stream: Array | None, segment
 def _forward_rule(
     projected: Array, bias: Array, stream: Array | None, segment_ids: Array | None, options: Options
 ) -> tuple[Array, tuple[Any, ...]]:
-    # XLA writes the product in this order, and reads its gradient in it, without a copy.
+    # With this order of axes, XLA writes the product and reads its gradient without a copy.
     qkv = constrain((projected + bias.astype(projected.dtype)).swapaxes(1, 2), *QKV)
     local = functools.partial(_local_forward, options)
     results = per_shard(local, (QKV, *_names(stream, segment_ids)), (OUTPUT, LOGARITHMS))(qkv, stream, segment_ids)

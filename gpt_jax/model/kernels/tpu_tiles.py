@@ -1,4 +1,4 @@
-"""Helper functions of the attention kernels for TPUs (kernels/tpu.py)."""
+"""Helper functions for the TPU attention kernels (kernels/tpu.py)."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -13,13 +13,13 @@ from jaxtyping import Array, UInt32
 from gpt_jax.model.dropout import column_terms, keep_pair, row_term, threshold
 
 LANES = 128
-"""Lanes of a vector register, and the number of queries and of keys in a tile."""
+"""Number of lanes of a vector register, and of queries and keys in a tile."""
 MAX_BLOCK = 512
 """Maximum number of queries, and of keys, in a block."""
 VMEM_SPARE = 8 << 20
-"""Bytes of vector memory for everything but whole rows: blocks, spilled registers and the compiler's own scratch."""
+"""Bytes of vector memory for everything except whole rows: blocks, spilled registers and the compiler's own scratch."""
 
-RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # where it is in jax 0.12, and before
+RECIPROCAL = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal  # moved to pltpu after jax 0.10
 
 Ref = Any  # a reference to memory inside a kernel
 Stream = tuple[UInt32[Array, ""], UInt32[Array, ""]]
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
 
     @property
     def several(self) -> bool:
-        """Whether the time consists of several blocks."""
+        """Whether the sequence consists of several blocks."""
         return self.time > self.block
 
     @property
@@ -58,22 +58,22 @@ class Shape(NamedTuple):
 
     @property
     def groups(self) -> int:
-        """Number of groups. If the number of heads is odd, the last group lacks a head."""
+        """Number of groups. With two heads in a group and an odd number of heads, the last group lacks a head."""
         return -(-self.heads // self.in_group)
 
     @property
     def score_scale(self) -> float:
-        """Factor that turns the product of a query and a key into the base-2 logarithm of the weight."""
+        """Factor that turns the product of a query and a key into the base-2 logarithm of their unnormalized probability."""
         return math.log2(math.e) / math.sqrt(self.dim)
 
     @property
     def kept_scale(self) -> float:
-        """Factor of the probabilities that dropout keeps."""
+        """Factor by which dropout scales the probabilities that it keeps."""
         return 65536 / (65536 - threshold(self.rate))
 
 
 class MaskTerms(NamedTuple):
-    """The terms of one head's dropout mask for one block of queries and one of keys (docs/masks.md)."""
+    """The terms of one head's dropout mask for one block of queries and one block of keys (docs/masks.md)."""
 
     row: UInt32[Array, "pairs 1"]
     column: UInt32[Array, "1 keys"]
@@ -81,7 +81,7 @@ class MaskTerms(NamedTuple):
 
 
 def streams(shape: Shape, words: Ref) -> list[Stream]:
-    """Returns the two words of each head in the group; none without dropout."""
+    """Returns the two words of the stream of each head in the group, or an empty list without dropout."""
     return [(words[0, 2 * head], words[0, 2 * head + 1]) for head in range(shape.in_group)] if shape.rate else []
 
 
@@ -100,7 +100,7 @@ def key_terms(shape: Shape, a: Array, b: Array, start: Any) -> tuple[UInt32[Arra
 
 def drop(shape: Shape, terms: MaskTerms, first: int, keys: slice, arrays: Iterable[Array]) -> list[Array]:
     """Sets the dropped elements of [LANES, keys] arrays to zero, for the tile of queries that begins at `first` in the block."""
-    # The queries of a pair, 8 apart, are the same rows of two neighboring registers.
+    # The queries of a pair, which are 8 apart, are in the same row of two neighboring registers.
     row = terms.row[first // 2 : (first + LANES) // 2].reshape(LANES // 16, 8, 1)
     kept = keep_pair(row, terms.column[None, :, keys], terms.multiplier[None, :, keys], shape.rate)
 
@@ -112,9 +112,9 @@ def drop(shape: Shape, terms: MaskTerms, first: int, keys: slice, arrays: Iterab
 
 
 def pipelined(units: Iterable[Any], begin: Callable[[Any], Any], finish: Callable[[Any, Any], None], ahead: int) -> None:
-    """Calls `finish(unit, begin(unit))` for all units, in an order in which `begin` is `ahead` units ahead of `finish`.
+    """Calls `finish(unit, begin(unit))` for all units, with the calls of `begin` running `ahead` units ahead of `finish`.
 
-    The cores issue instructions in the order of the program. Without this, the matrix units would wait for each softmax.
+    The cores issue instructions in program order. Without this reordering, the matrix units would wait for each softmax.
     """
     begun: list[tuple[Any, Any]] = []
     for unit in units:
@@ -126,14 +126,14 @@ def pipelined(units: Iterable[Any], begin: Callable[[Any], Any], finish: Callabl
 
 
 def dot(shape: Shape, a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """Returns the product of two matrices over one axis of each, in float32."""
+    """Returns the product of two matrices, contracted over one axis of each, in float32."""
     precision = shape.precision if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
 def only_head(shape: Shape, head: int, x: Array) -> Array:
-    """Returns [rows, LANES] with zeros outside of one head's lanes."""
+    """Returns `x` [rows, LANES] with zeros outside one head's lanes."""
     if shape.in_group == 1:
         return x
     is_first = iota(x.shape, 1) < shape.dim
@@ -141,7 +141,7 @@ def only_head(shape: Shape, head: int, x: Array) -> Array:
 
 
 def existing_heads(shape: Shape, group_axis: int, x: Array) -> Array:
-    """Returns [rows, LANES] with zeros in the lanes of a head that the last group lacks, where memory is undefined."""
+    """Returns `x` [rows, LANES] with zeros in the lanes of a head that the last group lacks, whose contents are undefined."""
     if shape.heads % shape.in_group == 0:
         return x
     lane = pl.program_id(group_axis) * LANES + iota(x.shape, 1)
@@ -149,12 +149,12 @@ def existing_heads(shape: Shape, group_axis: int, x: Array) -> Array:
 
 
 def side_by_side(shape: Shape, heads: tuple[Array, ...]) -> Array:
-    """Returns [LANES, LANES] with each head's lanes from its own array, which is [LANES, LANES] or [LANES, 1]."""
+    """Returns an array [LANES, LANES] with each head's lanes taken from its own array, [LANES, LANES] or [LANES, 1]."""
     return heads[0] if shape.in_group == 1 else jnp.where(iota((LANES, LANES), 1) < shape.dim, heads[0], heads[1])
 
 
 def reciprocal(x: Array, dtype: Any) -> Array:
-    """Returns 1 / x; for bfloat16 results by an approximation and one step of Newton's method, which is much cheaper."""
+    """Returns 1 / x. For bfloat16 results, uses an approximation and one step of Newton's method, which is much cheaper."""
     if dtype == jnp.float32:
         return 1 / x
     approximation = RECIPROCAL(x, approx=True)
@@ -162,17 +162,17 @@ def reciprocal(x: Array, dtype: Any) -> Array:
 
 
 def as_column(row: Array) -> Array:
-    """Returns [1, LANES] as a column that is repeated along the lanes, [LANES, LANES]."""
+    """Returns a row [1, LANES] as a column that is repeated along the lanes, [LANES, LANES]."""
     return jnp.broadcast_to(row, (LANES, LANES)).T
 
 
 def repeat(column: Array, width: int) -> Array:
-    """Repeats a column [LANES, LANES] to [LANES, width]."""
+    """Repeats a column [LANES, LANES] along the lanes, to [LANES, width]."""
     return jnp.concatenate([column] * (width // LANES), 1)
 
 
 def triangle() -> Array:
-    """Returns which keys the queries of a tile on the diagonal attend to."""
+    """Returns the causal mask of a tile on the diagonal, bool [queries, keys]."""
     return iota((LANES, LANES), 0) >= iota((LANES, LANES), 1)
 
 
@@ -190,10 +190,10 @@ def fill_zeros(ref: Ref) -> None:
 
 
 def optional(present: bool, refs: tuple[Ref, ...]) -> tuple[Ref, tuple[Ref, ...]]:
-    """Splits off the first of `refs`, or None if it is not present."""
+    """Returns the first of `refs`, or None if it is not present, and the remaining ones."""
     return (refs[0], refs[1:]) if present else (None, refs)
 
 
 def vmem_limit(rows: int) -> int:
-    """Returns the limit of vector memory in bytes for a kernel that holds this many bytes of whole rows."""
+    """Returns the vector memory limit, in bytes, for a kernel that holds `rows` bytes of whole rows."""
     return max(rows + VMEM_SPARE, 16 << 20)
