@@ -134,21 +134,21 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
         vectors[number * SUBLANES : (number + 1) * SUBLANES, :] += total
 
 
-def _block(sums: Array) -> int:
+def block_rows(time: int, embed: int, itemsize: int) -> int:
     """Returns the number of rows in a block: at most `BLOCK`, and few enough for eight blocks in `MAX_BYTES`."""
-    _, time, embed = sums.shape
-    longest = max(min(BLOCK, MAX_BYTES // (8 * embed * sums.dtype.itemsize)), ROWS)
+    longest = max(min(BLOCK, MAX_BYTES // (8 * embed * itemsize)), ROWS)
     return max(size for size in range(ROWS, longest + 1, ROWS) if time % size == 0)
 
 
 def normalize(sums: Array, gain: Array, bias: Array, *, epsilon: float) -> Array:
     """Normalizes this device's rows, [batch, time, embed]."""
     batch, time, embed = sums.shape
-    rows = pl.BlockSpec((None, _block(sums), embed), lambda b, i: (b, i, 0))
+    block = block_rows(time, embed, sums.dtype.itemsize)
+    rows = pl.BlockSpec((None, block, embed), lambda b, i: (b, i, 0))
     vector = pl.BlockSpec((1, embed), lambda b, i: (0, 0))
     return pl.pallas_call(
         functools.partial(_normalize_kernel, epsilon),
-        grid=(batch, time // _block(sums)),
+        grid=(batch, time // block),
         in_specs=[rows, vector, vector],
         out_specs=rows,
         out_shape=jax.ShapeDtypeStruct(sums.shape, sums.dtype),
@@ -163,13 +163,14 @@ def differentiate(
 ) -> tuple[Array, Array, Float[Array, "3 embed"]]:
     """Returns the gradients of the residual, of `changed`, and of the vectors, summed over all examples."""
     batch, time, embed = sums.shape
-    rows = pl.BlockSpec((None, _block(sums), embed), lambda b, i: (b, i, 0))
+    block = block_rows(time, embed, sums.dtype.itemsize)
+    rows = pl.BlockSpec((None, block, embed), lambda b, i: (b, i, 0))
     words = jnp.zeros((batch, 2), jnp.uint32) if stream is None else stream
     like = jax.ShapeDtypeStruct(sums.shape, sums.dtype)
     number = 2 if options.rate else 1
     *gradients, vectors = pl.pallas_call(
         functools.partial(_gradient_kernel, options),
-        grid=(batch, time // _block(sums)),
+        grid=(batch, time // block),
         in_specs=[
             pl.BlockSpec((None, 1, 2), lambda b, i: (b, 0, 0), memory_space=pltpu.SMEM),
             rows,
