@@ -28,7 +28,7 @@ class Collective(NamedTuple):
     """A transfer between devices."""
 
     kind: str
-    """An opcode in `COLLECTIVES`. Transfers between slices also have the kind "one-to-one"."""
+    """An opcode in `COLLECTIVES`."""
     dtype: str
     bytes: int
     """Bytes in one execution: those of its operands or of its results on one device, whichever are more."""
@@ -79,9 +79,10 @@ class CollectiveReader:
     def read_send(self, send: Instruction, computation: Computation) -> Collective:
         """Returns the transfer between slices that an instruction starts."""
         kind = send.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
+        kind, devices = ("collective-permute", 2) if kind == "one-to-one" else (kind, self._slices)
         inputs = input_shapes(send, computation)
         dtype = "+".join(sorted(shape_dtypes(inputs)))
-        return Collective(kind, dtype, shape_bytes(inputs), 1, SLICE, self._slices, *self._attribution.place(send))
+        return Collective(kind, dtype, shape_bytes(inputs), 1, SLICE, devices, *self._attribution.place(send))
 
     def read_fused(self, outer: Instruction, fusion: Instruction) -> Iterator[tuple[Collective, str, bool]]:
         """Yields each collective in a fusion, the name of its chain ("" if it has none), and whether the fusion starts it.
@@ -141,7 +142,7 @@ class Transfers:
         elif opcode == "send" and (rendezvous := _rendezvous(instruction)):
             self._start(rendezvous, [self._reader.read_send(instruction, self._computation)], now)
         elif opcode == "recv-done" and (rendezvous := _rendezvous(self._computation[first])):
-            self._update(rendezvous, cycles, kernels)
+            self._update(rendezvous, cycles, kernels, shape_bytes(instruction.shape))
         elif opcode == "fusion":
             for collective, chain, starts in self._reader.read_fused(instruction, instruction):
                 if not chain:

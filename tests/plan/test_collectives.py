@@ -139,6 +139,27 @@ def test_transfers_between_slices_are_those_of_a_module_that_each_slice_executes
     ]
 
 
+@pytest.mark.parametrize(
+    ("transfer", "received", "expected"),
+    [
+        ("ALL_GATHER", "f32[32]{0}", ("all-gather", 4, 128)),
+        ("REDUCE_SCATTER", "f32[2]{0}", ("reduce-scatter", 4, 32)),
+        ("ONE_TO_ONE", "f32[8]{0}", ("collective-permute", 2, 32)),
+    ],
+)
+def test_kinds_devices_and_bytes_of_transfers_between_slices(transfer, received, expected):
+    name = f'frontend_attributes={{_xla_host_transfer_rendezvous="t_0",_xla_megascale_transfer_type="{transfer}"}}'
+    entry = [
+        line("%p", "f32[8]{0}", "parameter", "0"),
+        line("%send", "(f32[8]{0}, u32[], token[])", "send", "%p", name),
+        line("%recv", f"({received}, u32[], token[])", "recv", "", name),
+        line("%done", f"({received}, token[])", "recv-done", "%recv", "is_host_transfer=true"),
+    ]
+    text = module(entry).replace("is_scheduled=true", "is_scheduled=true, num_partitions=4", 1)
+    (collective,) = read_costs(text, {**MESH, "slice": 4}).collectives
+    assert (collective.kind, collective.devices, collective.bytes) == expected
+
+
 def test_the_axis_slice_inside_a_module_is_like_others():
     entry = [
         line("%p", "f32[8]{0}", "parameter", "0"),
