@@ -5,7 +5,7 @@
     scores = logits(config, params, hidden)
 
 Layers are stacked: every array under `params["blocks"]` has a leading axis of `num_layers`, over which `apply` scans. Flax's
-graph definitions are internal to this package. `param_specs` gives the logical axes of each parameter, from which all shardings
+graph definitions are internal to this package. `param_specs` returns the logical axes of each parameter, from which all shardings
 are derived, and whether weight decay applies to it.
 """
 
@@ -36,8 +36,8 @@ Starts = Int[Array, "batch"]
 """Position of the first new token of each row."""
 Cache = dict[str, Any]
 """Keys and values of earlier positions, under "key" and "value": [layers, batch, heads, positions, dim], without the layer axis
-inside a block. In this order, the products of attention read a head's positions without a transposed copy. The LSTM caches its
-states instead (lstm.py)."""
+inside a block. With this order of axes, attention reads a head's positions without a transposed copy. The LSTM caches its states
+instead (lstm.py)."""
 
 
 class ParamSpec(NamedTuple):
@@ -116,7 +116,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """A layer: n = LN(x + attention(x)); h = LN(n + mlp(n)), with normalization after the sum as in the original Transformer."""
+    """One layer: n = LN(x + attention(x)); h = LN(n + mlp(n)), with post-normalization as in the original Transformer."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention = Attention(config, rngs=rngs)
@@ -140,7 +140,7 @@ class TokenEmbedding(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         tokens = config.init_stddev * jax.random.normal(rngs.params(), (config.padded_vocab_size, config.embed_dim))
         real = jnp.arange(config.padded_vocab_size) < config.vocab_size
-        tokens = jnp.where(real[:, None], tokens, 0)  # Rows that only pad the array stay zero: no gradient reaches them.
+        tokens = jnp.where(real[:, None], tokens, 0)  # Padding rows stay zero, because no gradient reaches them.
         self.tokens = nnx.Param(tokens.astype(config.param_dtype), axes=("vocab", "embed"), decay=True)
 
 
@@ -157,7 +157,7 @@ class Embedding(TokenEmbedding):
 
 
 def init(config: ModelConfig, key: PRNGKeyArray) -> Params:
-    """Returns random parameters. Call it under jit with output shardings, so that no host holds them all."""
+    """Returns random parameters. Call it under jit with output shardings, so that no host holds all of them."""
     embedding_key, blocks_key = jax.random.split(key)
     init_block = functools.partial(init_module, Block, config)
     blocks = jax.vmap(init_block)(jax.random.split(blocks_key, config.num_layers))
@@ -183,7 +183,7 @@ def apply(
       tokens: ids below `vocab_size`; `time` is at most `context_length`.
       dropout_key: determines the dropout masks; None for evaluation.
       segment_ids: numbers of the examples packed into one row; attention and positions restart where the number changes.
-      token_rows: the tokens' rows of the embedding, if they have been looked up (tied.py).
+      token_rows: the tokens' embeddings, if they have already been looked up (tied.py).
     """
     return apply_cached(config, params, tokens, None, None, dropout_key, segment_ids, token_rows)[0]
 
@@ -198,13 +198,13 @@ def apply_cached(
     segment_ids: Tokens | None = None,
     token_rows: Hidden | None = None,
 ) -> tuple[Hidden, Cache | list[Cache] | None]:
-    """Continues row i, whose first `start[i]` positions are cached; returns the output at new positions and the updated cache.
+    """Continues each row i after its `start[i]` cached positions; returns the output at the new ones and the updated cache.
 
     Keys and values beyond a row's own length, left there by padding, are never attended to and are overwritten as the row
-    grows. Without a cache and `start`, rows begin at position 0. Parameters and cache may be those of `unstack_layers`.
+    grows. Without a cache and `start`, rows begin at position 0. Parameters and cache may also be results of `unstack_layers`.
     """
     if start is not None:
-        config = dataclasses.replace(config, attention="plain")  # Kernels take whole sequences and batches that split evenly.
+        config = dataclasses.replace(config, attention="plain")  # Kernels need whole sequences and batches that split evenly.
     embedding = params["embedding"]
     positions = _positions(tokens, segment_ids) if start is None else start[:, None] + jnp.arange(tokens.shape[1])
     graph, _ = split_module(Block, config)
@@ -232,7 +232,7 @@ def apply_cached(
 
 def look_up_tokens(config: ModelConfig, params: Params, tokens: Tokens) -> Hidden:
     """Returns the tokens' rows of the table as `tied.lookup` does: float32, but rounded to the compute dtype. Any batch size."""
-    # The table is gathered over "fsdp" first, so that a lookup moves table rows and never the batch.
+    # The table is gathered over "fsdp" first, so that the lookup moves rows of the table and never the batch.
     table = constrain(params["embedding"]["tokens"].astype(compute_dtype(config)), "vocab", None)
     return table[tokens].astype(jnp.float32)
 
@@ -244,10 +244,10 @@ def empty_cache(config: ModelConfig, batch: int, positions: int) -> Cache:
 
 
 def unstack_layers(config: ModelConfig, params: Params, cache: Cache) -> tuple[Params, list[Cache]]:
-    """Returns parameters and cache for a loop over `apply_cached`, with the layers in lists instead of along a leading axis.
+    """Returns parameters and cache for a loop of `apply_cached`, with the layers in lists instead of along a leading axis.
 
-    A scan over stacked layers copies the slices of each layer. For a few tokens, copying the weights takes longer than the
-    products. Here they are copied once, before the loop.
+    A scan over stacked layers copies the slices of each layer. For a few tokens, copying the weights takes longer than
+    multiplying by them. Here, the weights are copied once, before the loop.
     """
     layers = [jax.tree.map(operator.itemgetter(layer), (params["blocks"], cache)) for layer in range(config.num_layers)]
     blocks, caches = map(list, zip(*layers, strict=True))
@@ -259,7 +259,7 @@ def logits(config: ModelConfig, params: Params, hidden: Hidden) -> Float[Array, 
     table = params["embedding"]["tokens"].astype(hidden.dtype)
     with jax.default_matmul_precision(config.matmul_precision):
         scores = jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
-    return scores[..., : config.vocab_size]  # A slice of the table would be a copy of it.
+    return scores[..., : config.vocab_size]  # Slicing the table instead would copy it.
 
 
 def compute_dtype(config: ModelConfig, platform: str | None = None) -> jnp.dtype:
@@ -306,6 +306,6 @@ def module_param_specs(
 
 
 def write_cache(cache: Cache, new: Cache, start: Starts) -> Cache:
-    """Returns the cache with new positions, the last axis but one, written into row i from position `start[i]` on."""
+    """Returns the cache with `new` written into row i from position `start[i]` on; the second-to-last axis holds positions."""
     write = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, axis=-2))
     return {name: write(cache[name], new[name], start) for name in cache}

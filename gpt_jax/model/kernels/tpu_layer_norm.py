@@ -3,10 +3,10 @@
     sum = residual + dropout(changed + changed_bias)
     output = normalize(sum) * gain + bias
 
-XLA computes the first line at the end of the product that `changed` comes from. Pallas kernels compute the second line and the
-gradients of both. They are limited by memory: while a few rows are in registers, a kernel computes their mean, their variance
-around it, all gradients, and what the rows add to the gradients of `gain`, `bias` and `changed_bias`. XLA would read the rows
-again for each sum.
+XLA fuses the first line into the product that computes `changed`. Pallas kernels compute the second line and the gradients of
+both lines. Memory bandwidth limits these kernels. While a few rows are in registers, a kernel therefore computes their means,
+their variances around the means, all gradients, and the contributions of the rows to the gradients of `gain`, `bias` and
+`changed_bias`. XLA would read the rows again for each sum.
 """
 
 import functools
@@ -25,23 +25,23 @@ from gpt_jax.model.remat import keep
 from gpt_jax.runtime.sharding import all_sum, per_shard
 
 ROWS = 32
-"""Rows that are in registers at a time."""
+"""Number of rows that are in registers at a time."""
 BLOCK = 256
-"""Maximum number of rows in a block. All of a block is one program, so that the scheduler has enough to interleave."""
+"""Maximum number of rows in a block. Loops over a block are unrolled, so that the scheduler has enough to interleave."""
 MAX_BYTES = 6 << 20
-"""Bytes of vector memory that the blocks of four arrays may fill, two of each. A v4 has 16 MiB in all, also for spilled
-registers."""
+"""Bytes of vector memory that the blocks of four double-buffered arrays may fill. A v4 has 16 MiB in total, which must also hold
+spilled registers."""
 MAX_EMBED = 6144
-"""Maximum width of the residual stream, of which `ROWS` rows in float32 fill `MAX_BYTES`."""
+"""Maximum width of the residual stream. At this width, eight blocks of `ROWS` rows in float32 fill `MAX_BYTES`."""
 SUBLANES = 8
 VECTORS = 3
-"""Number of gradients that are sums over rows: those of `gain`, `bias` and `changed_bias`."""
+"""Number of gradients that are sums over rows: the gradients of `gain`, `bias` and `changed_bias`."""
 
 HIDDEN, STREAM, VECTOR = ("batch", None, None), ("batch", None), (None,)
 
 
 class Options(NamedTuple):
-    """The static arguments."""
+    """The static arguments of the differentiable function."""
 
     epsilon: float
     rate: float
@@ -60,7 +60,7 @@ def pallas_tpu_add_and_normalize(
     """Returns normalize(residual + dropout(changed + changed_bias)) * gain + bias.
 
     Args:
-      residual, changed: bfloat16 or float32; `embed` must be a multiple of 128 and `time` one of 32.
+      residual, changed: bfloat16 or float32; `embed` must be a multiple of 128, and `time` a multiple of 32.
       changed_bias: the bias of the projection that `changed` comes from.
       gain, bias: the parameters of the layer norm.
       stream: determines the dropout mask; None disables dropout.
@@ -71,7 +71,7 @@ def pallas_tpu_add_and_normalize(
 
 
 def takes(time: int, embed: int) -> bool:
-    """Returns whether the kernels take arrays of this size."""
+    """Returns whether the kernels support arrays of this size."""
     return embed % LANES == 0 and embed <= MAX_EMBED and time % ROWS == 0
 
 
@@ -87,7 +87,7 @@ def _normalize_kernel(epsilon: float, sums: Any, gain: Any, bias: Any, output: A
 
 
 def _statistics(x: Array, epsilon: float) -> tuple[Array, Array]:
-    """Returns rows minus their means, and the reciprocal of their standard deviations, [rows, 1]."""
+    """Returns the rows minus their means, and the reciprocals of their standard deviations, [rows, 1]."""
     centered = x - x.mean(1, keepdims=True)
     return centered, jax.lax.rsqrt(jnp.square(centered).mean(1, keepdims=True) + epsilon)
 
@@ -99,7 +99,7 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
       words: uint32 [1, 2], the example's stream.
       sums, gradient (of the output): [block, embed]; gain: float32 [1, embed].
       residual_gradient, and changed_gradient if there is dropout: [block, embed].
-      vectors: float32 [VECTORS * SUBLANES, embed], the parts of the example's sums by sublane.
+      vectors: float32 [VECTORS * SUBLANES, embed], the example's sums over rows, one partial sum for each sublane.
     """
     residual_gradient, *changed_gradient, vectors = outputs
     block, embed = sums.shape
@@ -135,7 +135,7 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
 
 
 def block_rows(time: int, embed: int, itemsize: int) -> int:
-    """Returns the number of rows in a block: at most `BLOCK`, and few enough for eight blocks in `MAX_BYTES`."""
+    """Returns the number of rows in a block: at most `BLOCK`, and few enough that eight blocks fit into `MAX_BYTES`."""
     longest = max(min(BLOCK, MAX_BYTES // (8 * embed * itemsize)), ROWS)
     return max(size for size in range(ROWS, longest + 1, ROWS) if time % size == 0)
 
@@ -161,7 +161,7 @@ def normalize(sums: Array, gain: Array, bias: Array, *, epsilon: float) -> Array
 def differentiate(
     options: Options, sums: Array, stream: Array | None, gain: Array, gradient: Array
 ) -> tuple[Array, Array, Float[Array, "3 embed"]]:
-    """Returns the gradients of the residual, of `changed`, and of the vectors, summed over all examples."""
+    """Returns the gradients of the residual and of `changed`, and those of the vectors, summed over all examples."""
     batch, time, embed = sums.shape
     block = block_rows(time, embed, sums.dtype.itemsize)
     rows = pl.BlockSpec((None, block, embed), lambda b, i: (b, i, 0))
