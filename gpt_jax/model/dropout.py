@@ -4,7 +4,7 @@ There is no stateful generator: (seed, step, layer, site, example, head, query, 
 dropped. Resuming, or changing the mesh, the micro-batch size or the attention kernel, therefore leaves the masks unchanged.
 
     mask_stream(seed, step, layer, site, example, head)   uint32[..., 2]        once per (example, head): Threefry-2x32, 20 rounds
-    bits(stream, queries, keys)                           uint32[..., Tq, Tk]   16-bit values: two multiplications per element
+    bits(stream, queries, keys)                           uint32[..., Tq, Tk]   16-bit values; two multiplications per element
     keep(stream, queries, keys, rate)                     bool[..., Tq, Tk]     False where bits < round(rate * 65536)
     dropout(x, stream, rate)                              like x, [..., T, E] with a stream [..., 2]
     apply_dropout(x, key, rate, site)                     like x, [batch, time, embed]

@@ -26,8 +26,8 @@ def keep(array: jax.Array) -> jax.Array:
 def keep_bits(array: jax.Array) -> jax.Array:
     """Marks an operand or a result of a Pallas kernel to be kept, as integers of the same width.
 
-    JAX passes marked floating-point arrays through `reduce_precision`. XLA cannot fuse this operation into a kernel, so it would
-    read and write the whole array.
+    JAX passes marked floating-point arrays through `reduce_precision`. XLA cannot fuse this operation into a kernel, so the
+    operation would read and write the whole array.
     """
     bits = jax.lax.bitcast_convert_type(array, jnp.uint16 if array.dtype.itemsize == 2 else jnp.uint32)
     return jax.lax.bitcast_convert_type(keep(bits), array.dtype)

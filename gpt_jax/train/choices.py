@@ -24,7 +24,7 @@ AUTOMATIC: dict[str, Any] = {"attention": "auto", "remat": "auto", "layer_unroll
 EARLIER: dict[str, Any] = {"attention": "plain"}
 """The meaning of "auto" in runs that did not record their choices."""
 UNROLLED_ON_TPUS = 12
-"""Maximum number of layers that are unrolled in pre-training on TPUs. Each layer takes some ten seconds to compile."""
+"""Maximum number of layers that are unrolled in pre-training on TPUs. Each layer takes about ten seconds to compile."""
 
 
 def choose(model: ModelConfig, platform: str, device_kind: str = "") -> ModelConfig:

@@ -116,7 +116,7 @@ def _scores(query: Queries, key: Keys, rows: Array, columns: Array, masks: Masks
 
 
 def _drop(weights: Tile, rows: Array, columns: Array, masks: Masks, rate: float) -> Tile:
-    """Applies dropout to float32 [batch, heads, queries, keys]."""
+    """Applies dropout to `weights`, float32 [batch, heads, queries, keys]."""
     dropped = threshold(rate)
     if masks.stream is None or dropped == 0:
         return weights
@@ -164,7 +164,7 @@ def _as_inputs(query_gradient: Array, key_gradient: Array, value_gradient: Array
 
 
 def _forward_tiled(query: Heads, key: Heads, value: Heads, masks: Masks, rate: float) -> tuple[Heads, Rows]:
-    """Like `_forward`; the time must be a multiple of `BLOCK`."""
+    """Computes the results of `_forward` tile by tile; the time must be a multiple of `BLOCK`."""
     batch, heads, time, dim = query.shape
 
     def block(i: Array) -> tuple[Array, Array]:
@@ -191,7 +191,7 @@ def _forward_tiled(query: Heads, key: Heads, value: Heads, masks: Masks, rate: f
 def _backward_tiled(
     query: Heads, key: Heads, value: Heads, masks: Masks, rate: float, log_normalizer: Rows, inner: Rows, gradient: Heads
 ) -> tuple[Heads, Heads, Heads]:
-    """Like `_backward`; the time must be a multiple of `BLOCK`."""
+    """Computes the results of `_backward` tile by tile; the time must be a multiple of `BLOCK`."""
     batch, heads, time, dim = query.shape
 
     def block(totals: tuple[Array, Array, Array], i: Array) -> tuple[tuple[Array, Array, Array], None]:

@@ -119,7 +119,7 @@ def _shape(options: Options, qkv: Array, segment_ids: Array | None) -> Shape:
 
 
 def _pad(shape: Shape, array: Array, axis: int) -> Array:
-    """Pads the time axis of an array, whose number is `axis`, with zeros."""
+    """Pads the time axis `axis` of an array with zeros, to `shape.time`."""
     missing = shape.time - array.shape[axis]
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
 
