@@ -231,7 +231,7 @@ def apply_cached(
 
 
 def look_up_tokens(config: ModelConfig, params: Params, tokens: Tokens) -> Hidden:
-    """Returns the tokens' rows of the table as `tied.lookup` does: float32, but rounded to the compute dtype. Any batch size."""
+    """Returns the tokens' rows of the table like `tied.lookup`, in float32 but rounded to the compute dtype, for any batch."""
     # The table is gathered over "fsdp" first, so that the lookup moves rows of the table and never the batch.
     table = constrain(params["embedding"]["tokens"].astype(compute_dtype(config)), "vocab", None)
     return table[tokens].astype(jnp.float32)
