@@ -36,7 +36,8 @@ def test_what_runs_between_start_and_end_overlaps_with_a_collective():
     """A permute is under way during a kernel and a loop; another one only during the last instruction of both."""
     pairs = "channel_id=1, source_target_pairs={{0,1},{1,0},{2,3},{3,2}}"
     start = "(f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)})"
-    body = [line("%b", "f32[8]", "add", "%p, %p", cycles=5), kernel("inner.1", "f32[8]{0}", "%p")]
+    body = [line(f"%{name}", "f32[8]", "add", "%p, %p", cycles=cycles) for name, cycles in (("b", 2), ("c", 3))]
+    body.append(kernel("inner.1", "f32[8]{0}", "%p"))
     instruction, *computations = loop("layers", 3, [line("%p", "f32[8]{0}", "parameter", "0"), *body])
     entry = [
         line("%p", "f32[8]{0}", "parameter", "0"),
