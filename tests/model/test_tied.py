@@ -11,7 +11,7 @@ import pytest
 from gpt_jax.config import MeshConfig
 from gpt_jax.model.loss import cross_entropy
 from gpt_jax.model.tied import lookup, share
-from gpt_jax.plan.hlo import read_costs
+from gpt_jax.plan.costs import read_costs
 from gpt_jax.runtime.sharding import make_mesh, named_sharding
 
 VOCAB, EMBED, BATCH, TIME = 256, 32, 8, 6

@@ -12,7 +12,7 @@ from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.model import dropout as masks
 from gpt_jax.model import transformer
 from gpt_jax.model.loss import embed_tokens, language_model_loss
-from gpt_jax.plan.hlo import read_costs
+from gpt_jax.plan.costs import read_costs
 from gpt_jax.runtime.sharding import make_mesh, named_sharding
 from tests.model import paper
 

@@ -13,7 +13,7 @@ import pytest
 
 from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, OptimConfig, PretrainConfig, TokenizerConfig, TrainConfig
 from gpt_jax.model import transformer
-from gpt_jax.plan.hlo import read_costs
+from gpt_jax.plan.costs import read_costs
 from gpt_jax.runtime import sharding
 from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.train.pretrain import total_loss
