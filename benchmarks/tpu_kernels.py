@@ -13,7 +13,7 @@ import sys
 from gpt_jax.arguments import Parser
 from gpt_jax.errors import TrainingError, UserError
 from gpt_jax.inputs.numbers import POSITIVE, number
-from gpt_jax.model.kernels.tpu_attention import refusal
+from gpt_jax.model.kernels.tpu_attention import unsupported
 from gpt_jax.model.kernels.tpu_tiles import LANES
 from gpt_jax.plan import kernel_schedules
 from gpt_jax.plan.kernel_schedules import ATTENTION, LAYER_NORM, Schedule, Variant, kernel_cycles, libtpu_version
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace) -> dict[Variant, Schedule]:
     """
     if options.time % LANES:
         raise UserError(f"--time: must be a multiple of {LANES}, not {options.time}")
-    if reason := refusal(options.dim, options.time, options.dtype, KINDS[options.chip]):
+    if reason := unsupported(options.dim, options.time, options.dtype, KINDS[options.chip]):
         raise UserError(f"--dim: {reason}")
     common = {"chip": KINDS[options.chip], "libtpu": libtpu_version(), "dtype": options.dtype, "time": options.time}
     attention = {"segments": options.segments, "dim": options.dim, "lacks_head": options.heads * options.dim % LANES > 0}

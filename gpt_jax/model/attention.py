@@ -136,7 +136,7 @@ def choose_attention(platform: str, time: int, dim: int, dtype: Any, device_kind
       device_kind: the kind of the devices, as in JAX, or "" if it is unknown. On some, kernels support only shorter sequences.
     """
     if platform == "tpu":
-        reason = _refusal("pallas_tpu", time, dim, dtype, device_kind)
+        reason = _unsupported("pallas_tpu", time, dim, dtype, device_kind)
         other = "plain" if time <= MAX_PLAIN else "blockwise"
         return Choice(other, reason) if reason else Choice("pallas_tpu", "the fastest on TPUs")
     if platform != "cpu":
@@ -156,20 +156,20 @@ def check_attention(implementation: str, platform: str, time: int, dim: int, dty
     devices = {"cpu": "CPUs", "gpu": "GPUs", "tpu": "TPUs"}
     problem = f"{implementation} runs on {devices.get(needed, needed)}, and the devices are {devices.get(platform, platform)}"
     require(needed == platform, "model.attention", f"{problem}; use auto")
-    reason = _refusal(implementation, time, dim, dtype, device_kind)
+    reason = _unsupported(implementation, time, dim, dtype, device_kind)
     require(reason is None, "model.attention", f"{reason}; use auto")
 
 
-def _refusal(implementation: str, time: int, dim: int, dtype: Any, device_kind: str) -> str | None:
+def _unsupported(implementation: str, time: int, dim: int, dtype: Any, device_kind: str) -> str | None:
     """Returns the reason why an implementation does not support sequences or heads of this size; None if it does."""
     if implementation == "pallas_tpu":
         from gpt_jax.model.kernels import tpu_attention
 
-        return tpu_attention.refusal(dim, time, dtype, device_kind)
+        return tpu_attention.unsupported(dim, time, dtype, device_kind)
     if implementation == "pallas_gpu":
         from gpt_jax.model.kernels import gpu
 
-        return gpu.refusal(dim, time, dtype)
+        return gpu.unsupported(dim, time, dtype)
     return None
 
 

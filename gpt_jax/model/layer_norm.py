@@ -12,31 +12,31 @@ from gpt_jax.model.remat import keep
 
 def add_and_normalize(
     x: Float[Array, "batch time embed"],
-    changed: Float[Array, "batch time embed"],
-    changed_bias: Float[Array, "embed"],
+    branch: Float[Array, "batch time embed"],
+    branch_bias: Float[Array, "embed"],
     gain: Float[Array, "embed"],
     bias: Float[Array, "embed"],
     stream: UInt32[Array, "batch 2"] | None,
     rate: float,
     config: ModelConfig,
 ) -> Float[Array, "batch time embed"]:
-    """Returns normalize(x + dropout(changed + changed_bias)) * gain + bias, where normalized rows have mean 0 and variance 1.
+    """Returns normalize(x + dropout(branch + branch_bias)) * gain + bias, where normalized rows have mean 0 and variance 1.
 
     Args:
-      x, changed: arrays in the compute dtype, to which their sum is rounded. The normalization is computed in float32.
-      changed_bias: the bias of the projection that `changed` comes from.
+      x, branch: arrays in the compute dtype, to which their sum is rounded. The normalization is computed in float32.
+      branch_bias: the bias of the projection that `branch` comes from.
       gain, bias: the parameters of the layer norm.
       stream, rate: the stream of the dropout mask (None disables dropout) and the dropout rate.
       config: its `attention` also selects the kernels of `kernels.tpu_layer_norm`.
     """
     if config.attention == "pallas_tpu":
-        from gpt_jax.model.kernels.tpu_layer_norm import pallas_tpu_add_and_normalize, takes
+        from gpt_jax.model.kernels.tpu_layer_norm import is_supported, pallas_tpu_add_and_normalize
 
-        if takes(*x.shape[1:]):
-            vectors = changed_bias, gain, bias
-            return pallas_tpu_add_and_normalize(x, changed, *vectors, stream, rate, config.layer_norm_epsilon)
-    changed = add_bias(changed, changed_bias)
-    summed = keep(x + (changed if stream is None else dropout(changed, stream, rate)))
+        if is_supported(*x.shape[1:]):
+            vectors = branch_bias, gain, bias
+            return pallas_tpu_add_and_normalize(x, branch, *vectors, stream, rate, config.layer_norm_epsilon)
+    branch = add_bias(branch, branch_bias)
+    summed = keep(x + (branch if stream is None else dropout(branch, stream, rate)))
     return normalize(summed, gain, bias, config.layer_norm_epsilon)
 
 

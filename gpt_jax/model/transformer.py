@@ -63,13 +63,15 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Hidden, branch: Terms, dropout_key: DropoutKey | None, site: Site) -> Hidden:
         """Returns LN(x + dropout(branch)), where the branch is the sum of a product and its bias."""
-        changed, bias = constrain(branch[0], "batch", None, None), branch[1]
+        product, bias = branch
         rate, stream = self.config.residual_dropout, None
         if dropout_key is not None and rate:
             seed, step, example_id, layer = dropout_key
             stream = mask_stream(seed, step, layer, site, example_id, 0)
         with jax.named_scope("layer_norm"):
-            return add_and_normalize(x, changed, bias, self.gain[...], self.bias[...], stream, rate, self.config)
+            return add_and_normalize(
+                x, constrain(product, "batch", None, None), bias, self.gain[...], self.bias[...], stream, rate, self.config
+            )
 
 
 class Attention(nnx.Module):

@@ -1,10 +1,9 @@
 """Parses the text of an optimized HLO module, `compiled.as_text()`, into computations and instructions."""
 
-import importlib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8, **{f"{kind}{n}": n for kind in "fsu" for n in (4, 8, 16, 32, 64)}}
 """Bits of one element, by the name of its dtype in HLO."""
@@ -136,10 +135,3 @@ def shape_bytes(shape: str) -> int:
 def shape_dtypes(shape: str) -> set[str]:
     """Returns the dtypes of all arrays in a shape, by their names in HLO."""
     return {dtype for dtype, _ in ARRAY.findall(shape)}
-
-
-def __getattr__(name: str) -> Any:
-    """Returns `read_costs`, which has moved to gpt_jax/plan/costs.py, for tests that still import it from here."""
-    if name != "read_costs":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("gpt_jax.plan.costs").read_costs

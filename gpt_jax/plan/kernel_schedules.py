@@ -89,8 +89,8 @@ def kernel_cycles(kernel: Variant, batch: int, heads: int, size: int, schedule: 
     """
     chip = CHIPS[kernel.chip]
     if kernel.name in ATTENTION:
-        shape = _shape(kernel, heads)
-        points = batch * shape.groups * (shape.time // shape.block)
+        config = _kernel_config(kernel, heads)
+        points = batch * config.groups * (config.time // config.block)
     else:
         points = batch * (kernel.time // tpu_layer_norm.block_rows(kernel.time, kernel.embed, jnp.dtype(kernel.dtype).itemsize))
     in_memory = size / chip.memory_bandwidth * chip.cycles_per_second
@@ -161,8 +161,8 @@ def compile_schedule(kernel: Variant) -> Schedule:
             raise TrainingError(f"the kernel {kernel.name} does not compile for a {kernel.chip}: {reason}")
         names = Path(folder).glob(f"*-{kernel.name}*-final_bundles.txt")
         [program] = [path for path in names if "schedule-analysis" not in path.name]
-        shape = _shape(kernel, heads=1)
-        return count(program.read_text(), (shape.time // shape.block - 1) / 2)
+        config = _kernel_config(kernel, heads=1)
+        return count(program.read_text(), (config.time // config.block - 1) / 2)
 
 
 def count(program: str, loop_trips: float) -> Schedule:
@@ -182,28 +182,28 @@ def count(program: str, loop_trips: float) -> Schedule:
     return Schedule(bundles, pops)
 
 
-def _shape(kernel: Variant, heads: int) -> tpu_tiles.Shape:
-    time = kernel.time + -kernel.time % tpu_tiles.LANES
-    return tpu_tiles.Shape(time, heads, kernel.dim or 128, RATE * kernel.dropout, kernel.segments, jax.lax.Precision.HIGHEST)
+def _kernel_config(kernel: Variant, heads: int) -> tpu_tiles.KernelConfig:
+    time, rate = kernel.time + -kernel.time % tpu_tiles.LANES, RATE * kernel.dropout
+    return tpu_tiles.KernelConfig(time, heads, kernel.dim or 128, rate, kernel.segments, jax.lax.Precision.HIGHEST)
 
 
 def _compile(kernel: Variant) -> None:
     """Compiles a kernel in this process, whose environment tells libtpu where to write the schedule."""
     sharding = jax.sharding.SingleDeviceSharding(topology_devices(ONE_HOST[kernel.chip])[0])
-    array = lambda shape, dtype=kernel.dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # noqa: E731
+    array = lambda config, dtype=kernel.dtype: jax.ShapeDtypeStruct(config, dtype, sharding=sharding)  # noqa: E731
     group = tpu_tiles.LANES // (kernel.dim or 128)
     # Several sequences and groups, because the compiler simplifies loops of one iteration.
-    batch, shape = 2, _shape(kernel, heads=3 * group - kernel.lacks_head)
-    width = kernel.embed or shape.heads * shape.dim
-    rows, vector, qkv = array((batch, shape.time, width)), array((width,), "float32"), array((batch, 3, shape.time, width))
-    words = array((batch, shape.groups, 1, 2 * shape.in_group), "uint32")
-    segments = array((batch, 1, shape.time), "int32") if kernel.segments else None
-    logarithms = array((batch, shape.groups, shape.in_group, shape.time), "float32")
+    batch, config = 2, _kernel_config(kernel, heads=3 * group - kernel.lacks_head)
+    width = kernel.embed or config.heads * config.dim
+    rows, vector, qkv = array((batch, config.time, width)), array((width,), "float32"), array((batch, 3, config.time, width))
+    words = array((batch, config.groups, 1, 2 * config.in_group), "uint32")
+    segments = array((batch, 1, config.time), "int32") if kernel.segments else None
+    logarithms = array((batch, config.groups, config.in_group, config.time), "float32")
     stream = array((batch, 2), "uint32") if kernel.dropout else None
     options = tpu_layer_norm.Options(1e-5, RATE * kernel.dropout)
     calls: dict[str, tuple[Any, tuple[Any, ...]]] = {
-        "attention_forward": (functools.partial(tpu.forward, shape), (qkv, words, segments)),
-        "attention_backward": (functools.partial(tpu.backward, shape), (qkv, words, segments, rows, logarithms, rows)),
+        "attention_forward": (functools.partial(tpu.forward, config), (qkv, words, segments)),
+        "attention_backward": (functools.partial(tpu.backward, config), (qkv, words, segments, rows, logarithms, rows)),
         "layer_norm_forward": (functools.partial(tpu_layer_norm.normalize, epsilon=1e-5), (rows, vector, vector)),
         "layer_norm_backward": (functools.partial(tpu_layer_norm.differentiate, options), (rows, stream, vector, rows)),
     }

@@ -47,14 +47,14 @@ def pallas_gpu_attention(
     Raises:
       UserError: the kernels do not take this size of heads, length or dtype.
     """
-    if reason := refusal(query.shape[3], query.shape[1], query.dtype):
+    if reason := unsupported(query.shape[3], query.shape[1], query.dtype):
         raise UserError(reason)
     rate = 0.0 if stream is None else rate
     masks = Masks(stream if rate else None, None if segment_ids is None else segment_ids.astype(jnp.int32))
     return _attention(query, key, value, masks, rate, precision)
 
 
-def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16) -> str | None:
+def unsupported(dim: int, time: int, dtype: Any = jnp.bfloat16) -> str | None:
     """Returns the reason, for the user, why the kernels do not take heads of this size, length or dtype; None if they do."""
     if dim not in HEAD_DIMS:
         return f"pallas_gpu takes heads of size {', '.join(map(str, HEAD_DIMS[:-1]))} or {HEAD_DIMS[-1]}, not {dim}"

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.kernels.tpu import backward, forward
-from gpt_jax.model.kernels.tpu_tiles import LANES, Shape
+from gpt_jax.model.kernels.tpu_tiles import LANES, KernelConfig
 from gpt_jax.model.remat import keep_bits
 from gpt_jax.runtime.sharding import all_sum, constrain, per_shard
 
@@ -65,12 +65,12 @@ def pallas_tpu_self_attention(
       UserError: the kernels do not support this head size, length or dtype.
     """
     time, dim = projected.shape[1], projected.shape[3] // num_heads
-    if reason := refusal(dim, time, projected.dtype):
+    if reason := unsupported(dim, time, projected.dtype):
         raise UserError(reason)
     return _self_attention(projected, bias, stream, segment_ids, Options(dim, 0.0 if stream is None else rate, precision))
 
 
-def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16, device_kind: str = "") -> str | None:
+def unsupported(dim: int, time: int, dtype: Any = jnp.bfloat16, device_kind: str = "") -> str | None:
     """Returns the reason, for the user, why the kernels do not support this head size, length or dtype; None if they do."""
     dtype = jnp.dtype(dtype)
     longest, where = MAX_TIME, ""
@@ -90,8 +90,8 @@ def refusal(dim: int, time: int, dtype: Any = jnp.bfloat16, device_kind: str = "
 
 def _local_forward(options: Options, qkv: Array, stream: Array | None, segment_ids: Array | None) -> tuple[Array, Array]:
     """Computes the output and the logarithms for this device's examples and heads."""
-    shape = _shape(options, qkv, segment_ids)
-    output, logarithms = forward(shape, _pad(shape, qkv, 2), *_masks(shape, len(qkv), stream, segment_ids))
+    config = _kernel_config(options, qkv, segment_ids)
+    output, logarithms = forward(config, _pad(config, qkv, 2), *_masks(config, len(qkv), stream, segment_ids))
     return output[:, : qkv.shape[2]], logarithms
 
 
@@ -105,33 +105,33 @@ def _local_backward(
     gradient: Array,
 ) -> tuple[Array, Array]:
     """Computes the gradient of `qkv` for this device's examples and heads, and the bias gradient, summed over all examples."""
-    shape = _shape(options, qkv, segment_ids)
-    masks, rows = _masks(shape, len(qkv), stream, segment_ids), (_pad(shape, array, 1) for array in (output, gradient))
+    config = _kernel_config(options, qkv, segment_ids)
+    masks, rows = _masks(config, len(qkv), stream, segment_ids), (_pad(config, array, 1) for array in (output, gradient))
     output, gradient = rows
-    qkv_gradient, bias_gradient = backward(shape, _pad(shape, qkv, 2), *masks, output, logarithms, gradient)
+    qkv_gradient, bias_gradient = backward(config, _pad(config, qkv, 2), *masks, output, logarithms, gradient)
     return qkv_gradient[:, :, : qkv.shape[2]], all_sum(bias_gradient, "batch")
 
 
-def _shape(options: Options, qkv: Array, segment_ids: Array | None) -> Shape:
+def _kernel_config(options: Options, qkv: Array, segment_ids: Array | None) -> KernelConfig:
     _, _, time, width = qkv.shape
     precision = jax.lax.Precision.DEFAULT if options.precision == "default" else jax.lax.Precision.HIGHEST
-    return Shape(time + -time % LANES, width // options.dim, options.dim, options.rate, segment_ids is not None, precision)
+    return KernelConfig(time + -time % LANES, width // options.dim, options.dim, options.rate, segment_ids is not None, precision)
 
 
-def _pad(shape: Shape, array: Array, axis: int) -> Array:
+def _pad(config: KernelConfig, array: Array, axis: int) -> Array:
     """Pads the time axis `axis` of an array with zeros, to `shape.time`."""
-    missing = shape.time - array.shape[axis]
+    missing = config.time - array.shape[axis]
     return jnp.pad(array, [(0, missing if i == axis else 0) for i in range(array.ndim)]) if missing else array
 
 
 def _masks(
-    shape: Shape, batch: int, stream: Array | None, segment_ids: Array | None
+    config: KernelConfig, batch: int, stream: Array | None, segment_ids: Array | None
 ) -> tuple[UInt32[Array, "batch groups 1 words"], Int[Array, "batch 1 padded_time"] | None]:
     """Returns the streams by group and the segments as rows. The streams of missing heads are zero; without dropout, all are."""
-    stream = jnp.zeros((batch, shape.heads, 2), jnp.uint32) if stream is None else stream
-    missing = shape.groups * shape.in_group - shape.heads
-    words = jnp.pad(stream, ((0, 0), (0, missing), (0, 0))).reshape(batch, shape.groups, 1, 2 * shape.in_group)
-    return words, None if segment_ids is None else _pad(shape, segment_ids.astype(jnp.int32), 1)[:, None]
+    stream = jnp.zeros((batch, config.heads, 2), jnp.uint32) if stream is None else stream
+    missing = config.groups * config.in_group - config.heads
+    words = jnp.pad(stream, ((0, 0), (0, missing), (0, 0))).reshape(batch, config.groups, 1, 2 * config.in_group)
+    return words, None if segment_ids is None else _pad(config, segment_ids.astype(jnp.int32), 1)[:, None]
 
 
 # -- the differentiable function ----------------------------------------------------------------------------------------------

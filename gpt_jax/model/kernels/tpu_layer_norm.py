@@ -1,12 +1,12 @@
 """Residual sum, dropout and layer normalization on TPUs, with a backward pass that reads each array once.
 
-    sum = residual + dropout(changed + changed_bias)
+    sum = residual + dropout(branch + branch_bias)
     output = normalize(sum) * gain + bias
 
-XLA fuses the first line into the product that computes `changed`. Pallas kernels compute the second line and the gradients of
+XLA fuses the first line into the product that computes `branch`. Pallas kernels compute the second line and the gradients of
 both lines. Memory bandwidth limits these kernels. While a few rows are in registers, a kernel therefore computes their means,
 their variances around the means, all gradients, and the contributions of the rows to the gradients of `gain`, `bias` and
-`changed_bias`. XLA would read the rows again for each sum.
+`branch_bias`. XLA would read the rows again for each sum.
 """
 
 import functools
@@ -35,7 +35,7 @@ MAX_EMBED = 6144
 """Maximum width of the residual stream. At this width, eight blocks of `ROWS` rows in float32 fill `MAX_BYTES`."""
 SUBLANES = 8
 VECTORS = 3
-"""Number of gradients that are sums over rows: the gradients of `gain`, `bias` and `changed_bias`."""
+"""Number of gradients that are sums over rows: the gradients of `gain`, `bias` and `branch_bias`."""
 
 HIDDEN, STREAM, VECTOR = ("batch", None, None), ("batch", None), (None,)
 
@@ -49,28 +49,28 @@ class Options(NamedTuple):
 
 def pallas_tpu_add_and_normalize(
     residual: Float[Array, "batch time embed"],
-    changed: Float[Array, "batch time embed"],
-    changed_bias: Float[Array, "embed"],
+    branch: Float[Array, "batch time embed"],
+    branch_bias: Float[Array, "embed"],
     gain: Float[Array, "embed"],
     bias: Float[Array, "embed"],
     stream: UInt32[Array, "batch 2"] | None,
     rate: float,
     epsilon: float,
 ) -> Float[Array, "batch time embed"]:
-    """Returns normalize(residual + dropout(changed + changed_bias)) * gain + bias.
+    """Returns normalize(residual + dropout(branch + branch_bias)) * gain + bias.
 
     Args:
-      residual, changed: bfloat16 or float32; `embed` must be a multiple of 128, and `time` a multiple of 32.
-      changed_bias: the bias of the projection that `changed` comes from.
+      residual, branch: bfloat16 or float32; `embed` must be a multiple of 128, and `time` a multiple of 32.
+      branch_bias: the bias of the projection that `branch` comes from.
       gain, bias: the parameters of the layer norm.
       stream: determines the dropout mask; None disables dropout.
       rate: dropout rate.
     """
     options = Options(epsilon, 0.0 if stream is None else rate)
-    return _add_and_normalize(residual, changed, changed_bias, gain, bias, stream, options)
+    return _add_and_normalize(residual, branch, branch_bias, gain, bias, stream, options)
 
 
-def takes(time: int, embed: int) -> bool:
+def is_supported(time: int, embed: int) -> bool:
     """Returns whether the kernels support arrays of this size."""
     return embed % LANES == 0 and embed <= MAX_EMBED and time % ROWS == 0
 
@@ -98,10 +98,10 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
     Refs:
       words: uint32 [1, 2], the example's stream.
       sums, gradient (of the output): [block, embed]; gain: float32 [1, embed].
-      residual_gradient, and changed_gradient if there is dropout: [block, embed].
+      residual_gradient, and branch_gradient if there is dropout: [block, embed].
       vectors: float32 [VECTORS * SUBLANES, embed], the example's sums over rows, one partial sum for each sublane.
     """
-    residual_gradient, *changed_gradient, vectors = outputs
+    residual_gradient, *branch_gradient, vectors = outputs
     block, embed = sums.shape
     start_of_block = pl.program_id(1) * block
     pl.when(pl.program_id(1) == 0)(lambda: fill_zeros(vectors))
@@ -127,7 +127,7 @@ def _gradient_kernel(options: Options, words: Any, sums: Any, gradient: Any, gai
             halves = keep_pair(row, column[None], multiplier[None], options.rate)
             by_pair = (into * scale_kept).reshape(ROWS // 16, 2, 8, embed)
             kept = jnp.stack([jnp.where(keep, by_pair[:, half], 0.0) for half, keep in enumerate(halves)], 1).reshape(into.shape)
-            changed_gradient[0][rows, :] = kept.astype(residual_gradient.dtype)
+            branch_gradient[0][rows, :] = kept.astype(residual_gradient.dtype)
         parts = (upstream * normalized, upstream, kept)
         totals = [total + part.reshape(-1, SUBLANES, embed).sum(0) for total, part in zip(totals, parts, strict=True)]
     for number, total in enumerate(totals):
@@ -161,7 +161,7 @@ def normalize(sums: Array, gain: Array, bias: Array, *, epsilon: float) -> Array
 def differentiate(
     options: Options, sums: Array, stream: Array | None, gain: Array, gradient: Array
 ) -> tuple[Array, Array, Float[Array, "3 embed"]]:
-    """Returns the gradients of the residual and of `changed`, and those of the vectors, summed over all examples."""
+    """Returns the gradients of the residual and of `branch`, and those of the vectors, summed over all examples."""
     batch, time, embed = sums.shape
     block = block_rows(time, embed, sums.dtype.itemsize)
     rows = pl.BlockSpec((None, block, embed), lambda b, i: (b, i, 0))
@@ -192,27 +192,27 @@ def differentiate(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _add_and_normalize(
-    residual: Array, changed: Array, changed_bias: Array, gain: Array, bias: Array, stream: Array | None, options: Options
+    residual: Array, branch: Array, branch_bias: Array, gain: Array, bias: Array, stream: Array | None, options: Options
 ) -> Array:
-    return _forward_rule(residual, changed, changed_bias, gain, bias, stream, options)[0]
+    return _forward_rule(residual, branch, branch_bias, gain, bias, stream, options)[0]
 
 
 def _forward_rule(
-    residual: Array, changed: Array, changed_bias: Array, gain: Array, bias: Array, stream: Array | None, options: Options
+    residual: Array, branch: Array, branch_bias: Array, gain: Array, bias: Array, stream: Array | None, options: Options
 ) -> tuple[Array, tuple[Any, ...]]:
-    changed = changed + changed_bias.astype(changed.dtype)
-    sums = keep(residual + (changed if stream is None else dropout(changed, stream, options.rate)))
+    branch = branch + branch_bias.astype(branch.dtype)
+    sums = keep(residual + (branch if stream is None else dropout(branch, stream, options.rate)))
     to_rows = per_shard(functools.partial(normalize, epsilon=options.epsilon), (HIDDEN, VECTOR, VECTOR), HIDDEN)
-    return to_rows(sums, gain, bias), (sums, stream, changed_bias, gain, bias)
+    return to_rows(sums, gain, bias), (sums, stream, branch_bias, gain, bias)
 
 
 def _backward_rule(options: Options, saved: tuple[Any, ...], gradient: Array) -> tuple[Array, Array, Array, Array, Array, None]:
-    sums, stream, changed_bias, gain, bias = saved
+    sums, stream, branch_bias, gain, bias = saved
     names = (HIDDEN, None if stream is None else STREAM, VECTOR, HIDDEN)
     of_shard = per_shard(functools.partial(differentiate, options), names, (HIDDEN, HIDDEN, (None, None)))
-    residual, changed, vectors = of_shard(sums, stream, gain, gradient)
-    of_gain, of_bias, of_changed_bias = (v.astype(p.dtype) for v, p in zip(vectors, (gain, bias, changed_bias), strict=True))
-    return residual, changed, of_changed_bias, of_gain, of_bias, None
+    residual, branch, vectors = of_shard(sums, stream, gain, gradient)
+    of_gain, of_bias, of_branch_bias = (v.astype(p.dtype) for v, p in zip(vectors, (gain, bias, branch_bias), strict=True))
+    return residual, branch, of_branch_bias, of_gain, of_bias, None
 
 
 _add_and_normalize.defvjp(_forward_rule, _backward_rule)

@@ -25,7 +25,7 @@ Ref = Any  # a reference to memory inside a kernel
 Stream = tuple[UInt32[Array, ""], UInt32[Array, ""]]
 
 
-class Shape(NamedTuple):
+class KernelConfig(NamedTuple):
     """The static properties of a kernel."""
 
     time: int
@@ -80,29 +80,29 @@ class MaskTerms(NamedTuple):
     multiplier: UInt32[Array, "1 keys"]
 
 
-def streams(shape: Shape, words: Ref) -> list[Stream]:
+def streams(config: KernelConfig, words: Ref) -> list[Stream]:
     """Returns the two words of the stream of each head in the group, or an empty list without dropout."""
-    return [(words[0, 2 * head], words[0, 2 * head + 1]) for head in range(shape.in_group)] if shape.rate else []
+    return [(words[0, 2 * head], words[0, 2 * head + 1]) for head in range(config.in_group)] if config.rate else []
 
 
-def query_terms(shape: Shape, stream: Stream, start: Any) -> UInt32[Array, "pairs 1"]:
+def query_terms(config: KernelConfig, stream: Stream, start: Any) -> UInt32[Array, "pairs 1"]:
     """Returns the term R of docs/masks.md for each pair of queries in the block that begins at `start`."""
-    pairs = iota((shape.block // 2, LANES), 0) + (start >> 1)
+    pairs = iota((config.block // 2, LANES), 0) + (start >> 1)
     return row_term(stream[0], pairs.astype(jnp.uint32))[:, :1]
 
 
-def key_terms(shape: Shape, a: Array, b: Array, start: Any) -> tuple[UInt32[Array, "1 keys"], UInt32[Array, "1 keys"]]:
+def key_terms(config: KernelConfig, a: Array, b: Array, start: Any) -> tuple[UInt32[Array, "1 keys"], UInt32[Array, "1 keys"]]:
     """Returns the terms C and D of docs/masks.md for each key in the block that begins at `start`."""
-    keys = iota((8, shape.block), 1) + start
+    keys = iota((8, config.block), 1) + start
     column, multiplier = column_terms(a, b, keys.astype(jnp.uint32))
     return column[:1], multiplier[:1]
 
 
-def drop(shape: Shape, terms: MaskTerms, first: int, keys: slice, arrays: Iterable[Array]) -> list[Array]:
+def drop(config: KernelConfig, terms: MaskTerms, first: int, keys: slice, arrays: Iterable[Array]) -> list[Array]:
     """Sets the dropped elements of [LANES, keys] arrays to zero, for the tile of queries that begins at `first` in the block."""
     # The queries of a pair, which are 8 apart, are in the same row of two neighboring registers.
     row = terms.row[first // 2 : (first + LANES) // 2].reshape(LANES // 16, 8, 1)
-    kept = keep_pair(row, terms.column[None, :, keys], terms.multiplier[None, :, keys], shape.rate)
+    kept = keep_pair(row, terms.column[None, :, keys], terms.multiplier[None, :, keys], config.rate)
 
     def drop(x: Array) -> Array:
         by_pair = x.reshape(LANES // 16, 2, 8, x.shape[1])
@@ -125,32 +125,32 @@ def pipelined(units: Iterable[Any], begin: Callable[[Any], Any], finish: Callabl
         finish(unit, started)
 
 
-def dot(shape: Shape, a: Array, b: Array, contract: tuple[int, int]) -> Array:
+def dot(config: KernelConfig, a: Array, b: Array, contract: tuple[int, int]) -> Array:
     """Returns the product of two matrices, contracted over one axis of each, in float32."""
-    precision = shape.precision if a.dtype == jnp.float32 else None
+    precision = config.precision if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def only_head(shape: Shape, head: int, x: Array) -> Array:
+def only_head(config: KernelConfig, head: int, x: Array) -> Array:
     """Returns `x` [rows, LANES] with zeros outside one head's lanes."""
-    if shape.in_group == 1:
+    if config.in_group == 1:
         return x
-    is_first = iota(x.shape, 1) < shape.dim
+    is_first = iota(x.shape, 1) < config.dim
     return jnp.where(is_first if head == 0 else ~is_first, x, jnp.zeros_like(x))
 
 
-def existing_heads(shape: Shape, group_axis: int, x: Array) -> Array:
+def existing_heads(config: KernelConfig, group_axis: int, x: Array) -> Array:
     """Returns `x` [rows, LANES] with zeros in the lanes of a head that the last group lacks, whose contents are undefined."""
-    if shape.heads % shape.in_group == 0:
+    if config.heads % config.in_group == 0:
         return x
     lane = pl.program_id(group_axis) * LANES + iota(x.shape, 1)
-    return jnp.where(lane < shape.heads * shape.dim, x, jnp.zeros_like(x))
+    return jnp.where(lane < config.heads * config.dim, x, jnp.zeros_like(x))
 
 
-def side_by_side(shape: Shape, heads: tuple[Array, ...]) -> Array:
+def side_by_side(config: KernelConfig, heads: tuple[Array, ...]) -> Array:
     """Returns an array [LANES, LANES] with each head's lanes taken from its own array, [LANES, LANES] or [LANES, 1]."""
-    return heads[0] if shape.in_group == 1 else jnp.where(iota((LANES, LANES), 1) < shape.dim, heads[0], heads[1])
+    return heads[0] if config.in_group == 1 else jnp.where(iota((LANES, LANES), 1) < config.dim, heads[0], heads[1])
 
 
 def reciprocal(x: Array, dtype: Any) -> Array:
@@ -180,9 +180,9 @@ def iota(shape: tuple[int, ...], axis: int) -> Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
-def first_position(shape: Shape, block: Any) -> Any:
+def first_position(config: KernelConfig, block: Any) -> Any:
     """Returns the first position of a block."""
-    return pl.multiple_of(block * shape.block, shape.block) if shape.several else 0
+    return pl.multiple_of(block * config.block, config.block) if config.several else 0
 
 
 def fill_zeros(ref: Ref) -> None:

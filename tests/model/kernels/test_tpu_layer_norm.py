@@ -20,8 +20,8 @@ CONFIG = ModelConfig(num_layers=1, embed_dim=256, num_heads=4)
 def results(attention, time, rate, dtype):
     """Returns the output and the gradients of all arguments of a random weighted sum of it."""
     draw = np.random.default_rng(0)
-    residual, changed, direction = (jnp.asarray(draw.normal(3, 2, (2, time, 256)), dtype) for _ in range(3))
-    changed_bias = jnp.asarray(draw.normal(size=256), dtype)
+    residual, branch, direction = (jnp.asarray(draw.normal(3, 2, (2, time, 256)), dtype) for _ in range(3))
+    branch_bias = jnp.asarray(draw.normal(size=256), dtype)
     gain, bias = (jnp.asarray(draw.normal(size=256), jnp.float32) for _ in range(2))
     stream = mask_stream(1, 2, 3, Site.RESIDUAL_MLP, jnp.array([5, 9]), 0) if rate else None
     config = dataclasses.replace(CONFIG, attention=attention)
@@ -32,7 +32,7 @@ def results(attention, time, rate, dtype):
         return output, *pull_back(direction)
 
     with interpreted(STRICT):
-        return [np.asarray(array, np.float64) for array in compute(residual, changed, changed_bias, gain, bias)]
+        return [np.asarray(array, np.float64) for array in compute(residual, branch, branch_bias, gain, bias)]
 
 
 def distances(actual, expected):
@@ -53,8 +53,8 @@ def test_bfloat16_is_as_accurate_as_plain_jax():
 
 
 def test_other_sizes_do_without_the_kernels():
-    assert not tpu_layer_norm.takes(100, 256)
-    assert not tpu_layer_norm.takes(128, 192)
+    assert not tpu_layer_norm.is_supported(100, 256)
+    assert not tpu_layer_norm.is_supported(128, 192)
     for ours, plain in zip(results("pallas_tpu", 9, 0.3, jnp.float32), results("plain", 9, 0.3, jnp.float32), strict=True):
         np.testing.assert_array_equal(ours, plain)
 
@@ -69,8 +69,8 @@ def test_the_kernels_compile_for_all_chips(tpu_devices, topology, embed, dtype):
     rows, vector, stream = placed((2, 512, embed), dtype), placed((embed,), jnp.float32), placed((2, 2), jnp.uint32)
     config = dataclasses.replace(CONFIG, attention="pallas_tpu", embed_dim=embed)
 
-    def loss(residual, changed, changed_bias, gain, bias, stream):
-        return add_and_normalize(residual, changed, changed_bias, gain, bias, stream, 0.1, config).sum()
+    def loss(residual, branch, branch_bias, gain, bias, stream):
+        return add_and_normalize(residual, branch, branch_bias, gain, bias, stream, 0.1, config).sum()
 
     differentiate = jax.jit(jax.grad(loss, tuple(range(5))))
     text = differentiate.lower(rows, rows, placed((embed,), dtype), vector, vector, stream).compile().as_text()

@@ -1,0 +1,120 @@
+"""The text of a report: tables, and a sentence about what limits the step."""
+
+from gpt_jax.plan.report import Report
+from gpt_jax.runtime.chips import CHIPS, GIB, MIB
+
+SECONDS_PER_HOUR = 3600
+FORMULA = "6 x (weights of products) + 12 x layers x width x context, for each token"
+
+
+def describe(report: Report, price: float | None = None, steps: float | None = None) -> str:
+    """Returns the report as text.
+
+    Args:
+      price: cost of one chip for an hour, if it is known.
+      steps: number of updates in the run, if it is known.
+    """
+    time, chip = report["time"], CHIPS[report["device_kind"]]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
+    choices = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in report["choices"].items())
+    parts = f" in {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""
+    versions = report["versions"]
+    lines = [
+        f"{report['config']}: {report['num_parameters']:,} parameters on {_hardware(report)}, mesh {mesh}, {report['dtype']}",
+        f"batch of {report['batch_size']:,} x {report['context_length']:,} tokens{parts}, "
+        f"{report['sequences_per_device']:,} sequences a device; {choices}",
+        f"jax {versions['jax']}, libtpu {versions['libtpu']}, compiled in {report['compile_seconds']:.0f} s; nothing was run",
+        "",
+        *_memory_lines(report),
+        "",
+        *_cycle_lines(report),
+        "",
+        *_collective_lines(report),
+        f"FLOPs of the model: {report['flops']['token']:.4g} a token ({FORMULA}), {report['flops']['step']:.4g} a step",
+        f"modeled step: {time['step'] * 1e3:.1f} ms = {time['compute'] * 1e3:.1f} computing "
+        f"+ {time['exposed'] * 1e3:.1f} waiting for collectives",
+        f"{time['tokens_per_second']:,.0f} tokens/s; MFU {time['utilization']:.1%} of {chip.peak_flops['bfloat16'] / 1e12:.0f} "
+        f"TFLOP/s a device ({time['utilization_by_computation']:.1%} without collectives)",
+        _run_line(report, price, steps),
+        advice(report),
+    ]
+    return "\n".join(lines)
+
+
+def _hardware(report: Report) -> str:
+    slices = f"{report['slices']} x " if report["slices"] > 1 else ""
+    return f"{slices}{report['accelerator']} ({report['chips']:,} chips, {report['device_kind']})"
+
+
+def _memory_lines(report: Report) -> list[str]:
+    memory = report["memory"]
+    share = memory["peak"] / memory["available"]
+    names = ("parameters", "moments", "batch", "temporaries", "code")
+    kinds = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in names)
+    return ["memory of a device, GiB", f"  {memory['peak'] / GIB:.2f} of {memory['available'] / GIB:.2f} ({share:.0%}): {kinds}"]
+
+
+def _cycle_lines(report: Report) -> list[str]:
+    directions = ("forward", "recomputed", "backward")
+    total = sum(sum(by.values()) for by in report["cycles"].values())
+    lines = [f"{'million cycles by part':24}{'all':>9}{'share':>8}" + "".join(f"{name:>12}" for name in directions)]
+    for part, by in report["cycles"].items():
+        cycles = sum(by.values())
+        columns = "".join(f"{by.get(name, 0) / 1e6:12.2f}" for name in directions)
+        lines.append(f"  {part.replace('_', ' '):22}{cycles / 1e6:9.2f}{cycles / total:8.1%}{columns}")
+    lines.append(f"  {'sum':22}{total / 1e6:9.2f}")
+    if report["kernels"]:
+        kernels = ", ".join(f"{k['times']} x {k['name']} {k['cycles'] / 1e6:.2f}" for k in report["kernels"])
+        lines.append(f"  of these in Pallas kernels: {kernels}")
+    return lines
+
+
+def _collective_lines(report: Report) -> list[str]:
+    if not report["collectives"]:
+        return ["no collectives"]
+    lines = [f"{'collectives':46}{'times':>6}{'MiB':>10}{'ms':>8}{'exposed':>9}"]
+    for each in report["collectives"]:
+        name = f"{each['kind']} {each['dtype']} over {each['axes']} ({each['part'].replace('_', ' ')}, {each['direction']})"
+        milliseconds = f"{each['seconds'] * 1e3:8.2f}{each['exposed_seconds'] * 1e3:9.2f}"
+        if each["seconds"] >= 1e-5:
+            lines.append(f"  {name:44}{each['times']:6}{each['bytes'] / MIB:10.1f}{milliseconds}")
+    hidden = [each for each in report["collectives"] if each["seconds"] < 1e-5]
+    if hidden:
+        lines.append(f"  {f'{len(hidden)} others below 0.01 ms':44}{sum(each['times'] for each in hidden):6}")
+    return [*lines, ""]
+
+
+def _run_line(report: Report, price: float | None, steps: float | None) -> str:
+    """Returns a line about the whole run."""
+    if steps is None:
+        per_step = report["time"]["step"] * report["chips"] / SECONDS_PER_HOUR
+        hint = "give --corpus-tokens for the length of the run"
+        return f"run of {report['duration']}: {per_step * 1e3:.4g} chip-hours for 1,000 steps; {hint}"
+    hours = steps * report["time"]["step"] / SECONDS_PER_HOUR
+    chip_hours = hours * report["chips"]
+    cost = f", {chip_hours * price:,.2f} at {price:g} a chip-hour" if price is not None else ""
+    return f"run of {report['duration']}: {steps:,.0f} steps, {hours:,.2f} hours, {chip_hours:,.1f} chip-hours{cost}"
+
+
+def advice(report: Report) -> str:
+    """Returns a sentence about what limits the step, and what to change first."""
+    time, memory = report["time"], report["memory"]
+    free = 1 - memory["peak"] / memory["available"]
+    total = sum(sum(by.values()) for by in report["cycles"].values())
+    more = f"; {free:.0%} of the memory is free" if free > 0.2 else ""
+    if time["exposed"] > 0.2 * time["step"]:
+        longest = max(report["collectives"], key=lambda each: each["exposed_seconds"])
+        return (
+            f"limited by collectives, above all the {longest['kind']} over {longest['axes']} of the {longest['part']}: give each "
+            f"device more sequences (a larger --train.batch-size or fewer devices){more}"
+        )
+    if report["micro_batches"] > 1 and free > 0.5:
+        return f"limited by small micro-batches: lower --train.grad-accum-steps{more}"
+    if report["recomputed_cycles"] > 0.15 * total:
+        twice = f"{report['recomputed_cycles'] / total:.0%} of the cycles"
+        return f"limited by what is computed twice ({twice}): --model.remat dots takes more memory but less time{more}"
+    products = report["product_cycles"] / total
+    if products > 0.7:
+        return f"limited by matrix products, which take {products:.0%} of the cycles: this is close to what the chip can do"
+    largest = next(iter(report["cycles"]))
+    return f"limited by work other than matrix products ({1 - products:.0%} of the cycles), above all in the {largest}{more}"

@@ -1,0 +1,92 @@
+"""Compiles the training step that a config describes for TPUs that are not attached."""
+
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from gpt_jax.config import PretrainConfig
+from gpt_jax.errors import TrainingError, one_line
+from gpt_jax.plan.topology import topology_devices
+from gpt_jax.runtime.accelerators import Accelerator
+from gpt_jax.runtime.mesh import check_batch, check_model
+from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.train.choices import choose_for
+from gpt_jax.train.step import abstract_state, lower_step
+
+TOO_LARGE = re.compile(r"total memory required for (?:HLO temporaries|.{0,40}?) \(([\d.]+)([GMK])\) exceeds available HBM")
+
+
+class DoesNotFit(TrainingError):
+    """The program needs more memory than a device has."""
+
+
+class Program(NamedTuple):
+    """A compiled training step, and what is known about it."""
+
+    text: str
+    """Its optimized HLO."""
+    mesh: Mesh
+    config: PretrainConfig
+    """With all choices made."""
+    memory: dict[str, int]
+    """Bytes on one device: `parameters`, `moments`, `batch`, `temporaries`, `code`, and `peak`, the sum of them."""
+    seconds: float
+    """Time that lowering and compiling took."""
+
+
+def compile_step(config: PretrainConfig, accelerator: Accelerator, slices: int = 1) -> Program:
+    """Compiles the update that a pre-training would make on TPU slices.
+
+    Raises:
+      UserError: libtpu is not installed; the mesh does not divide the devices, the batch or the model; or the batch does not fit
+        according to train/memory_estimate.py.
+      DoesNotFit: it does not fit according to the compiler.
+      TrainingError: it does not compile for another reason.
+    """
+    jax.config.update("jax_platforms", "cpu")  # Do not look for a TPU.
+    jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read such programs back.
+    mesh = make_mesh(config.mesh, topology_devices(topology_name(accelerator), slices))
+    check_batch(mesh.shape, config.train.batch_size, config.train.grad_accum_steps)
+    check_model(mesh.shape, config.model)
+    config = choose_for(config, mesh)
+    started = time.monotonic()
+    lowered = lower_step(config, mesh)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _compile_error(error, accelerator) from None
+    seconds = time.monotonic() - started
+    memory: Any = compiled.memory_analysis()
+    state = abstract_state(config, mesh)
+    sizes = {
+        "parameters": _bytes(state["params"]),
+        "moments": _bytes(state["moments"]),
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    sizes["batch"] = max(memory.argument_size_in_bytes - sizes["parameters"] - sizes["moments"], 0)
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    peak = memory.argument_size_in_bytes + outputs + sizes["temporaries"] + sizes["code"]
+    return Program(compiled.as_text() or "", mesh, config, sizes | {"peak": peak}, seconds)
+
+
+def topology_name(accelerator: Accelerator) -> str:
+    """Returns libtpu's name of a slice, such as "v5e:4x4"."""
+    return f"{'tpu7x' if accelerator.family == '7x' else accelerator.family}:{accelerator.topology}"
+
+
+def _bytes(tree: Any) -> int:
+    """Returns the bytes of abstract arrays on one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _compile_error(error: Exception, accelerator: Accelerator) -> TrainingError:
+    if found := TOO_LARGE.search(str(error)):
+        needed = float(found[1]) * {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}[found[2]]
+        return DoesNotFit(f"the step needs {needed:.2f} GiB of temporaries on each device of a {accelerator.name}")
+    return TrainingError(f"the step does not compile for a {accelerator.name}: {one_line(error)}")
