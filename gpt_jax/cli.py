@@ -315,6 +315,13 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
     return UserError.exit_code if any(info.state == "damaged" for info in infos) else 0
 
 
+def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
+    config = _load_config(options, overrides)
+    from gpt_jax.plan.command import plan
+
+    plan(options, config)
+
+
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:
     from gpt_jax.bench import command as bench
 
@@ -337,9 +344,10 @@ VERBS: dict[str, Callable[[argparse.Namespace, list[str]], int | None]] = {
     "launch": command.launch,
     "supervise": command.supervise,
     "checkpoint": _checkpoint,
+    "plan": _plan,
     "bench": _bench,
 }
 """The function of each verb. It takes the options and the words that override fields of a config."""
-WITHOUT_JAX = ("prepare", "launch", "supervise", "bench")
+WITHOUT_JAX = ("prepare", "launch", "supervise", "plan", "bench")
 ON_THIS_MACHINE = ("evaluate", "generate", "export", "import")
 """The verbs that compute in a single process. Others join the processes of a run before they use devices."""

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.config import FinetuneConfig, MeshConfig, ModelConfig, PretrainConfig, RunConfig
+from gpt_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfig
 from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
 from gpt_jax.data.sources import open_source
 from gpt_jax.errors import UserError, require
-from gpt_jax.runtime.accelerators import Accelerator
+from gpt_jax.runtime.accelerators import Accelerator, mesh_sizes
 from gpt_jax.runtime.chips import GIB
-from gpt_jax.runtime.mesh import check_batch, check_model, resolve_mesh
+from gpt_jax.runtime.mesh import check_batch, check_model
 
 from .job import BUCKETS, CLAIMS, Job, to_mount_paths
 
@@ -104,21 +104,6 @@ def _check_input(job: Job, config: RunConfig) -> None:
         store = Path(job.workdir) / "store" / "index.json"
         if not store.exists():
             open_source(config.data)  # raises the error that the run would raise
-
-
-def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[str, int]:
-    """Returns the size of each mesh axis on `slices` slices or nodes.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices, or the slice axis does not match `slices`.
-    """
-    where = f" on {f'{slices} x ' if slices > 1 else ''}{accelerator.name}"
-    sizes = resolve_mesh(mesh, accelerator.devices * slices, where)
-    # This keeps the other axes on the fast interconnect inside a slice or node. CPUs do not have such an interconnect.
-    if accelerator.kind != "cpu" and slices > 1:
-        parts = "TPU slices" if accelerator.kind == "tpu" else "nodes"
-        require(sizes["slice"] == slices, "mesh.slice", f"there are {slices} {parts}, so set --mesh.slice {slices}")
-    return sizes
 
 
 def _check_memory(model: ModelConfig, sizes: Mapping[str, int], accelerator: Accelerator) -> None:

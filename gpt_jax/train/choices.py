@@ -5,6 +5,7 @@ and a resumed run uses it again, even if a later version would choose differentl
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from jax.sharding import Mesh
@@ -46,7 +47,13 @@ def choose(model: ModelConfig, platform: str, device_kind: str = "") -> ModelCon
 
 
 def choose_for(config: Config, mesh: Mesh) -> Config:
-    """Returns the config with all choices made for the devices of a mesh.
+    """Returns the config with all choices made for the devices of a mesh; see `choose_on`."""
+    device = mesh.devices.flat[0]
+    return choose_on(config, mesh.shape, device.platform, device.device_kind)
+
+
+def choose_on(config: Config, sizes: Mapping[str, int], platform: str, kind: str) -> Config:
+    """Returns the config with all choices made for a mesh of these sizes, whose devices have a platform and a kind in JAX.
 
     In pre-training, `model.remat` depends on the memory of a device, and models with few layers are unrolled on TPUs. Fine-tuning
     has batches of several lengths and compiles the step for each, so it uses the choices of `choose`.
@@ -54,12 +61,11 @@ def choose_for(config: Config, mesh: Mesh) -> Config:
     Raises:
       UserError: as for `choose`, or because the batch does not fit into the devices' memory.
     """
-    device = mesh.devices.flat[0]
-    chosen = choose(config.model, device.platform, device.device_kind)
+    chosen = choose(config.model, platform, kind)
     if isinstance(config, PretrainConfig):
         automatic = dataclasses.replace(config, model=dataclasses.replace(chosen, remat=config.model.remat))
-        remat: Any = remat_that_fits(automatic, mesh.shape, device.platform, device.device_kind)
-        few = device.platform == "tpu" and chosen.kind == "transformer" and chosen.num_layers <= UNROLLED_ON_TPUS
+        remat: Any = remat_that_fits(automatic, sizes, platform, kind)
+        few = platform == "tpu" and chosen.kind == "transformer" and chosen.num_layers <= UNROLLED_ON_TPUS
         # Without a loop, the compiler merges a full recomputation with the forward pass, and no memory is saved.
         unroll = config.model.layer_unroll or (chosen.num_layers if few and remat != "full" else 1)
         chosen = dataclasses.replace(chosen, remat=remat, layer_unroll=unroll)
