@@ -1,4 +1,4 @@
-"""What can be said about a run without a compiler: its FLOPs, its memory by the arithmetic of shapes, and its shortest time."""
+"""Estimates without a compiler: FLOPs, memory by the arithmetic of shapes, and the shortest time of a step."""
 
 import math
 from collections.abc import Mapping

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gpt_jax
-
 KEPT = 200
 """Number of reports that stay in the folder."""
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
@@ -27,7 +25,7 @@ def cache_folder() -> Path:
 def cache_key(**facts: Any) -> str:
     """Returns a hash of the facts, the installed versions, and the source code of the package."""
     digest = hashlib.sha256(json.dumps([facts, _versions()], sort_keys=True).encode())
-    root = Path(gpt_jax.__file__).parent
+    root = Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")) + sorted(root.rglob("*.json")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

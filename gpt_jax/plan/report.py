@@ -28,7 +28,7 @@ from gpt_jax.train.choices import AUTOMATIC
 from gpt_jax.train.logging import flops_per_token
 
 VERSION = 1
-"""Of the report's format."""
+"""Version of the report's format."""
 Report = dict[str, Any]
 """The result of `make_report`, which can be written as JSON: times in seconds, memory and transfers in bytes on one device."""
 
