@@ -94,14 +94,16 @@ class Attention(nnx.Module):
         options: Any = {"stream": stream, "rate": config.attention_dropout, "segment_ids": segment_ids}
         options |= {"precision": config.matmul_precision, "implementation": config.attention}
         if cache is None or start is None:
-            projected, bias = self.qkv.terms(x)
+            with jax.named_scope("projections"):
+                projected, bias = self.qkv.terms(x)
             mixed = self_attention(constrain(projected, "batch", None, None, "heads"), bias, config.num_heads, **options)
         else:
             query, key, value = split_heads(self.qkv(x), config.num_heads)
             cache = write_cache(cache, {"key": key.swapaxes(1, 2), "value": value.swapaxes(1, 2)}, start)
             key, value = cache["key"].swapaxes(1, 2), cache["value"].swapaxes(1, 2)
             mixed = attention(query, key, value, query_offset=start, **options).reshape(x.shape)
-        return self.out.terms(constrain(mixed, "batch", None, "heads")), cache
+        with jax.named_scope("projections"):
+            return self.out.terms(constrain(mixed, "batch", None, "heads")), cache
 
 
 class Mlp(nnx.Module):

@@ -6,9 +6,8 @@ Parts and directions come from the scopes that the model's code names with `jax.
 import re
 
 from gpt_jax.plan.hlo import Instruction, Program
+from gpt_jax.train.profile import PARTS
 
-PARTS = ("embedding", "attention", "layer_norm", "mlp", "loss", "optimizer")
-"""Scopes of the model and of the training step."""
 SCAN = "scan"
 """The part of instructions that take a layer's slices out of stacked arrays, or put its results into them."""
 OTHER = "other"

@@ -14,7 +14,7 @@ import jax
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.console import Log
 
-PARTS = ("embedding", "attention", "mlp", "layer_norm", "loss", "optimizer")
+PARTS = ("embedding", "attention", "projections", "mlp", "layer_norm", "loss", "optimizer")
 """The named scopes of the model, the loss and the update."""
 CONTAINERS = re.compile(r"(while|call|conditional)(\.\d+)?")
 """Names of operations whose time is that of others, which the trace also contains."""
