@@ -4,6 +4,7 @@ import argparse
 import importlib.util
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
         from gpt_jax.plan.arithmetic import describe_arithmetic
 
         require(options.json is None, "json", "needs libtpu: pip install 'gpt_jax[tpu]'")
+        _check_memory(config, accelerator, sizes)
         print(describe_arithmetic(options.config, config, accelerator, sizes))
         return
     report = find_report(options.config, config, accelerator, options.slices)
@@ -57,6 +59,7 @@ def find_report(name: str, config: PretrainConfig, accelerator: Accelerator, sli
     key = cache.cache_key(config=config_to_dict(config), accelerator=accelerator.name, slices=slices)
     report = cache.read(key)
     if report is None:
+        _check_memory(config, accelerator, mesh_sizes(config.mesh, accelerator, slices))
         where = f"{slices} x {accelerator.name}" if slices > 1 else accelerator.name
         say(f"{time.strftime('%H:%M:%S')} compiling the step for {where}, which takes minutes")
         from gpt_jax.plan.program import compile_step
@@ -65,6 +68,15 @@ def find_report(name: str, config: PretrainConfig, accelerator: Accelerator, sli
         report = make_report(name, compile_step(config, accelerator, slices), accelerator, slices)
         cache.write(key, report)
     return report | {"config": name}
+
+
+def _check_memory(config: PretrainConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> None:
+    """Checks that the batch fits by the estimate that the run itself would check; the message has the number that fits."""
+    from gpt_jax.train.choices import choose_on
+    from gpt_jax.train.memory_estimate import check_remat
+
+    kind = accelerator.device_kind
+    check_remat(choose_on(config, sizes, "tpu", kind), sizes, "tpu", kind)
 
 
 def _slice(name: str | None) -> Accelerator:
