@@ -43,6 +43,8 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="name of the job (default: derived from CONFIG)")
     parser.add_argument("--accelerator", default="", help="family and size, such as v5e-16, v5p-8, h100-8, cpu-4")
     _add_options(parser, OPTIONS)
+    text = "do not ask `gpt-jax plan` first whether a pre-training on TPUs fits, which may take minutes"
+    parser.add_argument("--no-plan", action="store_true", help=text)
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, without running it")
 
 
@@ -67,7 +69,7 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
     """Runs `gpt-jax launch`; returns the exit code.
 
     Raises:
-      UserError: there is no such target, or the job cannot run there.
+      UserError: there is no such target, the job cannot run there, or its plan says that it does not fit.
     """
     name = options.target
     if name not in TARGETS:
@@ -75,6 +77,7 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
     for option, only in EXCLUSIVE.items():
         require(name == only or getattr(options, option) is None, option, f"only {only} takes it; leave it out for {name}")
     from .checks import check, with_absolute_paths
+    from .planning import check_plan, is_planned
 
     job = _job(options, overrides)
     target: Any = importlib.import_module(f".{name.replace('-', '_')}", __package__)
@@ -82,6 +85,8 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
         job = with_absolute_paths(job)
     check(job, target)
     _warn_of_changes(job, name)
+    if is_planned(job) and not options.no_plan:
+        check_plan(job)
     if not options.dry_run:
         return target.submit(job)
     print(target.render(job), end="")

@@ -343,6 +343,7 @@ ACROSS_MODULES = {
     "interop/test_graphs": "ONNX and StableHLO",
     "launch/test_container": "launch/Dockerfile",
     "model/test_gradients": "the network and its loss",
+    "plan/test_planned_configs": "configs on the TPUs that they name",
     "test_fixture": "the runs of earlier versions in fixtures/",
     "test_fuzz": "the readers of files from outside the project",
     "test_makefile": "the Makefile",

@@ -6,11 +6,13 @@ the links of all of them. With B bytes on each device after a gather or before a
 
     all-gather, reduce-scatter    B (n - 1) / n / W
     all-reduce                    twice as long: one of each
-    all-to-all                    B n / (4 W), because the average path is a quarter of the ring
+    all-to-all                    B n / (4 W) along the axis where it takes longest: the average path is a quarter of a ring
     collective-permute            B over the bandwidth of one link in one direction
 
-Slices exchange data over the data center network, at `Chip.slice_bandwidth`. Latencies are not modeled. The axes that are closed,
-and the bandwidths, are those of Google's documentation (runtime/chips.py).
+Slices exchange data over the data center network, which connects each to all others, at `Chip.slice_bandwidth`. If it is not
+published, their transfers take no time. Latencies are not modeled. The axes that are closed, and the bandwidths, are those of
+Google's documentation (runtime/chips.py): those of 16 chips in a two-dimensional torus, and in a three-dimensional one, all axes
+of a slice that consists of whole cubes of 4 x 4 x 4 chips.
 """
 
 import math
@@ -37,16 +39,17 @@ class Links:
     def seconds(self, collective: Collective) -> float:
         """Returns the time of one execution of a collective that nothing delays."""
         axes = [axis for axis in collective.axes.split("+") if axis in self._mesh.shape]
+        if collective.kind == "collective-permute":
+            return collective.bytes / (self.bandwidth([SLICE]) if SLICE in axes else self.link)
         if SLICE in axes and len(axes) > 1:  # First within the slices, then each device sends its share to the other slices.
             inside = [axis for axis in axes if axis != SLICE]
             devices = math.prod(self._mesh.shape[axis] for axis in inside)
             between = collective._replace(axes=SLICE, devices=self._mesh.shape[SLICE], bytes=collective.bytes // devices)
             return self.seconds(collective._replace(axes="+".join(inside), devices=devices)) + self.seconds(between)
-        if collective.kind == "collective-permute":
-            return collective.bytes / (self._chip.slice_bandwidth if axes == [SLICE] else self.link)
+        lines = self._lines(axes)
+        if collective.kind in ("all-to-all", "ragged-all-to-all") and lines:
+            return max(collective.bytes * length / (4 * directions * self.link) for length, directions in lines)
         size, devices = collective.bytes / self.bandwidth(axes), max(collective.devices, 1)
-        if collective.kind in ("all-to-all", "ragged-all-to-all"):
-            return size * devices / 4
         return size * (devices - 1) / devices * (2 if collective.kind == "all-reduce" else 1)
 
     def bandwidth(self, axes: Sequence[str]) -> float:
@@ -56,13 +59,23 @@ class Links:
         """
         if list(axes) == [SLICE]:
             return self._chip.slice_bandwidth or math.inf
-        directions = 0
-        for size, extent in zip(self._spans(axes), self._extents, strict=True):
-            closed = size == extent and (extent % 4 == 0 if self._chip.torus == 3 else extent == 16)
-            directions += 0 if size == 1 else 2 if closed else 1
+        directions = sum(directions for _, directions in self._lines(axes))
         if axes and not directions:  # the two devices of one chip
             return self._chip.link_bandwidth / 2
         return max(directions, 1) * self.link
+
+    def _lines(self, axes: Sequence[str]) -> list[tuple[int, int]]:
+        """Returns the axes of the torus over which a group of devices extends.
+
+        Each has its number of positions, and the number of directions from which a device receives along it.
+        """
+        cubes = all(extent % 4 == 0 for extent in self._extents)
+        lines = []
+        for length, extent in zip(self._spans(axes), self._extents, strict=True):
+            closed = length == extent and (cubes if self._chip.torus == 3 else extent == 16)
+            if length > 1:
+                lines.append((length, 2 if closed else 1))
+        return lines
 
     def _spans(self, axes: Sequence[str]) -> list[int]:
         """Returns the number of positions along each axis of the torus over which a group of devices extends."""

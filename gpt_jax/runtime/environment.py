@@ -232,6 +232,8 @@ def require_devices() -> None:
         keep_freed_memory()
     import jax
 
+    if not requested and os.environ.get("JAX_PLATFORMS"):
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])  # JAX may have been imported before.
     from gpt_jax.runtime import compilation_cache, console
 
     try:

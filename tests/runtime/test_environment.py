@@ -293,8 +293,12 @@ def test_libtpu_is_not_started_on_machines_without_tpus(monkeypatch, installed, 
         monkeypatch.delenv("JAX_PLATFORMS")
     else:
         monkeypatch.setenv("JAX_PLATFORMS", requested)
+    updates = []
+    monkeypatch.setattr(jax.config, "update", lambda *change: updates.append(change))
     require_devices()
     assert os.environ.get("JAX_PLATFORMS") == expected
+    # The variable has no effect on a JAX that has been imported.
+    assert (("jax_platforms", "cpu") in updates) == (expected == "cpu")
 
 
 # -- the command ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""The plan of a job: whether its training step fits, and how long it takes, according to `gpt-jax plan`.
+
+The plan is made in another process, because it needs JAX. If the same step was planned before, it comes from the user's cache.
+"""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from gpt_jax.config.load import flatten_config, load_config
+from gpt_jax.errors import UserError
+from gpt_jax.runtime.console import say
+
+from .job import Job
+from .supervise import kill, spawn
+
+PREFIX = "gpt-jax: "
+"""Start of the line in which `gpt-jax plan` reports an error."""
+RESULTS = 4
+"""Number of lines at the end of a report: the modeled step, the rate, the whole run, and what limits the step."""
+
+
+def is_planned(job: Job) -> bool:
+    """Returns whether `gpt-jax plan` covers the job, which must be a pre-training on TPUs."""
+    return job.verb == "pretrain" and job.accelerator.kind == "tpu"
+
+
+def check_plan(job: Job) -> None:
+    """Plans a job, and shows what the plan says about memory, time, and what limits the step.
+
+    Raises:
+      UserError: the training step does not fit, or it cannot be planned.
+    """
+    code, report, problem = run_plan(plan_command(job))
+    if code == 0:
+        for line in summary(report):
+            say(f"plan: {line}")
+        return
+    if problem.startswith("--"):  # The run itself would report this mistake in the config.
+        raise UserError(problem)
+    ended = f"ended by signal {-code}, perhaps for lack of memory" if code < 0 else f"failed with exit code {code}"
+    raise UserError(f"{problem or f'gpt-jax plan {ended}'}; --no-plan launches the job without a plan")
+
+
+def plan_command(job: Job) -> list[str]:
+    """Returns the command that plans a job.
+
+    It leaves out all paths, which may exist only on the workers. They do not change the step.
+    """
+    fields = flatten_config(load_config(job.config))
+    paths = [name for name, (_, affects) in fields.items() if affects == "input"]
+    overrides, keep = [], True
+    for word in job.overrides:
+        if word.startswith("--"):
+            keep = word[2:].partition("=")[0].replace("_", "-") not in paths
+        if keep:
+            overrides.append(word)
+    overrides += [f"--{name}=" for name in paths if fields[name][0]]
+    hardware = ["--topology", job.accelerator.name, "--slices", str(job.slices)]
+    return [sys.executable, "-m", "gpt_jax", "plan", job.config, *hardware, *overrides]
+
+
+def run_plan(command: Sequence[str]) -> tuple[int, str, str]:
+    """Runs `gpt-jax plan`, and shows its progress.
+
+    Returns:
+      the exit code, the report, and the message of an error. The report or the message is empty.
+    """
+    problem = ""
+    with tempfile.TemporaryFile() as output:
+        process = spawn(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE)
+        try:
+            for line in process.stderr or ():
+                text = line.decode(errors="replace").rstrip()
+                if text.startswith(PREFIX):
+                    problem = text.removeprefix(PREFIX)
+                else:
+                    say(text)
+            code = process.wait()
+        finally:
+            kill([process])
+        output.seek(0)
+        return code, output.read().decode(errors="replace"), problem
+
+
+def summary(report: str) -> list[str]:
+    """Returns the lines of a report that are shown at a launch; without libtpu, reports are short and are shown completely."""
+    sections = [section.splitlines() for section in report.strip().split("\n\n")]
+    if len(sections) == 1:
+        return sections[0]
+    memory = ": ".join(line.strip() for line in sections[1])
+    results = (line.partition("; give --corpus-tokens")[0] for line in sections[-1][-RESULTS:])  # `launch` has no such option.
+    return [memory, *results]
