@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from gpt_jax.config import MeshConfig
 from gpt_jax.plan.collectives import Collective
 from gpt_jax.plan.transfers import Links, exposed_seconds
 from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.mesh import AXES
+from gpt_jax.runtime.sharding import make_mesh
 
 V5E, V5P, IRONWOOD = "TPU v5 lite", "TPU v5", "TPU7x"
 LINK = {V5E: 50e9, V5P: 100e9, IRONWOOD: 50e9}
@@ -104,8 +106,7 @@ def test_two_devices_of_one_chip_have_the_bandwidth_of_all_its_links():
 
 
 @pytest.mark.parametrize(
-    ("kind", "shares"),
-    [("all-reduce", 2 * 3 / 4), ("all-gather", 3 / 4), ("all-to-all", 3 / 4), ("collective-permute", 1)],
+    ("kind", "shares"), [("all-reduce", 2 * 3 / 4), ("all-gather", 3 / 4), ("all-to-all", 3 / 4), ("collective-permute", 1)]
 )
 def test_slices_are_connected_by_the_network(kind, shares):
     """A pod of 256 v5e chips has 6,400 Gbit/s: 3.125 GB/s for a chip."""
@@ -139,3 +140,16 @@ def test_only_asynchronous_collectives_overlap():
     assert exposed_seconds(synchronous, 3.0, 2.0) == 3
     assert exposed_seconds(asynchronous, 3.0, 2.0) == 1
     assert exposed_seconds(asynchronous, 2.0, 3.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("topology", "slices", "sizes", "kind", "directions"),
+    [
+        ("v5e:4x4", 2, {"slice": 2, "data": 16}, V5E, 2),
+        ("v5p:4x4x4", 1, {"data": 64}, V5P, 6),
+        ("tpu7x:2x2x1", 1, {}, IRONWOOD, 2),
+    ],
+)
+def test_devices_of_absent_slices_have_these_positions(tpu_devices, topology, slices, sizes, kind, directions):
+    mesh = make_mesh(MeshConfig(**{"data": -1} | sizes), tpu_devices(topology, slices))
+    assert Links(mesh).bandwidth(["data"]) == directions * LINK[kind]
