@@ -232,6 +232,8 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     text = "tokens in the training text, for runs whose length is given in epochs (default: those of --data.store)"
     sub.add_argument("--corpus-tokens", type=number(int, POSITIVE), metavar="N", help=text)
     sub.add_argument("--json", type=_path, metavar="FILE", help="also write the report to this file")
+    text = "compare two reports: files that --json wrote, or configs, which are planned for --topology"
+    sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help=text)
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:

@@ -316,10 +316,19 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
-    config = _load_config(options, overrides)
-    from gpt_jax.plan.command import plan
+    from gpt_jax.plan.command import compare, plan
 
-    plan(options, config)
+    if options.compare is None:
+        plan(options, _load_config(options, overrides))
+        return
+    if options.config is not None:
+        raise UserError(f"'{options.config}' is not an argument of gpt-jax plan --compare A B")
+
+    def load(name: str) -> Any:
+        options.config = name
+        return _load_config(options, overrides)
+
+    compare(options, load)
 
 
 def _bench(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from gpt_jax.config import PretrainConfig
 from gpt_jax.config.load import config_to_dict
 from gpt_jax.config.schema import duration_to_steps, parse_duration
 from gpt_jax.data.store import Store
-from gpt_jax.errors import UserError, field_error, require
+from gpt_jax.errors import field_error, require
 from gpt_jax.plan import cache
+from gpt_jax.plan.report_file import read_report
 from gpt_jax.runtime.accelerators import Accelerator, mesh_sizes, parse_accelerator
 from gpt_jax.runtime.console import say
 from gpt_jax.runtime.mesh import check_batch, check_model
@@ -28,13 +29,10 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
       UserError: an option is wrong, or the config does not fit the topology.
       TrainingError: the step does not compile.
     """
-    accelerator = _slice(options.topology)
     if options.json is not None:
         require(options.json.parent.is_dir(), "json", f"{options.json.parent}: no such folder")
     steps = _steps(config, options.corpus_tokens)
-    sizes = mesh_sizes(config.mesh, accelerator, options.slices)
-    check_batch(sizes, config.train.batch_size, config.train.grad_accum_steps)
-    check_model(sizes, config.model)
+    accelerator, sizes = _hardware(options, config)
     if importlib.util.find_spec("libtpu") is None:
         from gpt_jax.plan.arithmetic import describe_arithmetic
 
@@ -48,6 +46,30 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
     print(describe(report, options.price, steps))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def compare(options: argparse.Namespace, load: Callable[[str], PretrainConfig]) -> None:
+    """Prints two reports side by side.
+
+    Args:
+      options: `compare` has the names of two files of reports or configs.
+      load: returns the config with a name, with the overrides of the command.
+
+    Raises:
+      UserError: a file is not a report of this version, or as for `plan`.
+      TrainingError: a step does not compile.
+    """
+
+    def report_of(name: str) -> dict[str, Any]:
+        if name.endswith(".json"):
+            return read_report(Path(name))
+        config = load(name)
+        return find_report(name, config, _hardware(options, config)[0], options.slices)
+
+    before, after = options.compare
+    from gpt_jax.plan.compare import describe_comparison
+
+    print(describe_comparison(report_of(before), report_of(after), (before, after)))
 
 
 def find_report(name: str, config: PretrainConfig, accelerator: Accelerator, slices: int) -> dict[str, Any]:
@@ -79,6 +101,15 @@ def _check_memory(config: PretrainConfig, accelerator: Accelerator, sizes: Mappi
     check_remat(choose_on(config, sizes, "tpu", kind), sizes, "tpu", kind)
 
 
+def _hardware(options: argparse.Namespace, config: PretrainConfig) -> tuple[Accelerator, dict[str, int]]:
+    """Returns the slice that the options name, and the sizes of a mesh that divides its devices, the batch and the model."""
+    accelerator = _slice(options.topology)
+    sizes = mesh_sizes(config.mesh, accelerator, options.slices)
+    check_batch(sizes, config.train.batch_size, config.train.grad_accum_steps)
+    check_model(sizes, config.model)
+    return accelerator, sizes
+
+
 def _slice(name: str | None) -> Accelerator:
     """Returns the TPU slice with a name."""
     if name is None:
@@ -93,11 +124,8 @@ def _steps(config: PretrainConfig, corpus_tokens: int | None) -> float | None:
     length, train = config.model.context_length, config.train
     if parse_duration(train.duration, "train.duration")[1] != "epochs":
         corpus_tokens = 0
-    elif corpus_tokens is None and config.data.store:
-        try:
-            corpus_tokens = Store.open(Path(config.data.store), verify=False).split("train").num_tokens
-        except UserError as error:
-            raise field_error("data.store", str(error)) from None
+    elif corpus_tokens is None and Path(config.data.store or "nowhere").is_dir():  # It may be on the workers only.
+        corpus_tokens = Store.open(Path(config.data.store), verify=False).split("train").num_tokens
     if corpus_tokens is None:
         return None
     windows = corpus_tokens // length

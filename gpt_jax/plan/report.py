@@ -20,6 +20,7 @@ from gpt_jax.plan.costs import Costs, read_costs
 from gpt_jax.plan.kernel_schedules import ATTENTION, Variant, find_schedule, kernel_cycles, libtpu_version
 from gpt_jax.plan.kernels import Kernel
 from gpt_jax.plan.program import Program
+from gpt_jax.plan.report_file import REPORT_VERSION
 from gpt_jax.plan.transfers import Links, exposed_seconds
 from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import CHIPS
@@ -27,8 +28,6 @@ from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.train.choices import AUTOMATIC
 from gpt_jax.train.logging import flops_per_token
 
-VERSION = 1
-"""Version of the report's format."""
 Report = dict[str, Any]
 """The result of `make_report`, which can be written as JSON: times in seconds, memory and transfers in bytes on one device."""
 
@@ -50,7 +49,7 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
     exposed = sum(each["exposed_seconds"] for each in collectives)
     step = compute + exposed
     return {
-        "version": VERSION,
+        "version": REPORT_VERSION,
         "config": name,
         "accelerator": accelerator.name,
         "slices": slices,

@@ -26,9 +26,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         require(shape[0] == slices, "mesh.slice", f"the devices are on {slices} slices, so it must be {slices}")
-        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices=devices)
+        within, between = (1, *shape[1:]), (slices, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(within, between, devices=devices, allow_split_physical_axes=True)
     elif devices[0].platform == "tpu":
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        # An axis of 8 devices may be half of a torus axis of 16.
+        grid = mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
     else:
         grid = np.asarray(devices).reshape(shape)
     # With explicit axes, the default of jax.make_mesh, every gather and einsum in the model would have to specify its sharding.

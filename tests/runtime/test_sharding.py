@@ -38,6 +38,15 @@ def test_the_mesh_has_all_devices_in_their_order(config, sizes):
     assert list(mesh.devices.ravel()) == jax.devices()
 
 
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v6e:2x4", 8)])
+def test_every_power_of_two_is_an_axis_of_a_tpu_slice(tpu_devices, topology, chips):
+    devices = list(tpu_devices(topology))
+    for fsdp in (2**k for k in range(chips.bit_length())):
+        mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp), devices)
+        assert mesh.shape == {"slice": 1, "data": chips // fsdp, "fsdp": fsdp, "tensor": 1}
+        assert {device.id for device in mesh.devices.flat} == {device.id for device in devices}
+
+
 def test_a_mesh_of_one_device():
     assert dict(make_mesh(MeshConfig(), jax.devices()[:1]).shape) == {"slice": 1, "data": 1, "fsdp": 1, "tensor": 1}
 

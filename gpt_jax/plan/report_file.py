@@ -1,0 +1,31 @@
+"""Reports in files, as `gpt-jax plan --json` writes them."""
+
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.errors import UserError
+from gpt_jax.runtime.rundir import read_json
+
+REPORT_VERSION = 1
+"""Version of the format of reports."""
+REPORT_SHAPE: Any = {
+    "version": int,
+    "memory": {"parameters": int, "moments": int, "temporaries": int, "peak": int},
+    "cycles": dict,
+    "collectives": list,
+    "time": {"compute": float, "exposed": float, "step": float, "utilization": float},
+}
+"""The parts of a report that a comparison reads."""
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Returns the report in a file that `--json` wrote.
+
+    Raises:
+      UserError: the file cannot be read, is not a report, or has another version.
+    """
+    report = read_json(path, {"version": int})
+    if report["version"] != REPORT_VERSION:
+        hint = f"this is version {REPORT_VERSION}; plan it again"
+        raise UserError(f"{path}: a report of version {report['version']}, and {hint}")
+    return read_json(path, REPORT_SHAPE)
