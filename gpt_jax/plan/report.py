@@ -69,6 +69,7 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
         "flops": {"token": flops_per_token(config.model), "step": flops},
         "cycles": cycles,
         "product_cycles": costs.by("kind").get(("product",), 0),
+        "cycles_of_xla": {" ".join(key): cycles for key, cycles in costs.by("part", "direction", "kind").items()},
         "recomputed_cycles": sum(part.get(RECOMPUTED, 0.0) for part in cycles.values()),
         "kernels": kernels.rows(costs),
         "collectives": collectives,

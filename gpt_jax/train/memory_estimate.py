@@ -36,7 +36,7 @@ ORDER = ("dots", "full")
 
 `off` is not among them, because writing and reading the arrays that it keeps takes longer than recomputing them. With 32
 sequences on each v5e, gpt1 takes 200.6 million cycles with `off` and 177.0 million with `dots`; with 16 sequences, it takes 106.4
-and 105.3 million (benchmarks/tpu_step.py, not counting Pallas kernels). GPUs were not measured."""
+and 105.3 million (docs/kernels.md, not counting Pallas kernels). GPUs were not measured."""
 
 USABLE = {"tpu": 0.9, "gpu": 0.68}
 """Share of a chip's memory that the estimate may fill. The remainder is for the runtime and for the error of the estimate. On
