@@ -4,7 +4,7 @@ A TensorCore issues one bundle of instructions in a cycle, in the order of the p
 times the number of grid points are therefore close to the time in the core. A kernel takes the largest of
 
     bundles    scheduled bundles
-    pops       8 cycles for each register that is read from a matrix unit, divided by 4 matrix units
+    pops       8 cycles for each register that is read from a matrix unit, divided by 4 matrix units (not counted on TPU7x)
     bytes      its arrays, read and written once, over the bandwidth of the memory
 
 The attention kernels of sequences of several blocks contain a loop over the other blocks, of which a block has from 0 to n - 1 to

@@ -2,7 +2,7 @@
 
 The chips of a slice form a torus, with a link to each neighbor. Along an axis that is closed to a ring, a collective sends in
 both directions at once. Along an open axis, the chips at the ends receive from one side only. A collective over several axes uses
-the links of all of them. With B bytes on each device after a gather or before a scatter, n devices, and W bytes/s into a device,
+the links of all of them. Where the devices of several groups alternate along an axis, the groups share its links. With B bytes on each device after a gather or before a scatter, n devices, and W bytes/s into a device,
 
     all-gather, reduce-scatter    B (n - 1) / n / W
     all-reduce                    twice as long: one of each
@@ -15,6 +15,7 @@ Google's documentation (runtime/chips.py): those of 16 chips in a two-dimensiona
 of a slice that consists of whole cubes of 4 x 4 x 4 chips.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -48,7 +49,7 @@ class Links:
             return self.seconds(collective._replace(axes="+".join(inside), devices=devices)) + self.seconds(between)
         lines = self._lines(axes)
         if collective.kind in ("all-to-all", "ragged-all-to-all") and lines:
-            return max(collective.bytes * length / (4 * directions * self.link) for length, directions in lines)
+            return max(collective.bytes * length / (4 * count * self.link) for length, count in lines)
         size, devices = collective.bytes / self.bandwidth(axes), max(collective.devices, 1)
         return size * (devices - 1) / devices * (2 if collective.kind == "all-reduce" else 1)
 
@@ -59,29 +60,31 @@ class Links:
         """
         if list(axes) == [SLICE]:
             return self._chip.slice_bandwidth or math.inf
-        directions = sum(directions for _, directions in self._lines(axes))
-        if axes and not directions:  # the two devices of one chip
+        lines = self._lines(axes)
+        if axes and not lines:  # the two devices of one chip
             return self._chip.link_bandwidth / 2
-        return max(directions, 1) * self.link
+        return (sum(count for _, count in lines) or 1) * self.link
 
-    def _lines(self, axes: Sequence[str]) -> list[tuple[int, int]]:
+    def _lines(self, axes: Sequence[str]) -> list[tuple[int, float]]:
         """Returns the axes of the torus over which a group of devices extends.
 
-        Each has its number of positions, and the number of directions from which a device receives along it.
+        Each has its number of positions, and the number of links from which a device receives along it: a fraction if several
+        groups share them.
         """
         cubes = all(extent % 4 == 0 for extent in self._extents)
         lines = []
-        for length, extent in zip(self._spans(axes), self._extents, strict=True):
-            closed = length == extent and (cubes if self._chip.torus == 3 else extent == 16)
-            if length > 1:
-                lines.append((length, 2 if closed else 1))
+        for positions, extent in zip(self._positions(axes), self._extents, strict=True):
+            if len(positions) > 1:
+                distance = min(b - a for a, b in itertools.pairwise(positions))
+                closed = len(positions) * distance == extent and (cubes if self._chip.torus == 3 else extent == 16)
+                lines.append((len(positions), (2 if closed else 1) / distance))
         return lines
 
-    def _spans(self, axes: Sequence[str]) -> list[int]:
-        """Returns the number of positions along each axis of the torus over which a group of devices extends."""
+    def _positions(self, axes: Sequence[str]) -> list[list[int]]:
+        """Returns the positions of a group of devices along each axis of the torus."""
         index: tuple[Any, ...] = tuple(slice(None) if name in axes else 0 for name in self._mesh.axis_names)
         group = np.atleast_1d(np.array(self._mesh.devices[index], dtype=object)).flat
-        return [len(set(positions)) for positions in zip(*(device.coords for device in group), strict=True)]
+        return [sorted(set(positions)) for positions in zip(*(device.coords for device in group), strict=True)]
 
 
 def exposed_seconds(collective: Collective, seconds: float, overlap: float) -> float:
