@@ -2,7 +2,8 @@
 
 The chips of a slice form a torus, with a link to each neighbor. Along an axis that is closed to a ring, a collective sends in
 both directions at once. Along an open axis, the chips at the ends receive from one side only. A collective over several axes uses
-the links of all of them. Where the devices of several groups alternate along an axis, the groups share its links. With B bytes on each device after a gather or before a scatter, n devices, and W bytes/s into a device,
+the links of all of them. Where the devices of several groups alternate along an axis, the groups share its links. With B bytes on
+each device after a gather or before a scatter, n devices, and W bytes/s into a device,
 
     all-gather, reduce-scatter    B (n - 1) / n / W
     all-reduce                    twice as long: one of each

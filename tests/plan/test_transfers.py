@@ -47,13 +47,17 @@ FLAT, POD = (4, 4, 1), (16, 16, 1)
 
 
 @pytest.mark.parametrize(
-    ("kind", "extents", "sizes", "axes", "directions"),
+    ("kind", "extents", "sizes", "axes", "count"),
     [
         (V5E, POD, {"data": 16, "fsdp": 16}, "data", 2),  # closed to a ring
         (V5E, POD, {"data": 256}, "data", 4),  # both axes of the torus
         (V5E, POD, {"data": 16, "fsdp": 16}, "data+fsdp", 4),
         (V5E, POD, {"data": 32, "fsdp": 8}, "fsdp", 1),  # half of a ring is a line
         (V5E, POD, {"data": 8, "fsdp": 32}, "fsdp", 3),  # rows of 16, and two of them
+        (V5E, POD, {"data": 8, "fsdp": 32}, "data", 2 / 2),  # every other row of a ring, whose links two groups share
+        (V5E, POD, {"data": 32, "fsdp": 8}, "data", 2 + 2 / 8),
+        (V5E, FLAT, {"data": 8, "fsdp": 2}, "data", 1 + 1 / 2),
+        (V5P, (4, 4, 4), {"data": 32, "fsdp": 2}, "data", 2 + 2 + 2 / 2),
         (V5E, (8, 16, 1), {"data": 8, "fsdp": 16}, "data", 1),
         (V5E, (8, 16, 1), {"data": 8, "fsdp": 16}, "fsdp", 2),
         (V5E, FLAT, {"data": 4, "fsdp": 4}, "fsdp", 1),
@@ -69,8 +73,8 @@ FLAT, POD = (4, 4, 1), (16, 16, 1)
         (IRONWOOD, (2, 2, 1), {"data": 4, "fsdp": 2, "cores": 2}, "data", 2),
     ],
 )
-def test_a_device_receives_from_both_ends_of_rings_and_from_one_end_of_lines(kind, extents, sizes, axes, directions):
-    assert links(kind, extents, **sizes).bandwidth(axes.split("+")) == directions * LINK[kind]
+def test_a_device_receives_from_both_ends_of_rings_and_from_one_end_of_lines(kind, extents, sizes, axes, count):
+    assert links(kind, extents, **sizes).bandwidth(axes.split("+")) == count * LINK[kind]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,9 @@ def test_all_to_all_crosses_the_middle_of_each_axis():
     assert links(V5E, POD, data=256).seconds(collective("all-to-all", "data", 256)) == pytest.approx(128 / 2 * 1e6 / 32 / 50e9)
     assert links(V5E, FLAT, data=16).seconds(collective("all-to-all", "data", 16)) == pytest.approx(8 / 2 * 1e6 / 4 / 50e9)
     assert links(V5E, FLAT, data=4, fsdp=4).seconds(collective("all-to-all", "data", 4)) == pytest.approx(2 / 2 * 1e6 / 50e9)
+    # Two groups of 8 in a ring of 16: 2 x 4 x 1/2 MB over 2 links.
+    alternating = links(V5E, POD, data=8, fsdp=32)
+    assert alternating.seconds(collective("all-to-all", "data", 8)) == pytest.approx(2 * 4 / 2 * 1e6 / 2 / 50e9)
 
 
 def test_a_permute_takes_one_link():
@@ -143,13 +150,14 @@ def test_only_asynchronous_collectives_overlap():
 
 
 @pytest.mark.parametrize(
-    ("topology", "slices", "sizes", "kind", "directions"),
+    ("topology", "slices", "sizes", "kind", "count"),
     [
         ("v5e:4x4", 2, {"slice": 2, "data": 16}, V5E, 2),
+        ("v5e:16x16", 1, {"data": 8, "fsdp": 32}, V5E, 1),
         ("v5p:4x4x4", 1, {"data": 64}, V5P, 6),
         ("tpu7x:2x2x1", 1, {}, IRONWOOD, 2),
     ],
 )
-def test_devices_of_absent_slices_have_these_positions(tpu_devices, topology, slices, sizes, kind, directions):
+def test_devices_of_absent_slices_have_these_positions(tpu_devices, topology, slices, sizes, kind, count):
     mesh = make_mesh(MeshConfig(**{"data": -1} | sizes), tpu_devices(topology, slices))
-    assert Links(mesh).bandwidth(["data"]) == directions * LINK[kind]
+    assert Links(mesh).bandwidth(["data"]) == count * LINK[kind]
