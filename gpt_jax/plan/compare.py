@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from gpt_jax.plan.report import Report
+from gpt_jax.plan.report_file import Report
 from gpt_jax.runtime.chips import GIB, MIB
 
 SMALL = 0.005

@@ -1,6 +1,6 @@
 """The text of a report: tables, and a sentence about what limits the step."""
 
-from gpt_jax.plan.report import Report
+from gpt_jax.plan.report_file import Report
 from gpt_jax.runtime.chips import CHIPS, GIB, MIB
 
 SECONDS_PER_HOUR = 3600

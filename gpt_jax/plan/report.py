@@ -7,6 +7,7 @@ models the time of collectives. docs/planning.md says what this leaves out.
 """
 
 import collections
+import functools
 import importlib.metadata
 from typing import Any
 
@@ -20,16 +21,13 @@ from gpt_jax.plan.costs import Costs, read_costs
 from gpt_jax.plan.kernel_schedules import ATTENTION, Variant, find_schedule, kernel_cycles, libtpu_version
 from gpt_jax.plan.kernels import Kernel
 from gpt_jax.plan.program import Program
-from gpt_jax.plan.report_file import REPORT_VERSION
+from gpt_jax.plan.report_file import REPORT_VERSION, Report
 from gpt_jax.plan.transfers import Links, exposed_seconds
 from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.train.choices import AUTOMATIC
 from gpt_jax.train.logging import flops_per_token
-
-Report = dict[str, Any]
-"""The result of `make_report`, which can be written as JSON: times in seconds, memory and transfers in bytes on one device."""
 
 
 def make_report(name: str, program: Program, accelerator: Accelerator, slices: int) -> Report:
@@ -94,11 +92,12 @@ class _KernelCycles:
         self._heads = self._config.model.num_heads // num_shards(sizes, "heads")
         rows = self._config.train.batch_size // self._config.train.grad_accum_steps
         self._batch = rows // num_shards(sizes, "batch")
+        self._find_schedule = functools.cache(find_schedule)  # It takes seconds if the table lacks the kernel.
 
     def call(self, kernel: Kernel) -> float:
         """Returns the cycles of one call."""
         variant = self._variant(self._config, kernel.name)
-        return kernel_cycles(variant, self._batch, self._heads, kernel.bytes, find_schedule(variant))
+        return kernel_cycles(variant, self._batch, self._heads, kernel.bytes, self._find_schedule(variant))
 
     def rows(self, costs: Costs) -> list[dict[str, Any]]:
         """Returns the kernels with their number of executions, and the cycles of all executions."""

@@ -1,4 +1,4 @@
-"""Reports in files, as `gpt-jax plan --json` writes them."""
+"""Reports in files, as `gpt-jax plan --json` writes them. This module and those that print reports do not need JAX."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,8 @@ from typing import Any
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.rundir import read_json
 
+Report = dict[str, Any]
+"""The result of `make_report` in report.py: times in seconds, memory and transfers in bytes on one device."""
 REPORT_VERSION = 1
 """Version of the format of reports."""
 REPORT_SHAPE: Any = {
@@ -18,7 +20,7 @@ REPORT_SHAPE: Any = {
 """The parts of a report that a comparison reads."""
 
 
-def read_report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> Report:
     """Returns the report in a file that `--json` wrote.
 
     Raises:
