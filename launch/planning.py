@@ -39,7 +39,7 @@ def check_plan(job: Job) -> None:
         return
     if problem.startswith("--"):  # The run itself would report this mistake in the config.
         raise UserError(problem)
-    ended = f"ended by signal {-code}, perhaps for lack of memory" if code < 0 else f"failed with exit code {code}"
+    ended = f"was ended by signal {-code}, perhaps for lack of memory" if code < 0 else f"failed with exit code {code}"
     raise UserError(f"{problem or f'gpt-jax plan {ended}'}; --no-plan launches the job without a plan")
 
 
@@ -53,7 +53,7 @@ def plan_command(job: Job) -> list[str]:
     overrides, keep = [], True
     for word in job.overrides:
         if word.startswith("--"):
-            keep = word[2:].partition("=")[0].replace("_", "-") not in paths
+            keep = word[2:].partition("=")[0] not in paths
         if keep:
             overrides.append(word)
     overrides += [f"--{name}=" for name in paths if fields[name][0]]
@@ -69,17 +69,17 @@ def run_plan(command: Sequence[str]) -> tuple[int, str, str]:
     """
     problem = ""
     with tempfile.TemporaryFile() as output:
-        process = spawn(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE)
-        try:
-            for line in process.stderr or ():
-                text = line.decode(errors="replace").rstrip()
-                if text.startswith(PREFIX):
-                    problem = text.removeprefix(PREFIX)
-                else:
-                    say(text)
-            code = process.wait()
-        finally:
-            kill([process])
+        with spawn(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE) as process:
+            try:
+                for line in process.stderr or ():
+                    text = line.decode(errors="replace").rstrip()
+                    if text.startswith(PREFIX):
+                        problem = text.removeprefix(PREFIX)
+                    else:
+                        say(text)
+                code = process.wait()
+            finally:
+                kill([process])
         output.seek(0)
         return code, output.read().decode(errors="replace"), problem
 

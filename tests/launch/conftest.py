@@ -1,6 +1,6 @@
-"""A validator for the schemas beside this file, and the handling of Ctrl-C.
+"""A validator for the schemas beside this file, the handling of Ctrl-C, and plans that need no compiler.
 
-It covers the part of JSON Schema that the schemas use. Unlike JSON Schema, an object has no fields but the listed ones.
+The validator covers the part of JSON Schema that the schemas use, but an object has no fields other than the listed ones.
 """
 
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from gpt_jax.launch import planning
 
 TYPES = {"object": dict, "array": list, "string": str, "boolean": bool}
 
@@ -66,3 +68,17 @@ def interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+class Plans(list[list[str]]):
+    """The commands that would have been run, and what they answer: by default, that the step fits, without a report."""
+
+    answer = 0, "", ""
+
+
+@pytest.fixture(autouse=True)
+def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
+    """Replaces `gpt-jax plan`, which may compile for minutes."""
+    commands = Plans()
+    monkeypatch.setattr(planning, "run_plan", lambda command: commands.append(command) or commands.answer)
+    return commands
