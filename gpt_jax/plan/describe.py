@@ -43,7 +43,7 @@ def describe(report: Report, price: float | None = None, steps: float | None = N
 
 def _hardware(report: Report) -> str:
     slices = f"{report['slices']} x " if report["slices"] > 1 else ""
-    return f"{slices}{report['accelerator']} ({report['chips']:,} chips, {report['device_kind']})"
+    return f"{slices}{report['accelerator']} ({report['chips']:,} chip{'s' * (report['chips'] > 1)}, {report['device_kind']})"
 
 
 def _memory_lines(report: Report) -> list[str]:
@@ -61,7 +61,7 @@ def _cycle_lines(report: Report) -> list[str]:
     for part, by in report["cycles"].items():
         cycles = sum(by.values())
         columns = "".join(f"{by.get(name, 0) / 1e6:12.2f}" for name in directions)
-        lines.append(f"  {part.replace('_', ' '):22}{cycles / 1e6:9.2f}{cycles / total:8.1%}{columns}")
+        lines.append(f"  {_words(part):22}{cycles / 1e6:9.2f}{cycles / total:8.1%}{columns}")
     lines.append(f"  {'sum':22}{total / 1e6:9.2f}")
     if report["kernels"]:
         kernels = ", ".join(f"{k['times']} x {k['name']} {k['cycles'] / 1e6:.2f}" for k in report["kernels"])
@@ -71,25 +71,31 @@ def _cycle_lines(report: Report) -> list[str]:
 
 def _collective_lines(report: Report) -> list[str]:
     if not report["collectives"]:
-        return ["no collectives"]
-    lines = [f"{'collectives':46}{'times':>6}{'MiB':>10}{'ms':>8}{'exposed':>9}"]
+        return ["no collectives", ""]
+    lines = [f"{'collectives':56}{'times':>6}{'MiB':>10}{'ms':>8}{'exposed':>9}"]
     for each in report["collectives"]:
-        name = f"{each['kind']} {each['dtype']} over {each['axes']} ({each['part'].replace('_', ' ')}, {each['direction']})"
+        name = f"{each['kind']} {each['dtype']} over {each['axes']} ({_words(each['part'])}, {each['direction']})"
         milliseconds = f"{each['seconds'] * 1e3:8.2f}{each['exposed_seconds'] * 1e3:9.2f}"
         if each["seconds"] >= 1e-5:
-            lines.append(f"  {name:44}{each['times']:6}{each['bytes'] / MIB:10.1f}{milliseconds}")
+            lines.append(f"  {name:54}{each['times']:6}{each['bytes'] / MIB:10.1f}{milliseconds}")
     hidden = [each for each in report["collectives"] if each["seconds"] < 1e-5]
     if hidden:
-        lines.append(f"  {f'{len(hidden)} others below 0.01 ms':44}{sum(each['times'] for each in hidden):6}")
+        lines.append(f"  {f'{len(hidden)} more, below 0.01 ms':54}{sum(each['times'] for each in hidden):6}")
     return [*lines, ""]
+
+
+def _words(part: str) -> str:
+    """Returns a part of the model as words."""
+    return part.replace("_", " ")
 
 
 def _run_line(report: Report, price: float | None, steps: float | None) -> str:
     """Returns a line about the whole run."""
     if steps is None:
-        per_step = report["time"]["step"] * report["chips"] / SECONDS_PER_HOUR
+        thousand = 1000 * report["time"]["step"] * report["chips"] / SECONDS_PER_HOUR
+        cost = f", {thousand * price:,.2f} at {price:g} a chip-hour," if price is not None else ""
         hint = "give --corpus-tokens for the length of the run"
-        return f"run of {report['duration']}: {per_step * 1e3:.4g} chip-hours for 1,000 steps; {hint}"
+        return f"run of {report['duration']}: {thousand:.4g} chip-hours{cost} for 1,000 steps; {hint}"
     hours = steps * report["time"]["step"] / SECONDS_PER_HOUR
     chip_hours = hours * report["chips"]
     cost = f", {chip_hours * price:,.2f} at {price:g} a chip-hour" if price is not None else ""
@@ -105,16 +111,16 @@ def advice(report: Report) -> str:
     if time["exposed"] > 0.2 * time["step"]:
         longest = max(report["collectives"], key=lambda each: each["exposed_seconds"])
         return (
-            f"limited by collectives, above all the {longest['kind']} over {longest['axes']} of the {longest['part']}: give each "
-            f"device more sequences (a larger --train.batch-size or fewer devices){more}"
+            f"limited by collectives, above all the {longest['kind']} over {longest['axes']} ({_words(longest['part'])}): "
+            f"give each device more sequences (a larger --train.batch-size or fewer devices){more}"
         )
     if report["micro_batches"] > 1 and free > 0.5:
         return f"limited by small micro-batches: lower --train.grad-accum-steps{more}"
-    if report["recomputed_cycles"] > 0.15 * total:
+    if report["recomputed_cycles"] > 0.15 * total and report["choices"]["remat"] == "full":
         twice = f"{report['recomputed_cycles'] / total:.0%} of the cycles"
         return f"limited by what is computed twice ({twice}): --model.remat dots takes more memory but less time{more}"
     products = report["product_cycles"] / total
     if products > 0.7:
         return f"limited by matrix products, which take {products:.0%} of the cycles: this is close to what the chip can do"
-    largest = next(iter(report["cycles"]))
-    return f"limited by work other than matrix products ({1 - products:.0%} of the cycles), above all in the {largest}{more}"
+    largest = _words(next(iter(report["cycles"])))
+    return f"limited by work other than matrix products ({1 - products:.0%} of the cycles); the largest part is {largest}{more}"

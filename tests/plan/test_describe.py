@@ -1,0 +1,176 @@
+"""The text of a report that was made up from round numbers, and its advice."""
+
+import copy
+
+import pytest
+
+from gpt_jax.plan.describe import advice, describe
+
+REPORT = {
+    "version": 1,
+    "config": "gpt1",
+    "accelerator": "v5e-8",
+    "slices": 2,
+    "chips": 16,
+    "device_kind": "TPU v5 lite",
+    "devices": 16,
+    "versions": {"jax": "1.2", "libtpu": "3.4"},
+    "mesh": {"slice": 2, "data": 8, "fsdp": 1, "tensor": 1},
+    "choices": {"attention": "pallas_tpu", "remat": "dots", "layer_unroll": 12, "loss_chunk": 128},
+    "dtype": "bfloat16",
+    "batch_size": 2048,
+    "micro_batches": 4,
+    "sequences_per_device": 128,
+    "context_length": 512,
+    "num_parameters": 116_534_784,
+    "memory": {
+        "parameters": 2**29,
+        "moments": 2**30,
+        "batch": 0,
+        "temporaries": 10 * 2**30,
+        "code": 2**28,
+        "peak": 13 * 2**30,
+        "available": 2**34,
+    },
+    "flops": {"token": 750_000_000, "step": 786_432_000_000_000},
+    "cycles": {
+        "mlp": {"forward": 100_000_000, "recomputed": 20_000_000, "backward": 180_000_000},
+        "layer_norm": {"forward": 80_000_000, "backward": 20_000_000},
+    },
+    "product_cycles": 240_000_000,
+    "recomputed_cycles": 20_000_000,
+    "kernels": [{"name": "attention_backward", "times": 48, "cycles": 25_000_000}],
+    "collectives": [
+        {
+            "kind": "all-reduce",
+            "dtype": "f32",
+            "axes": "data",
+            "part": "layer_norm",
+            "direction": "backward",
+            "asynchronous": True,
+            "times": 12,
+            "bytes": 100 * 2**20,
+            "seconds": 0.03,
+            "exposed_seconds": 0.02,
+        },
+        {
+            "kind": "all-gather",
+            "dtype": "bf16",
+            "axes": "fsdp",
+            "part": "mlp",
+            "direction": "forward",
+            "asynchronous": False,
+            "times": 7,
+            "bytes": 4,
+            "seconds": 9e-6,
+            "exposed_seconds": 9e-6,
+        },
+    ],
+    "time": {
+        "compute": 0.18,
+        "exposed": 0.02,
+        "step": 0.2,
+        "tokens_per_second": 5_242_880.0,
+        "utilization": 0.125,
+        "utilization_by_computation": 0.138889,
+    },
+    "duration": "100 epochs",
+    "compile_seconds": 61.4,
+}
+
+TEXT = """\
+gpt1: 116,534,784 parameters on 2 x v5e-8 (16 chips, TPU v5 lite), mesh slice=2 x data=8, bfloat16
+batch of 2,048 x 512 tokens in 4 micro-batches, 128 sequences a device; \
+attention pallas_tpu, remat dots, layer-unroll 12, loss-chunk 128
+jax 1.2, libtpu 3.4, compiled in 61 s; nothing was run
+
+memory of a device, GiB
+  13.00 of 16.00 (81%): parameters 0.50, moments 1.00, batch 0.00, temporaries 10.00, code 0.25
+
+million cycles by part        all   share     forward  recomputed    backward
+  mlp                      300.00   75.0%      100.00       20.00      180.00
+  layer norm               100.00   25.0%       80.00        0.00       20.00
+  sum                      400.00
+  of these in Pallas kernels: 48 x attention_backward 25.00
+
+collectives                                              times       MiB      ms  exposed
+  all-reduce f32 over data (layer norm, backward)           12     100.0   30.00    20.00
+  1 more, below 0.01 ms                                      7
+
+FLOPs of the model: 7.5e+08 a token (6 x (weights of products) + 12 x layers x width x context, for each token), 7.864e+14 a step
+modeled step: 200.0 ms = 180.0 computing + 20.0 waiting for collectives
+5,242,880 tokens/s; MFU 12.5% of 197 TFLOP/s a device (13.9% without collectives)
+run of 100 epochs: 18,000 steps, 1.00 hours, 16.0 chip-hours, 19.20 at 1.2 a chip-hour
+limited by work other than matrix products (40% of the cycles); the largest part is mlp"""
+
+
+def changed(**sections):
+    """Returns the report with other values; those of a section, a dictionary, are added to it."""
+    report = copy.deepcopy(REPORT)
+    for name, value in sections.items():
+        report[name] = report[name] | value if isinstance(value, dict) else value
+    return report
+
+
+def test_the_text_of_a_report():
+    """A run of 18,000 steps of 0.2 s takes an hour on 16 chips, which cost 1.2 each."""
+    assert describe(REPORT, price=1.2, steps=18_000) == TEXT
+
+
+def test_a_run_of_unknown_length_has_the_cost_of_some_steps():
+    """A thousand steps of 0.2 s on 16 chips are 3,200 seconds of a chip."""
+    last = describe(REPORT).splitlines()[-2]
+    assert last == "run of 100 epochs: 0.8889 chip-hours for 1,000 steps; give --corpus-tokens for the length of the run"
+    assert "0.8889 chip-hours, 1.60 at 1.8 a chip-hour, for 1,000 steps; give" in describe(REPORT, price=1.8)
+
+
+def test_a_device_alone():
+    text = describe(changed(mesh={"slice": 1, "data": 1}, slices=1, chips=1, micro_batches=1, collectives=[], kernels=[]))
+    assert "on v5e-8 (1 chip, TPU v5 lite), mesh one device, bfloat16\nbatch of 2,048 x 512 tokens, 128 sequences" in text
+    assert "\n\nno collectives\n\nFLOPs of the model" in text
+    assert "micro-batches" not in text
+    assert "Pallas" not in text
+
+
+def test_lines_fit_into_a_terminal_beside_each_other():
+    """Numbers of a table stand below each other even if the names of its rows are long."""
+    lines = describe(REPORT).splitlines()
+    assert {len(line) for line in lines if "layer norm, backward" in line or line.startswith("collectives")} == {89}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"time": {"exposed": 0.05}},
+            "limited by collectives, above all the all-reduce over data (layer norm): give each device more sequences (a larger "
+            "--train.batch-size or fewer devices)",
+        ),
+        (
+            {"memory": {"peak": 2**32}},
+            "limited by small micro-batches: lower --train.grad-accum-steps; 75% of the memory is free",
+        ),
+        (
+            {"choices": {"remat": "full"}, "recomputed_cycles": 80_000_000},
+            "limited by what is computed twice (20% of the cycles): --model.remat dots takes more memory but less time",
+        ),
+        ({"choices": {"remat": "full"}, "recomputed_cycles": 59_000_000}, "limited by work other than"),
+        ({"choices": {"remat": "dots"}, "recomputed_cycles": 80_000_000}, "limited by work other than"),
+        (
+            {"product_cycles": 300_000_000},
+            "limited by matrix products, which take 75% of the cycles: this is close to what the chip can do",
+        ),
+        (
+            {"cycles": {"layer_norm": {"forward": 10**9}}, "micro_batches": 1, "memory": {"peak": 2**33}},
+            "limited by work other than matrix products (82% of the cycles); the largest part is",
+        ),
+    ],
+)
+def test_advice(changes, sentence):
+    assert advice(changed(**changes)).startswith(sentence)
+    assert "_" not in advice(changed(**changes))
+
+
+def test_free_memory_is_mentioned_if_it_is_much():
+    assert advice(changed(time={"exposed": 0.05}, memory={"peak": 2**33})).endswith("fewer devices); 50% of the memory is free")
+    assert "free" not in advice(changed(time={"exposed": 0.05}))
