@@ -232,8 +232,13 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     text = "tokens in the training text, for runs whose length is given in epochs (default: those of --data.store)"
     sub.add_argument("--corpus-tokens", type=number(int, POSITIVE), metavar="N", help=text)
     sub.add_argument("--json", type=_path, metavar="FILE", help="also write the report to this file")
+    either = sub.add_mutually_exclusive_group()
     text = "compare two reports: files that --json wrote, or configs, which are planned for --topology"
-    sub.add_argument("--compare", nargs=2, metavar=("A", "B"), help=text)
+    either.add_argument("--compare", nargs=2, metavar=("A", "B"), help=text)
+    text = "compile the most promising meshes, micro-batches and values of model.remat, and print the fastest"
+    either.add_argument("--search", action="store_true", help=text)
+    text = "with --search: save the config of the fastest as this file, such as configs/NAME.py"
+    sub.add_argument("--write", type=_path, metavar="FILE", help=text)
 
 
 def _add_bench(sub: argparse.ArgumentParser) -> None:

@@ -318,6 +318,8 @@ def _checkpoint(options: argparse.Namespace, _: list[str]) -> int:
 def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     from gpt_jax.plan.command import compare, plan
 
+    if options.write is not None and not options.search:
+        raise field_error("write", "requires --search")
     if options.compare is None:
         plan(options, _load_config(options, overrides))
         return

@@ -21,7 +21,7 @@ from gpt_jax.runtime.mesh import check_batch, check_model
 
 
 def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
-    """Prints the report of a pre-training, and writes it to a file if one is named.
+    """Prints the report of a pre-training, or the result of a search, and writes the report to a file if one is named.
 
     Without libtpu, it prints what the arithmetic of shapes says, and how to install libtpu.
 
@@ -31,6 +31,9 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
     """
     if options.json is not None:
         require(options.json.parent.is_dir(), "json", f"{options.json.parent}: no such folder")
+    if options.search:
+        _search(options, config)
+        return
     steps = _steps(config, options.corpus_tokens)
     accelerator, sizes = _hardware(options, config)
     if importlib.util.find_spec("libtpu") is None:
@@ -70,6 +73,19 @@ def compare(options: argparse.Namespace, load: Callable[[str], PretrainConfig]) 
     from gpt_jax.plan.compare import describe_comparison
 
     print(describe_comparison(report_of(before), report_of(after), (before, after)))
+
+
+def _search(options: argparse.Namespace, config: PretrainConfig) -> None:
+    """Prints the best candidates for a topology, and writes the best one's report and config to files if they are named."""
+    for name in ("price", "corpus_tokens"):
+        require(getattr(options, name) is None, name, "does not go with --search; plan the config that it finds")
+    accelerator = _slice(options.topology)
+    require(importlib.util.find_spec("libtpu") is not None, "search", "needs libtpu: pip install 'gpt_jax[tpu]'")
+    from gpt_jax.plan.search import search
+
+    report = search(options.config, config, accelerator, options.slices, options.write)
+    if options.json is not None:
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def find_report(name: str, config: PretrainConfig, accelerator: Accelerator, slices: int) -> dict[str, Any]:
