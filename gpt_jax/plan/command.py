@@ -31,6 +31,7 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
     """
     if options.json is not None:
         require(options.json.parent.is_dir(), "json", f"{options.json.parent}: no such folder")
+        require(not options.json.is_dir(), "json", f"{options.json}: is a folder; name a file")
     if options.search:
         _search(options, config)
         return
