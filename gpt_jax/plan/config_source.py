@@ -57,7 +57,7 @@ def _flat(value: Any) -> str:
     """Returns the Python expression of a field's value or of a section on one line."""
     if dataclasses.is_dataclass(value) or isinstance(value, tuple):
         name, comma = ("", "," * (len(value) == 1)) if isinstance(value, tuple) else (type(value).__name__, "")
-        return f"{name}({', '.join(name + _flat(each) for name, each in _parts(value))}{comma})"
+        return f"{name}({', '.join(key + _flat(each) for key, each in _parts(value))}{comma})"
     if isinstance(value, str):
         return repr(value) if '"' in value and "'" not in value else json.dumps(value, ensure_ascii=False)
     return f"{value:_}" if type(value) is int and value >= 10_000 else repr(value)
