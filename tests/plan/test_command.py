@@ -146,7 +146,7 @@ def test_the_length_of_the_run(compiled, capsys, config, words, line):
 
 @absent
 def test_without_libtpu_there_is_arithmetic(compiled, capsys):
-    """8 x 256 tokens a step of 64,880,640 FLOPs each on 4 chips of 197 TFLOP/s; docs/paper.md and test_report.py count them."""
+    """8 x 256 tokens a step, on 4 chips of 197 TFLOP/s; the FLOPs of a token are those of test_report.py."""
     assert main(["plan", "mini", "--topology", "v5e-4", "--price", "3"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("mini: 10,256,640 parameters on v5e-4 (TPU v5 lite), mesh data=4\n2 sequences a device; remat dots\n")
