@@ -25,10 +25,11 @@ def describe_arithmetic(name: str, config: PretrainConfig, accelerator: Accelera
     flops = flops_per_token(config.model) * config.train.batch_size * config.model.context_length
     devices = math.prod(sizes.values())
     shortest = flops / (chip.peak_flops["bfloat16"] * devices)
+    where = f"{sizes['slice']} x {accelerator.name}" if sizes["slice"] > 1 else accelerator.name
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
     return "\n".join(
         [
-            f"{name}: {config.model.num_parameters:,} parameters on {accelerator.name} ({accelerator.device_kind}), mesh {mesh}",
+            f"{name}: {config.model.num_parameters:,} parameters on {where} ({accelerator.device_kind}), mesh {mesh}",
             f"{config.train.batch_size // num_shards(sizes, 'batch'):,} sequences a device; remat {remat}",
             f"memory of a device by the arithmetic of shapes: {total / GIB:.2f} of {chip.memory / GIB:.2f} GiB",
             f"{flops:.4g} FLOPs a step, which take at least {shortest * 1e3:.1f} ms",

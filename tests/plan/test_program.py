@@ -114,10 +114,10 @@ def test_parameters_that_do_not_fit_are_counted_by_the_compiler():
 
 @pytest.mark.slow
 def test_the_batch_that_the_message_suggests_fits():
-    """The compiler agrees, and leaves not even a third of the memory unused."""
+    """The compiler agrees, and finds that more than half of the memory is used."""
     sizes = {"mesh": MeshConfig(data=1), "context_length": 1024, "num_heads": 4, "embed_dim": 256, "layer_unroll": 1}
     with pytest.raises(UserError, match=r"at most \d+ a device fit") as caught:
         compile_step(small(batch=10**5, **sizes), V5E_1)
     batch = int(str(caught.value).partition("--train.batch-size ")[2].partition(")")[0])
     program = compile_step(small(batch=batch, **sizes), V5E_1)
-    assert 0.67 * 16 * 2**30 < program.memory["peak"] < 15.75 * 2**30
+    assert 8 * 2**30 < program.memory["peak"] < 15.75 * 2**30
