@@ -1,6 +1,7 @@
 """Configs written as Python files are read back as the same configs, and look like those under configs/."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,12 @@ def test_the_file_gives_the_config_and_is_formatted(tmp_path, config):
         command = [f"{sys.prefix}/bin/ruff", *words, "--config", str(root / "pyproject.toml"), str(path)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_numbers_are_written_as_in_the_configs():
+    text = config_source(load_config("gpt1_1b5"), config_folder() / "x.py", "A config.")
+    assert re.search(r"\bvocab_size=50_000\b", text)
+    assert re.search(r"\bcontext_length=1024\b", text)
 
 
 def test_the_command_names_the_file_as_the_command_line_does(tmp_path):
