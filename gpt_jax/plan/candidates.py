@@ -5,7 +5,8 @@ of peak p, P parameters, k micro-batches, and N tokens of a step on one device,
 
     computing    F / (p D SHARE), and a third more if remat is `full`
     fsdp         in each micro-batch, two gathers of the weights in the compute dtype and a reduce-scatter of float32 gradients;
-                 each device ends or starts with P / tensor of them
+                 each device ends or starts with P / tensor of them. If the shards do not fill whole tiles (`ROWS`), an all-reduce
+                 instead of the reduce-scatter
     data, slice  in each micro-batch, an all-reduce of float32 gradients, of which each device has P / (tensor x fsdp)
     tensor       for each layer, four all-reduces of N x embed_dim activations in the compute dtype
 
@@ -36,6 +37,10 @@ SHARE = 0.5
 """Share of the peak at which the model's FLOPs are assumed to be computed with remat `dots`."""
 RECOMPUTED = 4 / 3
 """Time of computing with remat `full`, which repeats the forward pass, relative to `dots`."""
+
+ROWS = 8
+"""Rows of a float32 tile in a TPU's memory. If embed_dim / fsdp is not a multiple of it, the compiler sums whole gradients on all
+devices. It was seen to do so for gpt1_1b5 on v5e with 28 and 7 rows (fsdp = 64 and 256), and not with 112 and 56."""
 
 
 class Candidate(NamedTuple):
@@ -108,7 +113,8 @@ def step_seconds(config: PretrainConfig, mesh: Mesh) -> float:
     computing = flops_per_token(model) * tokens / (peak * mesh.size * SHARE) * (RECOMPUTED if model.remat == "full" else 1.0)
     weights = model.num_parameters / sizes["tensor"]
     gathers = 2 * seconds("all-gather", ["fsdp"], itemsize * weights)
-    scatter = seconds("reduce-scatter", ["fsdp"], 4 * weights)
+    whole = model.embed_dim // sizes["fsdp"] % ROWS == 0
+    scatter = seconds("reduce-scatter" if whole else "all-reduce", ["fsdp"], 4 * weights)
     gradients = seconds("all-reduce", ["slice", "data"], 4 * weights / sizes["fsdp"])
     activations = itemsize * tokens / num_shards(sizes, "batch") * model.embed_dim
     return (

@@ -132,6 +132,17 @@ def test_the_estimate_is_that_of_the_formulas(sizes, split, communication):
     assert step_seconds(config, grid) == pytest.approx(computing + communication, rel=1e-6)
 
 
+@pytest.mark.parametrize(("embed_dim", "scatters"), [(24, 2), (32, 1)])
+def test_gradients_in_parts_of_tiles_are_summed_as_wholes(embed_dim, scatters):
+    """Four devices have 6 or 8 rows each. An all-reduce takes as long as two reduce-scatters."""
+    config = small(embed_dim=embed_dim)
+    seconds = [
+        step_seconds(config, Mesh(np.array(devices(2, 2, 1)).reshape(shape), AXES)) for shape in ((1, 1, 4, 1), (1, 4, 1, 1))
+    ]
+    gathers, gradients = 2 * 2 + 4 * scatters, 4 * 2
+    assert seconds[0] - seconds[1] == pytest.approx((gathers - gradients) * config.model.num_parameters * 3 / 4 / (2 * LINK))
+
+
 def test_less_communication_is_better():
     """A wide model with few tokens sends fewer activations than weights; a narrow one with many tokens the other way around."""
     wide = small(batch_size=2, embed_dim=1024, mlp_dim=16_384, num_heads=16)
