@@ -14,9 +14,9 @@ from gpt_jax.config import FinetuneConfig, ModelConfig, PretrainConfig, RunConfi
 from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
 from gpt_jax.data.sources import open_source
 from gpt_jax.errors import UserError, require
-from gpt_jax.runtime.accelerators import Accelerator, mesh_sizes
+from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import GIB
-from gpt_jax.runtime.mesh import check_batch, check_model
+from gpt_jax.runtime.mesh import check_batch, check_model, mesh_sizes
 
 from .job import BUCKETS, CLAIMS, Job, to_mount_paths
 

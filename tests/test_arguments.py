@@ -40,6 +40,12 @@ NUMBERS = {
     "checkpoint prune RUN --keep-best": WHOLE | {"-1": "must be at least 0"},
     "launch local smoke --workdir RUN --crashes": WHOLE,
     "supervise --grace-seconds": WHOLE,
+    "plan gpt1 --topology v5e-8 --slices": COUNT,
+    "plan gpt1 --topology v5e-8 --corpus-tokens": COUNT,
+    "plan gpt1 --topology v5e-8 --price": {
+        **{"nan": "must be at least 0", "-1": "must be at least 0"},
+        **{"inf": "must be finite", "x": "is not a number"},
+    },
     "bench train --batch-size": COUNT,
     "bench matmul --rounds": COUNT,
 }

@@ -15,9 +15,9 @@ from gpt_jax.data.store import Store
 from gpt_jax.errors import field_error, require
 from gpt_jax.plan import cache
 from gpt_jax.plan.report_file import read_report
-from gpt_jax.runtime.accelerators import Accelerator, mesh_sizes, parse_accelerator
+from gpt_jax.runtime.accelerators import Accelerator, parse_accelerator
 from gpt_jax.runtime.console import say
-from gpt_jax.runtime.mesh import check_batch, check_model
+from gpt_jax.runtime.mesh import check_batch, check_model, mesh_sizes
 
 
 def plan(options: argparse.Namespace, config: PretrainConfig) -> None:

@@ -14,10 +14,8 @@ import math
 from collections.abc import Iterator
 from typing import Literal
 
-from gpt_jax.config import MeshConfig
-from gpt_jax.errors import UserError, nearest, require
+from gpt_jax.errors import UserError, nearest
 from gpt_jax.runtime.chips import CHIPS
-from gpt_jax.runtime.mesh import resolve_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,18 +154,3 @@ def smallest_multi_host_slice(family: str) -> Accelerator:
     """Returns the smallest slice of a TPU family that has more than one host."""
     slices = (accelerator for accelerator in ACCELERATORS.values() if accelerator.family == family and accelerator.hosts > 1)
     return min(slices, key=lambda accelerator: accelerator.devices)
-
-
-def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[str, int]:
-    """Returns the size of each mesh axis on `slices` slices or nodes.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices, or the slice axis does not match `slices`.
-    """
-    where = f" on {f'{slices} x ' if slices > 1 else ''}{accelerator.name}"
-    sizes = resolve_mesh(mesh, accelerator.devices * slices, where)
-    # This keeps the other axes on the fast interconnect inside a slice or node. CPUs do not have such an interconnect.
-    if accelerator.kind != "cpu" and slices > 1:
-        parts = "TPU slices" if accelerator.kind == "tpu" else "nodes"
-        require(sizes["slice"] == slices, "mesh.slice", f"there are {slices} {parts}, so set --mesh.slice {slices}")
-    return sizes

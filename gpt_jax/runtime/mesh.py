@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from gpt_jax.config import MeshConfig, ModelConfig
 from gpt_jax.errors import require
+from gpt_jax.runtime.accelerators import Accelerator
 
 AXES = ("slice", "data", "fsdp", "tensor")
 
@@ -45,6 +46,21 @@ def resolve_mesh(config: MeshConfig, num_devices: int, where: str = "") -> dict[
     require(
         math.prod(sizes.values()) == num_devices, "mesh", f"{shape} requires {fixed} devices, but the run has {devices}; {hint}"
     )
+    return sizes
+
+
+def mesh_sizes(mesh: MeshConfig, accelerator: Accelerator, slices: int) -> dict[str, int]:
+    """Returns the size of each mesh axis on `slices` slices or nodes.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices, or the slice axis does not match `slices`.
+    """
+    where = f" on {f'{slices} x ' if slices > 1 else ''}{accelerator.name}"
+    sizes = resolve_mesh(mesh, accelerator.devices * slices, where)
+    # This keeps the other axes on the fast interconnect inside a slice or node. CPUs do not have such an interconnect.
+    if accelerator.kind != "cpu" and slices > 1:
+        parts = "TPU slices" if accelerator.kind == "tpu" else "nodes"
+        require(sizes["slice"] == slices, "mesh.slice", f"there are {slices} {parts}, so set --mesh.slice {slices}")
     return sizes
 
 

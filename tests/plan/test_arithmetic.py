@@ -5,7 +5,8 @@ import pytest
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.errors import UserError
 from gpt_jax.plan.arithmetic import describe_arithmetic
-from gpt_jax.runtime.accelerators import mesh_sizes, parse_accelerator
+from gpt_jax.runtime.accelerators import parse_accelerator
+from gpt_jax.runtime.mesh import mesh_sizes
 
 FLOPS = 6 * (12 * (4 * 768 * 768 + 2 * 768 * 3072) + 40_478 * 768) + 12 * 12 * 768 * 512
 """Of a token of GPT-1; see test_report.py."""
