@@ -1,5 +1,7 @@
 """The text of a report: tables, and a sentence about what limits the step."""
 
+from typing import Any
+
 from gpt_jax.plan.report_file import Report
 from gpt_jax.runtime.chips import CHIPS, GIB, MIB
 
@@ -50,7 +52,7 @@ def _memory_lines(report: Report) -> list[str]:
     memory = report["memory"]
     share = memory["peak"] / memory["available"]
     names = ("parameters", "moments", "batch", "temporaries", "code")
-    kinds = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in names)
+    kinds = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in names if memory[name] >= 0.005 * GIB)
     return ["memory of a device, GiB", f"  {memory['peak'] / GIB:.2f} of {memory['available'] / GIB:.2f} ({share:.0%}): {kinds}"]
 
 
@@ -74,7 +76,7 @@ def _collective_lines(report: Report) -> list[str]:
         return ["no collectives", ""]
     lines = [f"{'collectives':56}{'times':>6}{'MiB':>10}{'ms':>8}{'exposed':>9}"]
     for each in report["collectives"]:
-        name = f"{each['kind']} {each['dtype']} over {each['axes']} ({_words(each['part'])}, {each['direction']})"
+        name = f"{each['kind']} {each['dtype']} over {each['axes']} ({_purpose(each)}{', async' * each['asynchronous']})"
         milliseconds = f"{each['seconds'] * 1e3:8.2f}{each['exposed_seconds'] * 1e3:9.2f}"
         if each["seconds"] >= 1e-5:
             lines.append(f"  {name:54}{each['times']:6}{each['bytes'] / MIB:10.1f}{milliseconds}")
@@ -82,6 +84,14 @@ def _collective_lines(report: Report) -> list[str]:
     if hidden:
         lines.append(f"  {f'{len(hidden)} more, below 0.01 ms':54}{sum(each['times'] for each in hidden):6}")
     return [*lines, ""]
+
+
+def _purpose(collective: dict[str, Any]) -> str:
+    """Returns "gradients" for their sums, of which one may serve several parts; otherwise the part and the direction."""
+    sums = collective["kind"] in ("all-reduce", "reduce-scatter") and collective["direction"] == "backward"
+    if sums and "tensor" not in collective["axes"]:
+        return "gradients"
+    return f"{_words(collective['part'])}, {collective['direction']}"
 
 
 def _words(part: str) -> str:
@@ -99,7 +109,12 @@ def _run_line(report: Report, price: float | None, steps: float | None) -> str:
     hours = steps * report["time"]["step"] / SECONDS_PER_HOUR
     chip_hours = hours * report["chips"]
     cost = f", {chip_hours * price:,.2f} at {price:g} a chip-hour" if price is not None else ""
-    return f"run of {report['duration']}: {steps:,.0f} steps, {hours:,.2f} hours, {chip_hours:,.1f} chip-hours{cost}"
+    return f"run of {report['duration']}: {steps:,.0f} steps, {_figure(hours)} hours, {_figure(chip_hours)} chip-hours{cost}"
+
+
+def _figure(number: float) -> str:
+    """Returns a number with at least three digits that matter."""
+    return f"{number:,.1f}" if number >= 100 else f"{number:.3g}"
 
 
 def advice(report: Report) -> str:
@@ -111,7 +126,7 @@ def advice(report: Report) -> str:
     if time["exposed"] > 0.2 * time["step"]:
         longest = max(report["collectives"], key=lambda each: each["exposed_seconds"])
         return (
-            f"limited by collectives, above all the {longest['kind']} over {longest['axes']} ({_words(longest['part'])}): "
+            f"limited by collectives, above all the {longest['kind']} over {longest['axes']} ({_purpose(longest)}): "
             f"give each device more sequences (a larger --train.batch-size or fewer devices){more}"
         )
     if report["micro_batches"] > 1 and free > 0.5:

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from gpt_jax.config import PretrainConfig
-from gpt_jax.errors import TrainingError, one_line
+from gpt_jax.errors import TrainingError, UserError, one_line
 from gpt_jax.plan.topology import topology_devices
 from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.mesh import check_batch, check_model
@@ -17,11 +17,14 @@ from gpt_jax.runtime.sharding import make_mesh
 from gpt_jax.train.choices import choose_for
 from gpt_jax.train.step import abstract_state, lower_step
 
-TOO_LARGE = re.compile(r"total memory required for (?:HLO temporaries|.{0,40}?) \(([\d.]+)([GMK])\) exceeds available HBM")
+SIZE = r"\(([\d.]+)([GMK])\)"
+TOO_LARGE = re.compile(rf"total memory required for .{{0,40}}? {SIZE} exceeds available HBM {SIZE}")
+GIB_OF = {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}
+"""Units in the compiler's messages in GiB."""
 
 
-class DoesNotFit(TrainingError):
-    """The program needs more memory than a device has."""
+class DoesNotFit(UserError):
+    """The program needs more memory than a device has, although the estimate of train/memory_estimate.py was that it fits."""
 
 
 class Program(NamedTuple):
@@ -85,8 +88,10 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _compile_error(error: Exception, accelerator: Accelerator) -> TrainingError:
+def _compile_error(error: Exception, accelerator: Accelerator) -> TrainingError | DoesNotFit:
     if found := TOO_LARGE.search(str(error)):
-        needed = float(found[1]) * {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}[found[2]]
-        return DoesNotFit(f"the step needs {needed:.2f} GiB of temporaries on each device of a {accelerator.name}")
+        needed, available = (float(number) * GIB_OF[unit] for number, unit in (found.groups()[:2], found.groups()[2:]))
+        where = f"each device of a {accelerator.name}, of which the program can have {available:.2f}"
+        advice = "use --train.grad-accum-steps or a larger --mesh.fsdp"
+        return DoesNotFit(f"the step needs {needed:.2f} GiB on {where}; {advice}")
     return TrainingError(f"the step does not compile for a {accelerator.name}: {one_line(error)}")

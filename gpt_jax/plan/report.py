@@ -66,7 +66,7 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
         "memory": {**program.memory, "available": chip.memory},
         "flops": {"token": flops_per_token(config.model), "step": flops},
         "cycles": cycles,
-        "product_cycles": costs.by("kind").get(("product",), 0),
+        "product_cycles": costs.by("kind").get(("product",), 0) + kernels.of_attention(costs),
         "cycles_of_xla": {" ".join(key): cycles for key, cycles in costs.by("part", "direction", "kind").items()},
         "recomputed_cycles": sum(part.get(RECOMPUTED, 0.0) for part in cycles.values()),
         "kernels": kernels.rows(costs),
@@ -98,6 +98,10 @@ class _KernelCycles:
         """Returns the cycles of one call."""
         variant = self._variant(self._config, kernel.name)
         return kernel_cycles(variant, self._batch, self._heads, kernel.bytes, self._find_schedule(variant))
+
+    def of_attention(self, costs: Costs) -> float:
+        """Returns the cycles of all calls of the attention kernels, which consist of products and what overlaps with them."""
+        return sum(kernel.times * self.call(kernel) for kernel in costs.kernels if kernel.name in ATTENTION)
 
     def rows(self, costs: Costs) -> list[dict[str, Any]]:
         """Returns the kernels with their number of executions, and the cycles of all executions."""
