@@ -37,10 +37,10 @@ SHARE = 0.5
 """Share of the peak at which the model's FLOPs are assumed to be computed with remat `dots`."""
 RECOMPUTED = 4 / 3
 """Time of computing with remat `full`, which repeats the forward pass, relative to `dots`."""
-
 ROWS = 8
-"""Rows of a float32 tile in a TPU's memory. If embed_dim / fsdp is not a multiple of it, the compiler sums whole gradients on all
-devices. It was seen to do so for gpt1_1b5 on v5e with 28 and 7 rows (fsdp = 64 and 256), and not with 112 and 56."""
+"""Rows of a float32 tile in a TPU's memory. If embed_dim / fsdp is not a multiple of it, the compiler may sum whole gradients on
+all devices. For gpt1_1b5 on v5e, it did so with 28 and 7 rows (fsdp = 64 and 256), for few with 14 (fsdp = 128, tensor = 2),
+and not with 112 and 56."""
 
 
 class Candidate(NamedTuple):
