@@ -173,7 +173,7 @@ def _unsupported(implementation: str, time: int, dim: int, dtype: Any, device_ki
     return None
 
 
-def _resolve(implementation: str, time: int, dim: int, dtype: Any) -> str:
+def _resolve(implementation: str, time: Any, dim: int, dtype: Any) -> str:  # In an exported graph, the time is symbolic.
     """Returns the name of an implementation, with "auto" resolved for this machine's devices."""
     if implementation != "auto":
         return implementation

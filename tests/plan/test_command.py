@@ -134,7 +134,7 @@ def test_a_plan_is_compiled_once(compiled, capsys, folder):
 @pytest.mark.parametrize(
     ("config", "words", "line"),
     [
-        ("mini", ["--price", "3"], "1,465 steps, 0.08 hours, 1.3 chip-hours, 3.91 at 3 a chip-hour"),  # 3e6 tokens of 8 x 256
+        ("mini", ["--price", "3"], "1,465 steps, 0.0814 hours, 1.3 chip-hours, 3.91 at 3 a chip-hour"),  # 3e6 tokens of 8 x 256
         ("gpt1", ["--corpus-tokens", "32768000"], "100,000 steps, 5.56 hours, 88.9 chip-hours"),  # 64,000 windows of 512
         ("gpt1", [], "0.8889 chip-hours for 1,000 steps; give --corpus-tokens for the length of the run"),
     ],

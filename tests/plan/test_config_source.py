@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,8 +33,9 @@ def configs():
 
 
 @pytest.mark.parametrize("config", list(configs()))
-def test_the_file_gives_the_config_and_is_formatted(tmp_path, config):
-    path = tmp_path / "saved.py"
+def test_the_file_gives_the_config_and_is_formatted(monkeypatch, tmp_path, config):
+    monkeypatch.chdir(tmp_path)
+    path = Path("saved.py")  # The header names it, and its line must not be too long.
     path.write_text(config_source(config, path, 'A "config" with \\ in its name.'), encoding="utf-8")
     assert load_config(str(path)) == config
     assert ast.get_docstring(ast.parse(path.read_text())).startswith('A "config" with \\ in its name.\n\n    gpt-jax pretrain ')
