@@ -1,4 +1,4 @@
-"""Estimates without a compiler: FLOPs, memory by the arithmetic of shapes, and the shortest time of a step."""
+"""Estimates that need no compiler: FLOPs, memory from the shapes of arrays, and the shortest possible time of a step."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ def describe_arithmetic(name: str, config: PretrainConfig, accelerator: Accelera
     """Returns the estimates as text.
 
     Raises:
-      UserError: the batch does not fit the memory of the devices; the message has the number that fits.
+      UserError: the batch does not fit into the memory of the devices; the message says how many sequences fit.
     """
     chip = CHIPS[accelerator.device_kind]
     config = choose_on(config, sizes, "tpu", accelerator.device_kind)

@@ -9,16 +9,16 @@ from gpt_jax.plan.hlo import Instruction, Program
 from gpt_jax.train.profile import PARTS
 
 SCAN = "scan"
-"""The part of instructions that take a layer's slices out of stacked arrays, or put its results into them."""
+"""The part of instructions that read a layer's slices from stacked arrays or write its results into them."""
 OTHER = "other"
 """The part of instructions outside of all scopes."""
 
 FORWARD, RECOMPUTED, BACKWARD = "forward", "recomputed", "backward"
-"""Directions. Everything outside of the backward pass is forward, including the optimizer and the gradients that the loss
-computes in its forward pass."""
+"""The directions. Everything outside of the backward pass counts as forward, including the optimizer and the gradients that the
+loss computes in its forward pass."""
 
 PRODUCT, ELEMENTWISE, COPY = "product", "elementwise", "copy"
-"""Kinds of instructions: with a matrix product inside; with other arithmetic; moving data only."""
+"""The kinds of instructions: those that contain a matrix product, those with other arithmetic, and those that only move data."""
 
 PRODUCTS = {"convolution", "dot"}
 MOVES = {
@@ -36,7 +36,7 @@ def part_of(op_name: str) -> str:
 
 
 def direction_of(op_name: str) -> str:
-    """Returns the direction of an `op_name`; what the backward pass repeats of the forward pass is `RECOMPUTED`."""
+    """Returns the direction of an `op_name`; work of the forward pass that the backward pass repeats is `RECOMPUTED`."""
     if "rematted_computation" in op_name:
         return RECOMPUTED
     return BACKWARD if "transpose(" in op_name else FORWARD
@@ -50,7 +50,11 @@ class Attribution:
         self._fusions: dict[str, tuple[str, str, set[str]]] = {}
 
     def place(self, instruction: Instruction) -> tuple[str, str]:
-        """Returns part and direction: those of the product in a fusion, or else its own, or else the only part inside."""
+        """Returns the part and the direction of an instruction.
+
+        A fusion has those of the first product inside it. Without a product, they follow from the fusion's own `op_name`. If that
+        is outside of all scopes and only one part occurs inside the fusion, the result is this part.
+        """
         op_name = instruction.op_name
         if instruction.opcode != "fusion":
             return part_of(op_name), direction_of(op_name)
@@ -66,7 +70,7 @@ class Attribution:
         return PRODUCT if instruction.opcode in PRODUCTS else COPY if instruction.opcode in MOVES else ELEMENTWISE
 
     def _fused(self, computation: str) -> tuple[str, str, set[str]]:
-        """Returns the `op_name` of the first product in a fusion ("" if it has none), its kind, and the parts inside."""
+        """Returns the `op_name` of the first product in a fusion ("" without one), the fusion's kind, and the parts inside."""
         if computation not in self._fusions:
             inside = list(self._program.inside(computation))
             products = [each.op_name for each in inside if each.opcode in PRODUCTS]

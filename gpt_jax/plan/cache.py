@@ -1,7 +1,7 @@
 """Reports of earlier plans, kept in the user's cache folder, because a compilation takes minutes.
 
-A report is found by a hash of everything that it depends on: the config, the hardware, the versions of JAX and libtpu, and the
-source code of the package. Neither JAX nor libtpu is needed to look for one.
+A report is found by a hash of everything that it depends on: the config, the hardware, the versions of `PACKAGES`, and the
+source code of this package. Looking for a report needs neither JAX nor libtpu.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 KEPT = 200
-"""Number of reports that stay in the folder."""
+"""Maximum number of reports that are kept."""
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
@@ -32,7 +32,7 @@ def cache_key(**facts: Any) -> str:
 
 
 def read(key: str) -> dict[str, Any] | None:
-    """Returns the report with this key, or None if there is none that can be read."""
+    """Returns the report with this key, or None if it does not exist or cannot be read."""
     try:
         return dict(json.loads((cache_folder() / f"{key}.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -40,7 +40,7 @@ def read(key: str) -> dict[str, Any] | None:
 
 
 def write(key: str, report: Mapping[str, Any]) -> None:
-    """Keeps a report and deletes the oldest ones. A folder that cannot be written is ignored."""
+    """Stores a report, and deletes the oldest ones if there are more than `KEPT`. Errors of the file system are ignored."""
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,16 @@
-"""Meshes, micro-batches and values of `model.remat` with which a pre-training fits a topology, by the estimated time of a step.
+"""Combinations of mesh, micro-batches and `model.remat` that fit a topology, ordered by the estimated time of a step.
 
-The estimate only puts the candidates in order; the best ones are compiled (search.py). With F model FLOPs a step, D devices
-of peak p, P parameters, k micro-batches, and N tokens of a step on one device,
+The estimate only orders the candidates; search.py compiles the best ones. For a model with P parameters and F FLOPs a step, D
+devices with a peak of p FLOP/s, and N tokens of a step on each device, it is the sum of these times:
 
     computing    F / (p D SHARE), and a third more if remat is `full`
-    fsdp         in each micro-batch, two gathers of the weights in the compute dtype and a reduce-scatter of float32 gradients;
-                 each device ends or starts with P / tensor of them. If the shards do not fill whole tiles (`ROWS`), an all-reduce
-                 instead of the reduce-scatter
-    data, slice  in each micro-batch, an all-reduce of float32 gradients, of which each device has P / (tensor x fsdp)
+    fsdp         in each micro-batch, two gathers of the weights in the compute dtype and a reduce-scatter of float32 gradients,
+                 of P / tensor elements each. If the shards do not fill whole tiles (`ROWS`), an all-reduce replaces the
+                 reduce-scatter
+    data, slice  in each micro-batch, an all-reduce of P / (tensor x fsdp) float32 gradients
     tensor       for each layer, four all-reduces of N x embed_dim activations in the compute dtype
 
-transfers.py has the times of these collectives. None is assumed to overlap with anything.
+transfers.py models the times of these collectives. None of them is assumed to overlap with other work.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ from gpt_jax.train.logging import flops_per_token
 from gpt_jax.train.memory_estimate import ORDER, USABLE, step_bytes
 
 SHARE = 0.5
-"""Share of the peak at which the model's FLOPs are assumed to be computed with remat `dots`."""
+"""Assumed share of the devices' peak that the model's FLOPs reach with remat `dots`, without collectives."""
 RECOMPUTED = 4 / 3
-"""Time of computing with remat `full`, which repeats the forward pass, relative to `dots`."""
+"""Ratio of the computing time with remat `full`, which repeats the forward pass, to the time with `dots`."""
 ROWS = 8
-"""Rows of a float32 tile in a TPU's memory. If embed_dim / fsdp is not a multiple of it, the compiler may sum whole gradients on
-all devices. For gpt1_1b5 on v5e, it did so with 28 and 7 rows (fsdp = 64 and 256), for few with 14 (fsdp = 128, tensor = 2),
-and not with 112 and 56."""
+"""Rows of a float32 tile in a TPU's memory. If embed_dim / fsdp is not a multiple of this number, the compiler may
+sum whole gradients on all devices. For gpt1_1b5 on v5e, it did so with shards of 28 and 7 rows (fsdp = 64 and 256), for a few
+gradients with 14 rows (fsdp = 128, tensor = 2), and not with 112 and 56 rows."""
 
 
 class Candidate(NamedTuple):
-    """A config that fits by the estimate of train/memory_estimate.py."""
+    """A config that fits according to the estimate of train/memory_estimate.py."""
 
     config: PretrainConfig
     seconds: float
@@ -52,7 +52,7 @@ class Candidate(NamedTuple):
 
     @property
     def options(self) -> str:
-        """The options of `pretrain` that turn the config that was searched into this one."""
+        """The options of `pretrain` that turn the original config into this one."""
         mesh, train, model = self.config.mesh, self.config.train, self.config.model
         used = ("slice", "data", "fsdp", "tensor") if mesh.slice > 1 else ("data", "fsdp", "tensor")
         axes = " ".join(f"--mesh.{axis} {getattr(mesh, axis)}" for axis in used)
@@ -60,10 +60,11 @@ class Candidate(NamedTuple):
 
 
 def find_candidates(config: PretrainConfig, devices: Sequence[jax.Device], slices: int = 1) -> list[Candidate]:
-    """Returns the candidates for the devices of one or more slices, those with the shortest estimated step first.
+    """Returns the candidates for the devices of one or more slices, the shortest estimated step first.
 
-    The global batch is that of the config, and `mesh.slice` the number of slices. A mesh occurs with `dots` and the fewest
-    micro-batches, of 1, 2, 4 and so on, with which that fits; and with `full` if it fits with fewer.
+    All candidates keep the global batch size of the config, and their `mesh.slice` is the number of slices. For each mesh,
+    there is a candidate with `dots` and the fewest micro-batches (1, 2, 4, ...) that fit, and one with `full` if that fits with
+    fewer.
 
     Raises:
       UserError: the model is not a Transformer, no mesh divides the batch and the model, or none has enough memory.
@@ -125,7 +126,7 @@ def step_seconds(config: PretrainConfig, mesh: Mesh) -> float:
 
 
 def _meshes(config: PretrainConfig, devices: int, slices: int) -> Iterator[MeshConfig]:
-    """Yields the meshes of all devices that divide the batch and the model."""
+    """Yields the meshes of all devices whose axes divide the batch and the model."""
     inside = devices // slices
     for tensor in _divisors(inside):
         for fsdp in _divisors(inside // tensor):
@@ -139,7 +140,7 @@ def _meshes(config: PretrainConfig, devices: int, slices: int) -> Iterator[MeshC
 
 
 def _splits(config: PretrainConfig, mesh: MeshConfig, remat: Any) -> Iterator[PretrainConfig]:
-    """Yields the config with a mesh and a value of `model.remat`, in 1, 2, 4 and so on micro-batches."""
+    """Yields the config with a mesh, a value of `model.remat`, and 1, 2, 4, ... micro-batches."""
     model = dataclasses.replace(config.model, remat=remat)
     local = config.train.batch_size // num_shards(dataclasses.asdict(mesh), "batch")
     micro_batches = 1

@@ -1,9 +1,9 @@
-"""Collectives of a compiled TPU program, and what runs while the asynchronous ones are under way.
+"""Collectives of a compiled TPU program, and the instructions that run during the asynchronous ones.
 
 The compiler writes a collective in one of these ways:
 
 - as an instruction of its own, or as a pair of instructions that start and end it;
-- inside a fusion: a reduce-scatter as an all-reduce from whose result the device slices its shard;
+- inside a fusion (a reduce-scatter is then an all-reduce from whose result the device slices its shard);
 - inside a chain of fusions: one starts it, some compute while it is under way, and the last one ends it;
 - as a call that a SparseCore executes;
 - between slices of TPUs, as a transfer through the hosts, which begins with `send` and ends with `recv-done`.
@@ -31,11 +31,11 @@ class Collective(NamedTuple):
     """An opcode in `COLLECTIVES`."""
     dtype: str
     bytes: int
-    """Bytes in one execution: those of its operands or of its results on one device, whichever are more."""
+    """Bytes of the operands or of the results on one device in one execution, whichever are more."""
     times: int
     """Number of executions."""
     axes: str
-    """Mesh axes whose devices take part, joined by "+"; the number and size of the groups if no axes match."""
+    """Mesh axes along which data is transferred, joined by "+"; if no axes match, the number and size of the groups."""
     devices: int
     """Devices in one group; 2 for a collective-permute."""
     part: str
@@ -44,10 +44,11 @@ class Collective(NamedTuple):
     asynchronous: bool = False
     """Whether other instructions may run between its start and its end."""
     overlap_cycles: int = 0
-    """Estimated cycles of the instructions between start and end, in one execution. The transfer can hide at most these, and
-    the cycles of `overlap_kernels`. An instruction that runs during several transfers counts for each of them."""
+    """Estimated cycles of the instructions between start and end, in one execution. Together with the cycles of
+    `overlap_kernels`, they limit how much of the transfer is hidden. An instruction that runs during several transfers counts
+    for each of them."""
     overlap_kernels: tuple[Kernel, ...] = ()
-    """Pallas kernels between start and end; their `times` are those in one execution of the transfer."""
+    """Pallas kernels between start and end; their `times` are for one execution of the transfer."""
 
 
 class CollectiveReader:
@@ -57,14 +58,14 @@ class CollectiveReader:
         self._computations, self._attribution = program.computations, attribution
         self._slices = mesh.get(SLICE, 1)
         one_slice = program.num_partitions * self._slices == math.prod(mesh.values())
-        # Several slices execute one module each, which numbers only the devices of the slice.
+        # Each of several slices executes its own module, which numbers only the devices of that slice.
         self._mesh = {**mesh, SLICE: 1} if one_slice else mesh
 
     def read(self, instruction: Instruction, computation: Computation) -> Collective:
         """Returns the collective that an instruction performs or starts."""
         inputs = input_shapes(instruction, computation)
         kind = instruction.opcode.removesuffix("-start")
-        # The result of a start repeats its operands, so that of its end counts instead.
+        # The result of a start repeats its operands, so the result of its end counts instead.
         result = instruction.shape if instruction.opcode == kind else ""
         dtype = "+".join(sorted(shape_dtypes(inputs)))
         axes, devices = read_groups(instruction.attributes, self._mesh)
@@ -72,7 +73,7 @@ class CollectiveReader:
         return Collective(kind, dtype, size, 1, axes, devices, *self._attribution.place(instruction))
 
     def read_called(self, call: Instruction) -> list[Collective]:
-        """Returns the collectives of the computation that a SparseCore is called to execute."""
+        """Returns the collectives in the computation that an instruction calls a SparseCore to execute."""
         computation = self._computations[call.called[0]]
         return [self.read(each, computation) for each in computation.values() if each.opcode in COLLECTIVES]
 
@@ -113,7 +114,7 @@ class Transfers:
     """Follows the collectives of one computation from their starts to their ends."""
 
     def __init__(self, reader: CollectiveReader, computation: Computation, collectives: list[Collective]) -> None:
-        """Adds the collectives to a list, in the order of their starts."""
+        """Prepares to follow a computation; `collectives` is the list to which they are added in the order of their starts."""
         self._reader, self._computation, self._collectives = reader, computation, collectives
         self._started: dict[str, tuple[range, int, int]] = {}
 
@@ -135,7 +136,7 @@ class Transfers:
             self._update(first, cycles, kernels, shape_bytes(instruction.shape))
         elif opcode == "call-start":
             self._start(name, self._reader.read_called(instruction), now)
-        elif opcode == "call-update":  # It passes the operands, for which the SparseCore has waited since its start.
+        elif opcode == "call-update":  # It passes the operands, and the SparseCore has only waited for them until now.
             self._started[name] = self._started[first][0], *now
         elif opcode == "call-done":
             self._update(first, cycles, kernels)
@@ -149,7 +150,7 @@ class Transfers:
                     self._collectives.append(collective)
                 elif starts:
                     self._start(chain, [collective], now)
-                elif chain in self._started:  # Otherwise it was started outside of a loop that continues it.
+                elif chain in self._started:  # Otherwise, it started outside of the loop that continues it.
                     self._update(chain, cycles, kernels)
 
     def _start(self, key: str, collectives: Sequence[Collective], now: tuple[int, int]) -> None:
@@ -159,7 +160,7 @@ class Transfers:
         self._started[key] = range(first, len(self._collectives)), *now
 
     def _update(self, key: str, cycles: int, kernels: Sequence[Kernel], size: int = 0) -> None:
-        """Sets the overlap of collectives to all that has run since their start; `size` is the number of bytes of a result."""
+        """Sets the overlap of collectives to all that has run since their start; `size` is the size of a result in bytes."""
         indices, cycles_before, kernels_before = self._started[key]
         for index in indices:
             each = self._collectives[index]

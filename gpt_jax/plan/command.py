@@ -23,7 +23,7 @@ from gpt_jax.runtime.mesh import check_batch, check_model, mesh_sizes
 def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
     """Prints the report of a pre-training, or the result of a search, and writes the report to a file if one is named.
 
-    Without libtpu, it prints what the arithmetic of shapes says, and how to install libtpu.
+    Without libtpu, it prints estimates from the shapes of arrays, and how to install libtpu.
 
     Raises:
       UserError: an option is wrong, or the config does not fit the topology.
@@ -56,11 +56,11 @@ def compare(options: argparse.Namespace, load: Callable[[str], PretrainConfig]) 
     """Prints two reports side by side.
 
     Args:
-      options: `compare` has the names of two files of reports or configs.
-      load: returns the config with a name, with the overrides of the command.
+      options: `options.compare` contains two names, each of a report file or of a config.
+      load: returns the config with a given name, with the command's overrides applied.
 
     Raises:
-      UserError: a file is not a report of this version, or as for `plan`.
+      UserError: a file is not a report of this version, or a config cannot be planned (see `plan`).
       TrainingError: a step does not compile.
     """
 
@@ -90,7 +90,7 @@ def _search(options: argparse.Namespace, config: PretrainConfig) -> None:
 
 
 def find_report(name: str, config: PretrainConfig, accelerator: Accelerator, slices: int) -> dict[str, Any]:
-    """Returns the report from the cache, or else compiles the step for it.
+    """Returns the report from the cache, or else compiles the step and makes the report.
 
     Raises:
       UserError, TrainingError: see `plan`.
@@ -110,7 +110,7 @@ def find_report(name: str, config: PretrainConfig, accelerator: Accelerator, sli
 
 
 def _check_memory(config: PretrainConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> None:
-    """Checks that the batch fits by the estimate that the run itself would check; the message has the number that fits."""
+    """Checks that the batch fits according to the estimate that the run itself makes; the error says how many sequences fit."""
     from gpt_jax.train.choices import choose_on
     from gpt_jax.train.memory_estimate import check_remat
 
@@ -119,7 +119,7 @@ def _check_memory(config: PretrainConfig, accelerator: Accelerator, sizes: Mappi
 
 
 def _hardware(options: argparse.Namespace, config: PretrainConfig) -> tuple[Accelerator, dict[str, int]]:
-    """Returns the slice that the options name, and the sizes of a mesh that divides its devices, the batch and the model."""
+    """Returns the slice that the options name, and the sizes of its mesh axes, which divide the batch and the model."""
     accelerator = _slice(options.topology)
     sizes = mesh_sizes(config.mesh, accelerator, options.slices)
     check_batch(sizes, config.train.batch_size, config.train.grad_accum_steps)
@@ -128,7 +128,7 @@ def _hardware(options: argparse.Namespace, config: PretrainConfig) -> tuple[Acce
 
 
 def _slice(name: str | None) -> Accelerator:
-    """Returns the TPU slice with a name."""
+    """Returns the TPU slice with a given name."""
     if name is None:
         raise field_error("topology", "name the TPU slice, for example v5e-256")
     accelerator = parse_accelerator(name, "--topology")
@@ -141,7 +141,7 @@ def _steps(config: PretrainConfig, corpus_tokens: int | None) -> float | None:
     length, train = config.model.context_length, config.train
     if parse_duration(train.duration, "train.duration")[1] != "epochs":
         corpus_tokens = 0
-    elif corpus_tokens is None and Path(config.data.store or "nowhere").is_dir():  # It may be on the workers only.
+    elif corpus_tokens is None and Path(config.data.store or "nowhere").is_dir():  # The store may exist only on the workers.
         corpus_tokens = Store.open(Path(config.data.store), verify=False).split("train").num_tokens
     if corpus_tokens is None:
         return None

@@ -1,4 +1,4 @@
-"""Two reports side by side: memory, cycles by part, collectives and time, with the change of each row."""
+"""A comparison of two reports side by side: memory, cycles by part, collectives and time, with the change of each row."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Row(NamedTuple):
 
     @property
     def change(self) -> str:
-        """The relative change as text, "" if it is small."""
+        """The relative change as text; "" if it is small, and "new" or "gone" if only one report has the figure."""
         if self.before == 0 or self.after == 0:
             return "" if self.before == self.after else "new" if self.before == 0 else "gone"
         change = self.after / self.before - 1
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 
 
 def describe_comparison(before: Report, after: Report, names: tuple[str, str]) -> str:
-    """Returns a table of both reports; `names` are those of the columns."""
+    """Returns a table of both reports; `names` are the headings of their columns."""
     width = max(24, *(len(name) for name in names))
     lines = [f"{'':52}{names[0]:>{width}}{names[1]:>{width}}"]
     for row in rows(before, after):

@@ -1,4 +1,4 @@
-"""Configs as Python files, in the style of those under configs/."""
+"""The source code of config files, in the style of those under configs/."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ def config_source(config: PretrainConfig, path: Path, sentence: str) -> str:
     """Returns the text of a file whose function `config()` returns the config.
 
     Args:
-      path: where the text will be stored, for the command in its header.
+      path: the path that the file will have; the command in its header names it.
       sentence: the first sentence of the header.
     """
     folder, name = config_folder().resolve(), shlex.quote(str(path))
@@ -47,7 +47,7 @@ def _classes(section: Any) -> set[str]:
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
-    """Returns what the parentheses of a section or a tuple contain: a name with "=", or "", and the value after it."""
+    """Returns the items in the parentheses of a section or a tuple: for each, its name with "=" (or ""), and its value."""
     if isinstance(value, tuple):
         return [("", each) for each in value]
     return [(f"{name}=", each) for name, each in _changed(value).items()]
@@ -64,10 +64,10 @@ def _flat(value: Any) -> str:
 
 
 def _layout(value: Any, indent: int, before: str) -> str:
-    """Returns the expression after some words, on several lines if one is too short.
+    """Returns `before` and the expression of a value, on several lines if one is too short.
 
     Args:
-      indent: number of blanks before the words and the closing parenthesis.
+      indent: number of spaces before the first word and before the closing parenthesis.
     """
     flat = before + _flat(value)
     if indent + len(flat) < LINE or not (dataclasses.is_dataclass(value) or isinstance(value, tuple)):

@@ -1,11 +1,11 @@
 """Costs of a compiled TPU program: cycles by part of the model, collectives, and calls of Pallas kernels.
 
-They are read from the program's optimized HLO, in which the TPU compiler has noted its estimate of the cycles of every fusion,
-product and copy. The costs of a loop's body are multiplied by its trip count. Of a conditional, the branch with the fewest cycles
-counts, because the other branch is for exceptions, such as improbable targets in the loss.
+They are read from the optimized HLO, which contains the TPU compiler's estimate of the cycles of each fusion, product and
+copy. The costs of a loop's body are multiplied by the loop's trip count. For a conditional, the branch with the fewest cycles
+counts, because the other branch is for exceptional cases, such as improbable targets in the loss.
 
-The compiler makes no estimates of asynchronous copies, of waiting for memory, of collectives, and of Pallas kernels. Collectives
-and kernels are listed with what a model of their time needs.
+The compiler does not estimate asynchronous copies, waiting for memory, collectives or Pallas kernels. Collectives and kernels are
+listed separately, with the properties that determine their time.
 """
 
 import collections
@@ -20,7 +20,7 @@ from gpt_jax.plan.kernels import Kernel, is_kernel, read_kernel
 
 
 class Cost(NamedTuple):
-    """Cycles of one instruction, all its executions together."""
+    """The cycles of one instruction in all of its executions."""
 
     cycles: int
     part: str
@@ -52,7 +52,7 @@ class Costs(NamedTuple):
         return dict(sums.most_common())
 
     def extend(self, other: "Costs", executions: int = 1) -> None:
-        """Adds the costs of a number of executions of something else."""
+        """Adds other costs, multiplied by a number of executions."""
         self.costs.extend(each._replace(cycles=executions * each.cycles, times=executions * each.times) for each in other.costs)
         self.collectives.extend(each._replace(times=executions * each.times) for each in other.collectives)
         self.kernels.extend(each._replace(times=executions * each.times) for each in other.kernels)

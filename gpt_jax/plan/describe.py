@@ -87,7 +87,7 @@ def _collective_lines(report: Report) -> list[str]:
 
 
 def _purpose(collective: dict[str, Any]) -> str:
-    """Returns "gradients" for their sums, of which one may serve several parts; otherwise the part and the direction."""
+    """Returns "gradients" for sums of gradients, which may combine several parts; otherwise the part and the direction."""
     sums = collective["kind"] in ("all-reduce", "reduce-scatter") and collective["direction"] == "backward"
     if sums and "tensor" not in collective["axes"]:
         return "gradients"
@@ -95,7 +95,7 @@ def _purpose(collective: dict[str, Any]) -> str:
 
 
 def _words(part: str) -> str:
-    """Returns a part of the model as words."""
+    """Returns the name of a part of the model as words."""
     return part.replace("_", " ")
 
 
@@ -113,7 +113,7 @@ def _run_line(report: Report, price: float | None, steps: float | None) -> str:
 
 
 def _figure(number: float) -> str:
-    """Returns a number with at least three digits that matter."""
+    """Returns a number with at least three significant digits."""
     return f"{number:,.1f}" if number >= 100 else f"{number:.3g}"
 
 

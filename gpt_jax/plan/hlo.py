@@ -21,7 +21,7 @@ class Instruction(NamedTuple):
 
     name: str
     shape: str
-    """Dtype, dimensions and layout of its result; several of them in parentheses if the result is a tuple."""
+    """Dtype, dimensions and layout of the result; if the result is a tuple, those of all its arrays, in parentheses."""
     opcode: str
     operands: str
     """The text in parentheses after the opcode: names of instructions, or the value of a constant."""
@@ -41,16 +41,16 @@ class Instruction(NamedTuple):
 
     @property
     def inputs(self) -> list[str]:
-        """Names of the instructions whose results are its operands, each name once."""
+        """Names of the instructions whose results are the operands, without repetitions."""
         return list(dict.fromkeys(re.findall(r"%([\w.\-]+)", self.operands)))
 
     @property
     def called(self) -> list[str]:
-        """Names of the computations that it calls, except for the condition and the body of a loop."""
+        """Names of the computations that the instruction calls, except for the condition and the body of a loop."""
         return [name for one, many in CALLED.findall(self.attributes) for name in [one, *re.findall(r"[\w.\-]+", many)] if name]
 
     def attribute(self, name: str) -> str:
-        """Returns the value of an attribute that is a single word, such as name in `body=%name`.
+        """Returns the value of an attribute that is a single word, such as `name` in `body=%name`.
 
         Raises:
           ValueError: the instruction does not have the attribute.
@@ -62,20 +62,20 @@ class Instruction(NamedTuple):
 
 
 Computation = Mapping[str, Instruction]
-"""Instructions by name, in the order of the text, which is that of their execution if the module is scheduled."""
+"""Instructions by name, in the order of the text, which is the order of execution if the module is scheduled."""
 
 
 class Program(NamedTuple):
-    """A module."""
+    """An HLO module."""
 
     computations: Mapping[str, Computation]
     entry: str
     """Name of the computation that is executed first."""
     num_partitions: int
-    """Number of devices that execute the module together. Several slices of TPUs execute one module each."""
+    """Number of devices that execute the module together. Each of several TPU slices executes its own module."""
 
     def inside(self, name: str) -> Iterator[Instruction]:
-        """Yields the instructions of a computation and of those that they call, except for loops."""
+        """Yields the instructions of a computation and of the computations that they call, except for loops."""
         for instruction in self.computations[name].values():
             yield instruction
             for called in instruction.called:
@@ -104,7 +104,7 @@ def parse(text: str) -> Program:
 
 
 def _parse_instruction(name: str, text: str) -> Instruction:
-    """Parses what stands after the equals sign: shape, opcode, operands in parentheses, and attributes."""
+    """Parses the text after the equals sign: shape, opcode, operands in parentheses, and attributes."""
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     shape, rest = text[:end], text[end:].lstrip()
     opening = rest.index("(")
