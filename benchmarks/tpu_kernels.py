@@ -46,8 +46,8 @@ def measure(options: argparse.Namespace) -> dict[Variant, Schedule]:
     """Compiles each kernel with and without dropout.
 
     Raises:
-      UserError: the kernels do not take the sizes.
-      TrainingError: the compiler refuses a kernel.
+      UserError: the kernels do not support the sizes.
+      TrainingError: a kernel does not compile.
     """
     if options.time % LANES:
         raise UserError(f"--time: must be a multiple of {LANES}, not {options.time}")
@@ -72,7 +72,7 @@ def _row(options: argparse.Namespace, variant: Variant, schedule: Schedule) -> s
     batch, time, heads, dim = options.batch, options.time, options.heads, options.dim
     array = batch * time * heads * dim * (2 if variant.dtype == "bfloat16" else 4)
     logarithms = 4 * batch * heads * time
-    arrays = {  # queries, keys and values, output; those, the output's gradient, and the gradients of the first three
+    arrays = {  # forward: queries, keys, values and output; backward: also the gradients of these four
         "attention_forward": 4 * array + logarithms,
         "attention_backward": 8 * array + logarithms,
         "layer_norm_forward": 2 * array,

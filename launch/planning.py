@@ -1,6 +1,7 @@
 """The plan of a job: whether its training step fits, and how long it takes, according to `gpt-jax plan`.
 
-The plan is made in another process, because it needs JAX. If the same step was planned before, it comes from the user's cache.
+`gpt-jax plan` runs in another process, because it needs JAX. If the same step was planned before, its report comes from the
+user's cache.
 """
 
 import subprocess
@@ -22,12 +23,12 @@ RESULTS = 4
 
 
 def is_planned(job: Job) -> bool:
-    """Returns whether `gpt-jax plan` covers the job, which must be a pre-training on TPUs."""
+    """Returns whether `gpt-jax plan` can plan the job, that is, whether the job is a pre-training on TPUs."""
     return job.verb == "pretrain" and job.accelerator.kind == "tpu"
 
 
 def check_plan(job: Job) -> None:
-    """Plans a job, and shows what the plan says about memory, time, and what limits the step.
+    """Plans a job, and shows the lines of the report about the memory, the time, and what limits the step.
 
     Raises:
       UserError: the training step does not fit, or it cannot be planned.
@@ -46,7 +47,7 @@ def check_plan(job: Job) -> None:
 def plan_command(job: Job) -> list[str]:
     """Returns the command that plans a job.
 
-    It leaves out all paths, which may exist only on the workers. They do not change the step.
+    The command leaves out all paths, because they may exist only on the workers and do not change the step.
     """
     fields = flatten_config(load_config(job.config))
     paths = [name for name, (_, affects) in fields.items() if affects == "input"]
@@ -65,7 +66,7 @@ def run_plan(command: Sequence[str]) -> tuple[int, str, str]:
     """Runs `gpt-jax plan`, and shows its progress.
 
     Returns:
-      the exit code, the report, and the message of an error. The report or the message is empty.
+      the exit code, the report ("" after an error), and the error message ("" if there is none).
     """
     problem = ""
     with tempfile.TemporaryFile() as output:
@@ -85,7 +86,7 @@ def run_plan(command: Sequence[str]) -> tuple[int, str, str]:
 
 
 def summary(report: str) -> list[str]:
-    """Returns the lines of a report that are shown at a launch; without libtpu, reports are short and are shown completely."""
+    """Returns the lines of a report that are shown at a launch. Reports without libtpu are short and are returned whole."""
     sections = [section.splitlines() for section in report.strip().split("\n\n")]
     if len(sections) == 1:
         return sections[0]

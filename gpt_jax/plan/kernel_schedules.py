@@ -5,14 +5,14 @@ times the number of grid points are therefore close to the time in the core. A k
 
     bundles    scheduled bundles
     pops       8 cycles for each register that is read from a matrix unit, divided by 4 matrix units (not counted on TPU7x)
-    bytes      its arrays, read and written once, over the bandwidth of the memory
+    bytes      the bytes of its arrays, each read or written once, divided by the bandwidth of the memory
 
-The attention kernels of sequences of several blocks contain a loop over the other blocks, of which a block has from 0 to n - 1 to
-visit. The bundles in the loop therefore count (n - 1) / 2 times.
+If a sequence consists of n > 1 blocks, the attention kernels contain a loop over other blocks, with 0 to n - 1 iterations for
+each block. The bundles in the loop therefore count (n - 1) / 2 times.
 
-Compiling a kernel for its schedule takes some five seconds, in a process of its own. `TABLE` has those of the configs that come
-with the project (benchmarks/tpu_kernels.py writes it). An entry belongs to one version of libtpu and to the source code of its
-kernel.
+Compiling a kernel for its schedule takes some five seconds, in a process of its own. `TABLE` has the schedules for the configs
+that come with the project; benchmarks/tpu_kernels.py writes it. An entry is valid for one version of libtpu and one version of
+the kernel's source code.
 """
 
 import ast
@@ -41,11 +41,11 @@ from gpt_jax.runtime.chips import CHIPS
 ATTENTION, LAYER_NORM = ("attention_forward", "attention_backward"), ("layer_norm_forward", "layer_norm_backward")
 """The names of the kernels in a program."""
 SOURCES = dict.fromkeys(ATTENTION, (dropout, tpu, tpu_tiles)) | dict.fromkeys(LAYER_NORM, (dropout, tpu_layer_norm))
-"""The modules that a kernel's program is written in."""
+"""The modules that define the program of each kernel."""
 TABLE = Path(__file__).with_name("kernel_schedules.json")
 """Known schedules: a list of objects with the fields of `Variant` and `Schedule`, and the digest of the source."""
 RATE = 0.1
-"""The dropout rate with which kernels are compiled. It is a number in their program, which does not change the schedule."""
+"""The dropout rate with which kernels are compiled. It is only a number in their programs and does not change the schedule."""
 
 
 class Variant(NamedTuple):
@@ -55,7 +55,7 @@ class Variant(NamedTuple):
     chip: str
     """The `device_kind` in JAX."""
     libtpu: str
-    """The version."""
+    """The version of libtpu."""
     dtype: str
     dropout: bool
     segments: bool
@@ -85,7 +85,7 @@ def kernel_cycles(kernel: Variant, batch: int, heads: int, size: int, schedule: 
       batch: sequences on the device.
       heads: attention heads on the device.
       size: bytes of the operands and results.
-      schedule: that of the kernel.
+      schedule: the schedule of the kernel.
     """
     chip = CHIPS[kernel.chip]
     if kernel.name in ATTENTION:
@@ -98,7 +98,7 @@ def kernel_cycles(kernel: Variant, batch: int, heads: int, size: int, schedule: 
 
 
 def find_schedule(kernel: Variant) -> Schedule:
-    """Returns the schedule of a kernel from the table, or else compiles the kernel for it.
+    """Returns the schedule of a kernel from the table, or else from compiling the kernel.
 
     Raises:
       TrainingError: the kernel does not compile.
@@ -108,7 +108,7 @@ def find_schedule(kernel: Variant) -> Schedule:
 
 @functools.cache
 def read_table(all_sources: bool = False) -> Mapping[Variant, Schedule]:
-    """Returns the entries of the table that belong to the present source code of their kernels, or `all_sources`."""
+    """Returns the table's entries for the current source code of the kernels, or with `all_sources` all entries."""
     rows = json.loads(TABLE.read_text()) if TABLE.exists() else []
     chosen = (row for row in rows if all_sources or row["source"] == source_hash(row["name"]))
     return {Variant(*(row[key] for key in Variant._fields)): Schedule(row["bundles"], row["pops"]) for row in chosen}
@@ -146,10 +146,10 @@ def libtpu_version() -> str:
 
 
 def compile_schedule(kernel: Variant) -> Schedule:
-    """Compiles a kernel, and counts what its schedule has for one grid point.
+    """Compiles a kernel, and returns the counts of its schedule for one grid point.
 
     Raises:
-      TrainingError: it does not compile.
+      TrainingError: the kernel does not compile.
     """
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_hlo_text=true --xla_jf_dump_llo_text=true"
@@ -170,7 +170,7 @@ def count(program: str, loop_trips: float) -> Schedule:
 
     Args:
       program: the text of the final bundles. Each begins with its address and one ">" for each loop around it; the outermost loop
-        is that over the grid.
+        is the one over the grid.
       loop_trips: mean trip count of the kernel's own loop.
     """
     bundles, pops, times = 0.0, 0.0, 1.0

@@ -11,9 +11,9 @@ class Kernel(NamedTuple):
     """A call of a Pallas kernel."""
 
     name: str
-    """The name that `pallas_call` was given."""
+    """The `name` argument of `pallas_call`."""
     bytes: int
-    """Bytes of operands and results in one execution. An array that is several operands counts once."""
+    """Bytes of operands and results in one execution. An array that occurs as several operands counts once."""
     times: int
     """Number of executions."""
     part: str
@@ -21,7 +21,7 @@ class Kernel(NamedTuple):
 
 
 def is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction is the call of a Pallas kernel."""
+    """Returns whether an instruction calls a Pallas kernel."""
     return instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.attributes
 
 

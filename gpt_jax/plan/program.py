@@ -20,38 +20,39 @@ from gpt_jax.train.step import abstract_state, lower_step
 SIZE = r"\(([\d.]+)([GMK])\)"
 TOO_LARGE = re.compile(rf"total memory required for .{{0,40}}? {SIZE} exceeds available HBM {SIZE}")
 GIB_OF = {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}
-"""Units in the compiler's messages in GiB."""
+"""The units in the compiler's messages, expressed in GiB."""
 
 
 class DoesNotFit(UserError):
-    """The program needs more memory than a device has, although the estimate of train/memory_estimate.py was that it fits."""
+    """The program needs more memory than a device has, although it fits according to train/memory_estimate.py."""
 
 
 class Program(NamedTuple):
-    """A compiled training step, and what is known about it."""
+    """A compiled training step and its properties."""
 
     text: str
-    """Its optimized HLO."""
+    """The optimized HLO."""
     mesh: Mesh
     config: PretrainConfig
-    """With all choices made."""
+    """The config, with all choices made."""
     memory: dict[str, int]
-    """Bytes on one device: `parameters`, `moments`, `batch`, `temporaries`, `code`, and `peak`, the sum of them."""
+    """Bytes on one device: `parameters`, `moments`, `batch`, `temporaries`, `code`, and `peak`, the sum of these and
+    of outputs that do not reuse the memory of an input."""
     seconds: float
-    """Time that lowering and compiling took."""
+    """Time for lowering and compiling, in seconds."""
 
 
 def compile_step(config: PretrainConfig, accelerator: Accelerator, slices: int = 1) -> Program:
-    """Compiles the update that a pre-training would make on TPU slices.
+    """Compiles the training step of a pre-training on TPU slices.
 
     Raises:
       UserError: libtpu is not installed; the mesh does not divide the devices, the batch or the model; or the batch does not fit
         according to train/memory_estimate.py.
-      DoesNotFit: it does not fit according to the compiler.
-      TrainingError: it does not compile for another reason.
+      DoesNotFit: the step does not fit according to the compiler.
+      TrainingError: the step does not compile for another reason.
     """
     jax.config.update("jax_platforms", "cpu")  # Do not look for a TPU.
-    jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read such programs back.
+    jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read these programs back.
     mesh = make_mesh(config.mesh, topology_devices(topology_name(accelerator), slices))
     check_batch(mesh.shape, config.train.batch_size, config.train.grad_accum_steps)
     check_model(mesh.shape, config.model)

@@ -1,4 +1,4 @@
-"""Groups of devices between which a collective transfers data, read from the notations of HLO and named by mesh axes."""
+"""Groups of devices between which a collective transfers data: parsed from HLO, and named after mesh axes."""
 
 import collections
 import itertools
@@ -15,7 +15,7 @@ Partition = set[frozenset[int]]
 IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 """Numbers 0, 1, 2, ... in an array of these dimensions, and optionally a new order of its axes."""
 AXIS = r"'([^':]+)'?(?::\((\d+)\)(\d+)'?)?"
-"""An axis of a mesh; or a part of one, such as `'data':(2)4`: the product of the parts before it, and its own size."""
+"""An axis of a mesh, or a part of an axis, such as `'data':(2)4`: 2 is the product of the parts before it, and 4 is its size."""
 
 
 class Groups(NamedTuple):
@@ -31,8 +31,9 @@ def read_groups(attributes: str, mesh: Mapping[str, int]) -> Groups:
     """Returns the groups of a collective.
 
     Args:
-      attributes: the attributes of the instruction, as they stand in HLO.
-      mesh: sizes of the mesh's axes by name. Devices are numbered in its order, with the last axis counted fastest.
+      attributes: the attributes of the instruction, as written in HLO.
+      mesh: sizes of the mesh's axes by name. Devices are numbered in the order of the axes, and the last axis varies
+        fastest.
 
     Raises:
       ValueError: the attributes do not contain groups in a known notation.
@@ -59,18 +60,19 @@ def _parse_groups(attributes: str, devices: np.ndarray) -> Partition:
         return {frozenset(group) for group in _iota(tiled[3], tiled[4]).reshape(int(tiled[1]), int(tiled[2])).tolist()}
     if listed := re.search(r"replica_groups=\{((?:\{[\d,]+\},?)*)\}", attributes):
         groups = {frozenset(map(int, group.split(","))) for group in re.findall(r"[\d,]*\d", listed[1])}
-        return groups or {frozenset(devices.flat)}  # No groups are one group of all devices.
+        return groups or {frozenset(devices.flat)}  # An empty list means one group of all devices.
     raise ValueError(f"replica groups in an unknown notation: {attributes.lstrip(', ')[:100]}")
 
 
 def _parse_axes(mesh: str, dims: str | None, order: str | None, axes: str) -> Partition:
-    """Returns the groups along axes of a mesh that HLO names, each axis whole or in part."""
+    """Returns the groups along axes, or parts of axes, of a mesh that HLO names."""
     sizes = {axis: int(size) for axis, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ranges: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
     for axis, before, size in re.findall(AXIS, axes):
         first = int(before or 1)
         ranges[axis].append((first, first * int(size or sizes[axis])))
-    # Each axis is split where parts of it begin and end: 8 with the part (2)2 becomes 2 x 2 x 2, of which the second takes part.
+    # Each axis is split where parts of it begin and end: an axis of 8 with the part (2)2 becomes 2 x 2 x 2, and
+    # the second of these takes part.
     shape: list[int] = []
     positions: list[int] = []
     for axis, size in sizes.items():
@@ -97,7 +99,7 @@ def _partition(devices: np.ndarray, axes: Sequence[int]) -> Partition:
 
 
 def _axes_of_moves(moves: Sequence[tuple[int, int]], devices: np.ndarray, names: Sequence[str]) -> str:
-    """Returns the axes along which data moves from some devices to others."""
+    """Returns the axes along which data moves between devices, joined by "+"."""
     places = {int(device): np.array(place) for place, device in np.ndenumerate(devices)}
     changed = np.any([places[source] != places[target] for source, target in moves], axis=0)
     return "+".join(name for name, change in zip(names, changed, strict=True) if change)

@@ -1,9 +1,9 @@
 """The report of a planned training run: memory, cycles by part of the model, collectives, modeled time, and the whole run.
 
-    step = cycles / clock + the time of collectives that nothing overlaps
+    step = cycles / clock + the time of collectives that no other work overlaps
 
-The cycles are the compiler's estimates of XLA's instructions plus those of the Pallas kernels (kernel_schedules.py). transfers.py
-models the time of collectives. docs/planning.md says what this leaves out.
+The cycles are the compiler's estimates for XLA's instructions plus the cycles of the Pallas kernels (kernel_schedules.py).
+transfers.py models the time of collectives. docs/planning.md lists what this model leaves out.
 """
 
 import collections
@@ -31,10 +31,10 @@ from gpt_jax.train.logging import flops_per_token
 
 
 def make_report(name: str, program: Program, accelerator: Accelerator, slices: int) -> Report:
-    """Returns the report of a compiled step; `name` is the config's.
+    """Returns the report of a compiled step; `name` is the name of its config.
 
     Raises:
-      TrainingError: a Pallas kernel of the program does not compile for its schedule.
+      TrainingError: a Pallas kernel of the program does not compile on its own.
     """
     config, mesh = program.config, program.mesh
     chip, costs = CHIPS[accelerator.device_kind], read_costs(program.text, mesh.shape)
@@ -85,7 +85,7 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
 
 
 class _KernelCycles:
-    """The cycles of the calls of Pallas kernels in a program."""
+    """The cycles that a program spends in Pallas kernels."""
 
     def __init__(self, program: Program, chip: str) -> None:
         self._config, self._chip, sizes = program.config, chip, program.mesh.shape
@@ -100,11 +100,11 @@ class _KernelCycles:
         return kernel_cycles(variant, self._batch, self._heads, kernel.bytes, self._find_schedule(variant))
 
     def of_attention(self, costs: Costs) -> float:
-        """Returns the cycles of all calls of the attention kernels, which consist of products and what overlaps with them."""
+        """Returns the cycles of all calls of the attention kernels, which are products and work that overlaps with them."""
         return sum(kernel.times * self.call(kernel) for kernel in costs.kernels if kernel.name in ATTENTION)
 
     def rows(self, costs: Costs) -> list[dict[str, Any]]:
-        """Returns the kernels with their number of executions, and the cycles of all executions."""
+        """Returns the kernels, each with the number and the cycles of all its executions."""
         times: collections.Counter[str] = collections.Counter()
         cycles: collections.Counter[str] = collections.Counter()
         for kernel in costs.kernels:
@@ -141,7 +141,7 @@ def _cycles(costs: Costs, kernels: _KernelCycles) -> dict[str, dict[str, float]]
 
 
 def _collectives(costs: Costs, links: Links, kernels: _KernelCycles, clock: float) -> list[dict[str, Any]]:
-    """Returns the collectives, those of the same kind, dtype, axes and part as one, the longest first."""
+    """Returns the collectives, the longest first. Those that agree in all fields of `_named` are added up."""
     rows: dict[Any, dict[str, Any]] = {}
     for each in costs.collectives:
         seconds = links.seconds(each)

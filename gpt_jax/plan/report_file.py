@@ -1,4 +1,4 @@
-"""Reports in files, as `gpt-jax plan --json` writes them. This module and those that print reports do not need JAX."""
+"""Report files, as `gpt-jax plan --json` writes them. Neither this module nor those that print reports need JAX."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,7 @@
 """The search for the mesh, the micro-batches and `model.remat` with which a pre-training is fastest on a TPU slice.
 
-candidates.py orders what fits by an estimate. The best few are compiled and compared by the time that their reports model.
+candidates.py orders the combinations that fit by an estimate. The best few are compiled, and compared by the
+modeled time of a step.
 """
 
 import contextlib
@@ -29,11 +30,11 @@ from gpt_jax.runtime.chips import GIB
 from gpt_jax.runtime.console import say
 
 COMPILED = 4
-"""Number of candidates that are compiled."""
+"""Number of candidates to compile."""
 COMPILER_BYTES = 3 * GIB
-"""Free memory for each compilation that runs at the same time as others."""
+"""Free memory in bytes that each compilation requires if several run at the same time."""
 WAIT = 0.2
-"""Seconds between two looks at the running compilations."""
+"""Seconds between two checks of the running compilations."""
 
 
 class Planned(NamedTuple):
@@ -41,9 +42,9 @@ class Planned(NamedTuple):
 
     candidate: Candidate
     report: Report | None
-    """None if it does not compile."""
+    """None if the candidate does not compile."""
     refusal: str = ""
-    """The reason, if it does not compile."""
+    """The reason, if the candidate does not compile."""
 
 
 Poll = Callable[[], Planned | None]
@@ -51,7 +52,7 @@ Poll = Callable[[], Planned | None]
 
 
 def search(name: str, config: PretrainConfig, accelerator: Accelerator, slices: int, write: Path | None) -> Report:
-    """Prints the best candidates and the options of the best one; returns its report.
+    """Prints the best candidates and the options of the best one, whose report it returns.
 
     Args:
       name: the config's name.
@@ -89,7 +90,7 @@ def compile_best(candidates: Sequence[Candidate], start: Callable[[Candidate], P
     """Compiles the first candidates, and another one for each that is refused; returns all results.
 
     Args:
-      start: begins to plan a candidate.
+      start: begins to plan a candidate, and returns a function that polls for the result.
       at_once: number of compilations that run at the same time.
     """
     waiting, running, planned = list(candidates), list[Poll](), list[Planned]()
@@ -110,9 +111,9 @@ def compile_best(candidates: Sequence[Candidate], start: Callable[[Candidate], P
 
 @contextlib.contextmanager
 def compilations(folder: Path, accelerator: Accelerator, slices: int) -> Iterator[Callable[[Candidate], Poll]]:
-    """Provides a function that plans a candidate in a process of its own, as `compile_best` needs it.
+    """Provides the function `start` of `compile_best`, which plans each candidate in a process of its own.
 
-    Processes that still run at the end are stopped.
+    Processes that are still running at the end are stopped.
 
     Args:
       folder: an empty folder for their files.
@@ -151,7 +152,7 @@ def compilations(folder: Path, accelerator: Accelerator, slices: int) -> Iterato
 
 
 def describe_search(name: str, hardware: str, planned: Sequence[Planned]) -> str:
-    """Returns a table of the compiled candidates, the fastest first; those that were refused; and the options of the best one."""
+    """Returns a table of the compiled candidates, fastest first, then the refused candidates and the options of the best one."""
     header = f"{'mesh':32}{'micro-batches':>13}{'remat':>7}{'GiB':>7}{'step ms':>9}{'tokens/s':>12}{'MFU':>7}{'waiting ms':>12}"
     lines = [f"{name} on {hardware}: modeled, the fastest first", "", f"{header}  limited by"]
     ranked = sorted((each for each in planned if each.report), key=_modeled_seconds)

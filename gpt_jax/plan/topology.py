@@ -26,11 +26,11 @@ ONE_HOST = {
     "TPU v6 lite": "v6e:2x2",
     "TPU7x": "tpu7x:2x2x1",
 }
-"""A topology of one host for each kind of chip."""
+"""A topology with one host for each kind of chip."""
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
-    """Returns the devices of one or more slices, for a mesh to compile for. They cannot run anything.
+    """Returns the devices of one or more slices, to make a mesh to compile for. They cannot run anything.
 
     The function loads libtpu into this process but does not look for TPUs, and therefore works on machines without any. JAX
     cannot read programs for such devices back from its compilation cache, and logs a warning at each attempt.
@@ -50,7 +50,7 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     generation, _, chips = name.partition(":")
     if generation == "v4":
         options["chip_config_name"] = "megacore"  # Both cores of a chip are one device, as on hosts with TPUs.
-    elif chips in ("1x1", "1x1x1", "2x4"):  # They are one host.
+    elif chips in ("1x1", "1x1x1", "2x4"):  # These slices have one host.
         options["chips_per_host_bounds"] = (*map(int, chips.split("x")), 1)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)

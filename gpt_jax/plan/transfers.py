@@ -1,19 +1,19 @@
-"""A model of the time that collectives take: their bytes over the bandwidth of the links that they use.
+"""A model of the time that collectives take: their bytes divided by the bandwidth of the links that they use.
 
-The chips of a slice form a torus, with a link to each neighbor. Along an axis that is closed to a ring, a collective sends in
+The chips of a slice form a torus, with a link to each neighbor. Along an axis that is closed into a ring, a collective sends in
 both directions at once. Along an open axis, the chips at the ends receive from one side only. A collective over several axes uses
-the links of all of them. Where the devices of several groups alternate along an axis, the groups share its links. With B bytes on
-each device after a gather or before a scatter, n devices, and W bytes/s into a device,
+the links of all of them. If the devices of several groups alternate along an axis, the groups share its links. With B bytes on
+each device after a gather or before a scatter, n devices, and W bytes/s into a device, the times are
 
     all-gather, reduce-scatter    B (n - 1) / n / W
-    all-reduce                    twice as long: one of each
-    all-to-all                    B n / (4 W) along the axis where it takes longest: the average path is a quarter of a ring
+    all-reduce                    twice as long, because it consists of a reduce-scatter and an all-gather
+    all-to-all                    B n / (4 W) along the slowest axis, because the average path is a quarter of a ring
     collective-permute            B over the bandwidth of one link in one direction
 
-Slices exchange data over the data center network, which connects each to all others, at `Chip.slice_bandwidth`. If it is not
-published, their transfers take no time. Latencies are not modeled. The axes that are closed, and the bandwidths, are those of
-Google's documentation (runtime/chips.py): those of 16 chips in a two-dimensional torus, and in a three-dimensional one, all axes
-of a slice that consists of whole cubes of 4 x 4 x 4 chips.
+Slices exchange data over the data center network, which connects each slice to all others, at `Chip.slice_bandwidth`. If this
+bandwidth is not published, the transfers take no time. Latencies are not modeled. The bandwidths are those of Google's
+documentation (runtime/chips.py). According to it, an axis of a two-dimensional torus is closed if it has 16 chips, and all axes
+of a three-dimensional torus are closed if the slice consists of whole cubes of 4 x 4 x 4 chips.
 """
 
 import itertools
@@ -39,7 +39,7 @@ class Links:
         """Bandwidth of one link in one direction, in bytes/s."""
 
     def seconds(self, collective: Collective) -> float:
-        """Returns the time of one execution of a collective that nothing delays."""
+        """Returns the time of one execution of a collective in seconds, if nothing delays it."""
         axes = [axis for axis in collective.axes.split("+") if axis in self._mesh.shape]
         if collective.kind == "collective-permute":
             return collective.bytes / (self.bandwidth([SLICE]) if SLICE in axes else self.link)
@@ -57,7 +57,7 @@ class Links:
     def bandwidth(self, axes: Sequence[str]) -> float:
         """Returns the bytes that a device can receive in a second from the other devices along mesh axes.
 
-        If no axes are given, they are unknown, and the result is that of one link.
+        Empty `axes` mean that the axes are unknown; the result is then the bandwidth of one link.
         """
         if list(axes) == [SLICE]:
             return self._chip.slice_bandwidth or math.inf
@@ -69,8 +69,8 @@ class Links:
     def _lines(self, axes: Sequence[str]) -> list[tuple[int, float]]:
         """Returns the axes of the torus over which a group of devices extends.
 
-        Each has its number of positions, and the number of links from which a device receives along it: a fraction if several
-        groups share them.
+        For each axis, the result has the number of positions of the group, and the number of links from which a device receives
+        along the axis. That number is a fraction if several groups share the links.
         """
         cubes = all(extent % 4 == 0 for extent in self._extents)
         lines = []
@@ -93,6 +93,6 @@ def exposed_seconds(collective: Collective, seconds: float, overlap: float) -> f
 
     Args:
       seconds: time of one execution.
-      overlap: time of what runs between its start and its end, if it is asynchronous.
+      overlap: time of the work that runs between its start and its end, if it is asynchronous.
     """
     return max(seconds - overlap, 0.0) if collective.asynchronous else seconds

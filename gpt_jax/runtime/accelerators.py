@@ -4,8 +4,8 @@ An accelerator is named FAMILY-SIZE. TPU sizes are those of Cloud TPU: chips for
 v5p and 7x. GPU and CPU sizes count the devices of one node; "cpu-4" is a node on which JAX simulates four devices.
 
 Sources: "TPU architecture" and the page of each generation (chips in a host, slice names), "Plan TPUs in GKE" (labels and
-topologies), "GPU machine types" (Google Cloud documentation, 2026); names of TPU7x from xpk's system characteristics. The memory
-is that of `runtime/chips.py`.
+topologies), "GPU machine types" (Google Cloud documentation, 2026); names of TPU7x from xpk's system characteristics. The
+memory is from `runtime/chips.py`.
 """
 
 import bisect

@@ -1,19 +1,19 @@
-"""The accelerators that figures are known for: peak throughput, memory and bandwidths. This module does not depend on JAX.
+"""Known figures of accelerators: peak throughput, memory and bandwidths. This module does not depend on JAX.
 
 Sources, last checked in November 2026:
 
-- TPUs: the tables of key specifications on cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and tpu7x. The memory bandwidth of
-  v6e is that on the page tpu7x, which compares generations. v4's clock and links (6 of 50 GB/s in each direction) are in table 4
-  of Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning with Hardware Support for Embeddings"
-  (2023). The bandwidth between slices is that of the data center network: v5e's and v6e's for a pod of 256 chips, v5p's for a
-  chip; the other pages have none. The operations in a cycle are those of the matrix units. The estimates of libtpu's compiler for
-  a product of 8,192 x 8,192 matrices are 70 to 90 % of them.
-- A100, H100, H200 and L4: the data sheet "NVIDIA ... Tensor Core GPU" of each, of which copies of the tables were checked. The
-  clocks and peaks of H100 are in the white paper "NVIDIA H100 Tensor Core GPU Architecture". B200: the data sheets "NVIDIA HGX
-  B200" and "NVIDIA DGX B200", divided by 8; sources differ about its other peaks. GeForce: the white papers "NVIDIA Ampere GA102
-  GPU Architecture" and "NVIDIA Ada GPU Architecture". Peaks are without sparsity; where a clock is given, they are equal to
-  multiprocessors x operations in a cycle x clock.
-- Memory of GPUs: what nvidia-smi reports, in MiB. An "80 GB" H100 has 81,559 MiB, which is 79.6 GiB or 85.5 GB.
+- TPUs: the tables of key specifications on cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e and tpu7x. The memory bandwidth
+  of v6e is from the page tpu7x, which compares generations. v4's clock and links (6 of 50 GB/s in each direction) are in table
+  4 of Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer for Machine Learning with Hardware Support for
+  Embeddings" (2023). The bandwidth between slices is that of the data center network. The pages v5e and v6e give it for a pod
+  of 256 chips, the page v5p for one chip, and the other pages not at all. The operations in a cycle are those of the matrix
+  units. For a product of 8,192 x 8,192 matrices, the estimates of libtpu's compiler amount to 70 to 90 % of them.
+- A100, H100, H200 and L4: the data sheet "NVIDIA ... Tensor Core GPU" of each; the figures were checked in copies of its
+  tables. The clocks and peaks of H100 are in the white paper "NVIDIA H100 Tensor Core GPU Architecture". B200: the data sheets
+  "NVIDIA HGX B200" and "NVIDIA DGX B200", divided by 8; sources differ about its other peaks. GeForce: the white papers "NVIDIA
+  Ampere GA102 GPU Architecture" and "NVIDIA Ada GPU Architecture". Peaks are without sparsity; where a clock is given, the
+  peaks are equal to multiprocessors x operations in a cycle x clock.
+- Memory of GPUs: as reported by nvidia-smi in MiB. An "80 GB" H100 has 81,559 MiB, which is 79.6 GiB or 85.5 GB.
 """
 
 from collections.abc import Mapping
@@ -37,9 +37,9 @@ class Chip(NamedTuple):
     clock: float = 0.0
     """Clock in Hz at which the chip reaches its peak in bfloat16; 0: not published."""
     torus: int = 0
-    """Number of dimensions of the TPU's torus: it has two links in each. 0: not a TPU."""
+    """Number of dimensions of the TPU's torus. The chip has two links in each dimension. 0: not a TPU."""
     slice_bandwidth: float = 0.0
-    """Bandwidth to other slices in bytes/s and direction; 0: not published."""
+    """Bandwidth to other slices in each direction, in bytes/s; 0: not published."""
     flops_per_cycle: int = 0
     """Operations of a bfloat16 product in one cycle of the compiler's estimates; 0: not a TPU."""
     cores: int = 1
@@ -47,7 +47,7 @@ class Chip(NamedTuple):
 
     @property
     def cycles_per_second(self) -> float:
-        """Cycles of the compiler's estimates in a second, for TPUs."""
+        """Number of cycles of the compiler's estimates in a second; only for TPUs."""
         return self.peak_flops["bfloat16"] / self.flops_per_cycle
 
 
@@ -80,4 +80,4 @@ CHIPS = {
     "NVIDIA GeForce RTX 3090": _chip(71, 24_576 * MIB, 936, 0, 1695, tf32=35.6, float32=35.6),
     "NVIDIA GeForce RTX 4090": _chip(165.2, 24_564 * MIB, 1008, 0, 2520, tf32=82.6, float32=82.6),
 }
-"""Chips by their `device_kind` in JAX. Code that uses a figure does without it if the chip is not listed."""
+"""Chips by their `device_kind` in JAX. Code that uses these figures must also work for chips that are not listed."""

@@ -1,6 +1,6 @@
-"""The shape of the device mesh and the mapping from logical axes to it. It does not depend on JAX, so launchers can use it.
+"""The shape of the device mesh, and the mapping from logical to mesh axes. Launchers use this module, so it does not need JAX.
 
-Model code names what an axis of an array means ("batch", "embed", "heads", ...); only `RULES` specifies which mesh axes split it.
+Model code names the meaning of each array axis ("batch", "embed", "heads", ...); only `RULES` specifies which mesh axes split it.
 The mesh always has the same four axes, and unused ones have size 1, so the same program runs on a laptop and on a pod.
 """
 
@@ -29,7 +29,7 @@ def resolve_mesh(config: MeshConfig, num_devices: int, where: str = "") -> dict[
     Args:
       config: the requested sizes.
       num_devices: number of devices in the whole run.
-      where: their hardware, for messages (" on 2 x v5e-16").
+      where: the hardware of the devices, for messages (" on 2 x v5e-16").
 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
@@ -73,7 +73,7 @@ def check_batch(sizes: Mapping[str, int], batch_size: int, grad_accum_steps: int
     """Checks that a batch and its micro-batches split evenly over the mesh.
 
     Raises:
-      UserError: the batch does not; the message suggests batch sizes that would.
+      UserError: the batch does not split evenly; the message suggests batch sizes that do.
     """
     shards = num_shards(sizes, "batch")
     unit = shards * grad_accum_steps
@@ -88,7 +88,7 @@ def check_model(sizes: Mapping[str, int], model: ModelConfig) -> None:
     """Checks that the model's dimensions split evenly over the mesh.
 
     Raises:
-      UserError: a dimension does not; the message suggests mesh sizes that would work.
+      UserError: a dimension does not split evenly; the message suggests mesh sizes that work.
     """
     axes = {"lstm_units": "mlp"} if model.kind == "lstm" else {"num_heads": "heads", "mlp_dim": "mlp"}
     for name, axis in {"embed_dim": "embed", "vocab_size": "vocab", **axes}.items():
