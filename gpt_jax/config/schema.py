@@ -255,9 +255,10 @@ class ModelConfig(ModelOptions):
         super().__post_init__()
         divides = self.kind == "lstm" or self.embed_dim % self.num_heads == 0
         require(divides, "model.num_heads", f"{self.num_heads} does not divide model.embed-dim {self.embed_dim}")
-        divisors = [str(n) for n in range(1, self.num_layers + 1) if self.num_layers % n == 0]
-        problem = f"{self.layer_unroll} does not divide model.num-layers {self.num_layers}; use one of {', '.join(divisors)}"
-        require(self.num_layers % (self.layer_unroll or 1) == 0, "model.layer-unroll", problem)
+        if self.num_layers % (self.layer_unroll or 1):
+            divisors = [str(n) for n in range(1, min(self.num_layers, 1000) + 1) if self.num_layers % n == 0]
+            problem = f"{self.layer_unroll} does not divide model.num-layers {self.num_layers}; use one of {', '.join(divisors)}"
+            raise field_error("model.layer-unroll", problem)
 
     @property
     def head_dim(self) -> int:

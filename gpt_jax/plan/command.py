@@ -80,6 +80,10 @@ def _search(options: argparse.Namespace, config: PretrainConfig) -> None:
     """Prints the best candidates for a topology, and writes the best one's report and config to files if they are named."""
     for name in ("price", "corpus_tokens"):
         require(getattr(options, name) is None, name, "does not go with --search; plan the config that it finds")
+    if (write := options.write) is not None:
+        require(write.suffix == ".py", "write", f"{write} is not the path of a .py file, such as configs/NAME.py")
+        require(write.parent.is_dir(), "write", f"{write.parent}: no such folder")
+        require(not write.exists(), "write", f"{write} exists; name a new file")
     accelerator = _slice(options.topology)
     require(importlib.util.find_spec("libtpu") is not None, "search", "needs libtpu: pip install 'gpt_jax[tpu]'")
     from gpt_jax.plan.search import search

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 
 from gpt_jax.config import PretrainConfig
-from gpt_jax.errors import TrainingError, require
+from gpt_jax.errors import TrainingError
 from gpt_jax.plan.candidates import Candidate, find_candidates
 from gpt_jax.plan.config_source import config_source
 from gpt_jax.plan.describe import advice
@@ -62,10 +62,6 @@ def search(name: str, config: PretrainConfig, accelerator: Accelerator, slices: 
       UserError: there are no candidates, or the file exists or cannot be created.
       TrainingError: no candidate compiles.
     """
-    if write is not None:
-        require(write.suffix == ".py", "write", f"{write} is not the path of a .py file, such as configs/NAME.py")
-        require(write.parent.is_dir(), "write", f"{write.parent}: no such folder")
-        require(not write.exists(), "write", f"{write} exists; name a new file")
     jax.config.update("jax_platforms", "cpu")  # Do not look for a TPU.
     candidates = find_candidates(config, topology_devices(topology_name(accelerator), slices), slices)
     hardware = f"{slices} x {accelerator.name}" if slices > 1 else accelerator.name
