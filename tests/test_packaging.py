@@ -431,3 +431,6 @@ print(config_folder())
         check=True,
     )
     assert Path(done.stdout.strip()) == site / "gpt_jax" / "configs"
+    data = {path.relative_to(ROOT) for path in (ROOT / "gpt_jax").rglob("*.json")}
+    assert data
+    assert {path.relative_to(site) for path in (site / "gpt_jax").rglob("*.json")} == data

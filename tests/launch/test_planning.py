@@ -1,4 +1,4 @@
-"""What a launch learns from `gpt-jax plan`, and when it asks."""
+"""The planning of a job by `gpt-jax plan`: what the launcher shows, and when it refuses or does not ask."""
 
 import os
 import subprocess

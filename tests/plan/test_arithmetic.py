@@ -9,7 +9,7 @@ from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.mesh import mesh_sizes
 
 FLOPS = 6 * (12 * (4 * 768 * 768 + 2 * 768 * 3072) + 40_478 * 768) + 12 * 12 * 768 * 512
-"""Of a token of GPT-1; see test_report.py."""
+"""FLOPs of a token of GPT-1, which test_report.py works out."""
 
 
 def text_of(topology, *overrides, slices=1):
