@@ -32,7 +32,7 @@ def comparisons(request: Request) -> list[Comparison]:
     from gpt_jax.tasks.registry import task_from_config
 
     config = request.config
-    resolved = resolve_config(config, task_from_config(config.task), find_init(config.init, say))
+    resolved = resolve_config(config, task_from_config(config.task), find_init(config.init, say).architecture)
     require_transformer(resolved.model)
     settings = {"config": config_to_dict(resolved)}
     programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}
@@ -102,7 +102,7 @@ def ours(config: dict[str, Any]) -> Program:
 
     from gpt_jax.runtime import sharding
     from gpt_jax.runtime.mesh import check_batch, check_model
-    from gpt_jax.tasks.finetune import make_head
+    from gpt_jax.tasks.head import make_head
     from gpt_jax.train.step import init_state, lower_step
 
     data = _load(config, "buckets")

@@ -30,7 +30,7 @@ def comparisons(request: Request) -> list[Comparison]:
 
 
 def _comparison(config: PretrainConfig, request: Request) -> Comparison:
-    from gpt_jax.train.logging import flops_per_token
+    from gpt_jax.train.flops import flops_per_token
 
     model, size, settings = config.model, config.train.batch_size, {"config": config_to_dict(config)}
     programs = {"gpt_jax": ProgramSpec(f"{__name__}:ours", settings)}

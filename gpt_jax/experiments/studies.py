@@ -156,7 +156,8 @@ def find_variants(name: StudyName, config: FinetuneConfig, task: Task, file: Pat
         variants = makers[name](config, log)
         find_source = functools.cache(lambda init: find_init(init, log))
         for variant in variants:
-            resolve_config(variant.config, task, find_source(dataclasses.replace(variant.config.init, blocks=-1)))
+            source = find_source(dataclasses.replace(variant.config.init, blocks=-1))
+            resolve_config(variant.config, task, source.architecture)
     except UserError as error:
         if not file.exists():
             raise

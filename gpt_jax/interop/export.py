@@ -39,8 +39,7 @@ from gpt_jax.model.transformer import Params
 from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.rundir import sha256
 from gpt_jax.tasks.evaluate import best_checkpoint
-from gpt_jax.tasks.finetune import make_head
-from gpt_jax.tasks.head import Head
+from gpt_jax.tasks.head import Head, make_head
 from gpt_jax.tasks.registry import Task, task_from_config
 from gpt_jax.tasks.transforms import SEGMENTS
 from gpt_jax.train.checkpoint_info import CheckpointInfo, find_checkpoint, read_config

@@ -19,8 +19,7 @@ from gpt_jax.interop.tensor_files import Tensors
 from gpt_jax.model.transformer import Params
 from gpt_jax.runtime.console import Log
 from gpt_jax.runtime.rundir import RunDir, read_json, sha256
-from gpt_jax.tasks.finetune import make_head
-from gpt_jax.tasks.head import Head
+from gpt_jax.tasks.head import Head, make_head
 from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.tasks.transforms import SpecialTokens
 from gpt_jax.train.checkpoint import CheckpointWriter

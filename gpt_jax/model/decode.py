@@ -72,6 +72,22 @@ def generate(
     return [row[: row.index(stop)] if stop in row else row for row in rows]
 
 
+def lower_generation(config: ModelConfig, params: Params, rows: int, length: int, num_tokens: int) -> jax.stages.Lowered:
+    """Lowers the program with which `generate` continues prompts, for the devices of the parameters.
+
+    Args:
+      config: the model's config, with the dtype of activations.
+      params: the parameters, or their shapes, dtypes and shardings.
+      rows: number of prompts.
+      length: number of tokens in the longest prompt.
+      num_tokens: number of tokens to append to each prompt.
+    """
+    capacity = _bucket(length + num_tokens, config.context_length)
+    tokens = np.zeros((rows, _bucket(length, config.context_length)), np.int32)
+    lengths, settings = np.full(rows, length, np.int32), (np.float32(0), np.int32(config.vocab_size), np.float32(1))
+    return _generate.lower(config, capacity, params, tokens, lengths, np.int32(num_tokens), settings, np.int32(-1), np.uint32(0))
+
+
 def _bucket(length: int, context: int) -> int:
     """Returns the padded length of prompts or cache, a power of two or the context, so that few executables serve all lengths."""
     return min(max(32, 1 << (length - 1).bit_length()), context)

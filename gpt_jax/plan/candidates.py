@@ -30,7 +30,7 @@ from gpt_jax.runtime.chips import CHIPS, GIB
 from gpt_jax.runtime.mesh import check_batch, check_model, num_shards
 from gpt_jax.runtime.sharding import make_mesh
 from gpt_jax.train.choices import choose
-from gpt_jax.train.logging import flops_per_token
+from gpt_jax.train.flops import flops_per_token
 from gpt_jax.train.memory_estimate import ORDER, USABLE, step_bytes
 
 SHARE = 0.5

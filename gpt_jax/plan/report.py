@@ -27,7 +27,7 @@ from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.train.choices import AUTOMATIC
-from gpt_jax.train.logging import flops_per_token
+from gpt_jax.train.flops import flops_per_token
 
 
 def make_report(name: str, program: Program, accelerator: Accelerator, slices: int) -> Report:

@@ -41,6 +41,24 @@ def count_steps(encoded: EncodedSplit, batch_size: int) -> int:
     return count // batch_size
 
 
+def batch_spec(rows: int, sequences: int, outputs: int) -> ElementSpec:
+    """Returns the shape and dtype of each array in a batch of examples (`batch_at`); None marks the padded length.
+
+    Args:
+      sequences: number of sequences of one example.
+      outputs: number of outputs of the classifier.
+    """
+    shape, int32, float32 = (rows, sequences), np.dtype(np.int32), np.dtype(np.float32)
+    return {
+        "tokens": ((*shape, None), int32),
+        "targets": ((*shape, None), int32),
+        "loss_weights": ((*shape, None), float32),
+        "extract": (shape, int32),
+        "labels": ((rows, outputs), float32),
+        "example_id": (shape, int32),
+    }
+
+
 class _PaddedBatches(abc.ABC):
     """Batches of the examples of one split. A subclass decides which examples are in a batch."""
 
@@ -89,16 +107,7 @@ class _PaddedBatches(abc.ABC):
 
     def element_spec(self, num_rows: int) -> ElementSpec:
         """Returns the shape and dtype of each array in a batch of `num_rows` rows; None marks the padded length."""
-        sequences = (num_rows, self._encoded.lengths.shape[1])
-        int32, float32 = np.dtype(np.int32), np.dtype(np.float32)
-        return {
-            "tokens": ((*sequences, None), int32),
-            "targets": ((*sequences, None), int32),
-            "loss_weights": ((*sequences, None), float32),
-            "extract": (sequences, int32),
-            "labels": ((num_rows, self._encoded.labels.shape[1]), float32),
-            "example_id": (sequences, int32),
-        }
+        return batch_spec(num_rows, self._encoded.lengths.shape[1], self._encoded.labels.shape[1])
 
     def _lengths_of(self, examples: Int64[np.ndarray, "*shape"]) -> Int32[np.ndarray, "*shape S"]:
         """Returns the lengths of the examples' sequences; 0 for example -1."""

@@ -19,7 +19,8 @@ from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.runtime.rundir import read_json
 from gpt_jax.tasks.dataset import load_dataset
 from gpt_jax.tasks.file_layouts import SplitName
-from gpt_jax.tasks.finetune import TaskScorer, make_head
+from gpt_jax.tasks.finetune import TaskScorer
+from gpt_jax.tasks.head import make_head
 from gpt_jax.tasks.lengths import SCORING_PASS, resolve_lengths
 from gpt_jax.tasks.metrics import require_scorable
 from gpt_jax.tasks.readers import TaskSplit, read_split

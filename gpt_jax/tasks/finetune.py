@@ -22,11 +22,11 @@ from gpt_jax.runtime.rundir import RunDir, write_atomic
 from gpt_jax.runtime.sharding import abstract_batch, host_rows, make_mesh, place_batch
 from gpt_jax.tasks.batches import TaskBatches, count_steps, largest_scoring_batches
 from gpt_jax.tasks.dataset import TaskDataset, load_dataset
-from gpt_jax.tasks.head import Head, transfer
+from gpt_jax.tasks.head import Head, make_head, transfer
 from gpt_jax.tasks.init_source import InitSource, find_init, resolve_config
 from gpt_jax.tasks.lengths import count_passes, keep_lengths
 from gpt_jax.tasks.metrics import predict, score, write_glue, write_predictions
-from gpt_jax.tasks.registry import Task, task_from_config
+from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train.checkpoint import restore_params
 from gpt_jax.train.checkpoint_info import best_checkpoints, find_step, own_checkpoints
 from gpt_jax.train.choices import keep_choices
@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig, workdir: Path, allow_changes: bool = False)
         ctx.run.require_not_imported()
         source = find_init(config.init, ctx.log, ctx.run)
         check_start(ctx.run, config.init.from_, allow_changes)
-        resolved = resolve_config(config, task, source)
+        resolved = resolve_config(config, task, source.architecture)
         ctx.run.check_config(resolved, allow_changes)
         train, batch_size = resolved.train, resolved.train.batch_size
         mesh = make_mesh(resolved.mesh)
@@ -214,12 +214,6 @@ def _initial_state(config: FinetuneRunConfig, mesh: Mesh, head: Head, source: In
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------------
-
-
-def make_head(task: Task, config: FinetuneRunConfig) -> Head:
-    """Returns the head for a task."""
-    choices = task.kind == "multiple_choice"
-    return Head(len(task.labels), choices, config.task.lm_weight, config.task.classifier_dropout)
 
 
 class TaskScorer:

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import FinetuneRunConfig, ModelConfig
 from gpt_jax.model.dropout import DropoutKey, Site, dropout, mask_stream
 from gpt_jax.model.loss import Batch, cross_entropy, embed_tokens
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import Params, ParamSpec
+from gpt_jax.tasks.registry import Task
 from gpt_jax.train.step import TrainableModel
 
 
@@ -102,6 +103,12 @@ class Head(NamedTuple):
             if self.choices:
                 return (extracted @ kernel + bias)[..., 0]
             return extracted.sum(axis=1) @ kernel + bias
+
+
+def make_head(task: Task, config: FinetuneRunConfig) -> Head:
+    """Returns the head for a task."""
+    choices = task.kind == "multiple_choice"
+    return Head(len(task.labels), choices, config.task.lm_weight, config.task.classifier_dropout)
 
 
 def normalize(batch: Batch) -> Batch:

@@ -32,6 +32,11 @@ class InitSource(NamedTuple):
     info: CheckpointInfo | None
     """The checkpoint with the parameters; None: the parameters are random."""
 
+    @property
+    def architecture(self) -> ModelConfig:
+        """The architecture with the vocabulary of the tokenizer."""
+        return dataclasses.replace(self.model, vocab_size=self.tokenizer.vocab_size)
+
 
 def find_init(init: TransferConfig, log: Log, run: RunDir | None = None) -> InitSource:
     """Finds the model that `--init.from` and `--init.like` name.
@@ -59,17 +64,34 @@ def _read_source(init: TransferConfig, origin: str, log: Log) -> InitSource:
         require(not init.tokenizer, "init.tokenizer", "leave it out; a checkpoint has its own tokenizer")
         source = _read_checkpoint(find_checkpoint(Path(origin), log))
         return source._replace(info=None) if init.from_ == "none" else source
-    try:
-        config = load_config(origin)
-    except UserError as error:
-        raise UserError(f"--init.like: there is no folder '{origin}', and {error}") from None
-    if not isinstance(config, PretrainConfig):
-        raise UserError(f"--init.like: '{origin}' is a fine-tuning config, which has no architecture")
+    config = _load_like(origin)
     kind = config.data.tokenizer.kind
     require(bool(init.tokenizer) or kind == "bytes", "init.tokenizer", f"name the folder of the {kind} tokenizer to use")
     wanted = TokenizerConfig(kind=kind, path=init.tokenizer)
     tokenizer = create_tokenizer(wanted, config.model.vocab_size, lambda: (), field="init.tokenizer")
     return InitSource(config.model, tokenizer, None)
+
+
+def find_architecture(init: TransferConfig, log: Log) -> ModelConfig:
+    """Returns the architecture of the model that `--init.from` and `--init.like` name; a config needs no tokenizer.
+
+    Raises:
+      UserError: as for `find_init`.
+    """
+    if init.from_ == "none" and init.like and not Path(init.like).is_dir():
+        return _load_like(init.like).model
+    return find_init(init, log).architecture
+
+
+def _load_like(name: str) -> PretrainConfig:
+    """Returns the pre-training config that `--init.like` names."""
+    try:
+        config = load_config(name)
+    except UserError as error:
+        raise UserError(f"--init.like: there is no folder '{name}', and {error}") from None
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"--init.like: '{name}' is a fine-tuning config, which has no architecture")
+    return config
 
 
 def _read_checkpoint(info: CheckpointInfo) -> InitSource:
@@ -83,18 +105,18 @@ def _read_checkpoint(info: CheckpointInfo) -> InitSource:
     return InitSource(model, tokenizer, info)
 
 
-def resolve_config(config: FinetuneConfig, task: Task, source: InitSource) -> FinetuneRunConfig:
-    """Returns the config with all fields that depend on the source and the task.
+def resolve_config(config: FinetuneConfig, task: Task, architecture: ModelConfig) -> FinetuneRunConfig:
+    """Returns the config with all fields that depend on the task and on the source of the parameters.
 
-    These are the source's architecture, with room for the special tokens, and the labels of a user-defined task, which may have
-    been read from its training rows.
+    These are the architecture (`InitSource.architecture`), with room for the special tokens, and the labels of a user-defined
+    task, which may have been read from its training rows.
 
     Raises:
       UserError: `--init.blocks` does not fit the architecture.
     """
     options = {field.name: getattr(config.model, field.name) for field in dataclasses.fields(ModelOptions)}
-    vocab_size = source.tokenizer.vocab_size + len(SpecialTokens._fields)
-    model = dataclasses.replace(source.model, **options, vocab_size=vocab_size)
+    vocab_size = architecture.vocab_size + len(SpecialTokens._fields)
+    model = dataclasses.replace(architecture, **options, vocab_size=vocab_size)
     blocks, layers = config.init.blocks, model.num_layers
     require(model.kind != "lstm" or blocks <= 0, "init.blocks", "an LSTM is transferred completely (-1) or not at all (0)")
     require(blocks <= layers, "init.blocks", f"the checkpoint has {layers} blocks, not {blocks}")

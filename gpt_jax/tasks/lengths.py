@@ -10,7 +10,7 @@ from jaxtyping import Integer
 from gpt_jax.config import FinetuneRunConfig, ModelConfig
 from gpt_jax.errors import UserError, require
 from gpt_jax.tasks.transforms import EncodedSplit
-from gpt_jax.train.logging import flops_per_token
+from gpt_jax.train.flops import flops_per_token
 from gpt_jax.train.schedule import Schedule
 
 CPU_COMPILATION_FLOPS = 2e11

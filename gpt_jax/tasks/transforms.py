@@ -89,7 +89,7 @@ def encode_examples(
     Raises:
       UserError: a text has no tokens, or `max_tokens` leaves no room for text.
     """
-    sequences = SEGMENTS.get(kind) or tuple((0, 1 + answer) for answer in range(len(output_values)))
+    sequences = segments_of(kind, len(output_values))
     _check_room(kind, len(sequences[0]), max_tokens, truncation)
     ids_of = functools.cache(lambda text: np.array(encode_text(text), np.int32))
     start, delimiter, extract = np.array(special, np.int32)[:, None]
@@ -114,6 +114,16 @@ def encode_examples(
     ends = lengths.cumsum(dtype=np.int64).reshape(lengths.shape)
     labels = label_distributions([example.label for example in examples], output_values)
     return EncodedSplit(np.concatenate(pieces), ends - lengths, lengths, labels, num_truncated)
+
+
+def segments_of(kind: str, outputs: int) -> tuple[tuple[int, ...], ...]:
+    """Returns the texts of which each sequence of an example consists, by their numbers in the example.
+
+    Args:
+      kind: determines the transformation.
+      outputs: number of outputs of the classifier, which in multiple choice is the number of answers.
+    """
+    return SEGMENTS.get(kind) or tuple((0, 1 + answer) for answer in range(outputs))
 
 
 def _num_special(num_segments: int) -> int:

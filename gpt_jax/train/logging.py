@@ -8,28 +8,16 @@ from typing import Any, Literal
 
 from jax.sharding import Mesh
 
-from gpt_jax.config import ModelConfig, RunConfig
+from gpt_jax.config import RunConfig
 from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.console import Log, ProgressLine, format_duration
+from gpt_jax.train.flops import flops_per_token
 
 Unit = Literal["tokens", "examples"]
 """The unit of the training throughput."""
 
 FADE_SECONDS = 30
 """Time constant, in seconds, of the exponential average behind the displayed throughput."""
-
-
-def flops_per_token(model: ModelConfig) -> int:
-    """Returns the number of floating-point operations that training on one token takes.
-
-    This is 6 per parameter in a matrix product (the embedding counts once, as the output layer), plus 12 x layers x width x
-    context for attention. As is customary, the causal mask is ignored.
-    """
-    embed, units = model.embed_dim, model.lstm_units
-    if model.kind == "lstm":
-        return 6 * (4 * units * (embed + units) + units * embed + model.vocab_size * embed)
-    block = 4 * embed**2 + 2 * embed * model.mlp_dim
-    return 6 * (model.num_layers * block + model.vocab_size * embed) + 12 * model.num_layers * embed * model.context_length
 
 
 class ProgressLogger:

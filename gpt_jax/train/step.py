@@ -104,7 +104,7 @@ def lower_step(
       batch: abstract arrays of a batch; None means `abstract_batch`.
     """
     config = choose_for(config, mesh)
-    config = dataclasses.replace(config, model=_settle(config.model, mesh))
+    config = dataclasses.replace(config, model=settle(config.model, mesh))
     update = functools.partial(train_step, config, model, total_steps, warmup_steps)
     shardings = state_shardings(config, mesh, model), named_sharding(mesh, ())
     step = jax.jit(update, out_shardings=shardings, donate_argnums=0)
@@ -117,7 +117,7 @@ def jit_evaluation(config: RunConfig, mesh: Mesh, function: Callable[[ModelConfi
 
     The results of the jitted function are replicated on every device.
     """
-    model_config = _settle(config.model, mesh)
+    model_config = settle(config.model, mesh)
     return jax.jit(functools.partial(function, model_config), out_shardings=named_sharding(mesh, ()))
 
 
@@ -167,8 +167,11 @@ def _init(config: RunConfig, model: TrainableModel, seed: jax.Array) -> State:
     return {"params": params, "moments": init_moments(params), "step": jnp.zeros((), jnp.int32), "ok": jnp.ones((), jnp.bool)}
 
 
-def _settle(model: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """Resolves the settings that depend on the mesh's devices, which need not be attached to this machine."""
+def settle(model: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """Returns the model's config with all choices made for the devices of a mesh, including the dtype of activations.
+
+    The devices need not be attached to this machine.
+    """
     device = mesh.devices.flat[0]
     dtype: Any = str(compute_dtype(model, device.platform))
     return dataclasses.replace(choose(model, device.platform, device.device_kind), compute_dtype=dtype)

@@ -9,7 +9,7 @@ import numpy as np
 from gpt_jax.bench.products import products_of_step, step_products
 from gpt_jax.config import ModelConfig
 from gpt_jax.config.load import config_to_dict
-from gpt_jax.train.logging import flops_per_token
+from gpt_jax.train.flops import flops_per_token
 from tests.tiny import tiny_config
 
 MODEL = ModelConfig(vocab_size=256, context_length=24, num_layers=3, embed_dim=32, num_heads=4, mlp_dim=96)

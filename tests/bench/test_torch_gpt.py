@@ -189,7 +189,7 @@ def test_fine_tuning_peers_pad_random_batches_and_compute_our_loss(task, monkeyp
     comparison.programs["torch-context"].build()
     [(network, loss)] = seen
 
-    from gpt_jax.tasks.finetune import make_head
+    from gpt_jax.tasks.head import make_head
 
     data = finetune._load(settings, "context")
     model = make_head(data.task, data.config).trainable_model()

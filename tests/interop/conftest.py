@@ -57,7 +57,7 @@ def random_params(model, head):
 @pytest.fixture(scope="session")
 def fine_tuned(pretrained, tmp_path_factory):
     """A function from a kind of task to the folder of a finished fine-tuning, whose parameters are random instead of trained."""
-    from gpt_jax.tasks.finetune import make_head
+    from gpt_jax.tasks.head import make_head
     from gpt_jax.tasks.registry import task_from_config
     from gpt_jax.tasks.transforms import SpecialTokens
     from gpt_jax.train.checkpoint import CheckpointWriter

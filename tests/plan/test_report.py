@@ -15,7 +15,7 @@ from gpt_jax.plan.program import compile_step
 from gpt_jax.plan.report import make_report
 from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.sharding import make_mesh
-from gpt_jax.train.logging import flops_per_token
+from gpt_jax.train.flops import flops_per_token
 from gpt_jax.train.step import LANGUAGE_MODEL, abstract_batch, abstract_state, train_step
 
 V5E_4 = parse_accelerator("v5e-4")

@@ -17,7 +17,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.network import network
 from gpt_jax.model.transformer import logits
 from gpt_jax.tasks.evaluate import evaluate_text, text_config
-from gpt_jax.tasks.finetune import make_head
+from gpt_jax.tasks.head import make_head
 from gpt_jax.tasks.registry import task_from_config
 from gpt_jax.train.checkpoint import CheckpointWriter
 from tests.tiny import tiny_config

@@ -444,7 +444,7 @@ def test_the_config_takes_its_architecture_from_the_source_and_its_labels_from_t
     source = find_init(TransferConfig("none", like=str(pretrained)), print)
     config = make_config(own_task, TransferConfig("none", like=str(pretrained)))
     different = source._replace(model=dataclasses.replace(source.model, init_stddev=0.3))
-    resolved = resolve_config(config, task_from_config(config.task), different)
+    resolved = resolve_config(config, task_from_config(config.task), different.architecture)
     assert resolved.model.init_stddev == 0.3
     assert resolved.model.vocab_size == 257 + 3
     assert resolved.task.labels == ("no", "yes")
