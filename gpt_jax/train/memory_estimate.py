@@ -43,6 +43,18 @@ USABLE = {"tpu": 0.9, "gpu": 0.68}
 GPUs, JAX allocates only three quarters of the memory."""
 
 
+class StepMemory(NamedTuple):
+    """Estimated memory of the training step on one device, in bytes."""
+
+    parameters: int
+    moments: int
+    gradients: int
+    activations: int
+    """The kept arrays."""
+    temporaries: int
+    """The workspace, the gathered arrays, the gradient of the table, and the parameters in the compute dtype."""
+
+
 class Kept(NamedTuple):
     """Numbers of arrays that the backward pass of a layer needs for each token, by width and dtype."""
 
@@ -116,7 +128,14 @@ def _is_known(model: ModelConfig, platform: str, kind: str) -> bool:
 
 
 def step_bytes(config: RunConfig, sizes: Mapping[str, int], platform: str, remat: str, sequences: int | None = None) -> int:
-    """Returns the estimated memory of the training step on one device, in bytes.
+    """Returns the estimated memory of the training step on one device, in bytes; see `step_memory`."""
+    return sum(step_memory(config, sizes, platform, remat, sequences))
+
+
+def step_memory(
+    config: RunConfig, sizes: Mapping[str, int], platform: str, remat: str, sequences: int | None = None
+) -> StepMemory:
+    """Returns the estimated memory of the training step on one device, by kind. The last two kinds are for Transformers only.
 
     Args:
       config: the run's config, with all choices but `model.remat` made.
@@ -131,8 +150,7 @@ def step_bytes(config: RunConfig, sizes: Mapping[str, int], platform: str, remat
     tokens, table = local * model.context_length, _table_size(model, sizes)
     parameters, bytes_of_parameters = _local_parameters(model, tuple(sorted(sizes.items())))
 
-    state = bytes_of_parameters + 8 * parameters
-    gradients = 4 * parameters * (2 if train.grad_accum_steps > 1 else 1) + dtype * parameters
+    gradients = 4 * parameters * (2 if train.grad_accum_steps > 1 else 1)
     gathered = dtype * (table + 4 * _layer_size(model, sizes)) if num_shards(sizes, "embed") > 1 else 0
     layer = (KEPT_BY_KERNELS if model.attention == "pallas_tpu" else KEPT)[remat]
     kept = model.num_layers * _kept_bytes(layer, model, sizes, dtype) + _kept_bytes(OUTSIDE, model, sizes, dtype)
@@ -141,7 +159,8 @@ def step_bytes(config: RunConfig, sizes: Mapping[str, int], platform: str, remat
     if model.attention == "plain":
         pairs = tokens * model.context_length * model.num_heads // num_shards(sizes, "heads")
         workspace += pairs * (PLAIN_WORKSPACE + PLAIN_KEPT[remat] * model.num_layers)
-    return state + gradients + 4 * table + gathered + tokens * kept + workspace
+    temporaries = dtype * parameters + 4 * table + gathered + workspace
+    return StepMemory(bytes_of_parameters, 8 * parameters, gradients, tokens * kept, temporaries)
 
 
 def _kept_bytes(kept: Kept, model: ModelConfig, sizes: Mapping[str, int], dtype: int) -> int:
