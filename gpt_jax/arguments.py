@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_supervise(verb("supervise", "run a command and restart it after failures until it is done"))
 
     _add_checkpoint_verb(verb("checkpoint", "list, verify or prune the checkpoints of a run"))
-    _add_plan(verb("plan", "compile a pre-training for TPUs that are not attached: its memory, time and cost", config=True))
+    _add_plan(verb("plan", "compile a run for TPUs that are not attached: its memory, time and cost", config=True))
     _add_bench(verb("bench", "run a benchmark and print a table"))
     return parser
 
@@ -231,6 +231,10 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--price", type=number(float, NOT_NEGATIVE), metavar="PRICE", help=text)
     text = "tokens in the training text, for runs whose length is given in epochs (default: those of --data.store)"
     sub.add_argument("--corpus-tokens", type=number(int, POSITIVE), metavar="N", help=text)
+    text = "training examples of the task, for fine-tunings whose length is given in epochs"
+    sub.add_argument("--examples", type=number(int, POSITIVE), metavar="N", help=text)
+    text = "plan text generation with the model instead of its training: number and length of the prompts, and tokens to append"
+    sub.add_argument("--generate", metavar="PROMPTSxLENGTH+TOKENS", help=text)
     sub.add_argument("--json", type=_path, metavar="FILE", help="also write the report to this file")
     either = sub.add_mutually_exclusive_group()
     text = "compare two reports: files that --json wrote, or configs, which are planned for --topology"

@@ -120,11 +120,16 @@ def _run(words: list[str]) -> int:
 
 
 def _load_config(options: argparse.Namespace, overrides: list[str], verb: str = "pretrain") -> Any:
-    """Returns the config that the command names, with its overrides; `verb` is the verb that the config must be for."""
+    """Returns the config that the command names, with its overrides.
+
+    Args:
+      verb: the verb that the config must be for, "pretrain" or "finetune"; "" means either.
+    """
     from gpt_jax.config import FinetuneConfig
     from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
 
-    names = ", ".join(name for name in config_names() if name.startswith("finetune/") == (verb == "finetune"))
+    suitable = {"pretrain": (False,), "finetune": (True,)}.get(verb, (False, True))
+    names = ", ".join(name for name in config_names() if name.startswith("finetune/") in suitable)
     if any(word in ("-h", "--help") for word in overrides):
         options.parser.print_help()
         print("  --SECTION.FIELD VALUE  any field of the config; `--help` after CONFIG lists them with their meaning\n")
@@ -135,7 +140,7 @@ def _load_config(options: argparse.Namespace, overrides: list[str], verb: str = 
         raise UserError(f"name a config: gpt-jax {options.verb} CONFIG, with CONFIG one of {names} or a .py file")
     loaded = load_config(options.config)
     actual = "finetune" if isinstance(loaded, FinetuneConfig) else "pretrain"
-    if actual != verb:
+    if verb not in (actual, ""):
         raise UserError(f"{options.config} is a config for gpt-jax {actual}")
     config = apply_overrides(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
     for name, (value, affects) in flatten_config(config).items():
@@ -321,14 +326,14 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
     if options.write is not None and not options.search:
         raise field_error("write", "requires --search")
     if options.compare is None:
-        plan(options, _load_config(options, overrides))
+        plan(options, _load_config(options, overrides, ""))
         return
     if options.config is not None:
         raise UserError(f"'{options.config}' is not an argument of gpt-jax plan --compare A B")
 
     def load(name: str) -> Any:
         options.config = name
-        return _load_config(options, overrides)
+        return _load_config(options, overrides, "")
 
     compare(options, load)
 

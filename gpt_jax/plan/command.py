@@ -1,4 +1,4 @@
-"""The verb `plan`: the memory, time and cost of a run on TPUs that are not attached."""
+"""The verb `plan`: the memory, time and cost of training or generation on TPUs that are not attached."""
 
 import argparse
 import importlib.util
@@ -8,26 +8,27 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.config import PretrainConfig
-from gpt_jax.config.load import config_to_dict
+from gpt_jax.config import FinetuneConfig, PretrainConfig
 from gpt_jax.config.schema import duration_to_steps, parse_duration
 from gpt_jax.data.store import Store
-from gpt_jax.errors import field_error, require
+from gpt_jax.errors import UserError, field_error, require
 from gpt_jax.plan import cache
 from gpt_jax.plan.report_file import read_report
+from gpt_jax.plan.workload import Workload, workload_of
 from gpt_jax.runtime.accelerators import Accelerator, parse_accelerator
 from gpt_jax.runtime.console import say
-from gpt_jax.runtime.mesh import check_batch, check_model, mesh_sizes
+
+Config = PretrainConfig | FinetuneConfig
 
 
-def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
-    """Prints the report of a pre-training, or the result of a search, and writes the report to a file if one is named.
+def plan(options: argparse.Namespace, config: Config) -> None:
+    """Prints the report of a run or of a generation, or the result of a search, and writes the report to a file if one is named.
 
     Without libtpu, it prints estimates from the shapes of arrays, and how to install libtpu.
 
     Raises:
       UserError: an option is wrong, or the config does not fit the topology.
-      TrainingError: the step does not compile.
+      TrainingError: the program does not compile.
     """
     if options.json is not None:
         require(options.json.parent.is_dir(), "json", f"{options.json.parent}: no such folder")
@@ -35,8 +36,9 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
     if options.search:
         _search(options, config)
         return
-    steps = _steps(config, options.corpus_tokens)
-    accelerator, sizes = _hardware(options, config)
+    accelerator, workload = _slice(options.topology), workload_of(config, options.generate)
+    steps = _steps(workload, options)
+    sizes = workload.mesh_sizes(accelerator, options.slices)
     if importlib.util.find_spec("libtpu") is None:
         from gpt_jax.plan.arithmetic import describe_arithmetic
 
@@ -44,7 +46,7 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
         _check_memory(config, accelerator, sizes)
         print(describe_arithmetic(options.config, config, accelerator, sizes))
         return
-    report = find_report(options.config, config, accelerator, options.slices)
+    report = find_report(options.config, workload, accelerator, options.slices)
     from gpt_jax.plan.describe import describe
 
     print(describe(report, options.price, steps))
@@ -52,7 +54,7 @@ def plan(options: argparse.Namespace, config: PretrainConfig) -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def compare(options: argparse.Namespace, load: Callable[[str], PretrainConfig]) -> None:
+def compare(options: argparse.Namespace, load: Callable[[str], Config]) -> None:
     """Prints two reports side by side.
 
     Args:
@@ -67,8 +69,9 @@ def compare(options: argparse.Namespace, load: Callable[[str], PretrainConfig]) 
     def report_of(name: str) -> dict[str, Any]:
         if name.endswith(".json"):
             return read_report(Path(name))
-        config = load(name)
-        return find_report(name, config, _hardware(options, config)[0], options.slices)
+        accelerator, workload = _slice(options.topology), workload_of(load(name), options.generate)
+        workload.mesh_sizes(accelerator, options.slices)
+        return find_report(name, workload, accelerator, options.slices)
 
     before, after = options.compare
     from gpt_jax.plan.compare import describe_comparison
@@ -76,9 +79,11 @@ def compare(options: argparse.Namespace, load: Callable[[str], PretrainConfig]) 
     print(describe_comparison(report_of(before), report_of(after), (before, after)))
 
 
-def _search(options: argparse.Namespace, config: PretrainConfig) -> None:
+def _search(options: argparse.Namespace, config: Config) -> None:
     """Prints the best candidates for a topology, and writes the best one's report and config to files if they are named."""
-    for name in ("price", "corpus_tokens"):
+    if isinstance(config, FinetuneConfig):
+        raise UserError(f"--search: searches for the fastest pre-training, and {options.config} is a fine-tuning config")
+    for name in ("price", "corpus_tokens", "examples", "generate"):
         require(getattr(options, name) is None, name, "does not go with --search; plan the config that it finds")
     if (write := options.write) is not None:
         require(write.suffix == ".py", "write", f"{write} is not the path of a .py file, such as configs/NAME.py")
@@ -93,22 +98,24 @@ def _search(options: argparse.Namespace, config: PretrainConfig) -> None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def find_report(name: str, config: PretrainConfig, accelerator: Accelerator, slices: int) -> dict[str, Any]:
-    """Returns the report from the cache, or else compiles the step and makes the report.
+def find_report(name: str, workload: Workload, accelerator: Accelerator, slices: int) -> dict[str, Any]:
+    """Returns the report from the cache, or else compiles the program and makes the report.
 
     Raises:
       UserError, TrainingError: see `plan`.
     """
-    key = cache.cache_key(config=config_to_dict(config), accelerator=accelerator.name, slices=slices)
+    key = cache.cache_key(**workload.facts(), accelerator=accelerator.name, slices=slices)
     report = cache.read(key)
     if report is None:
-        _check_memory(config, accelerator, mesh_sizes(config.mesh, accelerator, slices))
+        if isinstance(workload.config, PretrainConfig) and workload.verb == "pretrain":
+            _check_memory(workload.config, accelerator, workload.mesh_sizes(accelerator, slices))
         where = f"{slices} x {accelerator.name}" if slices > 1 else accelerator.name
-        say(f"{time.strftime('%H:%M:%S')} compiling the step for {where}, which takes minutes")
-        from gpt_jax.plan.program import compile_step
+        program = "the generation" if workload.verb == "generate" else "the step"
+        say(f"{time.strftime('%H:%M:%S')} compiling {program} for {where}, which takes minutes")
+        from gpt_jax.plan.program import compile_program
         from gpt_jax.plan.report import make_report
 
-        report = make_report(name, compile_step(config, accelerator, slices), accelerator, slices)
+        report = make_report(name, compile_program(workload, accelerator, slices), accelerator, slices)
         cache.write(key, report)
     return report | {"config": name}
 
@@ -122,15 +129,6 @@ def _check_memory(config: PretrainConfig, accelerator: Accelerator, sizes: Mappi
     check_remat(choose_on(config, sizes, "tpu", kind), sizes, "tpu", kind)
 
 
-def _hardware(options: argparse.Namespace, config: PretrainConfig) -> tuple[Accelerator, dict[str, int]]:
-    """Returns the slice that the options name, and the sizes of its mesh axes, which divide the batch and the model."""
-    accelerator = _slice(options.topology)
-    sizes = mesh_sizes(config.mesh, accelerator, options.slices)
-    check_batch(sizes, config.train.batch_size, config.train.grad_accum_steps)
-    check_model(sizes, config.model)
-    return accelerator, sizes
-
-
 def _slice(name: str | None) -> Accelerator:
     """Returns the TPU slice with a given name."""
     if name is None:
@@ -140,14 +138,22 @@ def _slice(name: str | None) -> Accelerator:
     return accelerator
 
 
-def _steps(config: PretrainConfig, corpus_tokens: int | None) -> float | None:
-    """Returns the number of updates in the run, or None if it depends on an unknown number of tokens."""
-    length, train = config.model.context_length, config.train
-    if parse_duration(train.duration, "train.duration")[1] != "epochs":
-        corpus_tokens = 0
-    elif corpus_tokens is None and Path(config.data.store or "nowhere").is_dir():  # The store may exist only on the workers.
-        corpus_tokens = Store.open(Path(config.data.store), verify=False).split("train").num_tokens
-    if corpus_tokens is None:
+def _steps(workload: Workload, options: argparse.Namespace) -> float | None:
+    """Returns the number of updates in the run, or None if it depends on the size of an unknown dataset."""
+    own, other = ("examples", "corpus_tokens") if workload.verb == "finetune" else ("corpus_tokens", "examples")
+    for name in (other,) if workload.verb != "generate" else (own, other, "price"):
+        require(getattr(options, name) is None, name, f"does not apply to gpt-jax {workload.verb}")
+    if workload.verb == "generate":
         return None
-    windows = corpus_tokens // length
-    return duration_to_steps(train.duration, "train.duration", batch_size=train.batch_size, context_length=length, epoch=windows)
+    train, length = workload.config.train, workload.config.model.context_length
+    size = getattr(options, own)
+    if parse_duration(train.duration, "train.duration")[1] != "epochs":
+        size = 0
+    elif size is None and isinstance(workload.config, PretrainConfig):
+        store = Path(workload.config.data.store or "nowhere")  # It may exist only on the workers.
+        size = Store.open(store, verify=False).split("train").num_tokens if store.is_dir() else None
+    if size is None:
+        return None
+    tokens = None if workload.verb == "finetune" else length
+    epoch = size // train.batch_size * train.batch_size if tokens is None else size // length
+    return duration_to_steps(train.duration, "train.duration", batch_size=train.batch_size, context_length=tokens, epoch=epoch)

@@ -58,22 +58,25 @@ class Costs(NamedTuple):
         self.kernels.extend(each._replace(times=executions * each.times) for each in other.kernels)
 
 
-def read_costs(text: str, mesh: Mapping[str, int]) -> Costs:
+def read_costs(text: str, mesh: Mapping[str, int], trips: int | None = None) -> Costs:
     """Returns the costs of a program.
 
     Args:
       text: its optimized HLO, `compiled.as_text()`.
       mesh: sizes of the mesh's axes by name, `mesh.shape`.
+      trips: number of iterations of a loop whose trip count is not a constant. None: there must be no such loop.
 
     Raises:
       ValueError: the text is not an HLO module, or the trip count of a loop or the groups of a collective cannot be read.
     """
     program = parse(text)
     attribution = Attribution(program)
-    return _read_computation(program.entry, program, attribution, CollectiveReader(program, mesh, attribution))
+    return _read_computation(program.entry, program, attribution, CollectiveReader(program, mesh, attribution), trips)
 
 
-def _read_computation(name: str, program: Program, attribution: Attribution, reader: CollectiveReader) -> Costs:
+def _read_computation(
+    name: str, program: Program, attribution: Attribution, reader: CollectiveReader, trips: int | None
+) -> Costs:
     """Returns the costs of one execution of a computation."""
     computation = program.computations[name]
     found = Costs([], [], [])
@@ -82,13 +85,13 @@ def _read_computation(name: str, program: Program, attribution: Attribution, rea
     for each in computation.values():
         before = len(found.costs)
         if each.opcode == "while":
-            body = _read_computation(each.attribute("body"), program, attribution, reader)
-            found.extend(body, _trip_count(each, program))
+            body = _read_computation(each.attribute("body"), program, attribution, reader, trips)
+            found.extend(body, _trip_count(each, program, trips))
         elif each.opcode == "conditional":
-            branches = (_read_computation(branch, program, attribution, reader) for branch in each.called)
+            branches = (_read_computation(branch, program, attribution, reader, trips) for branch in each.called)
             found.extend(min(branches, key=lambda branch: branch.cycles))
         elif each.opcode == "call":
-            found.extend(_read_computation(each.called[0], program, attribution, reader))
+            found.extend(_read_computation(each.called[0], program, attribution, reader, trips))
         elif is_kernel(each):
             found.kernels.append(read_kernel(each, computation, attribution))
         else:
@@ -100,8 +103,8 @@ def _read_computation(name: str, program: Program, attribution: Attribution, rea
     return found
 
 
-def _trip_count(loop: Instruction, program: Program) -> int:
-    """Returns the trip count of a loop that counts from 0, as those of `jax.lax.scan` do."""
+def _trip_count(loop: Instruction, program: Program, default: int | None) -> int:
+    """Returns the trip count of a loop that counts from 0, as those of `jax.lax.scan` do, or `default` if it is not constant."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -109,6 +112,8 @@ def _trip_count(loop: Instruction, program: Program) -> int:
     compared = any(each.opcode == "compare" and "direction=LT" in each.attributes for each in condition)
     constants = (each for each in condition if each.opcode == "constant" and re.match(r"[su]\d+\[\]", each.shape))
     limits = {int(each.operands) for each in constants}
-    if not compared or len(limits) != 1:
+    if compared and len(limits) == 1:
+        return limits.pop()
+    if default is None:
         raise ValueError(f"the trip count of loop {loop.name} ({loop.op_name}) is not a constant")
-    return limits.pop()
+    return default

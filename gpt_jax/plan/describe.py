@@ -16,15 +16,12 @@ def describe(report: Report, price: float | None = None, steps: float | None = N
       price: cost of one chip for an hour, if it is known.
       steps: number of updates in the run, if it is known.
     """
-    time, chip = report["time"], CHIPS[report["device_kind"]]
     mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
-    choices = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in report["choices"].items())
-    parts = f" in {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""
     versions = report["versions"]
+    results = _generation_lines(report) if report["verb"] == "generate" else _training_lines(report, price, steps)
     lines = [
         f"{report['config']}: {report['num_parameters']:,} parameters on {_hardware(report)}, mesh {mesh}, {report['dtype']}",
-        f"batch of {report['batch_size']:,} x {report['context_length']:,} tokens{parts}, "
-        f"{report['sequences_per_device']:,} sequences a device; {choices}",
+        f"{_batch(report)}; {', '.join(_choices(report))}" if report["verb"] != "generate" else _batch(report),
         f"jax {versions['jax']}, libtpu {versions['libtpu']}, compiled in {report['compile_seconds']:.0f} s; nothing was run",
         "",
         *_memory_lines(report),
@@ -32,6 +29,32 @@ def describe(report: Report, price: float | None = None, steps: float | None = N
         *_cycle_lines(report),
         "",
         *_collective_lines(report),
+        *results,
+    ]
+    return "\n".join(lines)
+
+
+def _batch(report: Report) -> str:
+    """Returns a phrase about the sequences that are processed together."""
+    examples, sequences, length = report["examples"], report["sequences"], report["length"]
+    if report["verb"] == "generate":
+        prompts = f"{examples:,} prompt{'s' * (examples > 1)} of {length:,} tokens"
+        return f"{prompts}, each continued by {report['new_tokens']:,} tokens"
+    parts = f" in {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""
+    several = f"{examples:,} examples of {sequences // examples} sequences" if sequences > examples else f"{examples:,}"
+    device = f"{report['sequences_per_device']:,} sequences a device"
+    longest = ", the longest that occur" if report["verb"] == "finetune" else ""
+    return f"batch of {several} x {length:,} tokens{longest}{parts}, {device}"
+
+
+def _choices(report: Report) -> list[str]:
+    return [f"{name.replace('_', '-')} {value}" for name, value in report["choices"].items()]
+
+
+def _training_lines(report: Report, price: float | None, steps: float | None) -> list[str]:
+    """Returns lines about the time of a step, the whole run, and what limits the step."""
+    time, chip = report["time"], CHIPS[report["device_kind"]]
+    return [
         f"FLOPs of the model: {report['flops']['token']:.4g} a token ({FORMULA}), {report['flops']['step']:.4g} a step",
         f"modeled step: {time['step'] * 1e3:.1f} ms = {time['compute'] * 1e3:.1f} computing "
         f"+ {time['exposed'] * 1e3:.1f} waiting for collectives",
@@ -40,7 +63,31 @@ def describe(report: Report, price: float | None = None, steps: float | None = N
         _run_line(report, price, steps),
         advice(report),
     ]
-    return "\n".join(lines)
+
+
+def _generation_lines(report: Report) -> list[str]:
+    """Returns lines about the time of the prompts and of the new tokens."""
+    time, chip = report["time"], CHIPS[report["device_kind"]]
+    token = (time["step"] - time["prompts"]) / report["new_tokens"]
+    width = 2 if report["dtype"] == "bfloat16" else 4
+    weights = report["num_parameters"] * width / report["devices"] / chip.memory_bandwidth
+    return [
+        f"modeled: {time['prompts'] * 1e3:.2f} ms for the prompts, then {token * 1e3:.2f} ms a token, "
+        f"of which reading the weights once takes {weights * 1e3:.2f}",
+        f"{time['step'] * 1e3:.1f} ms in all; {report['examples'] / token:,.0f} new tokens/s in all rows together",
+        "the most likely token is taken; the time for sampling is not included",
+        _generation_limit(report, token, weights),
+    ]
+
+
+def _generation_limit(report: Report, token: float, weights: float) -> str:
+    """Returns a sentence about what limits generation, which takes at least the time to read the weights for each token."""
+    if token < 2 * weights:
+        return "limited by reading the weights: more prompts at once take little more time"
+    cycles = {_words(part): by["tokens"] for part, by in report["cycles"].items()}
+    largest = max(cycles, key=lambda part: cycles[part])
+    share = cycles[largest] / sum(cycles.values())
+    return f"limited by other work than reading the weights; the largest part is {largest} ({share:.0%})"
 
 
 def _hardware(report: Report) -> str:
@@ -57,7 +104,7 @@ def _memory_lines(report: Report) -> list[str]:
 
 
 def _cycle_lines(report: Report) -> list[str]:
-    directions = ("forward", "recomputed", "backward")
+    directions = ("prompts", "tokens") if report["verb"] == "generate" else ("forward", "recomputed", "backward")
     total = sum(sum(by.values()) for by in report["cycles"].values())
     lines = [f"{'million cycles by part':24}{'all':>9}{'share':>8}" + "".join(f"{name:>12}" for name in directions)]
     for part, by in report["cycles"].items():
@@ -104,7 +151,7 @@ def _run_line(report: Report, price: float | None, steps: float | None) -> str:
     if steps is None:
         thousand = 1000 * report["time"]["step"] * report["chips"] / SECONDS_PER_HOUR
         cost = f", {thousand * price:,.2f} at {price:g} a chip-hour," if price is not None else ""
-        hint = "give --corpus-tokens for the length of the run"
+        hint = f"give {'--examples' if report['verb'] == 'finetune' else '--corpus-tokens'} for the length of the run"
         return f"run of {report['duration']}: {thousand:.4g} chip-hours{cost} for 1,000 steps; {hint}"
     hours = steps * report["time"]["step"] / SECONDS_PER_HOUR
     chip_hours = hours * report["chips"]

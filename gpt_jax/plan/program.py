@@ -1,4 +1,4 @@
-"""Compiles the training step that a config describes for TPUs that are not attached."""
+"""Compiles a training step or the generation of text for TPUs that are not attached."""
 
 import math
 import re
@@ -8,14 +8,17 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from gpt_jax.config import PretrainConfig
+from gpt_jax.config import FinetuneRunConfig, MeshConfig
 from gpt_jax.errors import TrainingError, UserError, one_line
+from gpt_jax.model.decode import lower_generation
 from gpt_jax.plan.topology import topology_devices
+from gpt_jax.plan.workload import Workload
 from gpt_jax.runtime.accelerators import Accelerator
-from gpt_jax.runtime.mesh import check_batch, check_model
-from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.runtime.sharding import abstract_batch, make_mesh
+from gpt_jax.tasks.batches import batch_spec
+from gpt_jax.tasks.head import make_head
 from gpt_jax.train.choices import choose_for
-from gpt_jax.train.step import abstract_state, lower_step
+from gpt_jax.train.step import State, abstract_state, lower_step, settle
 
 SIZE = r"\(([\d.]+)([GMK])\)"
 TOO_LARGE = re.compile(rf"total memory required for .{{0,40}}? {SIZE} exceeds available HBM {SIZE}")
@@ -28,54 +31,69 @@ class DoesNotFit(UserError):
 
 
 class Program(NamedTuple):
-    """A compiled training step and its properties."""
+    """A compiled program and its properties."""
 
     text: str
     """The optimized HLO."""
     mesh: Mesh
-    config: PretrainConfig
-    """The config, with all choices made."""
+    workload: Workload
+    """The workload; its config has all choices made."""
     memory: dict[str, int]
-    """Bytes on one device: `parameters`, `moments`, `batch`, `temporaries`, `code`, and `peak`, the sum of these and
-    of outputs that do not reuse the memory of an input."""
+    """Bytes on one device: `parameters`, `moments` (0 for generation), `batch`, `temporaries`, `code`, and `peak`, the sum of
+    these and of outputs that do not reuse the memory of an input."""
     seconds: float
     """Time for lowering and compiling, in seconds."""
 
 
-def compile_step(config: PretrainConfig, accelerator: Accelerator, slices: int = 1) -> Program:
-    """Compiles the training step of a pre-training on TPU slices.
+def compile_program(workload: Workload, accelerator: Accelerator, slices: int = 1) -> Program:
+    """Compiles a workload for TPU slices.
 
     Raises:
-      UserError: libtpu is not installed; the mesh does not divide the devices, the batch or the model; or the batch does not fit
-        according to train/memory_estimate.py.
-      DoesNotFit: the step does not fit according to the compiler.
-      TrainingError: the step does not compile for another reason.
+      UserError: libtpu is not installed; the mesh does not divide the devices, the batch or the model; or the batch of a
+        pre-training does not fit according to train/memory_estimate.py.
+      DoesNotFit: the program does not fit according to the compiler.
+      TrainingError: the program does not compile for another reason.
     """
     jax.config.update("jax_platforms", "cpu")  # Do not look for a TPU.
     jax.config.update("jax_enable_compilation_cache", False)  # JAX cannot read these programs back.
-    mesh = make_mesh(config.mesh, topology_devices(topology_name(accelerator), slices))
-    check_batch(mesh.shape, config.train.batch_size, config.train.grad_accum_steps)
-    check_model(mesh.shape, config.model)
-    config = choose_for(config, mesh)
+    sizes = workload.mesh_sizes(accelerator, slices)
+    mesh = make_mesh(MeshConfig(**sizes), topology_devices(topology_name(accelerator), slices)[: math.prod(sizes.values())])
+    workload = workload._replace(config=choose_for(workload.config, mesh))
     started = time.monotonic()
-    lowered = lower_step(config, mesh)
+    lowered, state = _lower(workload, mesh)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _compile_error(error, accelerator) from None
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
-    state = abstract_state(config, mesh)
-    sizes = {
+    bytes_of = {
         "parameters": _bytes(state["params"]),
         "moments": _bytes(state["moments"]),
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }
-    sizes["batch"] = max(memory.argument_size_in_bytes - sizes["parameters"] - sizes["moments"], 0)
+    bytes_of["batch"] = max(memory.argument_size_in_bytes - bytes_of["parameters"] - bytes_of["moments"], 0)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = memory.argument_size_in_bytes + outputs + sizes["temporaries"] + sizes["code"]
-    return Program(compiled.as_text() or "", mesh, config, sizes | {"peak": peak}, seconds)
+    peak = memory.argument_size_in_bytes + outputs + bytes_of["temporaries"] + bytes_of["code"]
+    return Program(compiled.as_text() or "", mesh, workload, bytes_of | {"peak": peak}, seconds)
+
+
+def _lower(workload: Workload, mesh: Mesh) -> tuple[jax.stages.Lowered, State]:
+    """Returns the lowered program, and the parameters and moments that it takes as abstract arrays."""
+    config = workload.config
+    if workload.verb == "generate":
+        params = abstract_state(config, mesh)["params"]
+        model = settle(config.model, mesh)
+        lowered = lower_generation(model, params, workload.rows, workload.length, workload.new_tokens)
+        return lowered, {"params": params, "moments": {}}
+    if isinstance(config, FinetuneRunConfig) and workload.task is not None:
+        head = make_head(workload.task, config)
+        examples = config.train.batch_size
+        batch = abstract_batch(mesh, batch_spec(examples, workload.rows // examples, head.outputs), workload.length)
+        trainable = head.trainable_model()
+        return lower_step(config, mesh, model=trainable, batch=batch), abstract_state(config, mesh, trainable)
+    return lower_step(config, mesh), abstract_state(config, mesh)
 
 
 def topology_name(accelerator: Accelerator) -> str:

@@ -1,4 +1,4 @@
-"""The report of a planned training run: memory, cycles by part of the model, collectives, modeled time, and the whole run.
+"""The report of a planned program: memory, cycles by part of the model, collectives, modeled time, and the whole run.
 
     step = cycles / clock + the time of collectives that no other work overlaps
 
@@ -9,11 +9,11 @@ transfers.py models the time of collectives. docs/planning.md lists what this mo
 import collections
 import functools
 import importlib.metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from gpt_jax.config import PretrainConfig
 from gpt_jax.model.transformer import compute_dtype
 from gpt_jax.plan.attribution import RECOMPUTED
 from gpt_jax.plan.collectives import Collective
@@ -27,27 +27,30 @@ from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.train.choices import AUTOMATIC
-from gpt_jax.train.flops import flops_per_token
+
+PROMPTS, NEW_TOKENS = "prompts", "tokens"
+"""The directions of generation: the pass over the prompts, and the loop over the new tokens."""
 
 
 def make_report(name: str, program: Program, accelerator: Accelerator, slices: int) -> Report:
-    """Returns the report of a compiled step; `name` is the name of its config.
+    """Returns the report of a compiled program; `name` is the name of its config.
 
     Raises:
       TrainingError: a Pallas kernel of the program does not compile on its own.
     """
-    config, mesh = program.config, program.mesh
-    chip, costs = CHIPS[accelerator.device_kind], read_costs(program.text, mesh.shape)
+    workload, mesh = program.workload, program.mesh
+    config, chip = workload.config, CHIPS[accelerator.device_kind]
+    costs = read_costs(program.text, mesh.shape, workload.new_tokens or None)
     kernels = _KernelCycles(program, accelerator.device_kind)
-    tokens = config.train.batch_size * config.model.context_length
-    flops = flops_per_token(config.model) * tokens
-    collectives = _collectives(costs, Links(mesh), kernels, chip.cycles_per_second)
-    cycles = _cycles(costs, kernels)
-    compute = sum(sum(part.values()) for part in cycles.values()) / chip.cycles_per_second
-    exposed = sum(each["exposed_seconds"] for each in collectives)
-    step = compute + exposed
+    tokens = workload.rows * (workload.new_tokens or workload.length)
+    estimate, prompts = _estimate(costs, mesh, kernels, chip.cycles_per_second), 0.0
+    if workload.new_tokens:
+        before = _estimate(read_costs(program.text, mesh.shape, 0), mesh, kernels, chip.cycles_per_second)
+        estimate, prompts = _split(estimate, before), before.compute + before.exposed
+    step = estimate.compute + estimate.exposed
     return {
         "version": REPORT_VERSION,
+        "verb": workload.verb,
         "config": name,
         "accelerator": accelerator.name,
         "slices": slices,
@@ -58,45 +61,74 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
         "mesh": dict(mesh.shape),
         "choices": {field: getattr(config.model, field) for field in AUTOMATIC},
         "dtype": str(compute_dtype(config.model, "tpu")),
-        "batch_size": config.train.batch_size,
-        "micro_batches": config.train.grad_accum_steps,
-        "sequences_per_device": config.train.batch_size // num_shards(mesh.shape, "batch"),
-        "context_length": config.model.context_length,
+        "examples": workload.examples,
+        "sequences": workload.rows,
+        "length": workload.length,
+        "new_tokens": workload.new_tokens,
+        "micro_batches": workload.micro_batches,
+        "sequences_per_device": workload.rows // (1 if workload.verb == "generate" else num_shards(mesh.shape, "batch")),
         "num_parameters": config.model.num_parameters,
         "memory": {**program.memory, "available": chip.memory},
-        "flops": {"token": flops_per_token(config.model), "step": flops},
-        "cycles": cycles,
+        "flops": {"token": workload.flops / tokens, "step": workload.flops},
+        "cycles": estimate.cycles,
         "product_cycles": costs.by("kind").get(("product",), 0) + kernels.of_attention(costs),
         "cycles_of_xla": {" ".join(key): cycles for key, cycles in costs.by("part", "direction", "kind").items()},
-        "recomputed_cycles": sum(part.get(RECOMPUTED, 0.0) for part in cycles.values()),
+        "recomputed_cycles": sum(part.get(RECOMPUTED, 0.0) for part in estimate.cycles.values()),
         "kernels": kernels.rows(costs),
-        "collectives": collectives,
+        "collectives": estimate.collectives,
         "time": {
-            "compute": compute,
-            "exposed": exposed,
+            "compute": estimate.compute,
+            "exposed": estimate.exposed,
             "step": step,
+            "prompts": prompts,
             "tokens_per_second": tokens / step,
-            "utilization": flops / step / (chip.peak_flops["bfloat16"] * mesh.size),
-            "utilization_by_computation": flops / compute / (chip.peak_flops["bfloat16"] * mesh.size),
+            "utilization": workload.flops / step / (chip.peak_flops["bfloat16"] * mesh.size),
+            "utilization_by_computation": workload.flops / estimate.compute / (chip.peak_flops["bfloat16"] * mesh.size),
         },
-        "duration": config.train.duration,
+        "duration": "" if workload.verb == "generate" else config.train.duration,
         "compile_seconds": program.seconds,
     }
+
+
+class _Estimate(NamedTuple):
+    """The modeled costs of one execution of a program."""
+
+    cycles: dict[str, dict[str, float]]
+    """Cycles by part and direction."""
+    collectives: list[dict[str, Any]]
+    compute: float
+    """Time of the cycles in seconds."""
+    exposed: float
+    """Time of waiting for collectives in seconds."""
+
+
+def _estimate(costs: Costs, mesh: Mesh, kernels: "_KernelCycles", clock: float) -> _Estimate:
+    cycles, collectives = _cycles(costs, kernels), _collectives(costs, Links(mesh), kernels, clock)
+    compute = sum(sum(part.values()) for part in cycles.values()) / clock
+    return _Estimate(cycles, collectives, compute, sum(each["exposed_seconds"] for each in collectives))
+
+
+def _split(total: _Estimate, prompts: _Estimate) -> _Estimate:
+    """Returns the estimate of a generation, with the cycles of each part split into those for prompts and for new tokens."""
+    cycles = {}
+    for part, by_direction in total.cycles.items():
+        before = sum(prompts.cycles.get(part, {}).values())
+        cycles[part] = {PROMPTS: before, NEW_TOKENS: sum(by_direction.values()) - before}
+    return total._replace(cycles=cycles)
 
 
 class _KernelCycles:
     """The cycles that a program spends in Pallas kernels."""
 
     def __init__(self, program: Program, chip: str) -> None:
-        self._config, self._chip, sizes = program.config, chip, program.mesh.shape
-        self._heads = self._config.model.num_heads // num_shards(sizes, "heads")
-        rows = self._config.train.batch_size // self._config.train.grad_accum_steps
-        self._batch = rows // num_shards(sizes, "batch")
+        self._workload, self._chip, sizes = program.workload, chip, program.mesh.shape
+        self._heads = self._workload.config.model.num_heads // num_shards(sizes, "heads")
+        self._batch = self._workload.rows // self._workload.micro_batches // num_shards(sizes, "batch")
         self._find_schedule = functools.cache(find_schedule)  # It takes seconds if the table lacks the kernel.
 
     def call(self, kernel: Kernel) -> float:
         """Returns the cycles of one call."""
-        variant = self._variant(self._config, kernel.name)
+        variant = self._variant(kernel.name)
         return kernel_cycles(variant, self._batch, self._heads, kernel.bytes, self._find_schedule(variant))
 
     def of_attention(self, costs: Costs) -> float:
@@ -112,8 +144,8 @@ class _KernelCycles:
             cycles[kernel.name] += round(kernel.times * self.call(kernel))
         return [{"name": name, "times": times[name], "cycles": count} for name, count in cycles.most_common()]
 
-    def _variant(self, config: PretrainConfig, name: str) -> Variant:
-        model, attention = config.model, name in ATTENTION
+    def _variant(self, name: str) -> Variant:
+        model, attention = self._workload.config.model, name in ATTENTION
         rate = model.attention_dropout if attention else model.residual_dropout
         return Variant(
             name=name,
@@ -122,7 +154,7 @@ class _KernelCycles:
             dtype=str(jnp.dtype(compute_dtype(model, "tpu"))),
             dropout=rate > 0 and name != "layer_norm_forward",  # The sum and its dropout are computed outside of that kernel.
             segments=False,
-            time=model.context_length,
+            time=self._workload.length,
             dim=model.head_dim if attention else 0,
             lacks_head=attention and self._heads * model.head_dim % 128 > 0,
             embed=0 if attention else model.embed_dim,

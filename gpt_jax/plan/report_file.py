@@ -8,7 +8,7 @@ from gpt_jax.runtime.rundir import read_json
 
 Report = dict[str, Any]
 """The result of `make_report` in report.py: times in seconds, memory and transfers in bytes on one device."""
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 """Version of the format of reports."""
 REPORT_SHAPE: Any = {
     "version": int,

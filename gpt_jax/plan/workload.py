@@ -4,13 +4,16 @@ A workload describes its program by the shapes of its arrays, so it needs neithe
 """
 
 import dataclasses
+import math
 import re
 from typing import Any, Literal, NamedTuple
 
 from gpt_jax.config import FinetuneConfig, FinetuneRunConfig, PretrainConfig
 from gpt_jax.config.load import config_to_dict
 from gpt_jax.errors import UserError, field_error, require
+from gpt_jax.runtime.accelerators import Accelerator, largest_single_host_slice
 from gpt_jax.runtime.console import say
+from gpt_jax.runtime.mesh import check_batch, check_model, mesh_sizes
 from gpt_jax.tasks.init_source import find_architecture, resolve_config
 from gpt_jax.tasks.registry import Task, task_from_config
 from gpt_jax.tasks.transforms import segments_of
@@ -56,6 +59,22 @@ class Workload(NamedTuple):
             return self.rows * (self.length * (training - output) + self.new_tokens * flops_per_token(middle)) / 3
         unused = output if isinstance(self.config, FinetuneRunConfig) and not self.config.task.lm_weight else 0
         return self.rows * self.length * (training - unused)
+
+    def mesh_sizes(self, accelerator: Accelerator, slices: int) -> dict[str, int]:
+        """Returns the sizes of the mesh axes, over which generation shards only the parameters.
+
+        Raises:
+          UserError: the mesh does not divide the devices, the batch or the model, or generation would need several hosts.
+        """
+        if self.verb != "generate":
+            sizes = mesh_sizes(self.config.mesh, accelerator, slices)
+            check_batch(sizes, self.config.train.batch_size, self.config.train.grad_accum_steps)
+            check_model(sizes, self.config.model)
+            return sizes
+        one_host = slices == accelerator.hosts == 1
+        hosts = f"text is generated on one host, and {slices} x {accelerator.name} has {slices * accelerator.hosts}"
+        require(one_host, "topology", f"{hosts}; the largest slice with one is {largest_single_host_slice(accelerator.family)}")
+        return {"slice": 1, "data": 1, "fsdp": math.gcd(self.config.model.embed_dim, accelerator.devices), "tensor": 1}
 
     def facts(self) -> dict[str, Any]:
         """Returns everything that determines the program, as JSON."""

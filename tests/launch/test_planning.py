@@ -138,7 +138,7 @@ def test_an_interrupted_launch_ends_its_plan(monkeypatch, tmp_path):
 
 REPORT = {
     **{"config": "gpt1", "accelerator": "v5e-16", "slices": 1, "chips": 16, "device_kind": "TPU v5 lite", "dtype": "bfloat16"},
-    **{"num_parameters": 1000, "batch_size": 512, "context_length": 512, "micro_batches": 1, "sequences_per_device": 32},
+    **{"num_parameters": 1000, "verb": "pretrain", "examples": 512, "sequences": 512, "length": 512, "micro_batches": 1, "sequences_per_device": 32},
     **{"mesh": {"data": 16}, "choices": {"remat": "dots"}, "versions": {"jax": "1", "libtpu": "2"}, "compile_seconds": 60.0},
     "memory": dict.fromkeys(("parameters", "moments", "batch", "temporaries", "code"), 2**30) | {"peak": 5 << 30},
     "cycles": {"mlp": {"forward": 100}},

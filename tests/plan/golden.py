@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.plan.kernel_schedules import libtpu_version
-from gpt_jax.plan.program import compile_step
+from gpt_jax.plan.program import compile_program
 from gpt_jax.plan.report import make_report
+from gpt_jax.plan.workload import pretraining
 from gpt_jax.runtime.accelerators import parse_accelerator
 
 FILE = Path(__file__).with_name("collectives.json")
@@ -45,7 +46,7 @@ def compiled(case: Case) -> dict[str, Any]:
     """Returns the report of a case."""
     config: Any = apply_overrides(load_config(case.config), list(case.overrides), "test")
     accelerator = parse_accelerator(case.topology)
-    return make_report(case.config, compile_step(config, accelerator, case.slices), accelerator, case.slices)
+    return make_report(case.config, compile_program(pretraining(config), accelerator, case.slices), accelerator, case.slices)
 
 
 def summary(report: dict[str, Any]) -> dict[str, list[int]]:

@@ -8,8 +8,9 @@ import sys
 import pytest
 
 from gpt_jax.cli import main
-from gpt_jax.config.load import config_to_dict, load_config
+from gpt_jax.config.load import load_config
 from gpt_jax.plan import cache
+from gpt_jax.plan.workload import pretraining
 from tests.plan.test_describe import REPORT
 
 
@@ -29,17 +30,24 @@ def libtpu(request, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", found)
 
 
+LIKE = ("--init.from", "none", "--init.like")
 absent = pytest.mark.parametrize("libtpu", [False], indirect=True)
+
+
+class Compiled(list):
+    """The workloads that were compiled, and the report of each."""
+
+    report = REPORT
 
 
 @pytest.fixture
 def compiled(monkeypatch, libtpu):
-    """The configs that were compiled; the report of each is that of the tests of its text."""
+    """The workloads that were compiled; the report of each is that of the tests of its text, unless a test sets another one."""
     from gpt_jax.plan import program, report
 
-    compiled = []
-    monkeypatch.setattr(program, "compile_step", lambda config, accelerator, slices: compiled.append((config, slices)))
-    monkeypatch.setattr(report, "make_report", lambda *_: REPORT)
+    compiled = Compiled()
+    monkeypatch.setattr(program, "compile_program", lambda workload, _, slices: compiled.append((workload, slices)))
+    monkeypatch.setattr(report, "make_report", lambda *_: compiled.report)
     return compiled
 
 
@@ -97,14 +105,53 @@ def test_a_mistake_is_one_line(compiled, capsys, words, problem):
     [
         ([], "name a config: gpt-jax plan CONFIG"),
         (["gpt3", "--topology", "v5e-4"], "gpt3"),
-        (["finetune/sst2", "--topology", "v5e-4"], "finetune/sst2 is a config for gpt-jax finetune"),
+        (["finetune/sst2", "--topology", "v5e-4"], "--init.from: name the run or checkpoint to fine-tune"),
+        (["finetune/sst2", "--topology", "v5e-4", "--init.from", "none"], "--init.like: name the run, checkpoint or config"),
+        (["finetune/sst2", "--topology", "v5e-4", "--init.from", "absent"], "absent: no such folder"),
+        (["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt3"], "--init.like: there is no folder 'gpt3', and "),
+        (
+            ["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt1", "--corpus-tokens", "9"],
+            "--corpus-tokens: does not apply to gpt-jax finetune",
+        ),
+        (
+            ["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt1", "--search"],
+            "--search: searches for the fastest pre-training, and finetune/sst2",
+        ),
+        (
+            ["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt1", "--generate", "1x2+3"],
+            "--generate: plans text generation with the model of a pre-",
+        ),
+        (
+            ["finetune/sst2", "--topology", "v5e-64", *LIKE, "gpt1"],
+            "--train.batch-size: 32 does not split evenly over slice x data x fsdp = 64",
+        ),
+        (["gpt1", "--topology", "v5e-8", "--examples", "9"], "--examples: does not apply to gpt-jax pretrain"),
+        (["gpt1", "--topology", "v5e-8", "--generate", "8"], "--generate: '8' is not PROMPTSxLENGTH+TOKENS, such as 8x32+100"),
+        (["gpt1", "--topology", "v5e-8", "--generate", "0x32+100"], "--generate: '0x32+100' is not PROMPTSxLENGTH+TOKENS"),
+        (["gpt1", "--topology", "v5e-8", "--generate", "1x32+500"], "--generate: 32 + 500 tokens exceed the context of 512"),
+        (["gpt1", "--topology", "v5e-8", "--generate", "1x32+9", "--price", "1"], "--price: does not apply to gpt-jax generate"),
+        (["gpt1", "--topology", "v5e-16", "--generate", "1x32+9"], "1 x v5e-16 has 4; the largest slice with one is v5e-8"),
+        (
+            ["gpt1", "--topology", "v5p-8", "--slices", "2", "--generate", "1x32+9"],
+            "2 x v5p-8 has 2; the largest slice with one is v5p-8",
+        ),
     ],
 )
-def test_a_config_must_be_a_pre_training(compiled, capsys, words, problem):
+def test_a_config_must_name_what_is_planned(compiled, capsys, words, problem):
     assert main(["plan", *words]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert problem in error
+
+
+def test_the_length_of_a_fine_tuning(compiled, capsys):
+    """3 epochs of 3,211 examples are 3 x 100 updates of 32 examples; 300 steps of 0.2 s on 16 chips are 0.267 chip-hours."""
+    compiled.report = REPORT | {"verb": "finetune", "duration": "3 epochs"}
+    words = ["plan", "finetune/rte", "--topology", "v5e-4", *LIKE, "gpt1"]
+    assert main([*words, "--examples", "3211"]) == 0
+    assert "run of 3 epochs: 300 steps, 0.0167 hours, 0.267 chip-hours" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "chip-hours for 1,000 steps; give --examples for the length of the run" in capsys.readouterr().out
 
 
 def test_a_batch_that_does_not_fit_is_refused_before_anything_is_compiled(compiled, capsys):
@@ -128,7 +175,7 @@ def test_a_plan_is_compiled_once(compiled, capsys, folder):
     assert "compiling" not in again.out + again.err
     assert [slices for _, slices in compiled] == [2]
     assert main([*words, "--train.batch-size", "16"]) == 0
-    assert [config.train.batch_size for config, _ in compiled] == [8, 16]
+    assert [workload.rows for workload, _ in compiled] == [8, 16]
 
 
 @pytest.mark.parametrize(
@@ -174,8 +221,8 @@ def test_without_libtpu_there_is_no_report_to_write(folder, capsys, libtpu):
 
 
 def test_a_known_plan_is_printed_without_jax():
-    config = config_to_dict(load_config("mini"))
-    cache.write(cache.cache_key(config=config, accelerator="v5e-4", slices=1), REPORT)
+    facts = pretraining(load_config("mini")).facts()
+    cache.write(cache.cache_key(**facts, accelerator="v5e-4", slices=1), REPORT)
     code = """
 import importlib.util, sys
 from gpt_jax.cli import main

@@ -7,7 +7,8 @@ import pytest
 from gpt_jax.plan.describe import advice, describe
 
 REPORT = {
-    "version": 1,
+    "version": 2,
+    "verb": "pretrain",
     "config": "gpt1",
     "accelerator": "v5e-8",
     "slices": 2,
@@ -18,10 +19,12 @@ REPORT = {
     "mesh": {"slice": 2, "data": 8, "fsdp": 1, "tensor": 1},
     "choices": {"attention": "pallas_tpu", "remat": "dots", "layer_unroll": 12, "loss_chunk": 128},
     "dtype": "bfloat16",
-    "batch_size": 2048,
+    "examples": 2048,
+    "sequences": 2048,
+    "length": 512,
+    "new_tokens": 0,
     "micro_batches": 4,
     "sequences_per_device": 128,
-    "context_length": 512,
     "num_parameters": 116_534_784,
     "memory": {
         "parameters": 2**29,
@@ -70,6 +73,7 @@ REPORT = {
         "compute": 0.18,
         "exposed": 0.02,
         "step": 0.2,
+        "prompts": 0.0,
         "tokens_per_second": 5_242_880.0,
         "utilization": 0.125,
         "utilization_by_computation": 0.138889,
@@ -174,3 +178,43 @@ def test_advice(changes, sentence):
 def test_free_memory_is_mentioned_if_it_is_much():
     assert advice(changed(time={"exposed": 0.05}, memory={"peak": 2**33})).endswith("fewer devices); 50% of the memory is free")
     assert "free" not in advice(changed(time={"exposed": 0.05}))
+
+
+def test_the_text_of_a_fine_tuning():
+    """A batch of 32 examples of two sequences each."""
+    lines = describe(changed(verb="finetune", examples=32, sequences=64, micro_batches=1, sequences_per_device=4)).splitlines()
+    assert lines[1].startswith(
+        "batch of 32 examples of 2 sequences x 512 tokens, the longest that occur, 4 sequences a device; att"
+    )
+    assert lines[-2].endswith("for 1,000 steps; give --examples for the length of the run")
+
+
+GENERATION = {
+    "verb": "generate",
+    "examples": 8,
+    "sequences": 8,
+    "length": 32,
+    "new_tokens": 100,
+    "devices": 1,
+    "collectives": [],
+    "kernels": [],
+    "time": {"step": 0.101, "prompts": 0.001},
+}
+
+
+def test_the_text_of_a_generation():
+    """116,534,784 weights of 2 bytes take 0.28 ms at 819 GB/s; after 1 ms, 100 tokens take 1 ms each."""
+    cycles = {"mlp": {"prompts": 1_500_000, "tokens": 120_000_000}, "other": {"prompts": 0, "tokens": 30_000_000}}
+    text = describe(changed(**GENERATION) | {"cycles": cycles})
+    assert "\n8 prompts of 32 tokens, each continued by 100 tokens\njax 1.2" in text
+    assert "  mlp                      121.50   80.2%        1.50      120.00\n" in text
+    expected = [
+        "modeled: 1.00 ms for the prompts, then 1.00 ms a token, of which reading the weights once takes 0.28",
+        "101.0 ms in all; 8,000 new tokens/s in all rows together",
+        "the most likely token is taken; the time for sampling is not included",
+        "limited by other work than reading the weights; the largest part is mlp (80%)",
+    ]
+    assert text.splitlines()[-4:] == expected
+    fast = describe(changed(**GENERATION | {"examples": 1, "time": {"step": 0.051, "prompts": 0.001}}) | {"cycles": cycles})
+    assert "\n1 prompt of 32 tokens, " in fast
+    assert fast.splitlines()[-1] == "limited by reading the weights: more prompts at once take little more time"

@@ -11,8 +11,9 @@ from gpt_jax.config.load import load_config
 from gpt_jax.plan import report as report_module
 from gpt_jax.plan.costs import read_costs
 from gpt_jax.plan.kernel_schedules import Schedule
-from gpt_jax.plan.program import compile_step
+from gpt_jax.plan.program import compile_program
 from gpt_jax.plan.report import make_report
+from gpt_jax.plan.workload import generation, pretraining
 from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.sharding import make_mesh
 from gpt_jax.train.flops import flops_per_token
@@ -56,9 +57,9 @@ def schedules(monkeypatch):
 
 @pytest.fixture(scope="module")
 def compile_small(tpu_devices):
-    """The function `compile_step` for a v5e-4, after which the settings of JAX are as before."""
+    """The function `compile_program` for a v5e-4, after which the settings of JAX are as before."""
     settings = {name: getattr(jax.config, name) for name in ("jax_platforms", "jax_enable_compilation_cache")}
-    yield lambda config: compile_step(config, V5E_4)
+    yield lambda config: compile_program(pretraining(config), V5E_4)
     for name, value in settings.items():
         jax.config.update(name, value)
 
@@ -123,10 +124,12 @@ def test_the_report_names_what_was_planned(report, program):
         "devices": 4,
         "mesh": {"slice": 1, "data": 4, "fsdp": 1, "tensor": 1},
         "choices": {"attention": "pallas_tpu", "remat": "dots", "layer_unroll": 2, "loss_chunk": 128},
-        "batch_size": 8,
+        "verb": "pretrain",
+        "examples": 8,
+        "sequences": 8,
+        "length": 128,
         "micro_batches": 1,
         "sequences_per_device": 2,
-        "context_length": 128,
         "num_parameters": 445_696,
         "duration": "20 steps",
     }
@@ -148,7 +151,7 @@ def test_kernels_compute_a_micro_batch_and_the_heads_of_a_device(program, schedu
     """A pretended program of 4 times the batch in 8 micro-batches on 2 x 2 devices, of which each has 2 of 3 or 6 heads."""
     mesh = make_mesh(MeshConfig(data=2, tensor=2), list(program.mesh.devices.flat))
     config = small(batch=32, micro_batches=8, num_heads=6, embed_dim=384)
-    pretended = make_report("", program._replace(mesh=mesh, config=config), V5E_4, 1)
+    pretended = make_report("", program._replace(mesh=mesh, workload=pretraining(config)), V5E_4, 1)
     cycles = {each["name"]: each["cycles"] for each in pretended["kernels"]}
     assert cycles["attention_backward"] == 2 * (2 * 2) * 8 * 5000 / 4  # 2 sequences, and 3 heads, which are 2 groups
     assert [kernel.lacks_head for kernel in schedules if kernel.name == "attention_forward"] == [True]
@@ -243,3 +246,23 @@ def test_cycles_of_a_loop_over_layers_are_linear_in_their_number(compile_small, 
     four, eight, twelve = map(cycles, (4, 8, 12))
     assert four < 0.75 * eight
     assert twelve == pytest.approx(2 * eight - four, rel=0.01)
+
+
+# -- other programs -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_generation_grows_by_the_same_for_each_token(tpu_devices, schedules):
+    """The prompts and 10 or 20 tokens; the number of tokens is an argument of the program, not a constant in it."""
+    compiled = compile_program(generation(small(), "2x16+20"), parse_accelerator("v5e-1"))
+    both = make_report("small", compiled, parse_accelerator("v5e-1"), 1)
+    ten = make_report(
+        "small", compiled._replace(workload=compiled.workload._replace(new_tokens=10)), parse_accelerator("v5e-1"), 1
+    )
+    time, token = both["time"], (both["time"]["step"] - both["time"]["prompts"]) / 20
+    assert 0 < time["prompts"] == ten["time"]["prompts"] < time["step"]
+    assert ten["time"]["step"] == pytest.approx(time["prompts"] + 10 * token)
+    assert time["tokens_per_second"] == pytest.approx(2 * 20 / time["step"])
+    assert time["compute"] == pytest.approx(sum(sum(by.values()) for by in both["cycles"].values()) / CLOCK)
+    assert set().union(*both["cycles"].values()) == {"prompts", "tokens"}
+    assert both["memory"]["moments"] == 0
+    assert both["memory"]["parameters"] == 4 * 445_696
