@@ -154,3 +154,9 @@ def smallest_multi_host_slice(family: str) -> Accelerator:
     """Returns the smallest slice of a TPU family that has more than one host."""
     slices = (accelerator for accelerator in ACCELERATORS.values() if accelerator.family == family and accelerator.hosts > 1)
     return min(slices, key=lambda accelerator: accelerator.devices)
+
+
+def largest_single_host_slice(family: str) -> str:
+    """Returns the name of the largest slice or node of a family that has one host."""
+    names = (accelerator for accelerator in ACCELERATORS.values() if accelerator.family == family and accelerator.hosts == 1)
+    return max(names, key=lambda accelerator: accelerator.devices).name
