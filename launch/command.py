@@ -77,7 +77,7 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
     for option, only in EXCLUSIVE.items():
         require(name == only or getattr(options, option) is None, option, f"only {only} takes it; leave it out for {name}")
     from .checks import check, with_absolute_paths
-    from .planning import check_plan, is_planned
+    from .planning import check_plan
 
     job = _job(options, overrides)
     target: Any = importlib.import_module(f".{name.replace('-', '_')}", __package__)
@@ -85,7 +85,7 @@ def launch(options: argparse.Namespace, overrides: list[str]) -> int:
         job = with_absolute_paths(job)
     check(job, target)
     _warn_of_changes(job, name)
-    if is_planned(job) and not options.no_plan:
+    if not options.no_plan:
         check_plan(job)
     if not options.dry_run:
         return target.submit(job)

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
-from gpt_jax.config.load import flatten_config, load_config
+from gpt_jax.config import FinetuneConfig
+from gpt_jax.config.load import apply_overrides, config_names, flatten_config, load_config
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.console import say
 
@@ -22,17 +24,19 @@ RESULTS = 4
 """Number of lines at the end of a report: the modeled step, the rate, the whole run, and what limits the step."""
 
 
-def is_planned(job: Job) -> bool:
-    """Returns whether `gpt-jax plan` can plan the job, that is, whether the job is a pre-training on TPUs."""
-    return job.verb == "pretrain" and job.accelerator.kind == "tpu"
-
-
 def check_plan(job: Job) -> None:
-    """Plans a job, and shows the lines of the report about the memory, the time, and what limits the step.
+    """Plans a job on TPUs or GPUs, and shows the lines of the report about the memory, the time, and what limits the step.
+
+    A fine-tuning is planned if this machine has the files that determine its step.
 
     Raises:
       UserError: the training step does not fit, or it cannot be planned.
     """
+    if job.accelerator.kind == "cpu":
+        return
+    if missing := missing_file(job):
+        say(f"plan: not made, because it needs {missing}, which is not on this machine")
+        return
     code, report, problem = run_plan(plan_command(job))
     if code == 0:
         for line in summary(report):
@@ -44,13 +48,31 @@ def check_plan(job: Job) -> None:
     raise UserError(f"{problem or f'gpt-jax plan {ended}'}; --no-plan launches the job without a plan")
 
 
+def missing_file(job: Job) -> str:
+    """Returns a phrase for a file that determines a fine-tuning's step and may exist only on the workers, or "" if there is none.
+
+    The file is the checkpoint, which contains the architecture, or the training rows of a task of the user's own, which contain
+    the labels.
+    """
+    config = apply_overrides(load_config(job.config), list(job.overrides), "gpt-jax launch")
+    if not isinstance(config, FinetuneConfig):
+        return ""
+    init, task = config.init, config.task
+    origin = init.like if init.from_ == "none" else init.from_
+    if origin not in config_names() and not origin.endswith(".py") and not Path(origin).expanduser().is_dir():
+        return f"the architecture of {origin}"
+    labeled = task.name or task.labels or task.score_range or task.kind == "multiple_choice"
+    return "" if labeled or Path(task.train).expanduser().is_file() else f"the labels in {task.train}"
+
+
 def plan_command(job: Job) -> list[str]:
     """Returns the command that plans a job.
 
-    The command leaves out all paths, because they may exist only on the workers and do not change the step.
+    The command of a pre-training leaves out all paths, because they may exist only on the workers and do not change the step. The
+    step of a fine-tuning depends on files (`missing_file`).
     """
     fields = flatten_config(load_config(job.config))
-    paths = [name for name, (_, affects) in fields.items() if affects == "input"]
+    paths = [name for name, (_, affects) in fields.items() if affects == "input" and job.verb == "pretrain"]
     overrides, keep = [], True
     for word in job.overrides:
         if word.startswith("--"):
@@ -91,5 +113,5 @@ def summary(report: str) -> list[str]:
     if len(sections) == 1:
         return sections[0]
     memory = ": ".join(line.strip() for line in sections[1])
-    results = (line.partition("; give --corpus-tokens")[0] for line in sections[-1][-RESULTS:])  # `launch` has no such option.
+    results = (line.partition("; give --")[0] for line in sections[-1][-RESULTS:])  # `launch` has no such option.
     return [memory, *results]

@@ -19,6 +19,8 @@ run_plan = planning.run_plan  # before a fixture replaces it
 PLAN = [sys.executable, "-m", "gpt_jax", "plan"]
 GKE = ("--workdir", "gs://b/run", "--image", "I", "--accelerator", "v5e-16", "--dry-run")
 STORE = ("--data.store", "gs://b/store")
+ROWS = ("--task.train", "gs://b/train.tsv", "--task.validation", "gs://b/dev.tsv")
+TOKENIZER = ("--init.tokenizer", "gs://b/tokenizer")
 DOES_NOT_FIT = "--train.batch-size: 9 do not fit; at most 8 do"
 
 
@@ -30,7 +32,7 @@ def make(accelerator="v5e-16", config="gpt1", **fields):
 # -- when a job is planned --------------------------------------------------------------------------------------------------
 
 
-def test_a_pre_training_on_tpus_is_planned_before_it_is_created(plans, capsys, monkeypatch):
+def test_a_job_is_planned_before_it_is_created(plans, capsys, monkeypatch):
     created = []
     monkeypatch.setattr(gke, "submit", lambda job: created.append(job) or 0)
     plans.answer = 2, "", DOES_NOT_FIT
@@ -57,12 +59,7 @@ def test_the_report_is_not_mixed_into_the_manifest(plans, capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ("gke", "gpt1", *GKE, *STORE, "--no-plan"),
-        ("gke", "gpt1", *GKE, *STORE, "--accelerator", "h100-8"),
-        ("gke", "finetune/cola", *GKE, "--init.from", "gs://b/base"),
-        ("local", "smoke", "--workdir", "RUN", "--accelerator", "cpu-2", "--dry-run"),
-    ],
+    [("gke", "gpt1", *GKE, *STORE, "--no-plan"), ("local", "smoke", "--workdir", "RUN", "--accelerator", "cpu-2", "--dry-run")],
 )
 def test_other_jobs_are_not_planned(plans, words):
     assert main(["launch", *words]) == 0
@@ -72,6 +69,20 @@ def test_other_jobs_are_not_planned(plans, words):
 def test_mistakes_are_reported_before_a_plan_is_made(plans):
     assert main(["launch", "gke", "gpt1", *GKE, *STORE, "--zone", "us-central1"]) == 2
     assert main(["launch", "gke", "gpt1", *GKE]) == 2  # There is no text to read.
+    assert plans == []
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (("finetune/cola", "--init.from", "gs://b/base"), "the architecture of gs://b/base"),
+        (("finetune/cola", "--init.from", "none", "--init.like", "/gcs/b/base"), "the architecture of /gcs/b/base"),
+        (("finetune/own", *ROWS, "--init.from", "none", "--init.like", "smoke", *TOKENIZER), "the labels in gs://b/train.tsv"),
+    ],
+)
+def test_a_fine_tuning_whose_files_are_elsewhere_is_launched_without_a_plan(plans, capsys, words, missing):
+    assert main(["launch", "gke", words[0], *GKE, *words[1:]]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == f"plan: not made, because it needs {missing}, which is not on this machine"
     assert plans == []
 
 
@@ -91,6 +102,23 @@ def test_paths_that_only_the_workers_see_are_not_planned(tmp_path):
     assert command == [*PLAN, str(config), "--topology", "v5e-16", "--slices", "1", "--data.store="]
     fields = load.flatten_config(load.apply_overrides(load.load_config(str(config)), command[-1:], ""))
     assert not any(value for value, affects in fields.values() if affects == "input")
+
+
+def test_a_fine_tuning_is_planned_with_its_checkpoint_and_its_task(plans, tmp_path):
+    """The labels of its task are known, so its rows may be anywhere."""
+    base = tmp_path / "base"
+    base.mkdir()
+    named = ("--init.from", str(base), "--task.path", "gs://b/cola", "--train.batch-size", "64")
+    like = ("--init.from=none", "--init.like", "gpt1", "--init.tokenizer", "gs://b/tokenizer")
+    labeled = (*like, *ROWS, "--task.labels", "x", "y")
+    for config, overrides in (("finetune/cola", named), ("finetune/cola", like), ("finetune/own", labeled)):
+        planning.check_plan(make(verb="finetune", config=config, overrides=overrides))
+        assert plans.pop() == [*PLAN, config, "--topology", "v5e-16", "--slices", "1", *overrides]
+
+
+def test_a_run_on_gpus_is_planned_too(plans):
+    planning.check_plan(make("h100-8"))
+    assert plans == [[*PLAN, "gpt1", "--topology", "h100-8", "--slices", "1"]]
 
 
 # -- what a plan answers ----------------------------------------------------------------------------------------------------
@@ -138,7 +166,15 @@ def test_an_interrupted_launch_ends_its_plan(monkeypatch, tmp_path):
 
 REPORT = {
     **{"config": "gpt1", "accelerator": "v5e-16", "slices": 1, "chips": 16, "device_kind": "TPU v5 lite", "dtype": "bfloat16"},
-    **{"num_parameters": 1000, "verb": "pretrain", "examples": 512, "sequences": 512, "length": 512, "micro_batches": 1, "sequences_per_device": 32},
+    **{
+        "num_parameters": 1000,
+        "verb": "pretrain",
+        "examples": 512,
+        "sequences": 512,
+        "length": 512,
+        "micro_batches": 1,
+        "sequences_per_device": 32,
+    },
     **{"mesh": {"data": 16}, "choices": {"remat": "dots"}, "versions": {"jax": "1", "libtpu": "2"}, "compile_seconds": 60.0},
     "memory": dict.fromkeys(("parameters", "moments", "batch", "temporaries", "code"), 2**30) | {"peak": 5 << 30},
     "cycles": {"mlp": {"forward": 100}},
