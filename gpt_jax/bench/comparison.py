@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax.bench.machine import OtherLoad
 from gpt_jax.bench.process import Worker, WorkerError, start_worker
 from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import require
 from gpt_jax.runtime.console import say
+from gpt_jax.runtime.processor import OtherLoad
 
 ROUND_SECONDS = 2.0
 """Shortest duration of a round, as far as whole repetitions allow."""

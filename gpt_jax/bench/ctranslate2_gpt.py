@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.bench.machine import num_cores
 from gpt_jax.config import ModelConfig
+from gpt_jax.runtime.processor import num_cores
 
 
 def save_gpt2(config: ModelConfig, folder: Path) -> None:

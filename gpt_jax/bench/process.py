@@ -9,9 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
 
-from gpt_jax.bench.machine import num_cores
 from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.processor import num_cores
 
 
 class WorkerError(Exception):

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.bench.comparison import Result, Timing
-from gpt_jax.bench.machine import num_cores, processor_name
 from gpt_jax.experiments.score_tables import format_table
 from gpt_jax.runtime.chips import CHIPS
+from gpt_jax.runtime.processor import num_cores, processor_name
 from gpt_jax.runtime.rundir import environment, installed_versions, write_atomic
 
 BUSY = 0.1

@@ -86,7 +86,7 @@ def _read_computation(
         before = len(found.costs)
         if each.opcode == "while":
             body = _read_computation(each.attribute("body"), program, attribution, reader, trips)
-            found.extend(body, _trip_count(each, program, trips))
+            found.extend(body, trip_count(each, program, trips))
         elif each.opcode == "conditional":
             branches = (_read_computation(branch, program, attribution, reader, trips) for branch in each.called)
             found.extend(min(branches, key=lambda branch: branch.cycles))
@@ -103,7 +103,7 @@ def _read_computation(
     return found
 
 
-def _trip_count(loop: Instruction, program: Program, default: int | None) -> int:
+def trip_count(loop: Instruction, program: Program, default: int | None) -> int:
     """Returns the trip count of a loop that counts from 0, as those of `jax.lax.scan` do, or `default` if it is not constant."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:

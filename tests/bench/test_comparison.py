@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from gpt_jax.bench.comparison import Comparison, Result, Timing, run_comparison
-from gpt_jax.bench.machine import OtherLoad, num_cores
 from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.processor import OtherLoad, num_cores
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,9 +6,9 @@ import pytest
 
 from gpt_jax.bench import report
 from gpt_jax.bench.comparison import Comparison, Result, Timing, failed
-from gpt_jax.bench.machine import num_cores
 from gpt_jax.bench.program import ProgramSpec
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.processor import num_cores
 
 SPEC = ProgramSpec("none:none", {})
 
