@@ -18,6 +18,8 @@ from gpt_jax.plan.workload import Workload, workload_of
 from gpt_jax.runtime.accelerators import Accelerator, parse_accelerator
 from gpt_jax.runtime.console import say
 
+REFUSAL = "refusal"
+"""Key of the message in the cache if a program does not fit."""
 Config = PretrainConfig | FinetuneConfig
 
 
@@ -112,11 +114,17 @@ def find_report(name: str, workload: Workload, accelerator: Accelerator, slices:
         where = f"{slices} x {accelerator.name}" if slices > 1 else accelerator.name
         program = "the generation" if workload.verb == "generate" else "the step"
         say(f"{time.strftime('%H:%M:%S')} compiling {program} for {where}, which takes minutes")
-        from gpt_jax.plan.program import compile_program
+        from gpt_jax.plan.program import DoesNotFit, compile_program
         from gpt_jax.plan.report import make_report
 
-        report = make_report(name, compile_program(workload, accelerator, slices), accelerator, slices)
+        try:
+            report = make_report(name, compile_program(workload, accelerator, slices), accelerator, slices)
+        except DoesNotFit as error:
+            cache.write(key, {REFUSAL: str(error)})
+            raise
         cache.write(key, report)
+    if REFUSAL in report:
+        raise UserError(report[REFUSAL])
     return report | {"config": name}
 
 

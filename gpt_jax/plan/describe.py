@@ -99,7 +99,10 @@ def _memory_lines(report: Report) -> list[str]:
     memory = report["memory"]
     share = memory["peak"] / memory["available"]
     names = ("parameters", "moments", "batch", "temporaries", "code")
-    kinds = ", ".join(f"{name} {memory[name] / GIB:.2f}" for name in names if memory[name] >= 0.005 * GIB)
+    shown = {name: f"{name} {memory[name] / GIB:.2f}" for name in names if memory[name] >= 0.005 * GIB}
+    if memory["activations"] and "temporaries" in shown:
+        shown["temporaries"] += f" (of these, activations for the backward pass about {memory['activations'] / GIB:.2f})"
+    kinds = ", ".join(shown.values())
     return ["memory of a device, GiB", f"  {memory['peak'] / GIB:.2f} of {memory['available'] / GIB:.2f} ({share:.0%}): {kinds}"]
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 import time
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,16 +19,19 @@ from gpt_jax.runtime.sharding import abstract_batch, make_mesh
 from gpt_jax.tasks.batches import batch_spec
 from gpt_jax.tasks.head import make_head
 from gpt_jax.train.choices import choose_for
+from gpt_jax.train.memory_estimate import change_that_fits, largest_kind, step_memory
 from gpt_jax.train.step import State, abstract_state, lower_step, settle
 
 SIZE = r"\(([\d.]+)([GMK])\)"
 TOO_LARGE = re.compile(rf"total memory required for .{{0,40}}? {SIZE} exceeds available HBM {SIZE}")
 GIB_OF = {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}
 """The units in the compiler's messages, expressed in GiB."""
+USABLE_AFTER_CHANGE = 0.95
+"""Share of the memory that a program may need after a suggested change, because the effect of the change is estimated."""
 
 
 class DoesNotFit(UserError):
-    """The program needs more memory than a device has, although it fits according to train/memory_estimate.py."""
+    """The program needs more memory than a device has, although it may fit according to train/memory_estimate.py."""
 
 
 class Program(NamedTuple):
@@ -64,7 +68,7 @@ def compile_program(workload: Workload, accelerator: Accelerator, slices: int = 
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _compile_error(error, accelerator) from None
+        raise _compile_error(error, workload, sizes, accelerator) from None
     seconds = time.monotonic() - started
     memory: Any = compiled.memory_analysis()
     bytes_of = {
@@ -107,10 +111,23 @@ def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def _compile_error(error: Exception, accelerator: Accelerator) -> TrainingError | DoesNotFit:
-    if found := TOO_LARGE.search(str(error)):
-        needed, available = (float(number) * GIB_OF[unit] for number, unit in (found.groups()[:2], found.groups()[2:]))
-        where = f"each device of a {accelerator.name}, of which the program can have {available:.2f}"
-        advice = "use --train.grad-accum-steps or a larger --mesh.fsdp"
-        return DoesNotFit(f"the step needs {needed:.2f} GiB on {where}; {advice}")
-    return TrainingError(f"the step does not compile for a {accelerator.name}: {one_line(error)}")
+def _compile_error(
+    error: Exception, workload: Workload, sizes: Mapping[str, int], accelerator: Accelerator
+) -> TrainingError | DoesNotFit:
+    """Returns an error that says why a program does not compile; if it is too large, with a change after which it fits."""
+    found = TOO_LARGE.search(str(error))
+    if not found:
+        return TrainingError(f"the program does not compile for a {accelerator.name}: {one_line(error)}")
+    needed, available = (float(number) * GIB_OF[unit] for number, unit in (found.groups()[:2], found.groups()[2:]))
+    problem = f"{needed:.2f} GiB are needed on each device of a {accelerator.name}, of which a program can have {available:.2f}"
+    if workload.verb == "generate":
+        return DoesNotFit(f"{problem}; generate fewer or shorter texts at once, or use a slice with more devices")
+    step, remat = workload.as_pretraining, workload.config.model.remat
+    if step.model.kind != "transformer":
+        return DoesNotFit(f"{problem}; lower --train.batch-size")
+    memory = step_memory(step, sizes, "tpu", remat)
+    # The compiler's count is exact. The estimate only tells by how much a change lowers it.
+    usable = int(USABLE_AFTER_CHANGE * available / needed * sum(memory))
+    change = change_that_fits(step, sizes, "tpu", remat, usable, workload.rows // workload.examples)
+    share = f"the largest part is the {largest_kind(memory)}, about {max(memory) / sum(memory):.0%}"
+    return DoesNotFit(f"{problem}; {share}; use {change or 'more devices or a smaller --train.batch-size'}")

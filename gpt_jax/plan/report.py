@@ -27,6 +27,7 @@ from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import CHIPS
 from gpt_jax.runtime.mesh import num_shards
 from gpt_jax.train.choices import AUTOMATIC
+from gpt_jax.train.memory_estimate import step_memory
 
 PROMPTS, NEW_TOKENS = "prompts", "tokens"
 """The directions of generation: the pass over the prompts, and the loop over the new tokens."""
@@ -68,7 +69,7 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
         "micro_batches": workload.micro_batches,
         "sequences_per_device": workload.rows // (1 if workload.verb == "generate" else num_shards(mesh.shape, "batch")),
         "num_parameters": config.model.num_parameters,
-        "memory": {**program.memory, "available": chip.memory},
+        "memory": {**program.memory, "activations": _activations(program), "available": chip.program_memory},
         "flops": {"token": workload.flops / tokens, "step": workload.flops},
         "cycles": estimate.cycles,
         "product_cycles": costs.by("kind").get(("product",), 0) + kernels.of_attention(costs),
@@ -88,6 +89,15 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
         "duration": "" if workload.verb == "generate" else config.train.duration,
         "compile_seconds": program.seconds,
     }
+
+
+def _activations(program: Program) -> int:
+    """Returns an estimate of the bytes among the temporaries that the backward pass needs; 0 if nothing is known."""
+    step, workload = program.workload.as_pretraining, program.workload
+    if workload.verb == "generate" or step.model.kind != "transformer":
+        return 0
+    kept = step_memory(step, program.mesh.shape, "tpu", step.model.remat).activations
+    return min(kept, program.memory["temporaries"])
 
 
 class _Estimate(NamedTuple):

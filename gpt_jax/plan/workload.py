@@ -45,6 +45,16 @@ class Workload(NamedTuple):
         return 1 if self.verb == "generate" else self.config.train.grad_accum_steps
 
     @property
+    def as_pretraining(self) -> PretrainConfig | FinetuneRunConfig:
+        """The config with the batch and the length of this program, as if each sequence were an example of a pre-training."""
+        config = self.config
+        return dataclasses.replace(
+            config,
+            model=dataclasses.replace(config.model, context_length=self.length),
+            train=dataclasses.replace(config.train, batch_size=self.rows),
+        )
+
+    @property
     def flops(self) -> float:
         """Floating-point operations of one execution: a step, or the generation of all tokens.
 

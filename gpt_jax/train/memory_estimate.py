@@ -15,9 +15,10 @@ version of any library.
 """
 
 import bisect
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -163,6 +164,49 @@ def step_memory(
     return StepMemory(bytes_of_parameters, 8 * parameters, gradients, tokens * kept, temporaries)
 
 
+def largest_kind(memory: StepMemory) -> str:
+    """Returns the name of the largest kind of memory."""
+    return max(memory._asdict().items(), key=lambda item: item[1])[0]
+
+
+def change_that_fits(
+    config: RunConfig, sizes: Mapping[str, int], platform: str, remat: str, usable: int, sequences: int = 1
+) -> str:
+    """Returns the options with which the step needs at most `usable` bytes, or "" if there are none.
+
+    The options do not change the batch. The first of these that suffices is taken: more micro-batches; full recomputation; shards
+    of the model instead of copies, with as few micro-batches as possible.
+
+    Args:
+      config: the run's config, with all choices but `model.remat` made.
+      sequences: number of sequences of an example, which stay together.
+    """
+    for steps in _micro_batches(config, sizes, platform, remat, usable, sequences):
+        return f"--train.grad-accum-steps {steps}"
+    if step_bytes(config, sizes, platform, "full") <= usable:
+        return "--model.remat full"
+    for factor in range(2, sizes["data"] + 1):
+        split = {**sizes, "fsdp": sizes["fsdp"] * factor, "data": sizes["data"] // factor}
+        if sizes["data"] % factor == 0 and config.model.embed_dim % split["fsdp"] == 0:
+            if step_bytes(config, split, platform, remat) <= usable:
+                return f"--mesh.fsdp {split['fsdp']}"
+            for steps in _micro_batches(config, split, platform, remat, usable, sequences):
+                return f"--mesh.fsdp {split['fsdp']} --train.grad-accum-steps {steps}"
+    return ""
+
+
+def _micro_batches(
+    config: RunConfig, sizes: Mapping[str, int], platform: str, remat: str, usable: int, sequences: int
+) -> Iterator[int]:
+    """Yields the numbers of micro-batches, greater than the config's, with which the step needs at most `usable` bytes."""
+    train, unit = config.train, num_shards(sizes, "batch") * sequences
+    for steps in range(train.grad_accum_steps + 1, train.batch_size // unit + 1):
+        if train.batch_size % (unit * steps) == 0:
+            smaller = dataclasses.replace(config, train=dataclasses.replace(train, grad_accum_steps=steps))
+            if step_bytes(smaller, sizes, platform, remat) <= usable:
+                yield steps
+
+
 def _kept_bytes(kept: Kept, model: ModelConfig, sizes: Mapping[str, int], dtype: int) -> int:
     """Returns the bytes of the arrays per token."""
     heads, mlp = (num_shards(sizes, axis) for axis in ("heads", "mlp"))
@@ -200,12 +244,14 @@ def _too_large(config: RunConfig, sizes: Mapping[str, int], platform: str, kind:
     fits = bisect.bisect(range(1, local), usable, key=lambda number: step_bytes(config, sizes, platform, remat, number))
     at_once = f" in {steps} micro-batches" if steps > 1 else ""
     recomputing = "" if config.model.remat == "auto" else f" with --model.remat {remat}"
-    memory = f"the {CHIPS[kind].memory / GIB:.3g} GiB of a {kind} do not suffice{recomputing}"
+    needed = step_memory(config, sizes, platform, remat)
+    parts = f"about {sum(needed) / GIB:.3g} GiB, of which {max(needed) / GIB:.3g} are {largest_kind(needed)}"
+    memory = f"the {CHIPS[kind].memory / GIB:.3g} GiB of a {kind} do not suffice{recomputing} ({parts})"
     problem = f"{batch}{at_once} is {local} sequence{'s' * (local > 1)} a device, for which {memory}"
     if not fits:
-        return field_error(
-            "train.batch_size", f"{problem}; not even one fits, so split the model with --mesh.fsdp or --mesh.tensor"
-        )
+        advice = change_that_fits(config, sizes, platform, remat, usable)
+        advice = advice or "--mesh.fsdp or --mesh.tensor, and perhaps use more devices"
+        return field_error("train.batch_size", f"{problem}; not even one fits, so split the model with {advice}")
     more = next((k for k in range(steps + 1, batch + 1) if batch % (shards * k) == 0 and batch // (shards * k) <= fits), None)
     hint = f"at most {fits} a device fit (--train.batch-size {fits * shards * steps})"
     return field_error("train.batch_size", f"{problem}; {hint}" + (f", or --train.grad-accum-steps {more}" if more else ""))

@@ -234,3 +234,17 @@ print("loaded:", *sorted({"jax", "jaxlib", "libtpu", "tensorflow"} & set(sys.mod
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
     assert done.stdout.startswith("mini: 116,534,784 parameters")
     assert done.stdout.splitlines()[-1] == "loaded:"
+
+
+def test_a_program_that_does_not_fit_is_compiled_once(compiled, capsys, monkeypatch):
+    from gpt_jax.plan import program
+
+    def compile_program(workload, _, slices):
+        compiled.append(workload)
+        raise program.DoesNotFit("20 GiB are needed; use --train.grad-accum-steps 2")
+
+    monkeypatch.setattr(program, "compile_program", compile_program)
+    for _ in range(2):
+        assert main(["plan", "mini", "--topology", "v5e-4"]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "gpt-jax: 20 GiB are needed; use --train.grad-accum-steps 2"
+    assert len(compiled) == 1

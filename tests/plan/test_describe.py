@@ -33,6 +33,7 @@ REPORT = {
         "temporaries": 10 * 2**30,
         "code": 2**28,
         "peak": 13 * 2**30,
+        "activations": 7 * 2**30,
         "available": 2**34,
     },
     "flops": {"token": 750_000_000, "step": 786_432_000_000_000},
@@ -89,7 +90,7 @@ attention pallas_tpu, remat dots, layer-unroll 12, loss-chunk 128
 jax 1.2, libtpu 3.4, compiled in 61 s; nothing was run
 
 memory of a device, GiB
-  13.00 of 16.00 (81%): parameters 0.50, moments 1.00, temporaries 10.00, code 0.25
+  13.00 of 16.00 (81%): parameters 0.50, moments 1.00, temporaries 10.00 (of these, activations for the backward pass about 7.00), code 0.25
 
 million cycles by part        all   share     forward  recomputed    backward
   mlp                      300.00   75.0%      100.00       20.00      180.00

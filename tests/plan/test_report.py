@@ -134,7 +134,14 @@ def test_the_report_names_what_was_planned(report, program):
         "duration": "20 steps",
     }
     assert {name: report[name] for name in expected} == expected
-    assert report["memory"] == program.memory | {"available": 16 * 2**30}
+    assert report["memory"] == program.memory | {"available": int(15.75 * 2**30), "activations": 0}  # There are no temporaries.
+
+
+def test_activations_are_counted_among_the_temporaries(program, schedules):
+    pretended = program._replace(memory=program.memory | {"temporaries": 2**30})
+    kept = 2 * 128 * (2 * (7 * 128 + 512) * 2 + 2 * 2 * 4)  # 2 sequences; in each of 2 layers, 7 arrays of width 128, one of 512
+    outside = 2 * 128 * 128 * (3 * 2 + 4 + 1)
+    assert make_report("", pretended, V5E_4, 1)["memory"]["activations"] == kept + outside
 
 
 def test_each_schedule_is_looked_up_once(report, schedules):
@@ -150,7 +157,7 @@ def test_each_schedule_is_looked_up_once(report, schedules):
 def test_kernels_compute_a_micro_batch_and_the_heads_of_a_device(program, schedules):
     """A pretended program of 4 times the batch in 8 micro-batches on 2 x 2 devices, of which each has 2 of 3 or 6 heads."""
     mesh = make_mesh(MeshConfig(data=2, tensor=2), list(program.mesh.devices.flat))
-    config = small(batch=32, micro_batches=8, num_heads=6, embed_dim=384)
+    config = small(batch=32, micro_batches=8, num_heads=6, embed_dim=384, remat="dots")
     pretended = make_report("", program._replace(mesh=mesh, workload=pretraining(config)), V5E_4, 1)
     cycles = {each["name"]: each["cycles"] for each in pretended["kernels"]}
     assert cycles["attention_backward"] == 2 * (2 * 2) * 8 * 5000 / 4  # 2 sequences, and 3 heads, which are 2 groups

@@ -1,6 +1,7 @@
 """The estimate agrees with the arrays that JAX keeps and with the TPU compiler's count, and decides what is recomputed."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from gpt_jax.model.dropout import DropoutKey
 from gpt_jax.runtime.chips import CHIPS, GIB
 from gpt_jax.runtime.mesh import AXES
 from gpt_jax.runtime.sharding import make_mesh
-from gpt_jax.train.memory_estimate import KEPT, check_remat, remat_that_fits, step_bytes
+from gpt_jax.train.memory_estimate import KEPT, change_that_fits, check_remat, remat_that_fits, step_bytes, step_memory
 from gpt_jax.train.step import LANGUAGE_MODEL, abstract_batch, lower_step
 
 V5E = ("tpu", "TPU v5 lite")
@@ -141,11 +142,13 @@ def largest(config, sizes, remat, usable):
 def test_a_batch_that_does_not_fit_is_an_error_that_says_what_would():
     config, sizes = gpt1(8192), mesh_sizes(data=8)
     fits = largest(config, sizes, "full", 0.9 * 16 * GIB)
+    memory = step_memory(config, sizes, "tpu", "full")
     steps = next(k for k in range(1, 8192) if 8192 % (8 * k) == 0 and 1024 / k <= fits)
     with pytest.raises(UserError) as caught:
         remat_that_fits(config, sizes, *V5E)
     assert str(caught.value) == (
-        "--train.batch-size: 8192 is 1024 sequences a device, for which the 16 GiB of a TPU v5 lite do not suffice; "
+        "--train.batch-size: 8192 is 1024 sequences a device, for which the 16 GiB of a TPU v5 lite do not suffice "
+        f"(about {sum(memory) / GIB:.3g} GiB, of which {memory.temporaries / GIB:.3g} are temporaries); "
         f"at most {fits} a device fit (--train.batch-size {8 * fits}), or --train.grad-accum-steps {steps}"
     )
     assert remat_that_fits(gpt1(8 * fits), sizes, *V5E) == "full"
@@ -158,7 +161,7 @@ def test_a_chosen_recomputation_that_does_not_fit_is_an_error_too():
         check_remat(config, mesh_sizes(data=4), *V5E)
     problem, _, hint = str(caught.value).partition("; ")
     assert problem.startswith("--train.batch-size: 1024 in 2 micro-batches is 128 sequences a device, for which the 16 GiB of a ")
-    assert problem.endswith(" do not suffice with --model.remat off")
+    assert re.fullmatch(r".* with --model.remat off \(about 3\d\.\d GiB, of which 3\d\.\d are activations\)", problem)
     assert hint == "at most 49 a device fit (--train.batch-size 392), or --train.grad-accum-steps 8"
     check_remat(config, mesh_sizes(data=4), "cpu", "cpu")
     check_remat(gpt1(128, **{"model.remat": "off"}), mesh_sizes(data=4), *V5E)
@@ -167,7 +170,49 @@ def test_a_chosen_recomputation_that_does_not_fit_is_an_error_too():
 def test_a_model_that_does_not_fit_needs_a_mesh_that_splits_it():
     config = apply_overrides(load_config("gpt1_1b5"), ["--model.attention=pallas_tpu", "--model.loss-chunk=128"], "test")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, remat="auto"))
-    with pytest.raises(UserError, match=r"not even one fits, so split the model with --mesh\.fsdp or --mesh\.tensor"):
+    with pytest.raises(UserError, match=r"not even one fits, so split the model with --mesh\.fsdp 4 --train\.grad-acc") as caught:
         remat_that_fits(config, mesh_sizes(data=16), *V5E)
+    parts = int(str(caught.value).split()[-1])
+    smaller = dataclasses.replace(config, train=dataclasses.replace(config.train, grad_accum_steps=parts))
+    remat_that_fits(smaller, mesh_sizes(data=4, fsdp=4), *V5E)
+    with pytest.raises(UserError, match="not even one fits"):
+        remat_that_fits(smaller, mesh_sizes(data=8, fsdp=2), *V5E)
+    with pytest.raises(UserError, match=r"split the model with --mesh\.fsdp or --mesh\.tensor, and perhaps use more devices$"):
+        remat_that_fits(config, mesh_sizes(), *V5E)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=32))
     assert remat_that_fits(config, mesh_sizes(fsdp=16), *V5E) == "dots"
+
+
+@pytest.mark.parametrize(
+    ("axes", "words", "option"),
+    [
+        ({"data": 8}, ["--train.batch-size=256"], "--train.grad-accum-steps 2"),
+        ({"data": 8}, ["--train.batch-size=256", "--train.grad-accum-steps=2"], "--train.grad-accum-steps 4"),
+        ({"data": 8}, ["--train.batch-size=8"], "--model.remat full"),
+        ({"data": 8}, ["--train.batch-size=8", "--model.remat=full"], "--mesh.fsdp 2"),
+        ({"fsdp": 8}, ["--train.batch-size=8", "--model.remat=full"], ""),
+    ],
+)
+def test_the_nearest_change_makes_the_step_fit(axes, words, option):
+    """Just too little memory; the batch cannot be split below one sequence a device."""
+    words = ["--model.remat=dots", "--model.attention=pallas_tpu", "--model.loss-chunk=128", *words]
+    config = apply_overrides(load_config("gpt1"), words, "test")
+    sizes, remat = mesh_sizes(**axes), config.model.remat
+    usable = step_bytes(config, sizes, "tpu", remat) - 1
+    assert change_that_fits(config, sizes, "tpu", remat, usable) == option
+    if option.startswith("--mesh"):
+        assert step_bytes(config, mesh_sizes(data=4, fsdp=2), "tpu", remat) <= usable
+    elif option:
+        changed = apply_overrides(config, option.split(), "test")
+        assert step_bytes(changed, sizes, "tpu", changed.model.remat) <= usable
+
+
+def test_the_sequences_of_an_example_stay_together():
+    """Of 512 sequences, each of 4 devices has 128, which cannot be split if they belong to one example."""
+    config = apply_overrides(
+        load_config("gpt1"), ["--model.remat=full", "--model.loss-chunk=128", "--train.batch-size=512"], "test"
+    )
+    usable = step_bytes(config, mesh_sizes(data=4), "tpu", "full") - 1
+    options = [change_that_fits(config, mesh_sizes(data=4), "tpu", "full", usable, sequences) for sequences in (1, 64, 128)]
+    assert options[:2] == ["--train.grad-accum-steps 2"] * 2
+    assert not options[2].startswith("--train")
