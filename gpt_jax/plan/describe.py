@@ -4,8 +4,11 @@ from typing import Any
 
 from gpt_jax.plan.report_file import Report
 from gpt_jax.runtime.chips import CHIPS, GIB, MIB
+from gpt_jax.runtime.prices import LIST_PRICES
 
 SECONDS_PER_HOUR = 3600
+OTHER = "other"
+"""The part of collectives whose place in the model the compiler does not say (attribution.py, which needs JAX)."""
 FORMULA = "6 x (weights of products) + 12 x layers x width x context, for each token"
 
 
@@ -101,20 +104,22 @@ def _memory_lines(report: Report) -> list[str]:
     names = ("parameters", "moments", "batch", "temporaries", "code")
     shown = {name: f"{name} {memory[name] / GIB:.2f}" for name in names if memory[name] >= 0.005 * GIB}
     if memory["activations"] and "temporaries" in shown:
-        shown["temporaries"] += f" (of these, activations for the backward pass about {memory['activations'] / GIB:.2f})"
+        shown["temporaries"] += f" (activations about {memory['activations'] / GIB:.2f})"
     kinds = ", ".join(shown.values())
     return ["memory of a device, GiB", f"  {memory['peak'] / GIB:.2f} of {memory['available'] / GIB:.2f} ({share:.0%}): {kinds}"]
 
 
 def _cycle_lines(report: Report) -> list[str]:
     directions = ("prompts", "tokens") if report["verb"] == "generate" else ("forward", "recomputed", "backward")
-    total = sum(sum(by.values()) for by in report["cycles"].values())
-    lines = [f"{'million cycles by part':24}{'all':>9}{'share':>8}" + "".join(f"{name:>12}" for name in directions)]
+    total, clock = sum(sum(by.values()) for by in report["cycles"].values()), CHIPS[report["device_kind"]].cycles_per_second
+    header = f"{'million cycles by part':24}{'all':>9}{'share':>8}{'ms':>9}"
+    lines = [header + "".join(f"{name:>12}" for name in directions)]
     for part, by in report["cycles"].items():
         cycles = sum(by.values())
         columns = "".join(f"{by.get(name, 0) / 1e6:12.2f}" for name in directions)
-        lines.append(f"  {_words(part):22}{cycles / 1e6:9.2f}{cycles / total:8.1%}{columns}")
-    lines.append(f"  {'sum':22}{total / 1e6:9.2f}")
+        milliseconds = f"{cycles / clock * 1e3:9.2f}"
+        lines.append(f"  {_words(part):22}{cycles / 1e6:9.2f}{cycles / total:8.1%}{milliseconds}{columns}")
+    lines.append(f"  {'sum':22}{total / 1e6:9.2f}{'':8}{total / clock * 1e3:9.2f}")
     if report["kernels"]:
         kernels = ", ".join(f"{k['times']} x {k['name']} {k['cycles'] / 1e6:.2f}" for k in report["kernels"])
         lines.append(f"  of these in Pallas kernels: {kernels}")
@@ -124,9 +129,14 @@ def _cycle_lines(report: Report) -> list[str]:
 def _collective_lines(report: Report) -> list[str]:
     if not report["collectives"]:
         return ["no collectives", ""]
-    lines = [f"{'collectives':56}{'times':>6}{'MiB':>10}{'ms':>8}{'exposed':>9}"]
+    links = f"collectives, links of {report['links']['inside'] / 1e9:.4g} GB/s"
+    if report["slices"] > 1:
+        between = report["links"]["between_slices"]
+        links += f", {between / 1e9:.4g} between slices" if between else "; unknown between slices"
+    lines = [f"{links:56}{'times':>6}{'MiB':>10}{'ms':>8}{'exposed':>9}"]
     for each in report["collectives"]:
-        name = f"{each['kind']} {each['dtype']} over {each['axes']} ({_purpose(each)}{', async' * each['asynchronous']})"
+        notes = ", ".join(filter(None, (_purpose(each), "async" * each["asynchronous"])))
+        name = f"{each['kind']} {each['dtype']} over {each['axes']}" + f" ({notes})" * bool(notes)
         milliseconds = f"{each['seconds'] * 1e3:8.2f}{each['exposed_seconds'] * 1e3:9.2f}"
         if each["seconds"] >= 1e-5:
             lines.append(f"  {name:54}{each['times']:6}{each['bytes'] / MIB:10.1f}{milliseconds}")
@@ -137,11 +147,14 @@ def _collective_lines(report: Report) -> list[str]:
 
 
 def _purpose(collective: dict[str, Any]) -> str:
-    """Returns "gradients" for sums of gradients, which may combine several parts; otherwise the part and the direction."""
+    """Returns "gradients" for sums of gradients, which may combine several parts; otherwise the part and the direction.
+
+    The result is "" if the compiler does not say, as in programs for several slices.
+    """
     sums = collective["kind"] in ("all-reduce", "reduce-scatter") and collective["direction"] == "backward"
     if sums and "tensor" not in collective["axes"]:
         return "gradients"
-    return f"{_words(collective['part'])}, {collective['direction']}"
+    return "" if collective["part"] == OTHER else f"{_words(collective['part'])}, {collective['direction']}"
 
 
 def _words(part: str) -> str:
@@ -153,13 +166,24 @@ def _run_line(report: Report, price: float | None, steps: float | None) -> str:
     """Returns a line about the whole run."""
     if steps is None:
         thousand = 1000 * report["time"]["step"] * report["chips"] / SECONDS_PER_HOUR
-        cost = f", {thousand * price:,.2f} at {price:g} a chip-hour," if price is not None else ""
+        cost = _cost(report, price, thousand)
         hint = f"give {'--examples' if report['verb'] == 'finetune' else '--corpus-tokens'} for the length of the run"
-        return f"run of {report['duration']}: {thousand:.4g} chip-hours{cost} for 1,000 steps; {hint}"
+        return f"run of {report['duration']}: 1,000 steps take {thousand:.4g} chip-hours{cost}; {hint}"
     hours = steps * report["time"]["step"] / SECONDS_PER_HOUR
     chip_hours = hours * report["chips"]
-    cost = f", {chip_hours * price:,.2f} at {price:g} a chip-hour" if price is not None else ""
+    cost = _cost(report, price, chip_hours)
     return f"run of {report['duration']}: {steps:,.0f} steps, {_figure(hours)} hours, {_figure(chip_hours)} chip-hours{cost}"
+
+
+def _cost(report: Report, price: float | None, chip_hours: float) -> str:
+    """Returns a phrase about the cost of some chip-hours, at the given price or the list price; "" if neither is known."""
+    if price is not None:
+        return f", {chip_hours * price:,.2f} at {price:g} a chip-hour"
+    known = LIST_PRICES.get(report["device_kind"])
+    if known is None:
+        return ""
+    source = f"{known.source} in {known.region}, {known.date}"
+    return f", ${chip_hours * known.dollars:,.2f} at the list price of ${known.dollars:.2f} a chip-hour ({source})"
 
 
 def _figure(number: float) -> str:
@@ -175,8 +199,9 @@ def advice(report: Report) -> str:
     more = f"; {free:.0%} of the memory is free" if free > 0.2 else ""
     if time["exposed"] > 0.2 * time["step"]:
         longest = max(report["collectives"], key=lambda each: each["exposed_seconds"])
+        purpose = f" ({_purpose(longest)})" if _purpose(longest) else ""
         return (
-            f"limited by collectives, above all the {longest['kind']} over {longest['axes']} ({_purpose(longest)}): "
+            f"limited by collectives, above all the {longest['kind']} over {longest['axes']}{purpose}: "
             f"give each device more sequences (a larger --train.batch-size or fewer devices){more}"
         )
     if report["micro_batches"] > 1 and free > 0.5:

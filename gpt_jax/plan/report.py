@@ -77,6 +77,7 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
         "recomputed_cycles": sum(part.get(RECOMPUTED, 0.0) for part in estimate.cycles.values()),
         "kernels": kernels.rows(costs),
         "collectives": estimate.collectives,
+        "links": {"inside": chip.link_bandwidth / (4 * chip.torus), "between_slices": chip.slice_bandwidth},
         "time": {
             "compute": estimate.compute,
             "exposed": estimate.exposed,

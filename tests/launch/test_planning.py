@@ -182,6 +182,7 @@ REPORT = {
     "product_cycles": 90,
     "recomputed_cycles": 0,
     "kernels": [],
+    "links": {"inside": 50e9, "between_slices": 3e9},
     "flops": {"token": 10.0, "step": 1000.0},
     "time": {"compute": 0.1, "exposed": 0.01, "step": 0.11, "tokens_per_second": 1000.0, "utilization": 0.5},
     "duration": "100 epochs",
@@ -199,7 +200,10 @@ def test_a_launch_shows_five_lines_of_a_report(collectives):
     assert shown[0] == f"memory of a device, GiB: {memory}"
     assert shown[1] == "modeled step: 110.0 ms = 100.0 computing + 10.0 waiting for collectives"
     assert shown[2].startswith("1,000 tokens/s; MFU 50.0% of 197 TFLOP/s a device")
-    assert shown[3] == "run of 100 epochs: 0.4889 chip-hours for 1,000 steps"
+    assert (
+        shown[3]
+        == "run of 100 epochs: 1,000 steps take 0.4889 chip-hours, $0.59 at the list price of $1.20 a chip-hour (Google Cloud in us-central1, 2024-12)"
+    )
     assert shown[4].startswith("limited by matrix products")
     assert len(shown) == 5
 

@@ -70,6 +70,7 @@ REPORT = {
             "exposed_seconds": 9e-6,
         },
     ],
+    "links": {"inside": 50e9, "between_slices": 3.125e9},
     "time": {
         "compute": 0.18,
         "exposed": 0.02,
@@ -90,15 +91,15 @@ attention pallas_tpu, remat dots, layer-unroll 12, loss-chunk 128
 jax 1.2, libtpu 3.4, compiled in 61 s; nothing was run
 
 memory of a device, GiB
-  13.00 of 16.00 (81%): parameters 0.50, moments 1.00, temporaries 10.00 (of these, activations for the backward pass about 7.00), code 0.25
+  13.00 of 16.00 (81%): parameters 0.50, moments 1.00, temporaries 10.00 (activations about 7.00), code 0.25
 
-million cycles by part        all   share     forward  recomputed    backward
-  mlp                      300.00   75.0%      100.00       20.00      180.00
-  layer norm               100.00   25.0%       80.00        0.00       20.00
-  sum                      400.00
+million cycles by part        all   share       ms     forward  recomputed    backward
+  mlp                      300.00   75.0%   199.60      100.00       20.00      180.00
+  layer norm               100.00   25.0%    66.53       80.00        0.00       20.00
+  sum                      400.00           266.14
   of these in Pallas kernels: 48 x attention_backward 25.00
 
-collectives                                              times       MiB      ms  exposed
+collectives, links of 50 GB/s, 3.125 between slices      times       MiB      ms  exposed
   all-reduce f32 over data (gradients, async)               12     100.0   30.00    20.00
   1 more, below 0.01 ms                                      7
 
@@ -123,10 +124,23 @@ def test_the_text_of_a_report():
 
 
 def test_a_run_of_unknown_length_has_the_cost_of_some_steps():
-    """A thousand steps of 0.2 s on 16 chips are 3,200 seconds of a chip."""
+    """A thousand steps of 0.2 s on 16 chips are 3,200 seconds of a chip, and the list price of a v5e is 1.20."""
     last = describe(REPORT).splitlines()[-2]
-    assert last == "run of 100 epochs: 0.8889 chip-hours for 1,000 steps; give --corpus-tokens for the length of the run"
-    assert "0.8889 chip-hours, 1.60 at 1.8 a chip-hour, for 1,000 steps; give" in describe(REPORT, price=1.8)
+    listed = "$1.07 at the list price of $1.20 a chip-hour (Google Cloud in us-central1, 2024-12)"
+    hint = "give --corpus-tokens for the length of the run"
+    assert last == f"run of 100 epochs: 1,000 steps take 0.8889 chip-hours, {listed}; {hint}"
+    assert f"1,000 steps take 0.8889 chip-hours, 1.60 at 1.8 a chip-hour; {hint}" in describe(REPORT, price=1.8)
+    unlisted = describe(changed(device_kind="TPU7x")).splitlines()[-2]
+    assert unlisted == f"run of 100 epochs: 1,000 steps take 0.8889 chip-hours; {hint}"
+
+
+def test_the_purpose_of_a_collective_is_left_out_if_it_is_unknown():
+    collectives = [REPORT["collectives"][0] | {"part": "other", "direction": "forward"}]
+    text = describe(changed(collectives=collectives, time={"exposed": 0.1}))
+    assert "\n  all-reduce f32 over data (async)   " in text
+    assert text.splitlines()[-1].startswith("limited by collectives, above all the all-reduce over data: give")
+    assert "collectives, links of 50 GB/s; unknown between slices  " in describe(changed(links={"between_slices": 0.0}))
+    assert "collectives, links of 50 GB/s    " in describe(changed(slices=1))
 
 
 def test_a_device_alone():
@@ -187,7 +201,7 @@ def test_the_text_of_a_fine_tuning():
     assert lines[1].startswith(
         "batch of 32 examples of 2 sequences x 512 tokens, the longest that occur, 4 sequences a device; att"
     )
-    assert lines[-2].endswith("for 1,000 steps; give --examples for the length of the run")
+    assert lines[-2].endswith("; give --examples for the length of the run")
 
 
 GENERATION = {
@@ -208,7 +222,7 @@ def test_the_text_of_a_generation():
     cycles = {"mlp": {"prompts": 1_500_000, "tokens": 120_000_000}, "other": {"prompts": 0, "tokens": 30_000_000}}
     text = describe(changed(**GENERATION) | {"cycles": cycles})
     assert "\n8 prompts of 32 tokens, each continued by 100 tokens\njax 1.2" in text
-    assert "  mlp                      121.50   80.2%        1.50      120.00\n" in text
+    assert "  mlp                      121.50   80.2%    80.84        1.50      120.00\n" in text
     expected = [
         "modeled: 1.00 ms for the prompts, then 1.00 ms a token, of which reading the weights once takes 0.28",
         "101.0 ms in all; 8,000 new tokens/s in all rows together",
