@@ -211,6 +211,12 @@ def advice(report: Report) -> str:
         return f"limited by what is computed twice ({twice}): --model.remat dots takes more memory but less time{more}"
     products = report["product_cycles"] / total
     if products > 0.7:
-        return f"limited by matrix products, which take {products:.0%} of the cycles: this is close to what the chip can do"
+        limit, rate = (
+            f"limited by matrix products, which take {products:.0%} of the cycles",
+            time["utilization_by_computation"] / products,
+        )
+        if rate > 0.6:
+            return f"{limit}: this is close to what the chip can do"
+        return f"{limit} but reach only {rate:.0%} of the peak: wider layers and heads of 128 fill the matrix units better"
     largest = _words(next(iter(report["cycles"])))
     return f"limited by work other than matrix products ({1 - products:.0%} of the cycles); the largest part is {largest}{more}"

@@ -176,8 +176,12 @@ def test_lines_fit_into_a_terminal_beside_each_other():
         ({"choices": {"remat": "full"}, "recomputed_cycles": 59_000_000}, "limited by work other than"),
         ({"choices": {"remat": "dots"}, "recomputed_cycles": 80_000_000}, "limited by work other than"),
         (
-            {"product_cycles": 300_000_000},
+            {"product_cycles": 300_000_000, "time": {"utilization_by_computation": 0.46}},
             "limited by matrix products, which take 75% of the cycles: this is close to what the chip can do",
+        ),
+        (
+            {"product_cycles": 300_000_000, "time": {"utilization_by_computation": 0.3}},
+            "limited by matrix products, which take 75% of the cycles but reach only 40% of the peak: wider layers and heads of 128 ",
         ),
         (
             {"cycles": {"layer_norm": {"forward": 10**9}}, "micro_batches": 1, "memory": {"peak": 2**33}},
