@@ -181,7 +181,7 @@ def test_lines_fit_into_a_terminal_beside_each_other():
         ),
         (
             {"product_cycles": 300_000_000, "time": {"utilization_by_computation": 0.3}},
-            "limited by matrix products, which take 75% of the cycles but reach only 40% of the peak: wider layers and heads of 128 ",
+            "limited by matrix products, which take 75% of the cycles but reach only 40% of the peak: wider layers ",
         ),
         (
             {"cycles": {"layer_norm": {"forward": 10**9}}, "micro_batches": 1, "memory": {"peak": 2**33}},
