@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from gpt_jax.config import ModelConfig, PretrainConfig
+from gpt_jax.config import FinetuneRunConfig, ModelConfig, RunConfig
 from gpt_jax.errors import field_error
 from gpt_jax.model.transformer import compute_dtype
 from gpt_jax.runtime.accelerators import Accelerator
@@ -70,7 +70,7 @@ class Transfer(NamedTuple):
 class Estimate(NamedTuple):
     """Figures of a training step on one device; times are bounds from below, in seconds."""
 
-    config: PretrainConfig
+    config: RunConfig
     """The config, with all choices made."""
     accelerator: Accelerator
     sizes: Mapping[str, int]
@@ -124,10 +124,11 @@ class Estimate(NamedTuple):
         return self.flops / (self.step * math.prod(self.sizes.values()) * self.chip.peak_flops["bfloat16"])
 
 
-def estimate(config: PretrainConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> Estimate:
-    """Returns the figures of a pre-training's step on TPU slices or on nodes with GPUs.
+def estimate(config: RunConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> Estimate:
+    """Returns the figures of a training step on TPU slices or on nodes with GPUs.
 
     Args:
+      config: a pre-training, or the `as_pretraining` of a fine-tuning's workload, whose classifier is not counted.
       sizes: sizes of the mesh axes, as `mesh_sizes` returns them.
 
     Raises:
@@ -147,7 +148,7 @@ def estimate(config: PretrainConfig, accelerator: Accelerator, sizes: Mapping[st
         memory = memory._replace(activations=0, temporaries=0)
     tokens = config.train.batch_size * model.context_length
     peak_name, peak = _peak(model, chip, platform)
-    flops = flops_per_token(model) * tokens
+    flops = (flops_per_token(model) - 6 * _unused_weights(config)) * tokens
     return Estimate(
         config=config,
         accelerator=accelerator,
@@ -179,6 +180,12 @@ def _peak(model: ModelConfig, chip: Chip, platform: str) -> tuple[str, float]:
     return dtype, chip.peak_flops[dtype]
 
 
+def _unused_weights(config: RunConfig) -> int:
+    """Returns the number of weights of the output layer if the step does not need it."""
+    unused = isinstance(config, FinetuneRunConfig) and not config.task.lm_weight
+    return config.model.vocab_size * config.model.embed_dim if unused else 0
+
+
 def _repeated_flops(model: ModelConfig) -> int:
     """Returns the FLOPs for each token that `remat full` repeats: the forward pass of all layers, but not of the output layer.
 
@@ -189,7 +196,7 @@ def _repeated_flops(model: ModelConfig) -> int:
     return (flops_per_token(model) - 6 * model.vocab_size * model.embed_dim) // 3
 
 
-def _traffic(config: PretrainConfig, sizes: Mapping[str, int], memory: StepMemory, itemsize: int) -> dict[str, int]:
+def _traffic(config: RunConfig, sizes: Mapping[str, int], memory: StepMemory, itemsize: int) -> dict[str, int]:
     """Returns the bytes between the chip and its memory in a step, by kind; see above."""
     model, parts = config.model, config.train.grad_accum_steps
     stored = memory.parameters // jnp.dtype(model.param_dtype).itemsize
@@ -197,7 +204,7 @@ def _traffic(config: PretrainConfig, sizes: Mapping[str, int], memory: StepMemor
     traffic = {
         "optimizer": 2 * memory.parameters + 20 * stored,
         "gradients": 4 * stored if parts == 1 else 8 * stored * parts,
-        "weights": parts * passes * itemsize * model.num_parameters // sizes["tensor"],
+        "weights": parts * passes * itemsize * (model.num_parameters - _unused_weights(config)) // sizes["tensor"],
     }
     if model.kind == "transformer":
         traffic["activations"] = 2 * parts * memory.activations
@@ -208,7 +215,7 @@ def _traffic(config: PretrainConfig, sizes: Mapping[str, int], memory: StepMemor
     return traffic
 
 
-def _transfers(config: PretrainConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> Iterator[Transfer]:
+def _transfers(config: RunConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> Iterator[Transfer]:
     """Yields the collectives of a step; see above. Those of an LSTM over "tensor" are not estimated."""
     model, parts, chip = config.model, config.train.grad_accum_steps, CHIPS[accelerator.device_kind]
     itemsize = compute_dtype(model, accelerator.kind).itemsize
@@ -255,7 +262,7 @@ def _bandwidth(accelerator: Accelerator, chip: Chip) -> float:
 # -- text -------------------------------------------------------------------------------------------------------------------
 
 
-def describe_arithmetic(name: str, config: PretrainConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> str:
+def describe_arithmetic(name: str, config: RunConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> str:
     """Returns the estimates as text.
 
     Raises:
@@ -268,13 +275,14 @@ def describe_arithmetic(name: str, config: PretrainConfig, accelerator: Accelera
     parts = f" in {config.train.grad_accum_steps} micro-batches" if config.train.grad_accum_steps > 1 else ""
     attention = f", attention {model.attention}" if model.kind == "transformer" else ""
     plural = "s" * (figures.sequences > 1)
+    token = figures.flops // (config.train.batch_size * model.context_length)
     longer = f", or {figures.step_without_overlap * 1e3:.1f} if no collective overlaps with other work"
     return "\n".join(
         [
             f"{name}: {model.num_parameters:,} parameters on {where} ({accelerator.device_kind}), mesh {mesh}{attention}",
             f"{figures.sequences:,} sequence{plural} a device{parts}; remat {model.remat}",
             _memory_line(figures),
-            f"FLOPs of the model: {flops_per_token(model):.4g} a token ({_formula(model)}), {figures.flops:.4g} a step",
+            f"FLOPs of the model: {token:.4g} a token ({_formula(model)}), {figures.flops:.4g} a step",
             "milliseconds, at least",
             *_bound_lines(figures),
             f"a step takes at least {figures.step * 1e3:.1f} ms{longer if bounds['collectives'] else ''}; "

@@ -7,6 +7,7 @@ from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, 
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.errors import UserError
 from gpt_jax.plan.arithmetic import describe_arithmetic, estimate
+from gpt_jax.plan.workload import workload_of
 from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.mesh import mesh_sizes
 from gpt_jax.runtime.sharding import make_mesh
@@ -241,6 +242,25 @@ def test_an_lstm(topology):
     assert "over tensor" not in text
     split = text_of(topology, "model.kind=lstm", "train.batch-size=64", "mesh.data=4", "mesh.tensor=2")
     assert any(line.endswith("collectives, not counting those of an LSTM over tensor") for line in split)
+
+
+# -- fine-tuning ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lm_weight", [0.5, 0.0])
+def test_a_fine_tuning(lm_weight):
+    """32 stories with two endings, and sequences of 128 tokens. Without a language-model loss, there is no output layer."""
+    overrides = ["init.from=none", "init.like=gpt1", "task.max-tokens=128", f"task.lm-weight={lm_weight}"]
+    config = apply_overrides(load_config("finetune/story_cloze"), [f"--{each}" for each in overrides], "test")
+    workload, accelerator = workload_of(config, None), parse_accelerator("a100-8")
+    figures = estimate(workload.as_pretraining, accelerator, workload.mesh_sizes(accelerator, 1))
+    table = (40_478 + 3) * 768  # with the special tokens
+    products = WEIGHTS + (3 if lm_weight else -40_478) * 768
+    assert figures.flops == workload.flops == (6 * products + 12 * 12 * 768 * 128) * 64 * 128
+    assert figures.sequences == 8
+    parameters = PARAMETERS + 3 * 768 - (512 - 128) * 768  # Positions beyond the sequences are not counted.
+    assert figures.traffic["weights"] == 2 * 2 * (parameters - (0 if lm_weight else table))
+    assert figures.memory.activations == 8 * 128 * KEPT
 
 
 # -- text -------------------------------------------------------------------------------------------------------------------
