@@ -110,8 +110,7 @@ def run_plan(command: Sequence[str]) -> tuple[int, str, str]:
 def summary(report: str) -> list[str]:
     """Returns the lines of a report that are shown at a launch. Reports without libtpu are short and are returned whole."""
     sections = [section.splitlines() for section in report.strip().split("\n\n")]
-    if len(sections) == 1:
-        return sections[0]
-    memory = ": ".join(line.strip() for line in sections[1])
-    results = (line.partition("; give --")[0] for line in sections[-1][-RESULTS:])  # `launch` has no such option.
-    return [memory, *results]
+    results = sections[0]
+    if len(sections) > 1:
+        results = [": ".join(line.strip() for line in sections[1]), *sections[-1][-RESULTS:]]
+    return [line.partition("; give --")[0] for line in results]  # `launch` does not have these options.

@@ -262,14 +262,10 @@ def _bandwidth(accelerator: Accelerator, chip: Chip) -> float:
 # -- text -------------------------------------------------------------------------------------------------------------------
 
 
-def describe_arithmetic(name: str, config: RunConfig, accelerator: Accelerator, sizes: Mapping[str, int]) -> str:
-    """Returns the estimates as text.
-
-    Raises:
-      UserError: as for `estimate`.
-    """
-    figures = estimate(config, accelerator, sizes)
+def describe_arithmetic(name: str, figures: Estimate) -> str:
+    """Returns the figures as text; `name` is that of the config."""
     config, model, bounds = figures.config, figures.config.model, figures.bounds
+    accelerator, sizes = figures.accelerator, figures.sizes
     where = f"{sizes['slice']} x {accelerator.name}" if sizes["slice"] > 1 else accelerator.name
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
     parts = f" in {config.train.grad_accum_steps} micro-batches" if config.train.grad_accum_steps > 1 else ""

@@ -13,6 +13,7 @@ from gpt_jax.config.schema import duration_to_steps, parse_duration
 from gpt_jax.data.store import Store
 from gpt_jax.errors import UserError, field_error, require
 from gpt_jax.plan import cache
+from gpt_jax.plan.describe import describe, run_line
 from gpt_jax.plan.report_file import read_report
 from gpt_jax.plan.workload import Workload, workload_of
 from gpt_jax.runtime.accelerators import Accelerator, parse_accelerator
@@ -26,7 +27,7 @@ Config = PretrainConfig | FinetuneConfig
 def plan(options: argparse.Namespace, config: Config) -> None:
     """Prints the report of a run or of a generation, or the result of a search, and writes the report to a file if one is named.
 
-    Without libtpu, it prints estimates from the shapes of arrays, and how to install libtpu.
+    For GPUs, and without libtpu, it prints estimates from the shapes of arrays.
 
     Raises:
       UserError: an option is wrong, or the config does not fit the topology.
@@ -38,19 +39,27 @@ def plan(options: argparse.Namespace, config: Config) -> None:
     if options.search:
         _search(options, config)
         return
-    accelerator, workload = _slice(options.topology), workload_of(config, options.generate)
+    accelerator, workload = _accelerator(options.topology, "tpu", "gpu"), workload_of(config, options.generate)
     steps = _steps(workload, options)
     sizes = workload.mesh_sizes(accelerator, options.slices)
-    if importlib.util.find_spec("libtpu") is None:
-        from gpt_jax.plan.arithmetic import describe_arithmetic
+    if accelerator.kind == "gpu" or importlib.util.find_spec("libtpu") is None:
+        needs = "is for TPU slices" if accelerator.kind == "gpu" else "needs libtpu: pip install 'gpt_jax[tpu]'"
+        for name in ("json", "generate"):
+            require(getattr(options, name) is None, name, needs)
+        from gpt_jax.plan.arithmetic import describe_arithmetic, estimate
 
-        require(options.json is None, "json", "needs libtpu: pip install 'gpt_jax[tpu]'")
-        _check_memory(config, accelerator, sizes)
-        print(describe_arithmetic(options.config, config, accelerator, sizes))
+        figures = estimate(workload.as_pretraining, accelerator, sizes)
+        run = {
+            "verb": workload.verb,
+            "duration": workload.config.train.duration,
+            "time": {"step": figures.step},
+            "chips": options.slices * accelerator.hosts * accelerator.chips_per_host,
+            "device_kind": accelerator.device_kind,
+        }
+        print(describe_arithmetic(options.config, figures))
+        print(f"at least: {run_line(run, options.price, steps)}")
         return
     report = find_report(options.config, workload, accelerator, options.slices)
-    from gpt_jax.plan.describe import describe
-
     print(describe(report, options.price, steps))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -71,7 +80,7 @@ def compare(options: argparse.Namespace, load: Callable[[str], Config]) -> None:
     def report_of(name: str) -> dict[str, Any]:
         if name.endswith(".json"):
             return read_report(Path(name))
-        accelerator, workload = _slice(options.topology), workload_of(load(name), options.generate)
+        accelerator, workload = _accelerator(options.topology, "tpu"), workload_of(load(name), options.generate)
         workload.mesh_sizes(accelerator, options.slices)
         return find_report(name, workload, accelerator, options.slices)
 
@@ -91,7 +100,7 @@ def _search(options: argparse.Namespace, config: Config) -> None:
         require(write.suffix == ".py", "write", f"{write} is not the path of a .py file, such as configs/NAME.py")
         require(write.parent.is_dir(), "write", f"{write.parent}: no such folder")
         require(not write.exists(), "write", f"{write} exists; name a new file")
-    accelerator = _slice(options.topology)
+    accelerator = _accelerator(options.topology, "tpu")
     require(importlib.util.find_spec("libtpu") is not None, "search", "needs libtpu: pip install 'gpt_jax[tpu]'")
     from gpt_jax.plan.search import search
 
@@ -137,12 +146,13 @@ def _check_memory(config: PretrainConfig, accelerator: Accelerator, sizes: Mappi
     check_remat(choose_on(config, sizes, "tpu", kind), sizes, "tpu", kind)
 
 
-def _slice(name: str | None) -> Accelerator:
-    """Returns the TPU slice with a given name."""
+def _accelerator(name: str | None, *kinds: str) -> Accelerator:
+    """Returns the TPU slice or GPU node with a given name, which must be of one of these kinds."""
     if name is None:
         raise field_error("topology", "name the TPU slice, for example v5e-256")
     accelerator = parse_accelerator(name, "--topology")
-    require(accelerator.kind == "tpu", "topology", f"{accelerator.name} is not a TPU slice, such as v5e-256")
+    wanted = "a TPU slice, such as v5e-256" + ", or a node with GPUs, such as h100-8" * ("gpu" in kinds)
+    require(accelerator.kind in kinds, "topology", f"{accelerator.name} is not {wanted}")
     return accelerator
 
 

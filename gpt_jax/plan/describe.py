@@ -63,7 +63,7 @@ def _training_lines(report: Report, price: float | None, steps: float | None) ->
         f"+ {time['exposed'] * 1e3:.1f} waiting for collectives",
         f"{time['tokens_per_second']:,.0f} tokens/s; MFU {time['utilization']:.1%} of {chip.peak_flops['bfloat16'] / 1e12:.0f} "
         f"TFLOP/s a device ({time['utilization_by_computation']:.1%} without collectives)",
-        _run_line(report, price, steps),
+        run_line(report, price, steps),
         advice(report),
     ]
 
@@ -162,8 +162,13 @@ def _words(part: str) -> str:
     return part.replace("_", " ")
 
 
-def _run_line(report: Report, price: float | None, steps: float | None) -> str:
-    """Returns a line about the whole run."""
+def run_line(report: Report, price: float | None, steps: float | None) -> str:
+    """Returns a line about the whole run.
+
+    Args:
+      report: its keys `verb`, `duration`, `time`, `chips` and `device_kind` are used.
+      price, steps: as for `describe`.
+    """
     if steps is None:
         thousand = 1000 * report["time"]["step"] * report["chips"] / SECONDS_PER_HOUR
         cost = _cost(report, price, thousand)

@@ -228,4 +228,6 @@ def test_without_libtpu_a_launch_is_planned_by_arithmetic(tmp_path):
     assert (code, manifest.startswith("# create:")) == (0, True)
     assert all(line.startswith("plan: ") for line in lines)
     assert f"plan: {int(advice) // 16} sequences a device; remat off" in lines
-    assert lines[-1].startswith("plan: libtpu is not installed, so nothing was compiled")
+    assert lines[-2].startswith("plan: libtpu is not installed, so nothing was compiled")
+    assert lines[-1].startswith("plan: at least: run of 100 epochs: 1,000 steps take ")
+    assert "give" not in lines[-1]

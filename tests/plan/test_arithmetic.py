@@ -39,7 +39,7 @@ def figures_of(topology, *overrides, slices=1):
 
 
 def text_of(topology, *overrides, slices=1):
-    return describe_arithmetic("gpt1", *inputs(topology, *overrides, slices=slices)).splitlines()
+    return describe_arithmetic("gpt1", figures_of(topology, *overrides, slices=slices)).splitlines()
 
 
 # -- matrix products --------------------------------------------------------------------------------------------------------

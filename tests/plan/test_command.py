@@ -65,8 +65,10 @@ def compiled(monkeypatch, libtpu):
         ),
         (["--topology", "v5e"], "--topology: 'v5e' does not exist; the nearest sizes are v5e-1, v5e-4"),
         (["--topology", ""], "--topology: '' is not in a known family (write FAMILY-SIZE, such as v5e-16)"),
-        (["--topology", "h100-8"], "--topology: h100-8 is not a TPU slice, such as v5e-256"),
-        (["--topology", "cpu-4"], "--topology: cpu-4 is not a TPU slice, such as v5e-256"),
+        (["--topology", "h100-8", "--search"], "--topology: h100-8 is not a TPU slice, such as v5e-256"),
+        (["--topology", "h100-8", "--json", "plan.json"], "--json: is for TPU slices"),
+        (["--topology", "h100-8", "--generate", "1x2+3"], "--generate: is for TPU slices"),
+        (["--topology", "cpu-4"], "--topology: cpu-4 is not a TPU slice, such as v5e-256, or a node with GPUs, such as h100-8"),
         (
             ["--topology", "v5e-4", "--mesh.fsdp", "3"],
             "--mesh: the other axes multiply to 3, which does not divide 4 devices on v5e-4",
@@ -196,11 +198,15 @@ def test_without_libtpu_there_is_arithmetic(compiled, capsys):
     """8 x 256 tokens a step, on 4 chips of 197 TFLOP/s; the FLOPs of a token are those of test_report.py."""
     assert main(["plan", "mini", "--topology", "v5e-4", "--price", "3"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("mini: 10,256,640 parameters on v5e-4 (TPU v5 lite), mesh data=4\n2 sequences a device; remat dots\n")
-    assert " of 16.00 GiB\n" in text
+    assert text.startswith("mini: 10,256,640 parameters on v5e-4 (TPU v5 lite), mesh data=4, attention pallas_tpu\n2 sequences")
+    assert " of 15.75 GiB (" in text
     flops = 8 * 256 * (6 * (4 * (4 * 320 * 320 + 2 * 320 * 1280) + 16_384 * 320) + 12 * 4 * 320 * 256)
-    assert f"\n{flops:.4g} FLOPs a step, which take at least {flops / (4 * 197e12) * 1e3:.1f} ms\n" in text
-    assert text.endswith("pip install 'gpt_jax[tpu]'\n")
+    assert f", {flops:.4g} a step\n" in text
+    assert f"{flops / (4 * 197e12) * 1e3:9.2f}  matrix products at 197 TFLOP/s" in text
+    remark, run = text.splitlines()[-2:]
+    assert remark.endswith("pip install 'gpt_jax[tpu]'")
+    assert run.startswith("at least: run of 3e6 tokens: 1,465 steps, ")
+    assert run.endswith(" at 3 a chip-hour")
     assert compiled == []
 
 
@@ -248,3 +254,13 @@ def test_a_program_that_does_not_fit_is_compiled_once(compiled, capsys, monkeypa
         assert main(["plan", "mini", "--topology", "v5e-4"]) == 2
         assert capsys.readouterr().err.splitlines()[-1] == "gpt-jax: 20 GiB are needed; use --train.grad-accum-steps 2"
     assert len(compiled) == 1
+
+
+def test_gpus_are_planned_by_arithmetic(compiled, capsys):
+    """Nothing is compiled, and a run of 1,465 steps costs at least its shortest time on 8 GPUs at the list price."""
+    assert main(["plan", "mini", "--topology", "h100-8"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("mini: 10,256,640 parameters on h100-8 (NVIDIA H100 80GB HBM3), mesh data=8")
+    assert text.splitlines()[-1].startswith("at least: run of 3e6 tokens: 1,465 steps, ")
+    assert "at the list price of $6.88 a chip-hour (AWS in us-east-1, " in text
+    assert compiled == []
