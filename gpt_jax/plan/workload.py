@@ -47,12 +47,9 @@ class Workload(NamedTuple):
     @property
     def as_pretraining(self) -> PretrainConfig | FinetuneRunConfig:
         """The config with the batch and the length of this program, as if each sequence were an example of a pre-training."""
-        config = self.config
-        return dataclasses.replace(
-            config,
-            model=dataclasses.replace(config.model, context_length=self.length),
-            train=dataclasses.replace(config.train, batch_size=self.rows),
-        )
+        model = dataclasses.replace(self.config.model, context_length=self.length)
+        train: Any = dataclasses.replace(self.config.train, batch_size=self.rows)
+        return dataclasses.replace(self.config, model=model, train=train)
 
     @property
     def flops(self) -> float:
