@@ -135,3 +135,8 @@ def shape_bytes(shape: str) -> int:
 def shape_dtypes(shape: str) -> set[str]:
     """Returns the dtypes of all arrays in a shape, by their names in HLO."""
     return {dtype for dtype, _ in ARRAY.findall(shape)}
+
+
+def shape_dimensions(shape: str) -> list[tuple[int, ...]]:
+    """Returns the dimensions of all arrays in a shape."""
+    return [tuple(map(int, filter(None, dims.split(",")))) for _, dims in ARRAY.findall(shape)]

@@ -1,0 +1,280 @@
+"""Rates of an attached CPU or GPU, measured with small programs: products, copies, elementwise operations, and fixed costs.
+
+The programs and their sizes are constants of this module. They do not depend on any config, so a model's step that is predicted
+from the rates is a prediction. The minimum of several executions counts. Measuring takes less than a minute; the rates are then
+kept in the user's cache folder, for this kind of device, number of devices and cores, and version of jax.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gpt_jax.model.dropout import dropout, mask_stream
+from gpt_jax.plan.cache import cache_folder
+from gpt_jax.plan.hlo import parse
+from gpt_jax.plan.loops import count_evaluations
+from gpt_jax.runtime.machine import cpu_model
+from gpt_jax.runtime.processor import OtherLoad, num_cores
+
+VERSION = 1
+SIZES = (64, 256, 1024, 4096, 16384)
+"""Rows, columns and contracted length of the products; all combinations of at most `LARGEST` multiplications are measured."""
+BATCH, BATCHED_SIZES = 32, (16, 64, 256)
+"""Products in one batch, and their rows, columns and contracted lengths."""
+LARGEST = 2**30
+BYTES = tuple(2**power for power in range(14, 29, 2))
+"""Bytes read and written by the copies, from 16 KiB to 256 MiB."""
+ELEMENTS = 2**18
+"""Elements of the arrays for elementwise operations. The arrays fit into the caches."""
+QUIET = 0.2
+"""Number of cores that other programs may keep busy while rates are measured that are kept."""
+SECONDS = 0.03
+"""Time for which a program is repeated, at least `REPEATS` times."""
+REPEATS = 4
+
+
+class Rates(NamedTuple):
+    """The rates of one device, or of the cores that all CPU devices share."""
+
+    cores: int
+    """Number of cores that execute one instruction together; 1 for a GPU."""
+    products: Mapping[str, Sequence[tuple[int, int, int, float]]]
+    """Rows, columns, contracted length and FLOPs per second, by the layout of the operands (`product_layout`) and the dtype."""
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+    """Pairs of bytes and seconds: `copy`, `serial copy` (on one core) and `transpose` (bytes read and written), `reduce` (bytes
+    read) and, with several devices, `all-reduce` (bytes on one device)."""
+    operations: Mapping[str, float]
+    """Seconds for one element, by the name of the operation. "repeated", on CPUs: any operation that loops.py counts as such."""
+    iteration: float
+    """Seconds of an iteration of an empty loop."""
+    call: float
+    """Seconds of a call of an empty program."""
+    other_load: float
+    """Mean number of cores that other programs used meanwhile."""
+
+    def seconds(self, curve: str, size: float) -> float:
+        """Returns the time for a number of bytes, interpolated between the measured sizes."""
+        return interpolate(self.curves[curve], size)
+
+    def product_rate(self, key: str, rows: int, columns: int, length: int) -> float:
+        """Returns the FLOPs per second of a product, interpolated between the measured sizes in the logarithms of all three."""
+        points: dict[tuple[int, ...], float] = {(m, n, k): rate for m, n, k, rate in self.products[key]}
+        axes = [_neighbors(sorted({point[axis] for point in points}), size) for axis, size in enumerate((rows, columns, length))]
+        total = 0.0
+        for corner in itertools.product(*axes):
+            sizes, shares = zip(*corner, strict=True)
+            total += math.prod(shares) * math.log(points[_nearest(points, sizes)])
+        return math.exp(total)
+
+
+def interpolate(points: Sequence[tuple[float, float]], x: float) -> float:
+    """Returns y at x, linear in the logarithms between points; constant before the first and proportional after the last."""
+    points = sorted(points)
+    if x <= points[0][0]:
+        return points[0][1]
+    if x >= points[-1][0]:
+        return points[-1][1] * x / points[-1][0]
+    after = next(index for index, point in enumerate(points) if point[0] > x)
+    (x0, y0), (x1, y1) = points[after - 1 : after + 1]
+    return float(y0 * (y1 / y0) ** (math.log(x / x0) / math.log(x1 / x0)))
+
+
+def _neighbors(sizes: Sequence[int], size: int) -> list[tuple[int, float]]:
+    """Returns the one or two measured sizes next to a size, each with its share in the interpolation."""
+    size = min(max(size, sizes[0]), sizes[-1])
+    if size in sizes:
+        return [(size, 1.0)]
+    above = next(index for index, each in enumerate(sizes) if each > size)
+    share = math.log(size / sizes[above - 1]) / math.log(sizes[above] / sizes[above - 1])
+    return [(sizes[above - 1], 1 - share), (sizes[above], share)]
+
+
+def _nearest(points: Mapping[tuple[int, ...], float], sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the measured sizes that are nearest to these, which are too large if they were not measured themselves."""
+    return min(points, key=lambda point: sum(abs(math.log(a / b)) for a, b in zip(point, sizes, strict=True)))
+
+
+def product_layout(left: int, right: int, batched: bool) -> str:
+    """Returns the name of a product's layout from the axes that are contracted, counted after the batch axes, each 0 or 1."""
+    return f"{'batched ' if batched else ''}{'TN'[left]}{'NT'[right]}"
+
+
+def find_rates(log: Callable[[str], None]) -> Rates:
+    """Returns the rates of the attached devices from the cache, or else measures them.
+
+    Args:
+      log: receives a line if they are measured.
+    """
+    path = rates_path()
+    try:
+        values = json.loads(path.read_text())
+        return Rates(**values)
+    except (OSError, ValueError, TypeError):
+        pass
+    log("measuring the rates of this device, which takes about a minute")
+    rates = measure_rates()
+    if rates.other_load > QUIET:
+        return rates
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(json.dumps(rates._asdict()))
+        unfinished.rename(path)
+    except OSError:
+        pass  # They are measured again the next time.
+    return rates
+
+
+def rates_path() -> Path:
+    """Returns the path of the rates of the attached devices."""
+    device = jax.devices()[0]
+    facts = [VERSION, device.platform, device.device_kind, jax.device_count(), num_cores(), jax.__version__]
+    facts += [cpu_model(), os.environ.get("XLA_FLAGS", "")] if device.platform == "cpu" else []
+    return cache_folder().parent / "rates" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}.json"
+
+
+def measure_rates() -> Rates:
+    """Measures the rates of the attached devices."""
+    cpu, others = jax.default_backend() == "cpu", OtherLoad([os.getpid()])
+    call = min(_shortest(lambda x: x + 1, jnp.zeros(())) for _ in range(5))
+    iteration = _per_iteration(lambda x: x + 1, jnp.zeros(()))
+    products = {}
+    for dtype, name in ((jnp.float32, "f32"),) if cpu else ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
+        for left, right, batched in itertools.product((1, 0), (0, 1), (False, True)):
+            rows = _measure_products(left, right, batched, dtype, call)
+            products[f"{product_layout(left, right, batched)} {name}"] = rows
+    curves = {
+        "copy": [(size, _copy(size, call)) for size in BYTES],
+        "serial copy": [(size, _serial_copy(size, call)) for size in BYTES],
+        "transpose": [(size, _transpose(size, call)) for size in BYTES],
+        "reduce": [(size, _reduce(size, call)) for size in BYTES],
+    }
+    if jax.device_count() > 1:
+        curves["all-reduce"] = [(size, _all_reduce(size, call)) for size in BYTES]
+    cores, operations = num_cores() if cpu else 1, _measure_operations()
+    return Rates(cores, products, curves, operations, iteration, call, others.cores() or 0.0)
+
+
+def _shortest(function: Callable[..., jax.Array], out: jax.Array, *arguments: jax.Array) -> float:
+    """Returns the shortest time of a call, whose result takes the memory of `out`, its first argument."""
+    compiled = jax.jit(function, donate_argnums=0, keep_unused=True).lower(out, *arguments).compile()
+    out = jax.block_until_ready(compiled(out, *arguments))
+    times: list[float] = []
+    end = time.perf_counter() + SECONDS
+    while len(times) < REPEATS or time.perf_counter() < end:
+        begin = time.perf_counter()
+        out = jax.block_until_ready(compiled(out, *arguments))
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _per_iteration(body: Callable[[jax.Array], jax.Array], x: jax.Array, count: int = 8) -> float:
+    """Returns the time of an iteration of a loop: the difference of two lengths, divided by the difference of the lengths."""
+    few, many = (_shortest(lambda x, n=n: lax.fori_loop(0, n, lambda _, x: body(x), x), x + 0) for n in (count, 3 * count))
+    return max(many - few, 1e-9) / (2 * count)
+
+
+def _measure_products(left: int, right: int, batched: bool, dtype: Any, call: float) -> list[tuple[int, int, int, float]]:
+    """Returns the rates of products whose operands contract these axes."""
+    first, rows = int(batched), []
+    dimensions = ((first + left,), (first + right,)), ((0,), (0,)) if batched else ((), ())
+    batch = (BATCH,) if batched else ()
+    for m, n, k in itertools.product(BATCHED_SIZES if batched else SIZES, repeat=3):
+        if m * n * k > LARGEST:
+            continue
+        arrays = [jnp.ones((*batch, *shape), dtype) for shape in ((m, k) if left else (k, m), (n, k) if right else (k, n))]
+        out = jnp.zeros((*batch, m, n), dtype)
+        seconds = _shortest(lambda _, a, b: lax.dot_general(a, b, dimensions), out, *arrays) - call
+        rows.append((m, n, k, 2 * math.prod(batch) * m * n * k / max(seconds, 1e-7)))
+    return rows
+
+
+def _copy(size: int, call: float) -> float:
+    """Returns the time to read half of the bytes and to write the other half."""
+    return max(_shortest(lambda _, x: x + 1, jnp.zeros(size // 8), jnp.zeros(size // 8)) - call, 1e-9)
+
+
+def _serial_copy(size: int, call: float) -> float:
+    """Returns the time of a copy that XLA does not divide among the cores of a CPU."""
+    return max(_shortest(lambda _, x: jnp.copy(x), jnp.zeros(size // 8), jnp.zeros(size // 8)) - call, 1e-9)
+
+
+def _transpose(size: int, call: float) -> float:
+    side = math.isqrt(size // 8)
+    return max(_shortest(lambda _, x: x.T, jnp.zeros((side, side)), jnp.zeros((side, side))) - call, 1e-9)
+
+
+def _reduce(size: int, call: float) -> float:
+    shape = size // 4 // 256, 256
+    return max(_shortest(lambda _, x: x.sum(-1), jnp.zeros(shape[0]), jnp.zeros(shape)) - call, 1e-9)
+
+
+def _all_reduce(size: int, call: float) -> float:
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
+    add = jax.shard_map(lambda x: lax.psum(x, "all"), mesh=mesh, in_specs=sharding.spec, out_specs=sharding.spec)
+    array = jax.device_put(jnp.zeros(size // 4 * mesh.size), sharding)
+    return max(_shortest(add, array) - call, 1e-9)
+
+
+OPERATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "exponential": lambda x: jnp.exp(x),
+    "log": lambda x: jnp.log(x),
+    "tanh": lambda x: jnp.tanh(x),
+    "divide": lambda x: 1.5 / x,
+    "sqrt": lambda x: lax.rsqrt(x),
+}
+"""Functions with one expensive operation each."""
+CHAIN = 32
+"""Number of cheap operations that are timed together."""
+
+
+def _measure_operations() -> dict[str, float]:
+    """Returns the seconds of each operation for one element: the time of a program that has it, less that of a copy."""
+
+    def seconds(function: Callable[[jax.Array], jax.Array]) -> float:
+        return _shortest(lambda _, x: function(x), jnp.ones(ELEMENTS), jnp.full(ELEMENTS, 0.7))
+
+    copy = seconds(lambda x: x * 0.5)
+
+    def chain(x: jax.Array) -> jax.Array:
+        return functools.reduce(lambda y, i: y * (x + i), range(CHAIN // 2), x)
+
+    extra = {name: seconds(function) - copy for name, function in OPERATIONS.items()}
+    extra["simple"] = (seconds(chain) - copy) / CHAIN
+    found = {name: max(seconds, 1e-9) / ELEMENTS for name, seconds in extra.items()}
+    return found | ({"repeated": _measure_repeated(copy / ELEMENTS)} if jax.default_backend() == "cpu" else {})
+
+
+def _measure_repeated(copy: float) -> float:
+    """Returns the seconds of an operation that is repeated for each element (loops.py), on all cores of a CPU.
+
+    It is measured on dropout with square masks in a loop over layers. `copy` are the seconds of an element of a copy.
+    """
+    shape = 32, 128, 128
+
+    def drop(x: jax.Array, examples: jax.Array, seed: jax.Array, step: jax.Array) -> jax.Array:
+        def body(x: jax.Array, layer: jax.Array) -> tuple[jax.Array, None]:
+            return dropout(x, mask_stream(seed, step, layer, 2, examples, 0), 0.1) + 1, None
+
+        return lax.scan(body, x, jnp.arange(4))[0]
+
+    arguments = jnp.zeros(shape), jnp.arange(shape[0]), jnp.uint32(1), jnp.int32(2)
+    program = parse(jax.jit(drop).lower(*arguments).compile().as_text() or "")
+    fused = (each for computation in program.computations.values() for each in computation.values() if each.opcode == "fusion")
+    inside = [program.computations[each.called[0]] for each in fused]
+    found = (count_evaluations(computation, list(computation.values())[-1]) for computation in inside)
+    repeated = max(sum(each.times for each in evaluations.values() if each.repeated) for evaluations in found)
+    seconds = _shortest(drop, *arguments) / 4 - copy * math.prod(shape)
+    return max(seconds, 1e-9) / max(repeated, 1)
