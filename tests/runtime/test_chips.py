@@ -1,7 +1,13 @@
 """The table of chips: figures that are independent of each other fit together."""
 
-import pytest
+import re
 
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from gpt_jax.plan.topology import ONE_HOST
 from gpt_jax.runtime.chips import CHIPS, GIB
 
 MULTIPLY_ADDS = {
@@ -44,11 +50,38 @@ def test_v6e_compares_with_v5e_as_announced():
     assert after.peak_flops["bfloat16"] == pytest.approx(4.7 * before.peak_flops["bfloat16"], rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ONE_HOST)
+def test_the_memory_of_a_program_is_that_of_the_compiler(tpu_devices, kind):
+    """Versions of libtpu differ in the last digit of the message."""
+    sharding = SingleDeviceSharding(tpu_devices(ONE_HOST[kind])[0])
+    array = jax.ShapeDtypeStruct((300, 2**28), jnp.float32, sharding=sharding)
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+        jax.jit(lambda x: x + 1).lower(array).compile()
+    available = float(re.search(r"exceeds available HBM \(([\d.]+)G\)", str(caught.value))[1])
+    assert CHIPS[kind].program_memory / GIB == pytest.approx(available, abs=0.011)
+
+
+def test_jax_allocates_three_quarters_of_a_gpu():
+    assert CHIPS["NVIDIA H100 80GB HBM3"].program_memory == 0.75 * 81_559 * 2**20
+
+
+def test_the_network_between_slices_is_shared_by_the_devices_of_a_chip():
+    """v6e and TPU7x have 100 Gbit/s a chip, and a TPU7x chip is two devices. v5e has two networks of 100 Gbit/s for 8 chips."""
+    assert CHIPS["TPU v6 lite"].slice_bandwidth == 2 * CHIPS["TPU7x"].slice_bandwidth == 100e9 / 8
+    assert CHIPS["TPU v5 lite"].slice_bandwidth == 2 * 100e9 / 8 / 8
+    assert CHIPS["TPU v4"].slice_bandwidth == 0
+
+
+def test_only_cards_without_other_links_need_pci_express():
+    assert all((chip.link_bandwidth == 0) == (chip.pcie_bandwidth > 0) for chip in CHIPS.values())
+
+
 @pytest.mark.parametrize("kind", CHIPS)
 def test_units_are_right(kind):
     chip = CHIPS[kind]
     assert 50e12 < chip.peak_flops["bfloat16"] < 3e15
     assert 15 * GIB < chip.memory < 200 * GIB
+    assert 0.7 < chip.program_memory / chip.memory < 1.01
     assert 2e11 < chip.memory_bandwidth < 1e13
     assert chip.link_bandwidth == 0 or 1e11 < chip.link_bandwidth < 2e12
     assert chip.clock == 0 or 1e9 < chip.clock < 3e9
