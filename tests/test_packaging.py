@@ -53,6 +53,8 @@ WITHOUT_JAX = (
     *("gpt_jax/errors.py", "gpt_jax/runtime/console.py", "gpt_jax/runtime/git_info.py", "gpt_jax/runtime/mesh.py"),
     *(
         "gpt_jax/runtime/chips.py",
+        "gpt_jax/runtime/prices.py",
+        "gpt_jax/train/flops.py",
         "gpt_jax/runtime/lock.py",
         "gpt_jax/runtime/machine.py",
         "gpt_jax/runtime/rundir.py",

@@ -37,15 +37,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from gpt_jax.config import FinetuneRunConfig, ModelConfig, RunConfig
+from gpt_jax.config import FinetuneRunConfig, ModelConfig, PretrainConfig, RunConfig
 from gpt_jax.errors import field_error
 from gpt_jax.model.transformer import compute_dtype
+from gpt_jax.plan.workload import Workload
 from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import CHIPS, GIB, Chip
 from gpt_jax.runtime.mesh import check_batch, check_model, num_shards
 from gpt_jax.train.choices import choose_on
 from gpt_jax.train.flops import flops_per_token
-from gpt_jax.train.memory_estimate import StepMemory, check_remat, step_memory
+from gpt_jax.train.memory_estimate import StepMemory, change_that_fits, check_remat, largest_kind, step_memory
 
 SUMMING_SWITCHES = ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA B200")
 """GPUs whose nodes have switches that can add."""
@@ -132,8 +133,8 @@ def estimate(config: RunConfig, accelerator: Accelerator, sizes: Mapping[str, in
       sizes: sizes of the mesh axes, as `mesh_sizes` returns them.
 
     Raises:
-      UserError: the accelerator has only CPUs, the mesh does not divide the batch or the model, or the batch does not fit into
-        the memory of the devices; the message says how many sequences fit.
+      UserError: the accelerator has only CPUs, the mesh does not divide the batch or the model, or the batch of a pre-training
+        does not fit into the memory of the devices; the message says how many sequences fit.
     """
     if accelerator.kind == "cpu":
         raise field_error("topology", f"{accelerator.name} has only CPUs; name TPUs or GPUs, such as v5e-8 or h100-8")
@@ -141,7 +142,8 @@ def estimate(config: RunConfig, accelerator: Accelerator, sizes: Mapping[str, in
     check_batch(sizes, config.train.batch_size, config.train.grad_accum_steps)
     check_model(sizes, config.model)
     config = choose_on(config, sizes, platform, kind)
-    check_remat(config, sizes, platform, kind)
+    if isinstance(config, PretrainConfig):
+        check_remat(config, sizes, platform, kind)
     model = config.model
     memory = step_memory(config, sizes, platform, model.remat)
     if model.kind == "lstm":
@@ -162,6 +164,26 @@ def estimate(config: RunConfig, accelerator: Accelerator, sizes: Mapping[str, in
         traffic=_traffic(config, sizes, memory, compute_dtype(model, platform).itemsize),
         transfers=tuple(_transfers(config, accelerator, sizes)),
     )
+
+
+def check_fine_tuning(workload: Workload, figures: Estimate) -> None:
+    """Checks that the largest batches of a fine-tuning fit into the memory of the devices.
+
+    Raises:
+      UserError: they do not fit; the message has the nearest change after which they do.
+    """
+    memory, usable = figures.memory, figures.chip.program_memory
+    if workload.verb != "finetune" or sum(memory) <= usable:
+        return
+    sequences = workload.rows // workload.examples
+    examples = f"{workload.examples} examples of {sequences} sequence{'s' * (sequences > 1)} x {workload.length} tokens"
+    change = ""
+    if figures.config.model.kind == "transformer":
+        platform, remat = figures.accelerator.kind, figures.config.model.remat
+        change = change_that_fits(figures.config, figures.sizes, platform, remat, usable, sequences)
+    needed = f"need about {sum(memory) / GIB:.3g} GiB on each device, of which a program can have {usable / GIB:.3g}"
+    advice = f"use {change}" if change else "lower it"
+    raise field_error("train.batch_size", f"{examples} {needed}; {largest_kind(memory)} take the most; {advice}")
 
 
 def _peak(model: ModelConfig, chip: Chip, platform: str) -> tuple[str, float]:

@@ -46,9 +46,10 @@ def plan(options: argparse.Namespace, config: Config) -> None:
         needs = "is for TPU slices" if accelerator.kind == "gpu" else "needs libtpu: pip install 'gpt_jax[tpu]'"
         for name in ("json", "generate"):
             require(getattr(options, name) is None, name, needs)
-        from gpt_jax.plan.arithmetic import describe_arithmetic, estimate
+        from gpt_jax.plan.arithmetic import check_fine_tuning, describe_arithmetic, estimate
 
         figures = estimate(workload.as_pretraining, accelerator, sizes)
+        check_fine_tuning(workload, figures)
         run = {
             "verb": workload.verb,
             "duration": workload.config.train.duration,

@@ -129,5 +129,5 @@ def _compile_error(
     # The compiler's count is exact. The estimate only tells by how much a change lowers it.
     usable = int(USABLE_AFTER_CHANGE * available / needed * sum(memory))
     change = change_that_fits(step, sizes, "tpu", remat, usable, workload.rows // workload.examples)
-    share = f"the largest part is the {largest_kind(memory)}, about {max(memory) / sum(memory):.0%}"
+    share = f"{largest_kind(memory)} take the most, about {max(memory) / sum(memory):.0%}"
     return DoesNotFit(f"{problem}; {share}; use {change or 'more devices or a smaller --train.batch-size'}")

@@ -264,3 +264,15 @@ def test_gpus_are_planned_by_arithmetic(compiled, capsys):
     assert text.splitlines()[-1].startswith("at least: run of 3e6 tokens: 1,465 steps, ")
     assert "at the list price of $6.88 a chip-hour (AWS in us-east-1, " in text
     assert compiled == []
+
+
+def test_a_fine_tuning_that_does_not_fit_is_refused_by_arithmetic(compiled, capsys):
+    """The option counts examples, of which each has 4 sequences; with the suggested micro-batches it fits."""
+    words = ["plan", "finetune/race", "--topology", "l4-1", *LIKE, "gpt1", "--train.batch-size", "128"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gpt-jax: --train.batch-size: 128 examples of 4 sequences x 512 tokens need about ")
+    assert " GiB on each device, of which a program can have 16.9; " in error
+    advice = error.strip().rpartition("; use ")[2]
+    assert advice.startswith("--train.grad-accum-steps ")
+    assert main([*words, *advice.split()]) == 0
