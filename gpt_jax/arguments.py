@@ -241,6 +241,8 @@ def _add_plan(sub: argparse.ArgumentParser) -> None:
     either.add_argument("--compare", nargs=2, metavar=("A", "B"), help=text)
     text = "compile the most promising meshes, micro-batches and values of model.remat, and print the fastest"
     either.add_argument("--search", action="store_true", help=text)
+    text = "run steps on the attached devices, and print their modeled and measured time"
+    either.add_argument("--measure", action="store_true", help=text)
     text = "with --search: save the config of the fastest as this file, such as configs/NAME.py"
     sub.add_argument("--write", type=_path, metavar="FILE", help=text)
 

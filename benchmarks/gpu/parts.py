@@ -106,6 +106,15 @@ def training(session: Session) -> None:
                     break
 
 
+def modeled(session: Session) -> None:
+    """Compares the modeled time of training steps with the measured time."""
+    for size in session.sizes.modeled_batch_sizes:
+        file = session.scratch / f"modeled-{size}.json"
+        words = ["plan", session.sizes.model, "--measure", "--json", str(file), "--train.batch-size", str(size)]
+        seconds, failure, _ = session.execute(["-m", "gpt_jax", *words])
+        session.record(f"batch {size}", words, seconds, failure, {} if failure else json.loads(file.read_text()))
+
+
 def _rates(comparison: dict[str, Any]) -> dict[str, float]:
     """Returns the speed of each program that did not fail, in units of work per second."""
     programs: dict[str, Any] = comparison["programs"]
@@ -165,6 +174,7 @@ PARTS = {
     "attention": Part(attention, 120),
     "determinism": Part(determinism, 80),
     "training": Part(training, 300),
+    "modeled": Part(modeled, 60),
     "finetuning": Part(finetuning, 60, ("store", TASKS["cola"])),
     "pretraining": Part(pretraining, 50, ("store",)),
     "tasks": Part(tasks, 50, ("store", *TASKS.values())),

@@ -13,6 +13,8 @@ class Sizes(NamedTuple):
     """The config that is trained on the novels."""
     batch_sizes: tuple[int, ...]
     """Batch sizes for training, tried in order until one is no more than 3% faster than the best so far."""
+    modeled_batch_sizes: tuple[int, ...]
+    """Batch sizes for which the modeled time of a step is compared with the measured one."""
     attention_batch: int
     kernel_shape: tuple[int, int, int, int]
     """Batch, time, heads and size of a head for which blocks of kernels are timed."""
@@ -40,6 +42,7 @@ FULL = Sizes(
     model="gpt1",
     novels=str(Path(__file__).with_name("gpt1_novels.py")),
     batch_sizes=(16, 32, 64, 128, 256),
+    modeled_batch_sizes=(16, 64),
     attention_batch=32,
     kernel_shape=(32, 512, 12, 64),
     attentions=("plain", "pallas_gpu"),
@@ -56,6 +59,7 @@ REHEARSAL = Sizes(
     model="smoke",
     novels="smoke",
     batch_sizes=(8,),
+    modeled_batch_sizes=(8,),
     attention_batch=4,
     kernel_shape=(1, 40, 2, 16),
     attentions=("plain",),

@@ -113,6 +113,16 @@ def _kernels(records: Sequence[Record], chip: str) -> Iterator[str]:
     yield from _table(("kernel", "queries x keys", "warps", "stages", "ms of output and gradients"), *times)
 
 
+def _modeled(records: Sequence[Record], chip: str) -> Iterator[str]:
+    rows: list[Sequence[object]] = []
+    for record in records:
+        result = record["result"]
+        if result:
+            times = (f"{1000 * result[name]:.2f}" for name in ("modeled", "measured"))
+            rows.append((record["name"], *times, f"{100 * result['error']:+.1f} %", sum(result["unmodeled"].values())))
+    return _table(("step", "modeled, ms", "measured, ms", "difference", "operations that are not modeled"), *rows)
+
+
 def _attention(records: Sequence[Record], chip: str) -> Iterator[str]:
     header = ("attention", "dtype", "what", "ms", "relative error of the output", "of the worst gradient")
     rows: list[Sequence[object]] = []
@@ -203,6 +213,7 @@ PARTS = {
     "attention": _attention,
     "determinism": _determinism,
     "training": _training,
+    "modeled": _modeled,
     "finetuning": _finetuning,
     "pretraining": _pretraining,
     "tasks": _tasks,

@@ -25,7 +25,7 @@ Config = PretrainConfig | FinetuneConfig
 
 
 def plan(options: argparse.Namespace, config: Config) -> None:
-    """Prints the report of a run or of a generation, or the result of a search, and writes the report to a file if one is named.
+    """Prints a report, the result of a search, or a measurement, and writes it to a file if one is named.
 
     For GPUs, and without libtpu, it prints estimates from the shapes of arrays.
 
@@ -36,6 +36,9 @@ def plan(options: argparse.Namespace, config: Config) -> None:
     if options.json is not None:
         require(options.json.parent.is_dir(), "json", f"{options.json.parent}: no such folder")
         require(not options.json.is_dir(), "json", f"{options.json}: is a folder; name a file")
+    if options.measure:
+        _measure(options, config)
+        return
     if options.search:
         _search(options, config)
         return
@@ -64,6 +67,21 @@ def plan(options: argparse.Namespace, config: Config) -> None:
     print(describe(report, options.price, steps))
     if options.json is not None:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _measure(options: argparse.Namespace, config: Config) -> None:
+    """Prints the modeled and the measured time of a step on the attached devices, and writes them to a file if one is named."""
+    for name in ("topology", "price", "corpus_tokens", "examples", "generate"):
+        require(getattr(options, name) is None, name, "does not go with --measure, which runs steps on the attached devices")
+    require(options.slices == 1, "slices", "does not go with --measure; set --mesh.slice")
+    if isinstance(config, FinetuneConfig):
+        raise UserError(f"--measure: measures steps of pre-training, and {options.config} is a fine-tuning config")
+    from gpt_jax.plan.measure import describe_measured, measure
+
+    result = measure(options.config, config, options.measure)
+    print(describe_measured(result))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def compare(options: argparse.Namespace, load: Callable[[str], Config]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import typing_extensions
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import data, parts
+from benchmarks.gpu import data, parts, tables
 from benchmarks.gpu.session import RESULTS, Session
 from benchmarks.gpu.sizes import REHEARSAL
 from gpt_jax.errors import UserError
@@ -189,6 +189,26 @@ def test_kernels_that_are_wrong_are_counted(session, monkeypatch, case):
     monkeypatch.setattr(session, "execute", lambda words: (1.0, "", printed))
     parts.kernels(session)
     assert results(session)[0]["failure"] == "1 of the cases are wrong"
+
+
+@pytest.mark.parametrize("failure", ["", "stopped after 9 s"])
+def test_modeled_steps_are_compared_with_measured_ones(session, monkeypatch, failure):
+    """A tenth slower than modeled; two operations are not modeled."""
+    measured = {"modeled": 0.009, "measured": 0.010, "error": -0.1, "unmodeled": {"gemm": 2}}
+
+    def execute(words):
+        assert words[:5] == ["-m", "gpt_jax", "plan", "smoke", "--measure"]
+        assert words[-2:] == ["--train.batch-size", "8"]
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(measured))
+        return 3.0, failure, ""
+
+    monkeypatch.setattr(session, "execute", execute)
+    parts.modeled(session)
+    [record] = results(session)
+    assert (record["name"], record["failure"], record["result"]) == ("batch 8", failure, {} if failure else measured)
+    rows = "".join(tables.PARTS["modeled"]([record], ""))
+    assert ("batch 8" in rows) == (not failure)
+    assert ("9.00" in rows and "10.00" in rows and "-10.0 %" in rows) == (not failure)
 
 
 @pytest.mark.slow
