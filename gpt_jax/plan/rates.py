@@ -1,16 +1,18 @@
 """Rates of an attached CPU or GPU, measured with small programs: products, copies, elementwise operations, and fixed costs.
 
 The programs and their sizes are constants of this module. They do not depend on any config, so a model's step that is predicted
-from the rates is a prediction. The minimum of several executions counts. Measuring takes less than a minute; the rates are then
+from the rates is a prediction. The median of several executions counts. Measuring takes less than a minute; the rates are then
 kept in the user's cache folder, for this kind of device, number of devices and cores, and version of jax.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +40,7 @@ BYTES = tuple(2**power for power in range(14, 29, 2))
 ELEMENTS = 2**18
 """Elements of the arrays for elementwise operations. The arrays fit into the caches."""
 QUIET = 0.2
-"""Number of cores that other programs may keep busy while rates are measured that are kept."""
+"""Number of cores that other programs may keep busy while final rates are measured."""
 SECONDS = 0.03
 """Time for which a program is repeated, at least `REPEATS` times."""
 REPEATS = 4
@@ -113,27 +115,40 @@ def product_layout(left: int, right: int, batched: bool) -> str:
 def find_rates(log: Callable[[str], None]) -> Rates:
     """Returns the rates of the attached devices from the cache, or else measures them.
 
+    Rates that were measured while other programs were running are measured again each time, and the best ones are kept.
+
     Args:
       log: receives a line if they are measured.
     """
-    path = rates_path()
-    try:
-        values = json.loads(path.read_text())
-        return Rates(**values)
-    except (OSError, ValueError, TypeError):
-        pass
-    log("measuring the rates of this device, which takes about a minute")
+    path, before = rates_path(), None
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        before = Rates(**json.loads(path.read_text()))
+    if before is not None and before.other_load <= QUIET:
+        return before
+    log("measuring the rates of this device, which takes up to a minute")
     rates = measure_rates()
-    if rates.other_load > QUIET:
-        return rates
-    try:
+    rates = rates if before is None else best_of(before, rates)
+    with contextlib.suppress(OSError):  # They are measured again the next time.
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
         unfinished.write_text(json.dumps(rates._asdict()))
         unfinished.rename(path)
-    except OSError:
-        pass  # They are measured again the next time.
     return rates
+
+
+def best_of(before: Rates, after: Rates) -> Rates:
+    """Returns the higher rate and the shorter time of each program in two measurements of the same device."""
+    products = {
+        key: [(m, n, k, max(rate, other[3])) for (m, n, k, rate), other in zip(before.products[key], rows, strict=True)]
+        for key, rows in after.products.items()
+    }
+    curves = {
+        key: [(size, min(seconds, other[1])) for (size, seconds), other in zip(before.curves[key], rows, strict=True)]
+        for key, rows in after.curves.items()
+    }
+    operations = {name: min(seconds, before.operations[name]) for name, seconds in after.operations.items()}
+    rest = {name: min(getattr(before, name), getattr(after, name)) for name in ("iteration", "call", "other_load")}
+    return Rates(after.cores, products, curves, operations, **rest)
 
 
 def rates_path() -> Path:
@@ -147,27 +162,22 @@ def rates_path() -> Path:
 def measure_rates() -> Rates:
     """Measures the rates of the attached devices."""
     cpu, others = jax.default_backend() == "cpu", OtherLoad([os.getpid()])
-    call = min(_shortest(lambda x: x + 1, jnp.zeros(())) for _ in range(5))
+    call = statistics.median(_seconds(lambda x: x + 1, jnp.zeros(())) for _ in range(5))
     iteration = _per_iteration(lambda x: x + 1, jnp.zeros(()))
-    products = {}
+    rounds, products = [], {}
     for dtype, name in ((jnp.float32, "f32"),) if cpu else ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
         for left, right, batched in itertools.product((1, 0), (0, 1), (False, True)):
             rows = _measure_products(left, right, batched, dtype, call)
             products[f"{product_layout(left, right, batched)} {name}"] = rows
-    curves = {
-        "copy": [(size, _copy(size, call)) for size in BYTES],
-        "serial copy": [(size, _serial_copy(size, call)) for size in BYTES],
-        "transpose": [(size, _transpose(size, call)) for size in BYTES],
-        "reduce": [(size, _reduce(size, call)) for size in BYTES],
-    }
-    if jax.device_count() > 1:
-        curves["all-reduce"] = [(size, _all_reduce(size, call)) for size in BYTES]
-    cores, operations = num_cores() if cpu else 1, _measure_operations()
-    return Rates(cores, products, curves, operations, iteration, call, others.cores() or 0.0)
+        rounds.append(_measure_operations())  # The clock of a processor changes within seconds.
+    operations = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    functions = {name: function for name, function in CURVES.items() if name != "all-reduce" or jax.device_count() > 1}
+    curves = {name: [(size, max(function(size) - call, 1e-9)) for size in BYTES] for name, function in functions.items()}
+    return Rates(num_cores() if cpu else 1, products, curves, operations, iteration, call, others.cores() or 0.0)
 
 
-def _shortest(function: Callable[..., jax.Array], out: jax.Array, *arguments: jax.Array) -> float:
-    """Returns the shortest time of a call, whose result takes the memory of `out`, its first argument."""
+def _seconds(function: Callable[..., jax.Array], out: jax.Array, *arguments: jax.Array) -> float:
+    """Returns the median time of a call, whose result takes the memory of `out`, its first argument."""
     compiled = jax.jit(function, donate_argnums=0, keep_unused=True).lower(out, *arguments).compile()
     out = jax.block_until_ready(compiled(out, *arguments))
     times: list[float] = []
@@ -176,12 +186,12 @@ def _shortest(function: Callable[..., jax.Array], out: jax.Array, *arguments: ja
         begin = time.perf_counter()
         out = jax.block_until_ready(compiled(out, *arguments))
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return statistics.median(times)
 
 
 def _per_iteration(body: Callable[[jax.Array], jax.Array], x: jax.Array, count: int = 8) -> float:
     """Returns the time of an iteration of a loop: the difference of two lengths, divided by the difference of the lengths."""
-    few, many = (_shortest(lambda x, n=n: lax.fori_loop(0, n, lambda _, x: body(x), x), x + 0) for n in (count, 3 * count))
+    few, many = (_seconds(lambda x, n=n: lax.fori_loop(0, n, lambda _, x: body(x), x), x + 0) for n in (count, 3 * count))
     return max(many - few, 1e-9) / (2 * count)
 
 
@@ -195,37 +205,40 @@ def _measure_products(left: int, right: int, batched: bool, dtype: Any, call: fl
             continue
         arrays = [jnp.ones((*batch, *shape), dtype) for shape in ((m, k) if left else (k, m), (n, k) if right else (k, n))]
         out = jnp.zeros((*batch, m, n), dtype)
-        seconds = _shortest(lambda _, a, b: lax.dot_general(a, b, dimensions), out, *arrays) - call
+        seconds = _seconds(lambda _, a, b: lax.dot_general(a, b, dimensions), out, *arrays) - call
         rows.append((m, n, k, 2 * math.prod(batch) * m * n * k / max(seconds, 1e-7)))
     return rows
 
 
-def _copy(size: int, call: float) -> float:
-    """Returns the time to read half of the bytes and to write the other half."""
-    return max(_shortest(lambda _, x: x + 1, jnp.zeros(size // 8), jnp.zeros(size // 8)) - call, 1e-9)
+def _copy(size: int) -> float:
+    """Returns the time of a program that reads half of the bytes and writes the other half."""
+    return _seconds(lambda _, x: x + 1, jnp.zeros(size // 8), jnp.zeros(size // 8))
 
 
-def _serial_copy(size: int, call: float) -> float:
+def _serial_copy(size: int) -> float:
     """Returns the time of a copy that XLA does not divide among the cores of a CPU."""
-    return max(_shortest(lambda _, x: jnp.copy(x), jnp.zeros(size // 8), jnp.zeros(size // 8)) - call, 1e-9)
+    return _seconds(lambda _, x: jnp.copy(x), jnp.zeros(size // 8), jnp.zeros(size // 8))
 
 
-def _transpose(size: int, call: float) -> float:
+def _transpose(size: int) -> float:
     side = math.isqrt(size // 8)
-    return max(_shortest(lambda _, x: x.T, jnp.zeros((side, side)), jnp.zeros((side, side))) - call, 1e-9)
+    return _seconds(lambda _, x: x.T, jnp.zeros((side, side)), jnp.zeros((side, side)))
 
 
-def _reduce(size: int, call: float) -> float:
+def _reduce(size: int) -> float:
     shape = size // 4 // 256, 256
-    return max(_shortest(lambda _, x: x.sum(-1), jnp.zeros(shape[0]), jnp.zeros(shape)) - call, 1e-9)
+    return _seconds(lambda _, x: x.sum(-1), jnp.zeros(shape[0]), jnp.zeros(shape))
 
 
-def _all_reduce(size: int, call: float) -> float:
+def _all_reduce(size: int) -> float:
     mesh = jax.make_mesh((jax.device_count(),), ("all",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
     add = jax.shard_map(lambda x: lax.psum(x, "all"), mesh=mesh, in_specs=sharding.spec, out_specs=sharding.spec)
-    array = jax.device_put(jnp.zeros(size // 4 * mesh.size), sharding)
-    return max(_shortest(add, array) - call, 1e-9)
+    return _seconds(add, jax.device_put(jnp.zeros(size // 4 * mesh.size), sharding))
+
+
+CURVES = {"copy": _copy, "serial copy": _serial_copy, "transpose": _transpose, "reduce": _reduce, "all-reduce": _all_reduce}
+"""Functions from a number of bytes to the seconds of a program. `Rates.curves` has the same names."""
 
 
 OPERATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -233,7 +246,8 @@ OPERATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "log": lambda x: jnp.log(x),
     "tanh": lambda x: jnp.tanh(x),
     "divide": lambda x: 1.5 / x,
-    "sqrt": lambda x: lax.rsqrt(x),
+    "sqrt": lambda x: jnp.sqrt(x),
+    "rsqrt": lambda x: lax.rsqrt(x),
 }
 """Functions with one expensive operation each."""
 CHAIN = 32
@@ -244,7 +258,7 @@ def _measure_operations() -> dict[str, float]:
     """Returns the seconds of each operation for one element: the time of a program that has it, less that of a copy."""
 
     def seconds(function: Callable[[jax.Array], jax.Array]) -> float:
-        return _shortest(lambda _, x: function(x), jnp.ones(ELEMENTS), jnp.full(ELEMENTS, 0.7))
+        return _seconds(lambda _, x: function(x), jnp.ones(ELEMENTS), jnp.full(ELEMENTS, 0.7))
 
     copy = seconds(lambda x: x * 0.5)
 
@@ -276,5 +290,5 @@ def _measure_repeated(copy: float) -> float:
     inside = [program.computations[each.called[0]] for each in fused]
     found = (count_evaluations(computation, list(computation.values())[-1]) for computation in inside)
     repeated = max(sum(each.times for each in evaluations.values() if each.repeated) for evaluations in found)
-    seconds = _shortest(drop, *arguments) / 4 - copy * math.prod(shape)
+    seconds = _seconds(drop, *arguments) / 4 - copy * math.prod(shape)
     return max(seconds, 1e-9) / max(repeated, 1)

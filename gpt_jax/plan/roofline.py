@@ -22,8 +22,8 @@ from gpt_jax.plan.loops import count_evaluations
 from gpt_jax.plan.rates import Rates, product_layout
 
 FREE = {
-    *("after-all", "add-dependency", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier", "parameter"),
-    *("partition-id", "replica-id", "reshape", "tuple"),
+    *("add-dependency", "after-all", "async-update", "bitcast", "constant", "get-tuple-element", "iota", "opt-barrier"),
+    *("parameter", "partition-id", "replica-id", "reshape", "tuple"),
 }
 """Instructions that do no work, or whose work is part of other ones."""
 OPAQUE = {"cholesky", "custom-call", "fft", "rng", "rng-bit-generator", "sort", "triangular-solve", "infeed", "outfeed"}
@@ -31,9 +31,10 @@ OPAQUE = {"cholesky", "custom-call", "fft", "rng", "rng-bit-generator", "sort", 
 OPERATION = {
     **dict.fromkeys(("exponential", "exponential-minus-one"), "exponential"),
     **dict.fromkeys(("log", "log-plus-one"), "log"),
-    **dict.fromkeys(("tanh", "logistic", "erf", "cosine", "sine", "power"), "tanh"),
+    **dict.fromkeys(("tanh", "logistic", "erf", "cosine", "sine", "power", "cbrt"), "tanh"),
     **dict.fromkeys(("divide", "remainder"), "divide"),
-    **dict.fromkeys(("sqrt", "rsqrt", "cbrt"), "sqrt"),
+    "sqrt": "sqrt",
+    "rsqrt": "rsqrt",
 }
 """The measured operation that stands for an opcode; all others count as "simple"."""
 SLICES = {"dynamic-slice", "slice", "gather"}
@@ -165,7 +166,7 @@ class _Reader:
                 return None, 0
         if each.opcode == "conditional":
             return min((self.read(name) for name in each.called), key=lambda branch: branch.seconds), 1
-        return (self.read(each.called[0]), 1) if each.opcode == "call" else (None, 0)
+        return (self.read(each.called[0]), 1) if each.opcode in ("call", "async-start") else (None, 0)
 
     def _instruction(self, each: Instruction, computation: Computation) -> tuple[float, int] | None:
         """Returns the seconds that an instruction takes alone, and on how many cores; None if its time is not modeled."""
@@ -253,7 +254,7 @@ class _Reader:
             evaluations = count_evaluations(inside, inside[_operands(update)[1]] if replaces else root)
         total = 0.0
         for one in inside.values():
-            if one.opcode in MOVES or one.opcode in ("fusion", "dot", "convert", "reduce"):
+            if one.opcode in MOVES or one.opcode in ("convert", "custom-call", "dot", "fusion", "reduce"):
                 continue
             count, repeated = evaluations.get(one.name) or (_elements(one.shape), False)
             total += count * seconds["repeated" if repeated else OPERATION.get(one.opcode, "simple")]
@@ -284,7 +285,8 @@ class _Reader:
 
 def _label(each: Instruction) -> str:
     """Returns the opcode of an instruction and, for a custom call, its target."""
-    return f"custom-call {each.attribute('custom_call_target')}" if each.opcode == "custom-call" else each.opcode
+    target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
+    return f"{each.opcode} {target[1]}" if target else each.opcode
 
 
 def _operands(each: Instruction) -> list[str]:
