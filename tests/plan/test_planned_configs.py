@@ -2,10 +2,18 @@
 
 import json
 
+import jax
 import pytest
 
+from gpt_jax.config import MeshConfig
 from gpt_jax.plan.kernel_schedules import libtpu_version
+from gpt_jax.plan.program import compile_program
+from gpt_jax.plan.report import make_report
+from gpt_jax.plan.workload import pretraining
+from gpt_jax.runtime.accelerators import parse_accelerator
+from gpt_jax.runtime.mesh import RULES
 from tests.plan.golden import CASES, FILE, compiled, summary
+from tests.plan.test_report import small
 
 
 @pytest.mark.slow
@@ -27,3 +35,31 @@ def test_it_fits_and_sends_what_it_is_meant_to_send(tpu_devices, case):
     assert found.keys() <= known
     for name, (_, size) in found.items():
         assert size <= 1.1 * max(each[name][1] for each in golden.values() if name in each), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axis", "broken"),
+    [
+        ("embed", ("data",)),  # Every device stores all parameters.
+        ("batch", ("slice", "data")),  # All devices along `fsdp` process the same sequences.
+    ],
+)
+def test_a_broken_sharding_rule_changes_the_summary(tpu_devices, monkeypatch, axis, broken):
+    """Parameters of two layers of width 512 are gathered in bfloat16, and their gradients scattered in float32."""
+    tpu_devices("v5e:2x2")
+    sizes = {"vocab_size": 2048, "embed_dim": 512, "num_heads": 4, "mlp_dim": 2048, "layer_unroll": 1, "attention": "plain"}
+    workload, accelerator = pretraining(small(batch=16, mesh=MeshConfig(data=1, fsdp=4), **sizes)), parse_accelerator("v5e-4")
+
+    def send():
+        settings = {name: getattr(jax.config, name) for name in ("jax_platforms", "jax_enable_compilation_cache")}
+        try:
+            return summary(make_report("", compile_program(workload, accelerator), accelerator, 1))
+        finally:
+            for name, value in settings.items():
+                jax.config.update(name, value)
+
+    sound = send()
+    assert sound.keys() == {"all-gather bf16 over fsdp", "reduce-scatter f32 over fsdp"}
+    monkeypatch.setitem(RULES, axis, broken)
+    assert send() != sound
