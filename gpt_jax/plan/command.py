@@ -78,7 +78,7 @@ def _measure(options: argparse.Namespace, config: Config) -> None:
         raise UserError(f"--measure: measures steps of pre-training, and {options.config} is a fine-tuning config")
     from gpt_jax.plan.measure import describe_measured, measure
 
-    result = measure(options.config, config, options.measure)
+    result = measure(options.config, config, 20)
     print(describe_measured(result))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
