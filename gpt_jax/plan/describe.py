@@ -134,15 +134,18 @@ def _collective_lines(report: Report) -> list[str]:
         between = report["links"]["between_slices"]
         links += f", {between / 1e9:.4g} between slices" if between else "; unknown between slices"
     lines = [f"{links:56}{'times':>6}{'MiB':>10}{'ms':>8}{'exposed':>9}"]
+    rows: dict[str, list[float]] = {}
     for each in report["collectives"]:
         notes = ", ".join(filter(None, (_purpose(each), "async" * each["asynchronous"])))
         name = f"{each['kind']} {each['dtype']} over {each['axes']}" + f" ({notes})" * bool(notes)
-        milliseconds = f"{each['seconds'] * 1e3:8.2f}{each['exposed_seconds'] * 1e3:9.2f}"
-        if each["seconds"] >= 1e-5:
-            lines.append(f"  {name:54}{each['times']:6}{each['bytes'] / MIB:10.1f}{milliseconds}")
-    hidden = [each for each in report["collectives"] if each["seconds"] < 1e-5]
-    if hidden:
-        lines.append(f"  {f'{len(hidden)} more, below 0.01 ms':54}{sum(each['times'] for each in hidden):6}")
+        figures = [each["times"], each["bytes"] / MIB, each["seconds"] * 1e3, each["exposed_seconds"] * 1e3]
+        rows[name] = [a + b for a, b in zip(rows.get(name, [0] * 4), figures, strict=True)]
+    shown = {name: row for name, row in rows.items() if row[2] >= 0.01}
+    for name, (times, size, milliseconds, exposed) in sorted(shown.items(), key=lambda item: -item[1][2]):
+        lines.append(f"  {name:54}{times:6}{size:10.1f}{milliseconds:8.2f}{exposed:9.2f}")
+    if len(shown) < len(rows):
+        times = sum(row[0] for name, row in rows.items() if name not in shown)
+        lines.append(f"  {f'{len(rows) - len(shown)} more, below 0.01 ms':54}{times:6}")
     return [*lines, ""]
 
 
