@@ -153,6 +153,9 @@ def step_memory(
 
     gradients = 4 * parameters * (2 if train.grad_accum_steps > 1 else 1)
     gathered = dtype * (table + 4 * _layer_size(model, sizes)) if num_shards(sizes, "embed") > 1 else 0
+    unrolled = model.attention == "pallas_tpu" and model.layer_unroll == model.num_layers
+    if unrolled and remat == "off":
+        remat = "dots"  # The TPU compiler recomputes about as much by itself; gpt1 then has the same temporaries with both.
     layer = (KEPT_BY_KERNELS if model.attention == "pallas_tpu" else KEPT)[remat]
     kept = model.num_layers * _kept_bytes(layer, model, sizes, dtype) + _kept_bytes(OUTSIDE, model, sizes, dtype)
     odds = local * min(model.loss_chunk, model.context_length) * table // model.embed_dim * dtype
