@@ -33,13 +33,13 @@ from gpt_jax.runtime.sharding import host_rows, make_mesh, place_batch
 from gpt_jax.train.choices import choose_for
 from gpt_jax.train.flops import flops_per_token
 from gpt_jax.train.memory_estimate import check_remat
-from gpt_jax.train.profile import CONTAINERS, find_scopes
+from gpt_jax.train.profile import find_scopes, operations
 from gpt_jax.train.step import init_state, lower_step
 
 TRACED = 3
 """Number of steps that are traced to find the time of each part."""
 Event = tuple[str, float, float]
-"""Name, start and end of an operation."""
+"""Name, start and end of an operation, the latter in any unit."""
 
 
 def measure(name: str, config: PretrainConfig, steps: int) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def _run(
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run(TRACED)
-        events = read_events(Path(folder))
+        events = [event for trace in Path(folder).rglob("*.xplane.pb") for event in operations(trace)]
     return times, measured_parts(events, find_scopes([compiled.as_text() or ""]), part_of), load
 
 
@@ -195,19 +195,6 @@ def _random_batch(config: PretrainConfig, mesh: Mesh) -> Any:
     }
     rows = host_rows(mesh, size)
     return place_batch(mesh, {name: array[rows] for name, array in batch.items()}, size)
-
-
-def read_events(folder: Path) -> list[Event]:
-    """Returns the operations in the traces under a folder, in nanoseconds; loops and calls are left out."""
-    events = []
-    for trace in folder.rglob("*.xplane.pb"):
-        for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    name = dict(event.stats).get("hlo_op")
-                    if name is not None and event.name == name and not CONTAINERS.fullmatch(name):
-                        events.append((f"{name}", event.start_ns, event.start_ns + event.duration_ns))
-    return events
 
 
 def measured_parts(events: Iterable[Event], scopes: Mapping[str, str], part: Callable[[str], str]) -> dict[str, float]:

@@ -6,7 +6,7 @@ operations, so their scopes are looked up in the programs.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -83,15 +83,21 @@ class Profiler:
             jax.profiler.stop_trace()
 
 
-def operation_times(trace: Path) -> Counter[str]:
-    """Returns the total duration of each operation in a trace, in nanoseconds, summed over devices and threads."""
-    times: Counter[str] = Counter()
+def operations(trace: Path) -> Iterator[tuple[str, float, float]]:
+    """Yields the name, the start and the end of each execution of an operation in a trace, in nanoseconds."""
     for plane in jax.profiler.ProfileData.from_file(str(trace)).planes:
         for line in plane.lines:
             for event in line.events:
                 name = dict(event.stats).get("hlo_op")
                 if name is not None and event.name == name and not CONTAINERS.fullmatch(name):
-                    times[name] += int(event.duration_ns)
+                    yield str(name), event.start_ns, event.start_ns + event.duration_ns
+
+
+def operation_times(trace: Path) -> Counter[str]:
+    """Returns the total duration of each operation in a trace, in nanoseconds, summed over devices and threads."""
+    times: Counter[str] = Counter()
+    for name, start, end in operations(trace):
+        times[name] += int(end - start)
     return times
 
 

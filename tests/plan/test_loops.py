@@ -97,7 +97,7 @@ def test_transposed_axes_are_followed():
     assert found["row"] == Evaluations(32, False)
 
 
-@pytest.mark.parametrize("shape, repeats", [((4, 64, 64), True), ((4, 64, 32), False)])
+@pytest.mark.parametrize(("shape", "repeats"), [((4, 64, 64), True), ((4, 64, 32), False)])
 def test_square_dropout_masks_are_hashed_again_for_each_element(shape, repeats):
     def drop(x, examples, seed, step):
         def body(x, layer):

@@ -1,5 +1,7 @@
 """Modeled and measured steps: the comparison, its text, and errors. No test depends on how long something takes."""
 
+import re
+
 import pytest
 
 from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, TokenizerConfig, TrainConfig
@@ -14,6 +16,10 @@ def config(**mesh):
     model = ModelConfig(vocab_size=512, context_length=16, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=64)
     data = DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece"))
     return PretrainConfig(model=model, data=data, train=TrainConfig(batch_size=8), mesh=MeshConfig(**mesh))
+
+
+# Python 3.12 warns about a type of jaxlib's profiler.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type")
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +40,9 @@ def test_a_step_is_modeled_and_measured(monkeypatch):
     assert sum(row["measured"] for row in parts.values()) == pytest.approx(result["measured"])
     assert sum(row["modeled"] for row in parts.values()) == pytest.approx(result["modeled"] - 0.5)
     for part in ("attention", "mlp", "loss", "optimizer"):
-        assert parts[part]["modeled"] > 0 and parts[part]["measured"] > 0
+        assert min(parts[part].values()) > 0
     text = describe_measured(result)
-    assert "not modeled, and counted as 0 s: " in text and "x all-reduce" in text
+    assert re.search(r"not modeled, and counted as 0 s: \d+ x all-reduce\n", text)
 
 
 def test_operations_that_run_together_divide_the_time_among_them():
@@ -88,7 +94,7 @@ def test_the_text_shows_both_times_and_the_error_of_each_part():
 def test_the_text_says_what_is_not_known():
     unknown = RESULT | {"cores": None, "parts": {}, "other_load": None, "rates_load": None, "unmodeled": {"fft": 2, "sort": 1}}
     text = describe_measured(unknown)
-    assert "ms by part" not in text and "cores;" not in text
+    assert not re.search("ms by part|cores;", text)
     assert "not modeled, and counted as 0 s: 2 x fft, 1 x sort" in text
     assert text.endswith("measurement of the device's rates: not known")
 
@@ -96,7 +102,7 @@ def test_the_text_says_what_is_not_known():
 def test_bad_input_is_named(monkeypatch):
     with pytest.raises(UserError, match="--measure: the number of steps must be at least 1, got 0"):
         measure("small", config(), steps=0)
-    with pytest.raises(UserError, match="--mesh: .* does not divide 8 devices"):
+    with pytest.raises(UserError, match=r"--mesh: .* does not divide 8 devices"):
         measure("small", config(tensor=3, data=-1), steps=1)
     monkeypatch.setattr(measure_module, "_available_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"--measure: the step needs 0\.0 GiB, but 0\.0 GiB are available; use a smaller"):

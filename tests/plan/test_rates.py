@@ -38,7 +38,7 @@ def test_a_product_that_was_too_large_to_measure_has_the_rate_of_the_nearest_one
     assert rates(products={"NN f32": grid}).product_rate("NN f32", 64, 64, 64) == pytest.approx(3e9)
 
 
-@pytest.mark.parametrize("layout, left, right", [("NN", (3, 5), (5, 2)), ("NT", (3, 5), (2, 5)), ("TN", (5, 3), (5, 2))])
+@pytest.mark.parametrize(("layout", "left", "right"), [("NN", (3, 5), (5, 2)), ("NT", (3, 5), (2, 5)), ("TN", (5, 3), (5, 2))])
 def test_layouts_have_the_names_of_blas(layout, left, right):
     axes = left.index(5), right.index(5)
     assert product_layout(*axes, batched=False) == layout

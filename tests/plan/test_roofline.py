@@ -101,9 +101,6 @@ def test_transposed_and_reduced_arrays_have_rates_of_their_own():
     assert estimate(module([*entry, second], reduced, add), rates()).seconds == pytest.approx(2008 * 3e-9, rel=1e-3)
 
 
-DOT = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
-
-
 def test_a_product_takes_its_flops_over_the_rate_of_its_layout():
     measured = rates(products={"NN f32": [(1, 1, 1, 2e9)], "TT f32": [(1, 1, 1, 1e9)], "batched NT f32": [(1, 1, 1, 4e9)]})
     arrays = [
@@ -112,9 +109,10 @@ def test_a_product_takes_its_flops_over_the_rate_of_its_layout():
         line("%q", "f32[2,3,20,8]{3,2,1,0}", "parameter", "2"),
     ]
     batched = "lhs_batch_dims={0,1}, lhs_contracting_dims={3}, rhs_batch_dims={0,1}, rhs_contracting_dims={3}"
+    plain, transposed = (f"lhs_contracting_dims={{{left}}}, rhs_contracting_dims={{{right}}}" for left, right in ((1, 0), (0, 1)))
     cases = {
-        line("%d", "f32[20,40]{1,0}", "dot", "%x, %y", DOT): (20 * 40 * 30, 2e9),
-        line("%d", "f32[30,30]{1,0}", "dot", "%x, %z", "lhs_contracting_dims={0}, rhs_contracting_dims={1}"): (30 * 30 * 20, 1e9),
+        line("%d", "f32[20,40]{1,0}", "dot", "%x, %y", plain): (20 * 40 * 30, 2e9),
+        line("%d", "f32[30,30]{1,0}", "dot", "%x, %z", transposed): (30 * 30 * 20, 1e9),
         line("%d", "f32[2,3,20,20]{3,2,1,0}", "dot", "%q, %q2", batched): (6 * 20 * 20 * 8, 4e9),
     }
     more = [line("%z", "f32[30,20]{1,0}", "parameter", "3"), line("%q2", "f32[2,3,20,8]{3,2,1,0}", "parameter", "4")]
@@ -126,8 +124,9 @@ def test_a_product_takes_its_flops_over_the_rate_of_its_layout():
 
 def test_products_of_gpu_libraries_are_read_and_other_calls_are_listed():
     arrays = [line("%x", "bf16[20,30]{1,0}", "parameter", "0"), line("%y", "bf16[40,30]{1,0}", "parameter", "1")]
-    dimensions = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[],'
-    gemm = f'custom_call_target="__cublas$gemm", backend_config={{"gemm_backend_config":{{{dimensions}"rhs_batch_dimensions":[]}}}}}}'
+    contracted = '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]'
+    dimensions = f'"dot_dimension_numbers":{{{contracted},"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]}}'
+    gemm = f'custom_call_target="__cublas$gemm", backend_config={{"gemm_backend_config":{{{dimensions}}}}}'
     call = line("%g", "(bf16[20,40]{1,0}, s8[1024]{0})", "custom-call", "%x, %y", gemm)
     other = line("%k", "bf16[20,30]{1,0}", "custom-call", "%x", 'custom_call_target="__cudnn$fmha"')
     one_gpu = rates(cores=1, products={"NT bf16": [(1, 1, 1, 3e9)]})
@@ -166,12 +165,17 @@ def test_an_all_reduce_takes_the_measured_time_and_a_gather_half_of_it():
     assert estimate(module([A, permute]), several).unmodeled == {"collective-permute": 1}
 
 
-MODEL: dict[str, Any] = dict(vocab_size=512, context_length=32, num_layers=2, embed_dim=32, num_heads=2, mlp_dim=64)
-
-
-@pytest.mark.parametrize("unroll, parts", [(1, 1), (2, 1), (1, 2)], ids=["scanned", "unrolled", "micro-batches"])
+@pytest.mark.parametrize(("unroll", "parts"), [(1, 1), (2, 1), (1, 2)], ids=["scanned", "unrolled", "micro-batches"])
 def test_the_flops_of_a_step_are_those_of_its_products(unroll, parts):
-    model = ModelConfig(**MODEL, remat="dots", attention="plain", layer_unroll=unroll)
+    sizes: dict[str, Any] = {
+        "vocab_size": 512,
+        "context_length": 32,
+        "num_layers": 2,
+        "embed_dim": 32,
+        "num_heads": 2,
+        "mlp_dim": 64,
+    }
+    model = ModelConfig(**sizes, remat="dots", attention="plain", layer_unroll=unroll)
     train = TrainConfig(batch_size=4, grad_accum_steps=parts)
     config = PretrainConfig(model=model, data=DataConfig(tokenizer=TokenizerConfig(kind="sentencepiece")), train=train)
     text = lower_step(config, make_mesh(config.mesh, jax.devices()[:1])).compile().as_text()
