@@ -118,7 +118,7 @@ def _model(name: str, config: PretrainConfig, mesh: Mesh, text: str) -> dict[str
 
 
 def _model_tpu(name: str, config: PretrainConfig, mesh: Mesh, text: str) -> dict[str, Any]:
-    """Returns the same from the report of a plan for the slice that is attached."""
+    """Returns what `_model` does, from the report of a plan for the slice that is attached."""
     from gpt_jax.plan.program import Program
     from gpt_jax.plan.report import make_report
     from gpt_jax.plan.workload import pretraining
@@ -128,7 +128,7 @@ def _model_tpu(name: str, config: PretrainConfig, mesh: Mesh, text: str) -> dict
     matching = [each for each in ACCELERATORS.values() if each.device_kind == kind and each.devices * slices == mesh.size]
     if not matching:
         raise UserError(f"{mesh.size} x {kind} is not the size of a slice that can be planned")
-    report = make_report(name, Program(text, mesh, pretraining(config), {}, 0.0), matching[0], slices)
+    report = make_report(name, Program(text, mesh, pretraining(config), {"temporaries": 0}, 0.0), matching[0], slices)
     time = report["time"]
     cycles = {part: sum(by.values()) for part, by in report["cycles"].items()}
     parts = {part: count * time["compute"] / sum(cycles.values()) for part, count in cycles.items()}

@@ -9,6 +9,10 @@ from gpt_jax.errors import UserError
 from gpt_jax.plan import measure as measure_module
 from gpt_jax.plan.attribution import part_of
 from gpt_jax.plan.measure import compare_parts, describe_measured, measure, measured_parts
+from gpt_jax.runtime.chips import CHIPS
+from gpt_jax.runtime.sharding import make_mesh
+from gpt_jax.train.choices import choose_for
+from tests.plan.hlo_text import line, module
 from tests.plan.rates_by_hand import rates
 
 
@@ -112,3 +116,20 @@ def test_bad_input_is_named(monkeypatch):
 def test_the_available_memory_is_positive_where_it_is_known():
     available = measure_module._available_memory()
     assert available is None or available > 2**20
+
+
+def test_on_tpus_the_report_of_the_plan_is_the_model(tpu_devices):
+    devices = tpu_devices("v5e:2x2")
+    mesh = make_mesh(MeshConfig(), devices)
+    lines = [
+        line("%p", "f32[8]{0}", "parameter", "0"),
+        line("%a", "f32[8]{0}", "add", "%p, %p", op_name="jit(f)/mlp/add", cycles=3000),
+        line("%b", "f32[8]{0}", "negate", "%a", op_name="jit(f)/loss/neg", cycles=1000),
+    ]
+    modeled = measure_module._model("small", choose_for(config(), mesh), mesh, module(lines))
+    clock = CHIPS[mesh.devices.flat[0].device_kind].cycles_per_second
+    assert modeled["seconds"] == pytest.approx(4000 / clock)
+    assert modeled["parts"] == {"mlp": pytest.approx(3000 / clock), "loss": pytest.approx(1000 / clock), "collectives": 0.0}
+    part = make_mesh(MeshConfig(), devices[:2])
+    with pytest.raises(UserError, match="2 x TPU v5 lite is not the size of a slice that can be planned"):
+        measure_module._model("small", config(), part, module(lines))
