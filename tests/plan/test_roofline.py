@@ -58,6 +58,27 @@ def test_a_fusion_on_all_cores_moves_bytes_and_computes():
     assert one_core.work[0].seconds == pytest.approx(one_core.seconds / 2)  # its share of two cores
 
 
+def test_operations_that_are_repeated_for_each_element_have_a_rate_of_their_own():
+    computation = (
+        "f",
+        [
+            line("%p", "f32[3,20]{1,0}", "parameter", "0"),
+            line("%i", "s32[]", "parameter", "1"),
+            line("%s", "f32[1,20]{1,0}", "dynamic-slice", "%p, %i", "dynamic_slice_sizes={1,20}"),
+            line("%v", "f32[20]{0}", "bitcast", "%s"),
+            line("%h", "f32[20]{0}", "multiply", "%v, %v"),
+            line("%rows", "f32[20,20]{1,0}", "broadcast", "%h", "dimensions={0}"),
+            line("%columns", "f32[20,20]{1,0}", "broadcast", "%h", "dimensions={1}"),
+            line("ROOT %x", "f32[20,20]{1,0}", "xor", "%rows, %columns"),
+        ],
+    )
+    arrays = [line("%a", "f32[3,20]{1,0}", "parameter", "0"), line("%i", "s32[]", "parameter", "1")]
+    entry = [*arrays, line("%out", "f32[20,20]{1,0}", "fusion", "%a, %i", f"kind=kLoop, calls=%f, {ON_ALL_CORES}")]
+    moved = (1600 + 80 + 4) / 1e9  # the result, a row of the operand, and the index
+    repeated = (20 + 400) * 11e-9  # by row and by column
+    assert estimate(module(entry, computation), rates()).seconds == pytest.approx(moved + repeated + 400 * 1e-9, rel=1e-3)
+
+
 def test_slices_of_operands_and_of_the_result_count_alone():
     computation = (
         "f",
@@ -160,6 +181,8 @@ def test_an_all_reduce_takes_the_measured_time_and_a_gather_half_of_it():
     several = rates(curves=rates().curves | {"all-reduce": [(2000, 6e-6)]})
     assert estimate(module([A, reduce]), several).seconds == pytest.approx(6e-6)
     assert estimate(module([half, gather]), several).seconds == pytest.approx(3e-6)
+    scatter = line("%s", "f32[250]{0}", "reduce-scatter", "%a", "replica_groups={{0,1}}, dimensions={0}, to_apply=%add")
+    assert estimate(module([A, scatter]), several).seconds == pytest.approx(3e-6)
     assert estimate(module([A, reduce]), rates()).unmodeled == {"all-reduce": 1}
     permute = line("%c", "f32[500]{0}", "collective-permute", "%a", "source_target_pairs={{0,1}}")
     assert estimate(module([A, permute]), several).unmodeled == {"collective-permute": 1}
