@@ -272,7 +272,7 @@ class _Reader:
             for parameter in (one for one in inside.values() if one.opcode == "parameter"):
                 users = list(_users(parameter, inside))
                 if all(user.opcode in SLICES for user in users):
-                    size += sum(shape_bytes(user.shape) for user in users)
+                    size += min(sum(shape_bytes(user.shape) for user in users), shape_bytes(parameter.shape))
                 elif not (root.opcode == "dynamic-update-slice" and users == [root]):
                     size += shape_bytes(inputs[int(parameter.operands)].shape)
         elif each.opcode in SLICES:
