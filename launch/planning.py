@@ -21,7 +21,7 @@ from .supervise import kill, spawn
 PREFIX = "gpt-jax: "
 """Start of the line in which `gpt-jax plan` reports an error."""
 RESULTS = 4
-"""Number of lines at the end of a report: the modeled step, the rate, the whole run, and what limits the step."""
+"""Number of lines at the end of a report: the step, the rate, the whole run, and what limits the step."""
 
 
 def check_plan(job: Job) -> None:
@@ -108,9 +108,7 @@ def run_plan(command: Sequence[str]) -> tuple[int, str, str]:
 
 
 def summary(report: str) -> list[str]:
-    """Returns the lines of a report that are shown at a launch. Reports without libtpu are short and are returned whole."""
-    sections = [section.splitlines() for section in report.strip().split("\n\n")]
-    results = sections[0]
-    if len(sections) > 1:
-        results = [": ".join(line.strip() for line in sections[1]), *sections[-1][-RESULTS:]]
-    return [line.partition("; give --")[0] for line in results]  # `launch` does not have these options.
+    """Returns the lines of a report that are shown at a launch."""
+    _, memory, *_, results = (section.splitlines() for section in report.strip().split("\n\n"))
+    lines = [": ".join(line.strip() for line in memory), *results[-RESULTS:]]
+    return [line.partition("; give --")[0] for line in lines]  # `launch` does not have these options.

@@ -284,8 +284,13 @@ def _bandwidth(accelerator: Accelerator, chip: Chip) -> float:
 # -- text -------------------------------------------------------------------------------------------------------------------
 
 
-def describe_arithmetic(name: str, figures: Estimate) -> str:
-    """Returns the figures as text; `name` is that of the config."""
+def describe_arithmetic(name: str, figures: Estimate, run: str) -> str:
+    """Returns the figures as text.
+
+    Args:
+      name: name of the config.
+      run: a line about the whole run.
+    """
     config, model, bounds = figures.config, figures.config.model, figures.bounds
     accelerator, sizes = figures.accelerator, figures.sizes
     where = f"{sizes['slice']} x {accelerator.name}" if sizes["slice"] > 1 else accelerator.name
@@ -299,25 +304,28 @@ def describe_arithmetic(name: str, figures: Estimate) -> str:
         [
             f"{name}: {model.num_parameters:,} parameters on {where} ({accelerator.device_kind}), mesh {mesh}{attention}",
             f"{figures.sequences:,} sequence{plural} a device{parts}; remat {model.remat}",
-            _memory_line(figures),
-            f"FLOPs of the model: {token:.4g} a token ({_formula(model)}), {figures.flops:.4g} a step",
+            "",
+            *_memory_lines(figures),
+            "",
             "milliseconds, at least",
             *_bound_lines(figures),
+            "",
+            f"FLOPs of the model: {token:.4g} a token ({_formula(model)}), {figures.flops:.4g} a step",
             f"a step takes at least {figures.step * 1e3:.1f} ms{longer if bounds['collectives'] else ''}; "
             "these are bounds, not predictions",
             f"at most {figures.tokens_per_second:,.0f} tokens/s; MFU at most {figures.utilization:.1%} of "
             f"{figures.chip.peak_flops['bfloat16'] / 1e12:.4g} TFLOP/s a device",
-            _limit(figures),
-            REMARKS[accelerator.kind],
+            run,
+            f"{_limit(figures)} ({REMARKS[accelerator.kind]})",
         ]
     )
 
 
 REMARKS = {
-    "tpu": "libtpu is not installed, so nothing was compiled; for cycles, collectives and time: pip install 'gpt_jax[tpu]'",
+    "tpu": "libtpu is not installed, so nothing was compiled; for more: pip install 'gpt_jax[tpu]'",
     "gpu": "steps for GPUs are not compiled",
 }
-"""The last lines of the text."""
+"""The end of the text."""
 
 
 def _formula(model: ModelConfig) -> str:
@@ -326,13 +334,14 @@ def _formula(model: ModelConfig) -> str:
     return f"6 x (weights of products){attention}"
 
 
-def _memory_line(figures: Estimate) -> str:
-    """Returns a line about the memory of a device."""
-    total, usable = sum(figures.memory) / GIB, figures.chip.program_memory / GIB
+def _memory_lines(figures: Estimate) -> list[str]:
+    """Returns lines about the memory of a device."""
+    total, usable = sum(figures.memory), figures.chip.program_memory
     kinds = ", ".join(f"{kind} {size / GIB:.2f}" for kind, size in figures.memory._asdict().items() if size)
     rest = "; activations of an LSTM are not estimated" if figures.config.model.kind == "lstm" else ""
     rest += "; this may not fit" if total > usable else ""
-    return f"memory of a device by the arithmetic of shapes: {total:.2f} of {usable:.2f} GiB ({kinds}){rest}"
+    share = f"{total / GIB:.2f} of {usable / GIB:.2f} ({total / usable:.0%})"
+    return ["memory of a device by the arithmetic of shapes, GiB", f"  {share}: {kinds}{rest}"]
 
 
 def _bound_lines(figures: Estimate) -> list[str]:

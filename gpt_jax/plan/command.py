@@ -60,8 +60,7 @@ def plan(options: argparse.Namespace, config: Config) -> None:
             "chips": options.slices * accelerator.hosts * accelerator.chips_per_host,
             "device_kind": accelerator.device_kind,
         }
-        print(describe_arithmetic(options.config, figures))
-        print(f"at least: {run_line(run, options.price, steps)}")
+        print(describe_arithmetic(options.config, figures, f"at least: {run_line(run, options.price, steps)}"))
         return
     report = find_report(options.config, workload, accelerator, options.slices)
     print(describe(report, options.price, steps))

@@ -71,9 +71,9 @@ def interrupts() -> Iterator[None]:
 
 
 class Plans(list[list[str]]):
-    """The commands that would have been run, and what they answer: by default, that the step fits, without a report."""
+    """The commands that would have been run, and what they answer: by default, that the step fits, with a short report."""
 
-    answer = 0, "", ""
+    answer = 0, "header\n\nmemory\n  1 of 2\n\nlimited\n", ""
 
 
 @pytest.fixture(autouse=True)

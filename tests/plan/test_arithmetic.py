@@ -39,7 +39,7 @@ def figures_of(topology, *overrides, slices=1):
 
 
 def text_of(topology, *overrides, slices=1):
-    return describe_arithmetic("gpt1", figures_of(topology, *overrides, slices=slices)).splitlines()
+    return describe_arithmetic("gpt1", figures_of(topology, *overrides, slices=slices), "the run").splitlines()
 
 
 # -- matrix products --------------------------------------------------------------------------------------------------------
@@ -272,17 +272,21 @@ def test_the_text_of_a_node_with_gpus():
     assert text_of("h100-8", "train.batch-size=256") == [
         "gpt1: 116,534,784 parameters on h100-8 (NVIDIA H100 80GB HBM3), mesh data=8, attention plain",
         "32 sequences a device; remat dots",
-        f"memory of a device by the arithmetic of shapes: 7.13 of 59.74 GiB (parameters {memory})",
-        "FLOPs of the model: 7.528e+08 a token (6 x (weights of products) + 12 x layers x width x context), 9.866e+13 a step",
+        "",
+        "memory of a device by the arithmetic of shapes, GiB",
+        f"  7.13 of 59.74 (12%): parameters {memory}",
+        "",
         "milliseconds, at least",
         "      12.47  matrix products at 989.4 TFLOP/s a device (bfloat16)",
         f"       6.21  memory at 3350 GB/s; GB: {traffic}",
         "       1.04  collectives",
         "       1.04    all-reduce over data (gradients): 1 x 466.1 MB",
+        "",
+        "FLOPs of the model: 7.528e+08 a token (6 x (weights of products) + 12 x layers x width x context), 9.866e+13 a step",
         "a step takes at least 12.5 ms, or 13.5 if no collective overlaps with other work; these are bounds, not predictions",
         "at most 10,514,994 tokens/s; MFU at most 100.0% of 989.4 TFLOP/s a device",
-        "the longest bound is that of matrix products",
-        "steps for GPUs are not compiled",
+        "the run",
+        "the longest bound is that of matrix products (steps for GPUs are not compiled)",
     ]
 
 
@@ -307,7 +311,7 @@ def test_the_text_of_a_slice(topology, overrides, mesh, second, milliseconds):
     assert f"), {mesh}, attention pallas_tpu" in lines[0]
     assert lines[1] == second
     assert any(line.startswith(f"a step takes at least {milliseconds}") for line in lines)
-    assert lines[-1].startswith("libtpu is not installed, so nothing was compiled")
+    assert " (libtpu is not installed, so nothing was compiled; " in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -327,8 +331,8 @@ def test_what_limits_a_step(topology, overrides, sentence):
 
 def test_what_exceeds_the_memory_of_a_program_may_not_fit():
     """`remat` is named, so the run accepts all that fits into the memory of the chip, of which JAX allocates three quarters."""
-    line = text_of("h100-1", "train.batch-size=450", "model.remat=dots")[2]
-    assert 59.74 < float(line.split(": ")[1].split()[0]) < 79.65
+    line = text_of("h100-1", "train.batch-size=450", "model.remat=dots")[4]
+    assert 59.74 < float(line.split()[0]) < 79.65
     assert line.endswith("; this may not fit")
 
 

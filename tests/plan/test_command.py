@@ -199,12 +199,12 @@ def test_without_libtpu_there_is_arithmetic(compiled, capsys):
     assert main(["plan", "mini", "--topology", "v5e-4", "--price", "3"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("mini: 10,256,640 parameters on v5e-4 (TPU v5 lite), mesh data=4, attention pallas_tpu\n2 sequences")
-    assert " of 15.75 GiB (" in text
+    assert " of 15.75 (" in text
     flops = 8 * 256 * (6 * (4 * (4 * 320 * 320 + 2 * 320 * 1280) + 16_384 * 320) + 12 * 4 * 320 * 256)
     assert f", {flops:.4g} a step\n" in text
     assert f"{flops / (4 * 197e12) * 1e3:9.2f}  matrix products at 197 TFLOP/s" in text
-    remark, run = text.splitlines()[-2:]
-    assert remark.endswith("pip install 'gpt_jax[tpu]'")
+    run, limit = text.splitlines()[-2:]
+    assert limit.endswith("pip install 'gpt_jax[tpu]')")
     assert run.startswith("at least: run of 3e6 tokens: 1,465 steps, ")
     assert run.endswith(" at 3 a chip-hour")
     assert compiled == []
@@ -261,7 +261,7 @@ def test_gpus_are_planned_by_arithmetic(compiled, capsys):
     assert main(["plan", "mini", "--topology", "h100-8"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("mini: 10,256,640 parameters on h100-8 (NVIDIA H100 80GB HBM3), mesh data=8")
-    assert text.splitlines()[-1].startswith("at least: run of 3e6 tokens: 1,465 steps, ")
+    assert text.splitlines()[-2].startswith("at least: run of 3e6 tokens: 1,465 steps, ")
     assert "at the list price of $6.88 a chip-hour (AWS in us-east-1, " in text
     assert compiled == []
 
