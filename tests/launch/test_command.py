@@ -134,7 +134,7 @@ def test_uncommitted_changes_cause_a_warning(submitted, monkeypatch, tmp_path, c
     changed = Checkout(tmp_path, "c0ffee" * 4, b"a difference\n", ("a.py", "b.py", "c.py", "d.py"))
     monkeypatch.setattr(git_info, "find_checkout", lambda: changed)
     for more in ((), ("--dry-run",)):
-        launch(*words.split(), *more)
+        launch(*words.split(), "--no-plan", *more)
         assert capsys.readouterr().err == f"warning: files differ from commit c0ffeec0ffee; {warning}"
 
 
