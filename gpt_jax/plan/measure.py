@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt_jax.config import PretrainConfig
-from gpt_jax.errors import TrainingError, UserError, one_line, require
+from gpt_jax.errors import TrainingError, UserError, field_error, one_line, require
 from gpt_jax.plan.attribution import part_of
 from gpt_jax.plan.rates import find_rates
 from gpt_jax.plan.roofline import estimate
@@ -75,6 +75,8 @@ def measure(name: str, config: PretrainConfig, steps: int) -> dict[str, Any]:
         modeled = _model(name, config, mesh, compiled.as_text() or "")
         times, parts, other_load = _run(compiled, config, mesh, steps)
     except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise field_error("measure", f"the step does not fit into the memory: {one_line(error)}") from None
         raise TrainingError(f"the step does not run on this machine: {one_line(error)}") from None
     measured = statistics.median(times)
     tokens = config.train.batch_size * config.model.context_length

@@ -2,10 +2,11 @@
 
 import re
 
+import jax
 import pytest
 
 from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, TokenizerConfig, TrainConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import TrainingError, UserError
 from gpt_jax.plan import measure as measure_module
 from gpt_jax.plan.attribution import part_of
 from gpt_jax.plan.measure import compare_parts, describe_measured, measure, measured_parts
@@ -110,6 +111,22 @@ def test_bad_input_is_named(monkeypatch):
         measure("small", config(tensor=3, data=-1), steps=1)
     monkeypatch.setattr(measure_module, "_available_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"--measure: the step needs 0\.0 GiB, but 0\.0 GiB are available; use a smaller"):
+        measure("small", config(), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("message", "error", "text"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory", UserError, "--measure: the step does not fit into the memory: .*Out of memory"),
+        ("INTERNAL: broken", TrainingError, "the step does not run on this machine: .*broken"),
+    ],
+)
+def test_an_error_of_the_device_is_one_line(monkeypatch, message, error, text):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(measure_module, "_model", fail)
+    with pytest.raises(error, match=text):
         measure("small", config(), steps=1)
 
 
