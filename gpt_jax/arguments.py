@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_supervise(verb("supervise", "run a command and restart it after failures until it is done"))
 
     _add_checkpoint_verb(verb("checkpoint", "list, verify or prune the checkpoints of a run"))
-    _add_plan(verb("plan", "compile a run for TPUs that are not attached: its memory, time and cost", config=True))
+    _add_plan(verb("plan", "estimate the memory, time and cost of a run on TPUs or GPUs that are not attached", config=True))
     _add_bench(verb("bench", "run a benchmark and print a table"))
     return parser
 
@@ -225,8 +225,12 @@ def _add_checkpoint_verb(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_plan(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--topology", metavar="NAME", help="the TPU slice by its name in the cloud, such as v5e-256 or v5p-128")
-    sub.add_argument("--slices", type=number(int, POSITIVE), default=1, metavar="N", help="number of slices (default: 1)")
+    sub.add_argument(
+        "--topology", metavar="NAME", help="a TPU slice, such as v5e-256 or v5p-128, or a node with GPUs, such as h100-8"
+    )
+    sub.add_argument(
+        "--slices", type=number(int, POSITIVE), default=1, metavar="N", help="number of slices or nodes (default: 1)"
+    )
     text = "cost of one chip for an hour, in any currency, to print the cost of the run"
     sub.add_argument("--price", type=number(float, NOT_NEGATIVE), metavar="PRICE", help=text)
     text = "tokens in the training text, for runs whose length is given in epochs (default: those of --data.store)"

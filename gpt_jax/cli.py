@@ -144,7 +144,7 @@ def _load_config(options: argparse.Namespace, overrides: list[str], verb: str = 
         raise UserError(f"{options.config} is a config for gpt-jax {actual}")
     config = apply_overrides(loaded, overrides, f"gpt-jax {options.verb} {options.config} --workdir RUN")
     for name, (value, affects) in flatten_config(config).items():
-        if affects == "input":
+        if affects == "input" and options.verb != "plan":  # Only the workers of a planned run need to see the files.
             arguments.local(value, name)
     return config
 
@@ -329,7 +329,8 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> None:
         plan(options, _load_config(options, overrides, ""))
         return
     if options.config is not None:
-        raise UserError(f"'{options.config}' is not an argument of gpt-jax plan --compare A B")
+        hint = "write a value of a field as --section.field=VALUE"
+        raise UserError(f"'{options.config}' is not an argument of gpt-jax plan --compare A B; {hint}")
 
     def load(name: str) -> Any:
         options.config = name

@@ -43,7 +43,7 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", default="", help="name of the job (default: derived from CONFIG)")
     parser.add_argument("--accelerator", default="", help="family and size, such as v5e-16, v5p-8, h100-8, cpu-4")
     _add_options(parser, OPTIONS)
-    text = "do not plan a pre-training on TPUs, which takes minutes unless the same step was planned before"
+    text = "do not plan the job; planning for TPUs takes minutes unless the same step was planned before"
     parser.add_argument("--no-plan", action="store_true", help=text)
     parser.add_argument("--dry-run", action="store_true", help="print what would be run, without running it")
 

@@ -42,6 +42,7 @@ NUMBERS = {
     "supervise --grace-seconds": WHOLE,
     "plan gpt1 --topology v5e-8 --slices": COUNT,
     "plan gpt1 --topology v5e-8 --corpus-tokens": COUNT,
+    "plan gpt1 --topology v5e-8 --examples": COUNT,
     "plan gpt1 --topology v5e-8 --price": {
         **{"nan": "must be at least 0", "-1": "must be at least 0"},
         **{"inf": "must be finite", "x": "is not a number"},

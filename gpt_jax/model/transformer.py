@@ -261,7 +261,7 @@ def unstack_layers(config: ModelConfig, params: Params, cache: Cache) -> tuple[P
 def logits(config: ModelConfig, params: Params, hidden: Hidden) -> Float[Array, "batch time vocab"]:
     """Returns float32 next-token logits over the unpadded vocabulary, computed with the transposed token embeddings."""
     table = params["embedding"]["tokens"].astype(hidden.dtype)
-    with jax.default_matmul_precision(config.matmul_precision):
+    with jax.default_matmul_precision(config.matmul_precision), jax.named_scope("output"):
         scores = jnp.einsum("bte,ve->btv", hidden, table, preferred_element_type=jnp.float32)
     return scores[..., : config.vocab_size]  # Slicing the table instead would copy it.
 

@@ -40,6 +40,7 @@ import jax.numpy as jnp
 from gpt_jax.config import FinetuneRunConfig, ModelConfig, PretrainConfig, RunConfig
 from gpt_jax.errors import field_error
 from gpt_jax.model.transformer import compute_dtype
+from gpt_jax.plan.describe import batch_phrase
 from gpt_jax.plan.workload import Workload
 from gpt_jax.runtime.accelerators import Accelerator
 from gpt_jax.runtime.chips import CHIPS, GIB, Chip
@@ -176,13 +177,14 @@ def check_fine_tuning(workload: Workload, figures: Estimate) -> None:
     if workload.verb != "finetune" or sum(memory) <= usable:
         return
     sequences = workload.rows // workload.examples
-    examples = f"{workload.examples} examples of {sequences} sequence{'s' * (sequences > 1)} x {workload.length} tokens"
+    many = "s" * (workload.examples > 1)
+    examples = f"{workload.examples} example{many} of {sequences} sequence{'s' * (sequences > 1)} x {workload.length} tokens"
     change = ""
     if figures.config.model.kind == "transformer":
         platform, remat = figures.accelerator.kind, figures.config.model.remat
         change = change_that_fits(figures.config, figures.sizes, platform, remat, usable, sequences)
     needed = f"need about {sum(memory) / GIB:.3g} GiB on each device, of which a program can have {usable / GIB:.3g}"
-    advice = f"use {change}" if change else "lower it"
+    advice = f"use {change}" if change else "lower it, or use more devices and a larger --mesh.fsdp"
     raise field_error("train.batch_size", f"{examples} {needed}; {largest_kind(memory)} take the most; {advice}")
 
 
@@ -284,7 +286,7 @@ def _bandwidth(accelerator: Accelerator, chip: Chip) -> float:
 # -- text -------------------------------------------------------------------------------------------------------------------
 
 
-def describe_arithmetic(name: str, figures: Estimate, run: str) -> str:
+def describe_arithmetic(name: str, workload: Workload, figures: Estimate, run: str) -> str:
     """Returns the figures as text.
 
     Args:
@@ -295,15 +297,14 @@ def describe_arithmetic(name: str, figures: Estimate, run: str) -> str:
     accelerator, sizes = figures.accelerator, figures.sizes
     where = f"{sizes['slice']} x {accelerator.name}" if sizes["slice"] > 1 else accelerator.name
     mesh = " x ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
-    parts = f" in {config.train.grad_accum_steps} micro-batches" if config.train.grad_accum_steps > 1 else ""
     attention = f", attention {model.attention}" if model.kind == "transformer" else ""
-    plural = "s" * (figures.sequences > 1)
+    parameters = workload.config.model.num_parameters
     token = figures.flops // (config.train.batch_size * model.context_length)
     longer = f", or {figures.step_without_overlap * 1e3:.1f} if no collective overlaps with other work"
     return "\n".join(
         [
-            f"{name}: {model.num_parameters:,} parameters on {where} ({accelerator.device_kind}), mesh {mesh}{attention}",
-            f"{figures.sequences:,} sequence{plural} a device{parts}; remat {model.remat}",
+            f"{name}: {parameters:,} parameters on {where} ({accelerator.device_kind}), mesh {mesh}{attention}",
+            f"{batch_phrase({**workload.shape, 'sequences_per_device': figures.sequences})}; remat {model.remat}",
             "",
             *_memory_lines(figures),
             "",

@@ -61,7 +61,8 @@ class Attribution:
         product, _, parts = self._fused(instruction.called[0])
         op_name = product or op_name
         part = part_of(op_name)
-        return (next(iter(parts)) if part == OTHER and len(parts) == 1 else part), direction_of(op_name)
+        alone = part == OTHER and len(parts) == 1 and not product
+        return (next(iter(parts)) if alone else part), direction_of(op_name)
 
     def kind(self, instruction: Instruction) -> str:
         """Returns the kind of an instruction."""

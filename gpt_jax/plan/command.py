@@ -60,7 +60,7 @@ def plan(options: argparse.Namespace, config: Config) -> None:
             "chips": options.slices * accelerator.hosts * accelerator.chips_per_host,
             "device_kind": accelerator.device_kind,
         }
-        print(describe_arithmetic(options.config, figures, f"at least: {run_line(run, options.price, steps)}"))
+        print(describe_arithmetic(options.config, workload, figures, f"at least: {run_line(run, options.price, steps)}"))
         return
     report = find_report(options.config, workload, accelerator, options.slices)
     print(describe(report, options.price, steps))
@@ -95,8 +95,14 @@ def compare(options: argparse.Namespace, load: Callable[[str], Config]) -> None:
       TrainingError: a step does not compile.
     """
 
+    configs = [name for name in options.compare if not name.endswith(".json")]
+    for option in ("price", "corpus_tokens", "examples", "json") + (() if configs else ("topology", "generate")):
+        require(getattr(options, option) is None, option, "does not go with --compare" + " of two files" * (not configs))
+    if configs and importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--compare: planning {configs[0]} needs libtpu: pip install 'gpt_jax[tpu]'")
+
     def report_of(name: str) -> dict[str, Any]:
-        if name.endswith(".json"):
+        if name not in configs:
             return read_report(Path(name))
         accelerator, workload = _accelerator(options.topology, "tpu"), workload_of(load(name), options.generate)
         workload.mesh_sizes(accelerator, options.slices)
@@ -167,7 +173,7 @@ def _check_memory(config: PretrainConfig, accelerator: Accelerator, sizes: Mappi
 def _accelerator(name: str | None, *kinds: str) -> Accelerator:
     """Returns the TPU slice or GPU node with a given name, which must be of one of these kinds."""
     if name is None:
-        raise field_error("topology", "name the TPU slice, for example v5e-256")
+        raise field_error("topology", "name a TPU slice or a node with GPUs, for example v5e-256")
     accelerator = parse_accelerator(name, "--topology")
     wanted = "a TPU slice, such as v5e-256" + ", or a node with GPUs, such as h100-8" * ("gpu" in kinds)
     require(accelerator.kind in kinds, "topology", f"{accelerator.name} is not {wanted}")
@@ -177,8 +183,8 @@ def _accelerator(name: str | None, *kinds: str) -> Accelerator:
 def _steps(workload: Workload, options: argparse.Namespace) -> float | None:
     """Returns the number of updates in the run, or None if it depends on the size of an unknown dataset."""
     own, other = ("examples", "corpus_tokens") if workload.verb == "finetune" else ("corpus_tokens", "examples")
-    for name in (other,) if workload.verb != "generate" else (own, other, "price"):
-        require(getattr(options, name) is None, name, f"does not apply to gpt-jax {workload.verb}")
+    for name in (own, other) if workload.verb == "generate" else (other,):
+        require(getattr(options, name) is None, name, f"does not apply to {workload.verb}")
     if workload.verb == "generate":
         return None
     train, length = workload.config.train, workload.config.model.context_length
@@ -192,4 +198,7 @@ def _steps(workload: Workload, options: argparse.Namespace) -> float | None:
         return None
     tokens = None if workload.verb == "finetune" else length
     epoch = size // train.batch_size * train.batch_size if tokens is None else size // length
-    return duration_to_steps(train.duration, "train.duration", batch_size=train.batch_size, context_length=tokens, epoch=epoch)
+    steps = duration_to_steps(train.duration, "train.duration", batch_size=train.batch_size, context_length=tokens, epoch=epoch)
+    of = f" of {size:,} {own.replace('corpus_', '')}" if size else ""
+    require(steps >= 1, "train.duration", f"'{train.duration}'{of} is less than one update of {train.batch_size:,} examples")
+    return steps

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gpt_jax.plan.attribution import Attribution
+from gpt_jax.plan.attribution import OTHER, Attribution
 from gpt_jax.plan.collectives import Collective, CollectiveReader, Transfers
 from gpt_jax.plan.hlo import Instruction, Program, parse
 from gpt_jax.plan.kernels import Kernel, is_kernel, read_kernel
@@ -86,7 +86,7 @@ def _read_computation(
         before = len(found.costs)
         if each.opcode == "while":
             body = _read_computation(each.attribute("body"), program, attribution, reader, trips)
-            found.extend(body, trip_count(each, program, trips))
+            found.extend(_placed(body, *attribution.place(each)), trip_count(each, program, trips))
         elif each.opcode == "conditional":
             branches = (_read_computation(branch, program, attribution, reader, trips) for branch in each.called)
             found.extend(min(branches, key=lambda branch: branch.cycles))
@@ -101,6 +101,14 @@ def _read_computation(
             found.costs.append(Cost(each.cycles, part, direction, attribution.kind(each), 1, each.name, each.op_name))
         cycles += sum(cost.cycles for cost in found.costs[before:])
     return found
+
+
+def _placed(costs: Costs, part: str, direction: str) -> Costs:
+    """Returns the costs of a loop's body; those outside of all scopes get the part and direction of the loop."""
+    if part == OTHER:
+        return costs
+    inside = [each._replace(part=part, direction=direction) if each.part == OTHER else each for each in costs.costs]
+    return costs._replace(costs=inside)
 
 
 def trip_count(loop: Instruction, program: Program, default: int | None) -> int:

@@ -1,5 +1,6 @@
 """The text of a report: tables, and a sentence about what limits the step."""
 
+import collections
 from typing import Any
 
 from gpt_jax.plan.report_file import Report
@@ -7,9 +8,12 @@ from gpt_jax.runtime.chips import CHIPS, GIB, MIB
 from gpt_jax.runtime.prices import LIST_PRICES
 
 SECONDS_PER_HOUR = 3600
+SCALARS = 1024
+"""Maximum size in bytes of sums that are not gradients, such as the loss."""
 OTHER = "other"
 """The part of collectives whose place in the model the compiler does not say (attribution.py, which needs JAX)."""
-FORMULA = "6 x (weights of products) + 12 x layers x width x context, for each token"
+FORMULAS = {"transformer": "6 x (weights of products) + 12 x layers x width x context", "lstm": "6 x (weights of products)"}
+"""The FLOPs of training on a token (train/flops.py)."""
 
 
 def describe(report: Report, price: float | None = None, steps: float | None = None) -> str:
@@ -21,10 +25,10 @@ def describe(report: Report, price: float | None = None, steps: float | None = N
     """
     mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1) or "one device"
     versions = report["versions"]
-    results = _generation_lines(report) if report["verb"] == "generate" else _training_lines(report, price, steps)
+    results = _generation_lines(report, price) if report["verb"] == "generate" else _training_lines(report, price, steps)
     lines = [
         f"{report['config']}: {report['num_parameters']:,} parameters on {_hardware(report)}, mesh {mesh}, {report['dtype']}",
-        f"{_batch(report)}; {', '.join(_choices(report))}" if report["verb"] != "generate" else _batch(report),
+        f"{batch_phrase(report)}; {', '.join(_choices(report))}" if report["verb"] != "generate" else batch_phrase(report),
         f"jax {versions['jax']}, libtpu {versions['libtpu']}, compiled in {report['compile_seconds']:.0f} s; nothing was run",
         "",
         *_memory_lines(report),
@@ -37,28 +41,36 @@ def describe(report: Report, price: float | None = None, steps: float | None = N
     return "\n".join(lines)
 
 
-def _batch(report: Report) -> str:
-    """Returns a phrase about the sequences that are processed together."""
+def batch_phrase(report: Report) -> str:
+    """Returns a phrase about the sequences that are processed together.
+
+    Args:
+      report: its keys `sequences_per_device` and those of `Workload.shape` are used.
+    """
     examples, sequences, length = report["examples"], report["sequences"], report["length"]
     if report["verb"] == "generate":
         prompts = f"{examples:,} prompt{'s' * (examples > 1)} of {length:,} tokens"
         return f"{prompts}, each continued by {report['new_tokens']:,} tokens"
     parts = f" in {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""
     several = f"{examples:,} examples of {sequences // examples} sequences" if sequences > examples else f"{examples:,}"
-    device = f"{report['sequences_per_device']:,} sequences a device"
-    longest = ", the longest that occur" if report["verb"] == "finetune" else ""
+    local = report["sequences_per_device"]
+    device = f"{local:,} sequence{'s' * (local > 1)} a device"
+    longest = " (the longest allowed)" if report["verb"] == "finetune" else ""
     return f"batch of {several} x {length:,} tokens{longest}{parts}, {device}"
 
 
 def _choices(report: Report) -> list[str]:
-    return [f"{name.replace('_', '-')} {value}" for name, value in report["choices"].items()]
+    """Returns the choices that matter; an LSTM has no attention and no layers to unroll."""
+    unused = ("attention", "layer_unroll") if report["model"] == "lstm" else ()
+    return [f"{name.replace('_', '-')} {value}" for name, value in report["choices"].items() if name not in unused]
 
 
 def _training_lines(report: Report, price: float | None, steps: float | None) -> list[str]:
     """Returns lines about the time of a step, the whole run, and what limits the step."""
     time, chip = report["time"], CHIPS[report["device_kind"]]
     return [
-        f"FLOPs of the model: {report['flops']['token']:.4g} a token ({FORMULA}), {report['flops']['step']:.4g} a step",
+        f"FLOPs of the model: {report['flops']['token']:.4g} a token ({FORMULAS[report['model']]}), "
+        f"{report['flops']['step']:.4g} a step",
         f"modeled step: {time['step'] * 1e3:.1f} ms = {time['compute'] * 1e3:.1f} computing "
         f"+ {time['exposed'] * 1e3:.1f} waiting for collectives",
         f"{time['tokens_per_second']:,.0f} tokens/s; MFU {time['utilization']:.1%} of {chip.peak_flops['bfloat16'] / 1e12:.0f} "
@@ -68,17 +80,20 @@ def _training_lines(report: Report, price: float | None, steps: float | None) ->
     ]
 
 
-def _generation_lines(report: Report) -> list[str]:
-    """Returns lines about the time of the prompts and of the new tokens."""
+def _generation_lines(report: Report, price: float | None) -> list[str]:
+    """Returns lines about the time of the prompts and of the new tokens, and what limits it."""
     time, chip = report["time"], CHIPS[report["device_kind"]]
     token = (time["step"] - time["prompts"]) / report["new_tokens"]
     width = 2 if report["dtype"] == "bfloat16" else 4
     weights = report["num_parameters"] * width / report["devices"] / chip.memory_bandwidth
+    million = 1e6 / time["tokens_per_second"] * report["chips"] / SECONDS_PER_HOUR
     return [
+        f"FLOPs of the model: {report['flops']['step']:.4g} in all (a third of those of training)",
         f"modeled: {time['prompts'] * 1e3:.2f} ms for the prompts, then {token * 1e3:.2f} ms a token, "
         f"of which reading the weights once takes {weights * 1e3:.2f}",
-        f"{time['step'] * 1e3:.1f} ms in all; {report['examples'] / token:,.0f} new tokens/s in all rows together",
-        "the most likely token is taken; the time for sampling is not included",
+        f"{time['step'] * 1e3:.1f} ms in all; {time['tokens_per_second']:,.0f} new tokens/s of all prompts together; "
+        f"MFU {time['utilization']:.2%}",
+        f"a million tokens: {_figure(million)} chip-hours{_cost(report, price, million)}, not counting prompts and sampling",
         _generation_limit(report, token, weights),
     ]
 
@@ -154,8 +169,8 @@ def _purpose(collective: dict[str, Any]) -> str:
 
     The result is "" if the compiler does not say, as in programs for several slices.
     """
-    sums = collective["kind"] in ("all-reduce", "reduce-scatter") and collective["direction"] == "backward"
-    if sums and "tensor" not in collective["axes"]:
+    sums = collective["kind"] in ("all-reduce", "reduce-scatter") and "tensor" not in collective["axes"]
+    if sums and (collective["direction"] == "backward" or collective["bytes"] > SCALARS * collective["times"]):
         return "gradients"
     return "" if collective["part"] == OTHER else f"{_words(collective['part'])}, {collective['direction']}"
 
@@ -226,5 +241,16 @@ def advice(report: Report) -> str:
         if rate > 0.6:
             return f"{limit}: this is close to what the chip can do"
         return f"{limit} but reach only {rate:.0%} of the peak: wider layers and heads of 128 fill the matrix units better"
-    largest = _words(next(iter(report["cycles"])))
-    return f"limited by work other than matrix products ({1 - products:.0%} of the cycles); the largest part is {largest}{more}"
+    largest = _words(_largest_without_products(report))
+    return f"limited by work other than matrix products ({1 - products:.0%} of the cycles), most of it in {largest}{more}"
+
+
+def _largest_without_products(report: Report) -> str:
+    """Returns the part of the model with the most cycles outside of matrix products and kernels of attention."""
+    cycles = collections.Counter[str]()
+    for place, count in report["cycles_of_xla"].items():
+        part, _, kind = place.split()
+        cycles[part] += count if kind != "product" else 0
+    for kernel in report["kernels"]:
+        cycles["layer_norm"] += kernel["cycles"] if kernel["name"].startswith("layer_norm") else 0
+    return cycles.most_common(1)[0][0]

@@ -22,9 +22,9 @@ from gpt_jax.train.choices import choose_for
 from gpt_jax.train.memory_estimate import change_that_fits, largest_kind, step_memory
 from gpt_jax.train.step import State, abstract_state, lower_step, settle
 
-SIZE = r"\(([\d.]+)([GMK])\)"
+SIZE = r"\(([\d.]+)([TGMK]?)\)"
 TOO_LARGE = re.compile(rf"total memory required for .{{0,40}}? {SIZE} exceeds available HBM {SIZE}")
-GIB_OF = {"G": 1.0, "M": 2.0**-10, "K": 2.0**-20}
+GIB_OF = {"T": 2.0**10, "G": 1.0, "M": 2.0**-10, "K": 2.0**-20, "": 2.0**-30}
 """The units in the compiler's messages, expressed in GiB."""
 USABLE_AFTER_CHANGE = 0.95
 """Share of the memory that a program may need after a suggested change, because the effect of the change is estimated."""

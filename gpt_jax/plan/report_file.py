@@ -26,7 +26,9 @@ def read_report(path: Path) -> Report:
     Raises:
       UserError: the file cannot be read, is not a report, or has another version.
     """
-    report = read_json(path, {"version": int})
+    report = read_json(path)
+    if type(report.get("version")) is not int:
+        raise UserError(f"{path}: is not a report that gpt-jax plan --json wrote")
     if report["version"] != REPORT_VERSION:
         hint = f"this is version {REPORT_VERSION}; plan it again"
         raise UserError(f"{path}: a report of version {report['version']}, and {hint}")

@@ -16,7 +16,7 @@ from gpt_jax.runtime.console import say
 from gpt_jax.runtime.mesh import check_batch, check_model, mesh_sizes
 from gpt_jax.tasks.init_source import find_architecture, resolve_config
 from gpt_jax.tasks.registry import Task, task_from_config
-from gpt_jax.tasks.transforms import segments_of
+from gpt_jax.tasks.transforms import longest_input, segments_of
 from gpt_jax.train.flops import flops_per_token
 
 
@@ -43,6 +43,18 @@ class Workload(NamedTuple):
     def micro_batches(self) -> int:
         """Number of parts that the batch is processed in."""
         return 1 if self.verb == "generate" else self.config.train.grad_accum_steps
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The verb and the shape of the input, as JSON."""
+        return {
+            "verb": self.verb,
+            "examples": self.examples,
+            "sequences": self.rows,
+            "length": self.length,
+            "new_tokens": self.new_tokens,
+            "micro_batches": self.micro_batches,
+        }
 
     @property
     def as_pretraining(self) -> PretrainConfig | FinetuneRunConfig:
@@ -75,6 +87,8 @@ class Workload(NamedTuple):
         """
         if self.verb != "generate":
             sizes = mesh_sizes(self.config.mesh, accelerator, slices)
+            problem = f"is {sizes['slice']}, but --slices is {slices}; both count the slices or nodes of the run"
+            require(sizes["slice"] == slices, "mesh.slice", problem)
             check_batch(sizes, self.config.train.batch_size, self.config.train.grad_accum_steps)
             check_model(sizes, self.config.model)
             return sizes
@@ -104,8 +118,7 @@ def fine_tuning(config: FinetuneConfig) -> Workload:
     task = task_from_config(config.task)
     resolved = resolve_config(config, task, find_architecture(config.init, say))
     sequences = len(segments_of(task.kind, len(task.labels)))
-    context = resolved.model.context_length
-    length = min(config.task.max_tokens or context, context)
+    length = longest_input(config.task, task.kind, len(task.labels), resolved.model.context_length)
     return Workload("finetune", resolved, config.train.batch_size * sequences, length, task)
 
 

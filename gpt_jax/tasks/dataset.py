@@ -10,12 +10,12 @@ import numpy as np
 from gpt_jax.config import TaskConfig
 from gpt_jax.data.tokenizers import Tokenizer
 from gpt_jax.data.windows import epoch_keys, permute
-from gpt_jax.errors import UserError, listed, require, shortened
+from gpt_jax.errors import UserError, listed, shortened
 from gpt_jax.tasks.file_layouts import SPLITS, SplitName
 from gpt_jax.tasks.metrics import require_scorable
 from gpt_jax.tasks.readers import Example, TaskSplit, read_split
 from gpt_jax.tasks.registry import Task, task_from_config
-from gpt_jax.tasks.transforms import EncodedSplit, encode_examples, special_tokens
+from gpt_jax.tasks.transforms import EncodedSplit, encode_examples, longest_input, special_tokens
 
 
 class TaskDataset(NamedTuple):
@@ -76,11 +76,7 @@ def load_dataset(
       UserError: a split cannot be read or encoded, a required split is missing, or a split has fewer than two different labels.
     """
     task = task_from_config(config)
-    require(
-        config.max_tokens <= context_length,
-        "task.max_tokens",
-        f"{config.max_tokens} is more than the model's context of {context_length} tokens",
-    )
+    max_tokens = longest_input(config, task.kind, len(task.output_values), context_length)
     loaded: dict[str, TaskSplit] = {}
     encoded: dict[str, EncodedSplit] = {}
     for name in splits:
@@ -100,7 +96,7 @@ def load_dataset(
             tokenizer.encode,
             special_tokens(tokenizer),
             task.output_values,
-            max_tokens=config.max_tokens or context_length,
+            max_tokens=max_tokens,
             truncation=config.truncation,
         )
     for title, content in loaded.items():

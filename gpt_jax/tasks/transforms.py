@@ -17,8 +17,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Float64, Int32, Int64
 
+from gpt_jax.config import TaskConfig
 from gpt_jax.data.tokenizers import Tokenizer
-from gpt_jax.errors import UserError
+from gpt_jax.errors import UserError, require
 from gpt_jax.tasks.readers import Example
 from gpt_jax.tasks.registry import TaskKind
 
@@ -124,6 +125,23 @@ def segments_of(kind: str, outputs: int) -> tuple[tuple[int, ...], ...]:
       outputs: number of outputs of the classifier, which in multiple choice is the number of answers.
     """
     return SEGMENTS.get(kind) or tuple((0, 1 + answer) for answer in range(outputs))
+
+
+def longest_input(config: TaskConfig, kind: TaskKind, outputs: int, context_length: int) -> int:
+    """Returns the maximum number of tokens in an input, including special tokens.
+
+    Args:
+      kind, outputs: as for `segments_of`.
+      context_length: maximum number of tokens that the model processes at once.
+
+    Raises:
+      UserError: `max_tokens` is more than the context, or leaves no room for text.
+    """
+    problem = f"{config.max_tokens} is more than the model's context of {context_length} tokens"
+    require(config.max_tokens <= context_length, "task.max_tokens", problem)
+    length = config.max_tokens or context_length
+    _check_room(kind, len(segments_of(kind, outputs)[0]), length, config.truncation)
+    return length
 
 
 def _num_special(num_segments: int) -> int:

@@ -114,14 +114,14 @@ def remat_that_fits(config: RunConfig, sizes: Mapping[str, int], platform: str, 
 
 
 def check_remat(config: RunConfig, sizes: Mapping[str, int], platform: str, kind: str) -> None:
-    """Checks that pre-training with the chosen `model.remat` does not need more memory than the chips have.
+    """Checks that pre-training with the chosen `model.remat` does not need more memory than a program can have.
 
     Raises:
       UserError: it does.
     """
     model = config.model
-    if _is_known(model, platform, kind) and step_bytes(config, sizes, platform, model.remat) > CHIPS[kind].memory:
-        raise _too_large(config, sizes, platform, kind, model.remat, CHIPS[kind].memory)
+    if _is_known(model, platform, kind) and step_bytes(config, sizes, platform, model.remat) > CHIPS[kind].program_memory:
+        raise _too_large(config, sizes, platform, kind, model.remat, CHIPS[kind].program_memory)
 
 
 def _is_known(model: ModelConfig, platform: str, kind: str) -> bool:
@@ -201,13 +201,20 @@ def change_that_fits(
 def _micro_batches(
     config: RunConfig, sizes: Mapping[str, int], platform: str, remat: str, usable: int, sequences: int
 ) -> Iterator[int]:
-    """Yields the numbers of micro-batches, greater than the config's, with which the step needs at most `usable` bytes."""
+    """Yields the numbers of micro-batches, greater than the config's, with which the step needs at most `usable` bytes.
+
+    Numbers that are much greater than necessary, as those for a prime number of sequences, are left out.
+    """
     train, unit = config.train, num_shards(sizes, "batch") * sequences
-    for steps in range(train.grad_accum_steps + 1, train.batch_size // unit + 1):
-        if train.batch_size % (unit * steps) == 0:
-            smaller = dataclasses.replace(config, train=dataclasses.replace(train, grad_accum_steps=steps))
-            if step_bytes(smaller, sizes, platform, remat) <= usable:
-                yield steps
+    accumulating = dataclasses.replace(config, train=dataclasses.replace(train, batch_size=2, grad_accum_steps=2))
+    fits = bisect.bisect(
+        range(1, train.batch_size // unit + 1),
+        usable,
+        key=lambda number: step_bytes(accumulating, sizes, platform, remat, number * sequences),
+    )
+    if fits:
+        enough = max(-(-train.batch_size // (unit * fits)), train.grad_accum_steps + 1)
+        yield from (steps for steps in range(enough, 4 * enough) if train.batch_size % (unit * steps) == 0)
 
 
 def _kept_bytes(kept: Kept, model: ModelConfig, sizes: Mapping[str, int], dtype: int) -> int:
@@ -241,20 +248,19 @@ def _local_parameters(model: ModelConfig, sizes: tuple[tuple[str, int], ...]) ->
 
 
 def _too_large(config: RunConfig, sizes: Mapping[str, int], platform: str, kind: str, remat: str, usable: int) -> UserError:
-    """Returns the error for a batch that does not fit with a value of `model.remat`."""
+    """Returns the error for a batch that does not fit into `usable` bytes with a value of `model.remat`."""
     batch, steps, shards = config.train.batch_size, config.train.grad_accum_steps, num_shards(sizes, "batch")
     local = -(-batch // (shards * steps))
     fits = bisect.bisect(range(1, local), usable, key=lambda number: step_bytes(config, sizes, platform, remat, number))
     at_once = f" in {steps} micro-batches" if steps > 1 else ""
     recomputing = "" if config.model.remat == "auto" else f" with --model.remat {remat}"
     needed = step_memory(config, sizes, platform, remat)
-    parts = f"about {sum(needed) / GIB:.3g} GiB, of which {max(needed) / GIB:.3g} are {largest_kind(needed)}"
-    memory = f"the {CHIPS[kind].memory / GIB:.3g} GiB of a {kind} do not suffice{recomputing} ({parts})"
-    problem = f"{batch}{at_once} is {local} sequence{'s' * (local > 1)} a device, for which {memory}"
+    parts = f"about {sum(needed) / GIB:.3g} GiB, {max(needed) / GIB:.3g} of them for {largest_kind(needed)}"
+    limit = f"more than the {usable / GIB:.3g} GiB that a step can use on each {kind}"
+    problem = f"{batch}{at_once} is {local} sequence{'s' * (local > 1)} a device{recomputing} ({parts}), {limit}"
+    change = change_that_fits(config, sizes, platform, remat, usable)
     if not fits:
-        advice = change_that_fits(config, sizes, platform, remat, usable)
-        advice = advice or "--mesh.fsdp or --mesh.tensor, and perhaps use more devices"
+        advice = change or "--mesh.fsdp or --mesh.tensor, and perhaps use more devices"
         return field_error("train.batch_size", f"{problem}; not even one fits, so split the model with {advice}")
-    more = next((k for k in range(steps + 1, batch + 1) if batch % (shards * k) == 0 and batch // (shards * k) <= fits), None)
     hint = f"at most {fits} a device fit (--train.batch-size {fits * shards * steps})"
-    return field_error("train.batch_size", f"{problem}; {hint}" + (f", or --train.grad-accum-steps {more}" if more else ""))
+    return field_error("train.batch_size", f"{problem}; {hint}" + (f", or {change}" if change.startswith("--train") else ""))

@@ -14,8 +14,8 @@ import jax
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.console import Log
 
-PARTS = ("embedding", "attention", "projections", "mlp", "layer_norm", "loss", "optimizer")
-"""The named scopes of the model, the loss and the update."""
+PARTS = ("embedding", "attention", "projections", "mlp", "layer_norm", "output", "loss", "optimizer")
+"""The named scopes of the model, the loss and the update. In training, the output layer is in the loss."""
 CONTAINERS = re.compile(r"(while|call|conditional)(\.\d+)?")
 """Names of operations whose time is that of others, which the trace also contains."""
 NUM_OPERATIONS = 10

@@ -169,6 +169,8 @@ REPORT = {
     **{
         "num_parameters": 1000,
         "verb": "pretrain",
+        "model": "transformer",
+        "cycles_of_xla": {"mlp forward product": 90},
         "examples": 512,
         "sequences": 512,
         "length": 512,
@@ -200,10 +202,8 @@ def test_a_launch_shows_five_lines_of_a_report(collectives):
     assert shown[0] == f"memory of a device, GiB: {memory}"
     assert shown[1] == "modeled step: 110.0 ms = 100.0 computing + 10.0 waiting for collectives"
     assert shown[2].startswith("1,000 tokens/s; MFU 50.0% of 197 TFLOP/s a device")
-    assert (
-        shown[3]
-        == "run of 100 epochs: 1,000 steps take 0.4889 chip-hours, $0.59 at the list price of $1.20 a chip-hour (Google Cloud in us-central1, 2024-12)"
-    )
+    assert shown[3].startswith("run of 100 epochs: 1,000 steps take 0.4889 chip-hours, $0.59 at the list price of $1.20 ")
+    assert shown[3].endswith(")")
     assert shown[4].startswith("limited by matrix products")
     assert len(shown) == 5
 
@@ -222,7 +222,7 @@ def test_without_libtpu_a_launch_is_planned_by_arithmetic(tmp_path):
     assert main(["launch", "gke", "gpt1", *GKE, *STORE, *large, "16384"]) == 0  # The other checks accept it.
     code, manifest, lines = launch(*large, "16384")
     assert (code, manifest, len(lines)) == (2, "", 1)
-    assert "gpt-jax: --train.batch-size: 16384 is 1024 sequences a device, for which the 16 GiB" in lines[0]
+    assert "gpt-jax: --train.batch-size: 16384 is 1024 sequences a device with --model.remat off (about " in lines[0]
     advice = lines[0].partition("(--train.batch-size ")[2].partition(")")[0]
     code, manifest, lines = launch(*large, advice)
     assert (code, manifest.startswith("# create:")) == (0, True)

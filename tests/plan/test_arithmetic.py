@@ -7,7 +7,7 @@ from gpt_jax.config import DataConfig, MeshConfig, ModelConfig, PretrainConfig, 
 from gpt_jax.config.load import apply_overrides, load_config
 from gpt_jax.errors import UserError
 from gpt_jax.plan.arithmetic import describe_arithmetic, estimate
-from gpt_jax.plan.workload import workload_of
+from gpt_jax.plan.workload import pretraining, workload_of
 from gpt_jax.runtime.accelerators import parse_accelerator
 from gpt_jax.runtime.mesh import mesh_sizes
 from gpt_jax.runtime.sharding import make_mesh
@@ -39,7 +39,10 @@ def figures_of(topology, *overrides, slices=1):
 
 
 def text_of(topology, *overrides, slices=1):
-    return describe_arithmetic("gpt1", figures_of(topology, *overrides, slices=slices), "the run").splitlines()
+    config, *_ = inputs(topology, *overrides, slices=slices)
+    return describe_arithmetic(
+        "gpt1", pretraining(config), figures_of(topology, *overrides, slices=slices), "the run"
+    ).splitlines()
 
 
 # -- matrix products --------------------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ def test_the_text_of_a_node_with_gpus():
     traffic = "optimizer 3.27, gradients 0.466, weights 0.466, activations 6.94, probabilities 9.66"
     assert text_of("h100-8", "train.batch-size=256") == [
         "gpt1: 116,534,784 parameters on h100-8 (NVIDIA H100 80GB HBM3), mesh data=8, attention plain",
-        "32 sequences a device; remat dots",
+        "batch of 256 x 512 tokens, 32 sequences a device; remat dots",
         "",
         "memory of a device by the arithmetic of shapes, GiB",
         f"  7.13 of 59.74 (12%): parameters {memory}",
@@ -294,13 +297,25 @@ def test_the_text_of_a_node_with_gpus():
     ("topology", "overrides", "mesh", "second", "milliseconds"),
     [
         # 256 x 512 tokens of 752.8 million FLOPs on 8 chips of 197 TFLOP/s
-        ("v5e-8", ["train.batch-size=256"], "mesh data=8", "32 sequences a device; remat dots", "62.6 ms, or 70.8 if no"),
-        ("v6e-1", ["train.batch-size=1"], "mesh one device", "1 sequence a device; remat dots", "2.7 ms; these are bounds"),
+        (
+            "v5e-8",
+            ["train.batch-size=256"],
+            "mesh data=8",
+            "batch of 256 x 512 tokens, 32 sequences a device; remat dots",
+            "62.6 ms, or 70.8 if no",
+        ),
+        (
+            "v6e-1",
+            ["train.batch-size=1"],
+            "mesh one device",
+            "batch of 1 x 512 tokens, 1 sequence a device; remat dots",
+            "2.7 ms; these are bounds",
+        ),
         (
             "v5e-8",
             ["train.batch-size=256", "mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2", "train.grad-accum-steps=2"],
             "mesh data=2 x fsdp=2 x tensor=2",
-            "64 sequences a device in 2 micro-batches; remat dots",
+            "batch of 256 x 512 tokens in 2 micro-batches, 64 sequences a device; remat dots",
             "62.6 ms, or 93.8 if no",
         ),
     ],
@@ -329,11 +344,10 @@ def test_what_limits_a_step(topology, overrides, sentence):
     assert line.startswith(f"the longest bound is that of {sentence}")
 
 
-def test_what_exceeds_the_memory_of_a_program_may_not_fit():
-    """`remat` is named, so the run accepts all that fits into the memory of the chip, of which JAX allocates three quarters."""
-    line = text_of("h100-1", "train.batch-size=450", "model.remat=dots")[4]
-    assert 59.74 < float(line.split()[0]) < 79.65
-    assert line.endswith("; this may not fit")
+def test_what_exceeds_the_memory_of_a_program_is_refused():
+    """JAX allocates three quarters of the memory of a GPU."""
+    with pytest.raises(UserError, match=r"about 73\.\d GiB, .* more than the 59\.7 GiB that a step can use on each NVIDIA H100"):
+        text_of("h100-1", "train.batch-size=450", "model.remat=dots")
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------------
@@ -342,13 +356,13 @@ def test_what_exceeds_the_memory_of_a_program_may_not_fit():
 @pytest.mark.parametrize(
     ("topology", "overrides", "problem"),
     [
+        ("v5e-8", ["train.batch-size=8192"], "--train.batch-size: 8192 is 1024 sequences a device (about 37.7 GiB, "),
+        ("h100-8", ["train.batch-size=65536"], "--train.batch-size: 65536 is 8192 sequences a device (about "),
         (
-            "v5e-8",
-            ["train.batch-size=8192"],
-            "--train.batch-size: 8192 is 1024 sequences a device, for which the 16 GiB of a TPU",
+            "l4-1",
+            ["train.batch-size=512", "model.remat=off"],
+            "--train.batch-size: 512 is 512 sequences a device with --model.remat off (about ",
         ),
-        ("h100-8", ["train.batch-size=65536"], "--train.batch-size: 65536 is 8192 sequences a device, for which the 79.6 GiB of"),
-        ("l4-1", ["train.batch-size=512", "model.remat=off"], "--train.batch-size: 512 is 512 sequences a device, for which the"),
         ("h100-8", ["train.batch-size=12"], "--train.batch-size: 12 does not split evenly over slice x data x fsdp = 8; 8 or 16"),
         ("a100-8", ["mesh.data=1", "mesh.tensor=8"], "--mesh.tensor: 8 does not divide model.num-heads 12; "),
         ("h100-4", ["model.attention=pallas_tpu"], "--model.attention: pallas_tpu runs on TPUs, and the devices are GPUs"),

@@ -13,6 +13,7 @@ from gpt_jax.config.load import config_to_dict, load_config
 from gpt_jax.plan import cache
 from gpt_jax.plan.cache import cache_folder, cache_key, read, write
 from gpt_jax.plan.command import find_report
+from gpt_jax.plan.workload import pretraining
 from gpt_jax.runtime.accelerators import parse_accelerator
 
 
@@ -24,7 +25,7 @@ def folder(monkeypatch, tmp_path):
 
 
 def key(**changes):
-    return cache_key(**{"config": config_to_dict(load_config("mini")), "accelerator": "v5e-4", "slices": 1} | changes)
+    return cache_key(**pretraining(load_config("mini")).facts() | {"accelerator": "v5e-4", "slices": 1} | changes)
 
 
 def test_the_folder_is_the_users(monkeypatch, folder):
@@ -73,7 +74,7 @@ def test_the_key_depends_on_the_source_code(monkeypatch, tmp_path):
 def test_the_config_may_have_another_name(folder):
     report = {"config": "mini", "time": {"step": 1.5}}
     write(key(), report)
-    found = find_report("renamed.py", load_config("mini"), parse_accelerator("v5e-4"), 1)
+    found = find_report("renamed.py", pretraining(load_config("mini")), parse_accelerator("v5e-4"), 1)
     assert found == {"config": "renamed.py", "time": {"step": 1.5}}
 
 
@@ -113,9 +114,10 @@ def test_a_report_in_the_cache_needs_neither_jax_nor_libtpu(folder):
 import sys
 from gpt_jax.config.load import load_config
 from gpt_jax.plan.command import find_report
+from gpt_jax.plan.workload import pretraining
 from gpt_jax.runtime.accelerators import parse_accelerator
 import json
-print(json.dumps(find_report("mini", load_config("mini"), parse_accelerator("v5e-4"), 1)))
+print(json.dumps(find_report("mini", pretraining(load_config("mini")), parse_accelerator("v5e-4"), 1)))
 print(" ".join({"jax", "jaxlib", "libtpu", "tensorflow", "numpy"} & set(sys.modules)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)

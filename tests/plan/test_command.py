@@ -54,7 +54,7 @@ def compiled(monkeypatch, libtpu):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ([], "--topology: name the TPU slice, for example v5e-256"),
+        ([], "--topology: name a TPU slice or a node with GPUs, for example v5e-256"),
         (
             ["--topology", "v5e-100"],
             "--topology: 'v5e-100' does not exist; the nearest sizes are v5e-32, v5e-64, v5e-128, v5e-256",
@@ -113,7 +113,7 @@ def test_a_mistake_is_one_line(compiled, capsys, words, problem):
         (["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt3"], "--init.like: there is no folder 'gpt3', and "),
         (
             ["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt1", "--corpus-tokens", "9"],
-            "--corpus-tokens: does not apply to gpt-jax finetune",
+            "--corpus-tokens: does not apply to finetune",
         ),
         (
             ["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt1", "--search"],
@@ -127,11 +127,11 @@ def test_a_mistake_is_one_line(compiled, capsys, words, problem):
             ["finetune/sst2", "--topology", "v5e-64", *LIKE, "gpt1"],
             "--train.batch-size: 32 does not split evenly over slice x data x fsdp = 64",
         ),
-        (["gpt1", "--topology", "v5e-8", "--examples", "9"], "--examples: does not apply to gpt-jax pretrain"),
+        (["gpt1", "--topology", "v5e-8", "--examples", "9"], "--examples: does not apply to pretrain"),
         (["gpt1", "--topology", "v5e-8", "--generate", "8"], "--generate: '8' is not PROMPTSxLENGTH+TOKENS, such as 8x32+100"),
         (["gpt1", "--topology", "v5e-8", "--generate", "0x32+100"], "--generate: '0x32+100' is not PROMPTSxLENGTH+TOKENS"),
         (["gpt1", "--topology", "v5e-8", "--generate", "1x32+500"], "--generate: 32 + 500 tokens exceed the context of 512"),
-        (["gpt1", "--topology", "v5e-8", "--generate", "1x32+9", "--price", "1"], "--price: does not apply to gpt-jax generate"),
+        (["gpt1", "--topology", "v5e-8", "--generate", "1x32+9", "--examples", "1"], "--examples: does not apply to generate"),
         (["gpt1", "--topology", "v5e-16", "--generate", "1x32+9"], "1 x v5e-16 has 4; the largest slice with one is v5e-8"),
         (
             ["gpt1", "--topology", "v5p-8", "--slices", "2", "--generate", "1x32+9"],
@@ -198,7 +198,9 @@ def test_without_libtpu_there_is_arithmetic(compiled, capsys):
     """8 x 256 tokens a step, on 4 chips of 197 TFLOP/s; the FLOPs of a token are those of test_report.py."""
     assert main(["plan", "mini", "--topology", "v5e-4", "--price", "3"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("mini: 10,256,640 parameters on v5e-4 (TPU v5 lite), mesh data=4, attention pallas_tpu\n2 sequences")
+    assert text.startswith(
+        "mini: 10,256,640 parameters on v5e-4 (TPU v5 lite), mesh data=4, attention pallas_tpu\nbatch of 8 x 256 tokens, 2 seq"
+    )
     assert " of 15.75 (" in text
     flops = 8 * 256 * (6 * (4 * (4 * 320 * 320 + 2 * 320 * 1280) + 16_384 * 320) + 12 * 4 * 320 * 256)
     assert f", {flops:.4g} a step\n" in text

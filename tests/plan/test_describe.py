@@ -9,6 +9,7 @@ from gpt_jax.plan.describe import advice, describe
 REPORT = {
     "version": 2,
     "verb": "pretrain",
+    "model": "transformer",
     "config": "gpt1",
     "accelerator": "v5e-8",
     "slices": 2,
@@ -43,6 +44,11 @@ REPORT = {
     },
     "product_cycles": 240_000_000,
     "recomputed_cycles": 20_000_000,
+    "cycles_of_xla": {
+        "mlp forward product": 240_000_000,
+        "mlp backward elementwise": 60_000_000,
+        "layer_norm forward copy": 10**8,
+    },
     "kernels": [{"name": "attention_backward", "times": 48, "cycles": 25_000_000}],
     "collectives": [
         {
@@ -103,11 +109,11 @@ collectives, links of 50 GB/s, 3.125 between slices      times       MiB      ms
   all-reduce f32 over data (gradients, async)               12     100.0   30.00    20.00
   1 more, below 0.01 ms                                      7
 
-FLOPs of the model: 7.5e+08 a token (6 x (weights of products) + 12 x layers x width x context, for each token), 7.864e+14 a step
+FLOPs of the model: 7.5e+08 a token (6 x (weights of products) + 12 x layers x width x context), 7.864e+14 a step
 modeled step: 200.0 ms = 180.0 computing + 20.0 waiting for collectives
 5,242,880 tokens/s; MFU 12.5% of 197 TFLOP/s a device (13.9% without collectives)
 run of 100 epochs: 18,000 steps, 1 hours, 16 chip-hours, 19.20 at 1.2 a chip-hour
-limited by work other than matrix products (40% of the cycles); the largest part is mlp"""
+limited by work other than matrix products (40% of the cycles), most of it in layer norm"""
 
 
 def changed(**sections):
@@ -135,10 +141,10 @@ def test_a_run_of_unknown_length_has_the_cost_of_some_steps():
 
 
 def test_the_purpose_of_a_collective_is_left_out_if_it_is_unknown():
-    collectives = [REPORT["collectives"][0] | {"part": "other", "direction": "forward"}]
+    collectives = [REPORT["collectives"][0] | {"kind": "all-gather", "part": "other", "direction": "forward"}]
     text = describe(changed(collectives=collectives, time={"exposed": 0.1}))
-    assert "\n  all-reduce f32 over data (async)   " in text
-    assert text.splitlines()[-1].startswith("limited by collectives, above all the all-reduce over data: give")
+    assert "\n  all-gather f32 over data (async)   " in text
+    assert text.splitlines()[-1].startswith("limited by collectives, above all the all-gather over data: give")
     assert "collectives, links of 50 GB/s; unknown between slices  " in describe(changed(links={"between_slices": 0.0}))
     assert "collectives, links of 50 GB/s    " in describe(changed(slices=1))
 
@@ -185,7 +191,7 @@ def test_lines_fit_into_a_terminal_beside_each_other():
         ),
         (
             {"cycles": {"layer_norm": {"forward": 10**9}}, "micro_batches": 1, "memory": {"peak": 2**33}},
-            "limited by work other than matrix products (82% of the cycles); the largest part is",
+            "limited by work other than matrix products (82% of the cycles), most of it in layer norm; 50%",
         ),
     ],
 )
@@ -203,7 +209,7 @@ def test_the_text_of_a_fine_tuning():
     """A batch of 32 examples of two sequences each."""
     lines = describe(changed(verb="finetune", examples=32, sequences=64, micro_batches=1, sequences_per_device=4)).splitlines()
     assert lines[1].startswith(
-        "batch of 32 examples of 2 sequences x 512 tokens, the longest that occur, 4 sequences a device; att"
+        "batch of 32 examples of 2 sequences x 512 tokens (the longest allowed), 4 sequences a device; att"
     )
     assert lines[-2].endswith("; give --examples for the length of the run")
 
@@ -217,23 +223,46 @@ GENERATION = {
     "devices": 1,
     "collectives": [],
     "kernels": [],
-    "time": {"step": 0.101, "prompts": 0.001},
+    "chips": 1,
+    "flops": {"step": 3e12},
+    "time": {"step": 0.101, "prompts": 0.001, "tokens_per_second": 8000.0, "utilization": 0.00123},
 }
 
 
 def test_the_text_of_a_generation():
-    """116,534,784 weights of 2 bytes take 0.28 ms at 819 GB/s; after 1 ms, 100 tokens take 1 ms each."""
+    """116,534,784 weights of 2 bytes take 0.28 ms at 819 GB/s; after 1 ms, 100 tokens take 1 ms each.
+
+    A million tokens at 8,000 a second take 125 seconds.
+    """
     cycles = {"mlp": {"prompts": 1_500_000, "tokens": 120_000_000}, "other": {"prompts": 0, "tokens": 30_000_000}}
     text = describe(changed(**GENERATION) | {"cycles": cycles})
     assert "\n8 prompts of 32 tokens, each continued by 100 tokens\njax 1.2" in text
     assert "  mlp                      121.50   80.2%    80.84        1.50      120.00\n" in text
     expected = [
+        "FLOPs of the model: 3e+12 in all (a third of those of training)",
         "modeled: 1.00 ms for the prompts, then 1.00 ms a token, of which reading the weights once takes 0.28",
-        "101.0 ms in all; 8,000 new tokens/s in all rows together",
-        "the most likely token is taken; the time for sampling is not included",
+        "101.0 ms in all; 8,000 new tokens/s of all prompts together; MFU 0.12%",
+        "a million tokens: 0.0347 chip-hours, $0.04 at the list price of $1.20 a chip-hour "
+        "(Google Cloud in us-central1, 2024-12), not counting prompts and sampling",
         "limited by other work than reading the weights; the largest part is mlp (80%)",
     ]
-    assert text.splitlines()[-4:] == expected
-    fast = describe(changed(**GENERATION | {"examples": 1, "time": {"step": 0.051, "prompts": 0.001}}) | {"cycles": cycles})
+    assert text.splitlines()[-5:] == expected
+    faster = GENERATION | {"examples": 1, "time": GENERATION["time"] | {"step": 0.051}}
+    fast = describe(changed(**faster) | {"cycles": cycles}, 2.0)
     assert "\n1 prompt of 32 tokens, " in fast
+    assert "\na million tokens: 0.0347 chip-hours, 0.07 at 2 a chip-hour, not counting" in fast
     assert fast.splitlines()[-1] == "limited by reading the weights: more prompts at once take little more time"
+
+
+def test_an_lstm_has_neither_attention_nor_layers_to_unroll():
+    text = describe(changed(model="lstm"))
+    assert ", 128 sequences a device; remat dots, loss-chunk 128\n" in text
+    assert "a token (6 x (weights of products)), 7.864e+14 a step" in text
+
+
+def test_a_sum_of_several_kilobytes_is_one_of_gradients():
+    """The compiler names a combined sum after one of its parts, which may be that of the loss, a scalar."""
+    sums = [REPORT["collectives"][0] | {"part": "loss", "direction": "forward", "asynchronous": False}]
+    assert "all-reduce f32 over data (gradients) " in describe(changed(collectives=sums))
+    scalar = [sums[0] | {"bytes": 12 * 8}]
+    assert "all-reduce f32 over data (loss, forward) " in describe(changed(collectives=scalar))

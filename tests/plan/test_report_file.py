@@ -21,7 +21,7 @@ def test_a_report_is_read_as_it_was_written(tmp_path):
         (None, "No such file or directory"),
         ("{", ""),
         ("[]", ""),
-        ("{}", "'version' is missing"),
+        ("{}", "is not a report that gpt-jax plan --json wrote"),
         ('{"version": 999}', f"a report of version 999, and this is version {REPORT_VERSION}; plan it again"),
         (json.dumps({"version": REPORT_VERSION}), "'memory' is missing"),
     ],

@@ -192,7 +192,7 @@ def test_the_reason_of_a_refusal_is_the_processs_message(tpu_devices, tmp_path):
     with compilations(tmp_path, parse_accelerator("v5e-4"), 1) as start:
         [planned] = compile_best([candidate._replace(config=too_large)], start, 1)
     assert planned.report is None
-    assert planned.refusal.startswith("--train.batch-size: 400000 is 100000 sequences a device, for which the 16 GiB of a TPU v5")
+    assert planned.refusal.startswith("--train.batch-size: 400000 is 100000 sequences a device with --model.remat ")
 
 
 @pytest.mark.slow
