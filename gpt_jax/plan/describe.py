@@ -120,7 +120,9 @@ def _memory_lines(report: Report) -> list[str]:
     shown = {name: f"{name} {memory[name] / GIB:.2f}" for name in names if memory[name] >= 0.005 * GIB}
     if memory["activations"] and "temporaries" in shown:
         shown["temporaries"] += f" (activations about {memory['activations'] / GIB:.2f})"
-    kinds = ", ".join(shown.values())
+    kinds = ", ".join(shown.values()) or "less than 0.01 each"
+    if share > 1:
+        kinds += f"; this fits, because at most {memory['alive'] / GIB:.2f} are in use at the same time"
     return ["memory of a device, GiB", f"  {memory['peak'] / GIB:.2f} of {memory['available'] / GIB:.2f} ({share:.0%}): {kinds}"]
 
 

@@ -43,8 +43,8 @@ class Program(NamedTuple):
     workload: Workload
     """The workload; its config has all choices made."""
     memory: dict[str, int]
-    """Bytes on one device: `parameters`, `moments` (0 for generation), `batch`, `temporaries`, `code`, and `peak`, the sum of
-    these and of outputs that do not reuse the memory of an input."""
+    """Bytes on one device: `parameters`, `moments` (0 for generation), `batch`, `temporaries`, `code`; `peak`, the sum of these
+    and of outputs that do not reuse the memory of an input; and `alive`, the most that is in use at the same time."""
     seconds: float
     """Time for lowering and compiling, in seconds."""
 
@@ -80,7 +80,8 @@ def compile_program(workload: Workload, accelerator: Accelerator, slices: int = 
     bytes_of["batch"] = max(memory.argument_size_in_bytes - bytes_of["parameters"] - bytes_of["moments"], 0)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     peak = memory.argument_size_in_bytes + outputs + bytes_of["temporaries"] + bytes_of["code"]
-    return Program(compiled.as_text() or "", mesh, workload, bytes_of | {"peak": peak}, seconds)
+    alive = memory.peak_memory_in_bytes + bytes_of["code"]
+    return Program(compiled.as_text() or "", mesh, workload, bytes_of | {"peak": peak, "alive": alive}, seconds)
 
 
 def _lower(workload: Workload, mesh: Mesh) -> tuple[jax.stages.Lowered, State]:

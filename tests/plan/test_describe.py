@@ -266,3 +266,11 @@ def test_a_sum_of_several_kilobytes_is_one_of_gradients():
     assert "all-reduce f32 over data (gradients) " in describe(changed(collectives=sums))
     scalar = [sums[0] | {"bytes": 12 * 8}]
     assert "all-reduce f32 over data (loss, forward) " in describe(changed(collectives=scalar))
+
+
+def test_memory_that_is_not_in_use_at_the_same_time():
+    line = describe(changed(memory={"peak": 17 * 2**30, "alive": 12 * 2**30})).splitlines()[5]
+    assert line.startswith("  17.00 of 16.00 (106%): parameters 0.50, ")
+    assert line.endswith("; this fits, because at most 12.00 are in use at the same time")
+    small = dict.fromkeys(("parameters", "moments", "temporaries", "code", "activations"), 0)
+    assert describe(changed(memory={"peak": 2**20, **small})).splitlines()[5] == "  0.00 of 16.00 (0%): less than 0.01 each"
