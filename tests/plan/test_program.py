@@ -42,7 +42,7 @@ def test_parameters_and_moments_are_those_of_the_shards():
     assert program.workload.config.model.layer_unroll == 1
     listed = sum(size for name, size in program.memory.items() if name not in ("peak", "alive"))
     assert listed <= program.memory["peak"] < listed + 2**16  # metrics are results, too
-    assert listed - program.memory["temporaries"] <= program.memory["alive"] <= program.memory["peak"]
+    assert listed - program.memory["temporaries"] <= program.memory["alive"] < listed + 2**20
 
 
 def step(**fields):
