@@ -162,21 +162,24 @@ def rates_path() -> Path:
 def measure_rates() -> Rates:
     """Measures the rates of the attached devices."""
     cpu, others = jax.default_backend() == "cpu", OtherLoad([os.getpid()])
-    call = statistics.median(_seconds(lambda x: x + 1, jnp.zeros(())) for _ in range(5))
+    call = statistics.median(_call_seconds(lambda x: x + 1, jnp.zeros(())) for _ in range(5))
     iteration = _per_iteration(lambda x: x + 1, jnp.zeros(()))
     rounds, products = [], {}
     for dtype, name in ((jnp.float32, "f32"),) if cpu else ((jnp.float32, "f32"), (jnp.bfloat16, "bf16")):
         for left, right, batched in itertools.product((1, 0), (0, 1), (False, True)):
-            rows = _measure_products(left, right, batched, dtype, call)
+            rows = _measure_products(left, right, batched, dtype)
             products[f"{product_layout(left, right, batched)} {name}"] = rows
         rounds.append(_measure_operations())  # The clock of a processor changes within seconds.
     operations = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
     functions = {name: function for name, function in CURVES.items() if name != "all-reduce" or jax.device_count() > 1}
-    curves = {name: [(size, max(function(size) - call, 1e-9)) for size in BYTES] for name, function in functions.items()}
+    curves = {
+        name: [(size, max(function(size) - call * (name in CALLED), 1e-9)) for size in BYTES]
+        for name, function in functions.items()
+    }
     return Rates(num_cores() if cpu else 1, products, curves, operations, iteration, call, others.cores() or 0.0)
 
 
-def _seconds(function: Callable[..., jax.Array], out: jax.Array, *arguments: jax.Array) -> float:
+def _call_seconds(function: Callable[..., Any], out: Any, *arguments: Any) -> float:
     """Returns the median time of a call, whose result takes the memory of `out`, its first argument."""
     compiled = jax.jit(function, donate_argnums=0, keep_unused=True).lower(out, *arguments).compile()
     out = jax.block_until_ready(compiled(out, *arguments))
@@ -189,13 +192,31 @@ def _seconds(function: Callable[..., jax.Array], out: jax.Array, *arguments: jax
     return statistics.median(times)
 
 
+def _seconds(function: Callable[..., jax.Array], out: jax.Array, first: jax.Array, *others: jax.Array, work: int) -> float:
+    """Returns the median time of a function of `first` and `others`, repeated in a loop, which keeps the cores awake.
+
+    Args:
+      out: an array of the shape of the result.
+      work: multiplications or bytes of the function. Long functions are repeated less often.
+    """
+
+    def body(_: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        out = lax.optimization_barrier(function(*carry[1:]))
+        # One element of the operand changes each time, so that XLA cannot compute the result once, before the loop.
+        one = lax.slice(out, (0,) * out.ndim, (1,) * out.ndim).reshape((1,) * first.ndim)
+        return out, lax.dynamic_update_slice(carry[1], one, (0,) * first.ndim), *carry[2:]
+
+    count = min(max(2**27 // work, 1), 16)
+    return _call_seconds(lambda carry: lax.fori_loop(0, count, body, carry), (out, first, *others)) / count
+
+
 def _per_iteration(body: Callable[[jax.Array], jax.Array], x: jax.Array, count: int = 8) -> float:
     """Returns the time of an iteration of a loop: the difference of two lengths, divided by the difference of the lengths."""
-    few, many = (_seconds(lambda x, n=n: lax.fori_loop(0, n, lambda _, x: body(x), x), x + 0) for n in (count, 3 * count))
+    few, many = (_call_seconds(lambda x, n=n: lax.fori_loop(0, n, lambda _, x: body(x), x), x + 0) for n in (count, 3 * count))
     return max(many - few, 1e-9) / (2 * count)
 
 
-def _measure_products(left: int, right: int, batched: bool, dtype: Any, call: float) -> list[tuple[int, int, int, float]]:
+def _measure_products(left: int, right: int, batched: bool, dtype: Any) -> list[tuple[int, int, int, float]]:
     """Returns the rates of products whose operands contract these axes."""
     first, rows = int(batched), []
     dimensions = ((first + left,), (first + right,)), ((0,), (0,)) if batched else ((), ())
@@ -205,40 +226,43 @@ def _measure_products(left: int, right: int, batched: bool, dtype: Any, call: fl
             continue
         arrays = [jnp.ones((*batch, *shape), dtype) for shape in ((m, k) if left else (k, m), (n, k) if right else (k, n))]
         out = jnp.zeros((*batch, m, n), dtype)
-        seconds = _seconds(lambda _, a, b: lax.dot_general(a, b, dimensions), out, *arrays) - call
-        rows.append((m, n, k, 2 * math.prod(batch) * m * n * k / max(seconds, 1e-7)))
+        work = math.prod(batch) * m * n * k
+        seconds = _seconds(lambda a, b: lax.dot_general(a, b, dimensions), out, *arrays, work=work)
+        rows.append((m, n, k, 2 * work / seconds))
     return rows
 
 
 def _copy(size: int) -> float:
     """Returns the time of a program that reads half of the bytes and writes the other half."""
-    return _seconds(lambda _, x: x + 1, jnp.zeros(size // 8), jnp.zeros(size // 8))
+    return _seconds(lambda x: x + 1, jnp.zeros(size // 8), jnp.zeros(size // 8), work=size)
 
 
 def _serial_copy(size: int) -> float:
     """Returns the time of a copy that XLA does not divide among the cores of a CPU."""
-    return _seconds(lambda _, x: jnp.copy(x), jnp.zeros(size // 8), jnp.zeros(size // 8))
+    return _call_seconds(lambda _, x: jnp.copy(x), jnp.zeros(size // 8), jnp.zeros(size // 8))
 
 
 def _transpose(size: int) -> float:
     side = math.isqrt(size // 8)
-    return _seconds(lambda _, x: x.T, jnp.zeros((side, side)), jnp.zeros((side, side)))
+    return _call_seconds(lambda _, x: x.T, jnp.zeros((side, side)), jnp.zeros((side, side)))
 
 
 def _reduce(size: int) -> float:
     shape = size // 4 // 256, 256
-    return _seconds(lambda _, x: x.sum(-1), jnp.zeros(shape[0]), jnp.zeros(shape))
+    return _seconds(lambda x: x.sum(-1), jnp.zeros(shape[0]), jnp.zeros(shape), work=size)
 
 
 def _all_reduce(size: int) -> float:
     mesh = jax.make_mesh((jax.device_count(),), ("all",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("all"))
     add = jax.shard_map(lambda x: lax.psum(x, "all"), mesh=mesh, in_specs=sharding.spec, out_specs=sharding.spec)
-    return _seconds(add, jax.device_put(jnp.zeros(size // 4 * mesh.size), sharding))
+    return _call_seconds(add, jax.device_put(jnp.zeros(size // 4 * mesh.size), sharding))
 
 
 CURVES = {"copy": _copy, "serial copy": _serial_copy, "transpose": _transpose, "reduce": _reduce, "all-reduce": _all_reduce}
 """Functions from a number of bytes to the seconds of a program. `Rates.curves` has the same names."""
+CALLED = {"serial copy", "transpose", "all-reduce"}
+"""The curves whose programs are called once for each time, so that the time includes a call."""
 
 
 OPERATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -258,7 +282,7 @@ def _measure_operations() -> dict[str, float]:
     """Returns the seconds of each operation for one element: the time of a program that has it, less that of a copy."""
 
     def seconds(function: Callable[[jax.Array], jax.Array]) -> float:
-        return _seconds(lambda _, x: function(x), jnp.ones(ELEMENTS), jnp.full(ELEMENTS, 0.7))
+        return _seconds(function, jnp.ones(ELEMENTS), jnp.full(ELEMENTS, 0.7), work=ELEMENTS)
 
     copy = seconds(lambda x: x * 0.5)
 
@@ -290,5 +314,5 @@ def _measure_repeated(copy: float) -> float:
     inside = [program.computations[each.called[0]] for each in fused]
     found = (count_evaluations(computation, list(computation.values())[-1]) for computation in inside)
     repeated = max(sum(each.times for each in evaluations.values() if each.repeated) for evaluations in found)
-    seconds = _seconds(drop, *arguments) / 4 - copy * math.prod(shape)
+    seconds = _call_seconds(drop, *arguments) / 4 - copy * math.prod(shape)
     return max(seconds, 1e-9) / max(repeated, 1)
