@@ -35,7 +35,7 @@ def check_plan(job: Job) -> None:
     if job.accelerator.kind == "cpu":
         return
     if missing := missing_file(job):
-        say(f"plan: not made, because it needs {missing}, which is not on this machine")
+        say(f"plan: skipped, because it needs {missing}, which is not on this machine")
         return
     code, report, problem = run_plan(plan_command(job))
     if code == 0:
@@ -44,12 +44,12 @@ def check_plan(job: Job) -> None:
         return
     if problem.startswith("--"):  # The run itself would report this mistake in the config.
         raise UserError(problem)
-    ended = f"was ended by signal {-code}, perhaps for lack of memory" if code < 0 else f"failed with exit code {code}"
+    ended = f"was killed by signal {-code}, perhaps because memory ran out" if code < 0 else f"failed with exit code {code}"
     raise UserError(f"{problem or f'gpt-jax plan {ended}'}; --no-plan launches the job without a plan")
 
 
 def missing_file(job: Job) -> str:
-    """Returns a phrase for a file that determines a fine-tuning's step and may exist only on the workers, or "" if there is none.
+    """Returns a phrase that names a file on which a fine-tuning's step depends and that this machine lacks, or "" if there is none.
 
     The file is the checkpoint, which contains the architecture, or the training rows of a task of the user's own, which contain
     the labels.

@@ -1,7 +1,7 @@
 """Estimates that need no compiler: FLOPs, memory from the shapes of arrays, and bounds on the time of a training step.
 
 They are for TPU slices, if libtpu is not installed, and for nodes with GPUs. The memory is that of train/memory_estimate.py. The
-times are bounds from below, not predictions: a step must do at least the following work, and the units that do it can at best be
+times are lower bounds, not predictions: a step must do at least the following work, and the units that do it can at best be
 busy all the time. A step is therefore at least as long as the longest of the three.
 
     products      the model's FLOPs, and those that `remat full` repeats, at the peak for the dtype of the products
@@ -70,7 +70,7 @@ class Transfer(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """Figures of a training step on one device; times are bounds from below, in seconds."""
+    """Figures of a training step on one device; times are lower bounds, in seconds."""
 
     config: RunConfig
     """The config, with all choices made."""
@@ -183,7 +183,7 @@ def check_fine_tuning(workload: Workload, figures: Estimate) -> None:
     if figures.config.model.kind == "transformer":
         platform, remat = figures.accelerator.kind, figures.config.model.remat
         change = change_that_fits(figures.config, figures.sizes, platform, remat, usable, sequences)
-    needed = f"need about {sum(memory) / GIB:.3g} GiB on each device, of which a program can have {usable / GIB:.3g}"
+    needed = f"need about {sum(memory) / GIB:.3g} GiB on each device, but a program can use only {usable / GIB:.3g}"
     advice = f"use {change}" if change else "lower it, or use more devices and a larger --mesh.fsdp"
     raise field_error("train.batch_size", f"{examples} {needed}; {largest_kind(memory)} take the most; {advice}")
 
@@ -308,12 +308,12 @@ def describe_arithmetic(name: str, workload: Workload, figures: Estimate, run: s
             "",
             *_memory_lines(figures),
             "",
-            "milliseconds, at least",
+            "lower bounds in milliseconds",
             *_bound_lines(figures),
             "",
             f"FLOPs of the model: {token:.4g} a token ({_formula(model)}), {figures.flops:.4g} a step",
             f"a step takes at least {figures.step * 1e3:.1f} ms{longer if bounds['collectives'] else ''}; "
-            "these are bounds, not predictions",
+            "these are lower bounds, not predictions",
             f"at most {figures.tokens_per_second:,.0f} tokens/s; MFU at most {figures.utilization:.1%} of "
             f"{figures.chip.peak_flops['bfloat16'] / 1e12:.4g} TFLOP/s a device",
             run,
@@ -342,13 +342,13 @@ def _memory_lines(figures: Estimate) -> list[str]:
     rest = "; activations of an LSTM are not estimated" if figures.config.model.kind == "lstm" else ""
     rest += "; this may not fit" if total > usable else ""
     share = f"{total / GIB:.2f} of {usable / GIB:.2f} ({total / usable:.0%})"
-    return ["memory of a device by the arithmetic of shapes, GiB", f"  {share}: {kinds}{rest}"]
+    return ["memory of a device, estimated from shapes, GiB", f"  {share}: {kinds}{rest}"]
 
 
 def _bound_lines(figures: Estimate) -> list[str]:
     """Returns lines about each of the three bounds."""
     milliseconds = {name: f"  {seconds * 1e3:9.2f}  {name}" for name, seconds in figures.bounds.items()}
-    again = ", with the layers' forward pass twice" if _repeated_flops(figures.config.model) else ""
+    again = ", counting the layers' forward pass twice" if _repeated_flops(figures.config.model) else ""
     traffic = ", ".join(f"{kind} {size / 1e9:.3g}" for kind, size in figures.traffic.items())
     bandwidth = f"{figures.chip.memory_bandwidth / 1e9:.4g} GB/s"
     lines = [
@@ -377,4 +377,4 @@ def _limit(figures: Estimate) -> str:
         what = max(figures.traffic, key=lambda kind: figures.traffic[kind])
         others = {"activations": "use --model.remat full", "probabilities": "use another --model.attention"}
         hint = others.get(what, "give each device more sequences")
-    return f"the longest bound is that of {longest}, above all of the {what}: {hint}"
+    return f"the longest bound is that of {longest}, mainly of the {what}: {hint}"

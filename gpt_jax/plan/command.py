@@ -46,7 +46,7 @@ def plan(options: argparse.Namespace, config: Config) -> None:
     steps = _steps(workload, options)
     sizes = workload.mesh_sizes(accelerator, options.slices)
     if accelerator.kind == "gpu" or importlib.util.find_spec("libtpu") is None:
-        needs = "is for TPU slices" if accelerator.kind == "gpu" else "needs libtpu: pip install 'gpt_jax[tpu]'"
+        needs = "works only for TPU slices" if accelerator.kind == "gpu" else "needs libtpu: pip install 'gpt_jax[tpu]'"
         for name in ("json", "generate"):
             require(getattr(options, name) is None, name, needs)
         from gpt_jax.plan.arithmetic import check_fine_tuning, describe_arithmetic, estimate
@@ -60,7 +60,7 @@ def plan(options: argparse.Namespace, config: Config) -> None:
             "chips": options.slices * accelerator.hosts * accelerator.chips_per_host,
             "device_kind": accelerator.device_kind,
         }
-        print(describe_arithmetic(options.config, workload, figures, f"at least: {run_line(run, options.price, steps)}"))
+        print(describe_arithmetic(options.config, workload, figures, f"at least for the {run_line(run, options.price, steps)}"))
         return
     report = find_report(options.config, workload, accelerator, options.slices)
     print(describe(report, options.price, steps))
@@ -71,13 +71,13 @@ def plan(options: argparse.Namespace, config: Config) -> None:
 def _measure(options: argparse.Namespace, config: Config) -> None:
     """Prints the modeled and the measured time of a step on the attached devices, and writes them to a file if one is named."""
     for name in ("topology", "price", "corpus_tokens", "examples", "generate"):
-        require(getattr(options, name) is None, name, "does not go with --measure, which runs steps on the attached devices")
-    require(options.slices == 1, "slices", "does not go with --measure; set --mesh.slice")
+        require(getattr(options, name) is None, name, "cannot be used with --measure, which runs steps on the attached devices")
+    require(options.slices == 1, "slices", "cannot be used with --measure; set --mesh.slice")
     if isinstance(config, FinetuneConfig):
-        raise UserError(f"--measure: measures steps of pre-training, and {options.config} is a fine-tuning config")
+        raise UserError(f"--measure: measures steps of pre-training, but {options.config} is a fine-tuning config")
     from gpt_jax.plan.measure import describe_measured, measure
 
-    result = measure(options.config, config, 20)
+    result = measure(options.config, config)
     print(describe_measured(result))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -97,7 +97,7 @@ def compare(options: argparse.Namespace, load: Callable[[str], Config]) -> None:
 
     configs = [name for name in options.compare if not name.endswith(".json")]
     for option in ("price", "corpus_tokens", "examples", "json") + (() if configs else ("topology", "generate")):
-        require(getattr(options, option) is None, option, "does not go with --compare" + " of two files" * (not configs))
+        require(getattr(options, option) is None, option, "cannot be used with --compare" + " of two files" * (not configs))
     if configs and importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--compare: planning {configs[0]} needs libtpu: pip install 'gpt_jax[tpu]'")
 
@@ -117,9 +117,9 @@ def compare(options: argparse.Namespace, load: Callable[[str], Config]) -> None:
 def _search(options: argparse.Namespace, config: Config) -> None:
     """Prints the best candidates for a topology, and writes the best one's report and config to files if they are named."""
     if isinstance(config, FinetuneConfig):
-        raise UserError(f"--search: searches for the fastest pre-training, and {options.config} is a fine-tuning config")
+        raise UserError(f"--search: searches for the fastest pre-training, but {options.config} is a fine-tuning config")
     for name in ("price", "corpus_tokens", "examples", "generate"):
-        require(getattr(options, name) is None, name, "does not go with --search; plan the config that it finds")
+        require(getattr(options, name) is None, name, "cannot be used with --search; plan the config that it finds")
     if (write := options.write) is not None:
         require(write.suffix == ".py", "write", f"{write} is not the path of a .py file, such as configs/NAME.py")
         require(write.parent.is_dir(), "write", f"{write.parent}: no such folder")

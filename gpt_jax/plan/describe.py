@@ -11,7 +11,7 @@ SECONDS_PER_HOUR = 3600
 SCALARS = 1024
 """Maximum size in bytes of sums that are not gradients, such as the loss."""
 OTHER = "other"
-"""The part of collectives whose place in the model the compiler does not say (attribution.py, which needs JAX)."""
+"""The part of collectives whose place in the model the compiler does not name (attribution.py, which needs JAX)."""
 FORMULAS = {"transformer": "6 x (weights of products) + 12 x layers x width x context", "lstm": "6 x (weights of products)"}
 """The FLOPs of training on a token (train/flops.py)."""
 
@@ -91,7 +91,7 @@ def _generation_lines(report: Report, price: float | None) -> list[str]:
         f"FLOPs of the model: {report['flops']['step']:.4g} in all (a third of those of training)",
         f"modeled: {time['prompts'] * 1e3:.2f} ms for the prompts, then {token * 1e3:.2f} ms a token, "
         f"of which reading the weights once takes {weights * 1e3:.2f}",
-        f"{time['step'] * 1e3:.1f} ms in all; {time['tokens_per_second']:,.0f} new tokens/s of all prompts together; "
+        f"{time['step'] * 1e3:.1f} ms in all; {time['tokens_per_second']:,.0f} new tokens/s for all prompts together; "
         f"MFU {time['utilization']:.2%}",
         f"a million tokens: {_figure(million)} chip-hours{_cost(report, price, million)}, not counting prompts and sampling",
         _generation_limit(report, token, weights),
@@ -105,7 +105,7 @@ def _generation_limit(report: Report, token: float, weights: float) -> str:
     cycles = {_words(part): by["tokens"] for part, by in report["cycles"].items()}
     largest = max(cycles, key=lambda part: cycles[part])
     share = cycles[largest] / sum(cycles.values())
-    return f"limited by other work than reading the weights; the largest part is {largest} ({share:.0%})"
+    return f"limited by work other than reading the weights; the largest part is {largest} ({share:.0%})"
 
 
 def _hardware(report: Report) -> str:
@@ -122,7 +122,7 @@ def _memory_lines(report: Report) -> list[str]:
         shown["temporaries"] += f" (activations about {memory['activations'] / GIB:.2f})"
     kinds = ", ".join(shown.values()) or "less than 0.01 each"
     if share > 1:
-        kinds += f"; this fits, because at most {memory['alive'] / GIB:.2f} are in use at the same time"
+        kinds += f"; this still fits, because at most {memory['alive'] / GIB:.2f} GiB are in use at the same time"
     return ["memory of a device, GiB", f"  {memory['peak'] / GIB:.2f} of {memory['available'] / GIB:.2f} ({share:.0%}): {kinds}"]
 
 
@@ -233,7 +233,7 @@ def advice(report: Report) -> str:
         return f"limited by small micro-batches: lower --train.grad-accum-steps{more}"
     if report["recomputed_cycles"] > 0.15 * total and report["choices"]["remat"] == "full":
         twice = f"{report['recomputed_cycles'] / total:.0%} of the cycles"
-        return f"limited by what is computed twice ({twice}): --model.remat dots takes more memory but less time{more}"
+        return f"limited by recomputation ({twice}): --model.remat dots takes more memory but less time{more}"
     products = report["product_cycles"] / total
     if products > 0.7:
         limit, rate = (
@@ -244,7 +244,8 @@ def advice(report: Report) -> str:
             return f"{limit}: this is close to what the chip can do"
         return f"{limit} but reach only {rate:.0%} of the peak: wider layers and heads of 128 fill the matrix units better"
     largest = _words(_largest_without_products(report))
-    return f"limited by work other than matrix products ({1 - products:.0%} of the cycles), most of it in {largest}{more}"
+    others = f"{1 - products:.0%} of the cycles"
+    return f"limited by work other than matrix products ({others}), the largest part of it in {largest}{more}"
 
 
 def _largest_without_products(report: Report) -> str:

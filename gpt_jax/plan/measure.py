@@ -36,18 +36,19 @@ from gpt_jax.train.memory_estimate import check_remat
 from gpt_jax.train.profile import find_scopes, operations
 from gpt_jax.train.step import init_state, lower_step
 
+STEPS, SECONDS = (5, 50), 10.0
+"""Least and greatest number of steps that are timed, and the time after which no more than the least number is."""
 TRACED = 3
 """Number of steps that are traced to find the time of each part."""
 Event = tuple[str, float, float]
 """Name, start and end of an operation, the latter in any unit."""
 
 
-def measure(name: str, config: PretrainConfig, steps: int) -> dict[str, Any]:
+def measure(name: str, config: PretrainConfig) -> dict[str, Any]:
     """Runs the training step on the attached devices; returns its modeled and its measured time.
 
     Args:
       name: name of the config, for the text.
-      steps: number of steps that are timed, after two that are not.
 
     Returns:
       Seconds: `measured` (the median), `fastest`, `slowest`, and `modeled` with its `error` relative to the median. `parts` has
@@ -57,11 +58,9 @@ def measure(name: str, config: PretrainConfig, steps: int) -> dict[str, Any]:
       other programs used during the steps and while the rates were measured, or None if they are not known.
 
     Raises:
-      UserError: `steps` is not positive; the mesh does not divide the devices, the batch or the model; or the step does not fit
-        into the memory.
+      UserError: the mesh does not divide the devices, the batch or the model, or the step does not fit into the memory.
       TrainingError: the step does not compile or run.
     """
-    require(steps >= 1, "measure", f"the number of steps must be at least 1, got {steps}")
     check_variables()
     require_devices()
     mesh = make_mesh(config.mesh)
@@ -73,7 +72,7 @@ def measure(name: str, config: PretrainConfig, steps: int) -> dict[str, Any]:
         compiled = lower_step(config, mesh, total_steps=1_000_000).compile()
         _check_memory(compiled, device.platform)
         modeled = _model(name, config, mesh, compiled.as_text() or "")
-        times, parts, other_load = _run(compiled, config, mesh, steps)
+        times, parts, other_load = _run(compiled, config, mesh)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise field_error("measure", f"the step does not fit into the memory: {one_line(error)}") from None
@@ -89,7 +88,7 @@ def measure(name: str, config: PretrainConfig, steps: int) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "context_length": config.model.context_length,
         "num_parameters": config.model.num_parameters,
-        "steps": steps,
+        "steps": len(times),
         "measured": measured,
         "fastest": min(times),
         "slowest": max(times),
@@ -159,29 +158,27 @@ def _available_memory() -> int | None:
         return None
 
 
-def _run(
-    compiled: jax.stages.Compiled, config: PretrainConfig, mesh: Mesh, steps: int
-) -> tuple[list[float], dict[str, float], float | None]:
+def _run(compiled: jax.stages.Compiled, config: PretrainConfig, mesh: Mesh) -> tuple[list[float], dict[str, float], float | None]:
     """Runs the step on random tokens; returns the seconds of each step, shares of the parts, and the load by other programs."""
     state, batch = init_state(config, mesh), _random_batch(config, mesh)
 
-    def run(count: int) -> list[float]:
+    def run(least: int, most: int) -> list[float]:
         nonlocal state
-        times = []
-        for _ in range(count):
+        times: list[float] = []
+        while len(times) < least or (len(times) < most and sum(times) < SECONDS):
             begin = time.perf_counter()
             state, _ = compiled(state, batch)
             jax.block_until_ready(state)
             times.append(time.perf_counter() - begin)
         return times
 
-    run(2)
+    run(2, 2)
     others = OtherLoad([os.getpid()])
-    times = run(steps)
+    times = run(*STEPS)
     load = others.cores()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            run(TRACED)
+            run(TRACED, TRACED)
         events = [event for trace in Path(folder).rglob("*.xplane.pb") for event in operations(trace)]
     return times, measured_parts(events, find_scopes([compiled.as_text() or ""]), part_of), load
 

@@ -31,7 +31,7 @@ USABLE_AFTER_CHANGE = 0.95
 
 
 class DoesNotFit(UserError):
-    """The program needs more memory than a device has, although it may fit according to train/memory_estimate.py."""
+    """The program needs more memory than a device has, even if it fits according to train/memory_estimate.py."""
 
 
 class Program(NamedTuple):
@@ -53,8 +53,8 @@ def compile_program(workload: Workload, accelerator: Accelerator, slices: int = 
     """Compiles a workload for TPU slices.
 
     Raises:
-      UserError: libtpu is not installed; the mesh does not divide the devices, the batch or the model; or the batch of a
-        pre-training does not fit according to train/memory_estimate.py.
+      UserError: libtpu is not installed; the devices, the batch or the model cannot be divided evenly over the mesh; or the batch
+        of a pre-training does not fit according to train/memory_estimate.py.
       DoesNotFit: the program does not fit according to the compiler.
       TrainingError: the program does not compile for another reason.
     """
@@ -115,12 +115,12 @@ def _bytes(tree: Any) -> int:
 def _compile_error(
     error: Exception, workload: Workload, sizes: Mapping[str, int], accelerator: Accelerator
 ) -> TrainingError | DoesNotFit:
-    """Returns an error that says why a program does not compile; if it is too large, with a change after which it fits."""
+    """Returns an error that says why a program does not compile; if it is too large, the error suggests a change."""
     found = TOO_LARGE.search(str(error))
     if not found:
         return TrainingError(f"the program does not compile for a {accelerator.name}: {one_line(error)}")
     needed, available = (float(number) * GIB_OF[unit] for number, unit in (found.groups()[:2], found.groups()[2:]))
-    problem = f"{needed:.2f} GiB are needed on each device of a {accelerator.name}, of which a program can have {available:.2f}"
+    problem = f"the program needs {needed:.2f} GiB on each device of a {accelerator.name}, but can use only {available:.2f}"
     if workload.verb == "generate":
         return DoesNotFit(f"{problem}; generate fewer or shorter texts at once, or use a slice with more devices")
     step, remat = workload.as_pretraining, workload.config.model.remat

@@ -1,7 +1,7 @@
 """Rates of an attached CPU or GPU, measured with small programs: products, copies, elementwise operations, and fixed costs.
 
 The programs and their sizes are constants of this module. They do not depend on any config, so a model's step that is predicted
-from the rates is a prediction. The median of several executions counts. Measuring takes less than a minute; the rates are then
+from the rates is a prediction. The median of several executions counts. Measuring takes about a minute; the rates are then
 kept in the user's cache folder, for this kind of device, number of devices and cores, and version of jax.
 """
 
@@ -34,7 +34,7 @@ SIZES = (64, 256, 1024, 4096, 16384)
 """Rows, columns and contracted length of the products; all combinations of at most `LARGEST` multiplications are measured."""
 BATCH, BATCHED_SIZES = 32, (16, 64, 256)
 """Products in one batch, and their rows, columns and contracted lengths."""
-LARGEST = 2**30
+LARGEST = 2**32
 BYTES = tuple(2**power for power in range(14, 29, 2))
 """Bytes read and written by the copies, from 16 KiB to 256 MiB."""
 ELEMENTS = 2**18
@@ -125,7 +125,7 @@ def find_rates(log: Callable[[str], None]) -> Rates:
         before = Rates(**json.loads(path.read_text()))
     if before is not None and before.other_load <= QUIET:
         return before
-    log("measuring the rates of this device, which takes up to a minute")
+    log("measuring the rates of this device, which takes about a minute")
     rates = measure_rates()
     rates = rates if before is None else best_of(before, rates)
     with contextlib.suppress(OSError):  # They are measured again the next time.
@@ -169,8 +169,8 @@ def measure_rates() -> Rates:
         for left, right, batched in itertools.product((1, 0), (0, 1), (False, True)):
             rows = _measure_products(left, right, batched, dtype)
             products[f"{product_layout(left, right, batched)} {name}"] = rows
-        rounds.append(_measure_operations())  # The clock of a processor changes within seconds.
-    operations = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+        rounds.append(_measure_operations())  # The clock of a processor changes within seconds; the best round counts.
+    operations = {name: min(each[name] for each in rounds) for name in rounds[0]}
     functions = {name: function for name, function in CURVES.items() if name != "all-reduce" or jax.device_count() > 1}
     curves = {
         name: [(size, max(function(size) - call * (name in CALLED), 1e-9)) for size in BYTES]

@@ -89,7 +89,7 @@ def make_report(name: str, program: Program, accelerator: Accelerator, slices: i
 
 
 def _activations(program: Program) -> int:
-    """Returns an estimate of the bytes among the temporaries that the backward pass needs; 0 if nothing is known."""
+    """Returns the estimated bytes of activations among the temporaries; 0 if there is no estimate."""
     step, workload = program.workload.as_pretraining, program.workload
     if workload.verb == "generate" or step.model.kind != "transformer":
         return 0

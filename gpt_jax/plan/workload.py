@@ -41,7 +41,7 @@ class Workload(NamedTuple):
 
     @property
     def micro_batches(self) -> int:
-        """Number of parts that the batch is processed in."""
+        """Number of micro-batches that the batch is divided into."""
         return 1 if self.verb == "generate" else self.config.train.grad_accum_steps
 
     @property
@@ -68,7 +68,8 @@ class Workload(NamedTuple):
         """Floating-point operations of one execution: a step, or the generation of all tokens.
 
         Those of training are counted by `flops_per_token`, without the output layer if a fine-tuning has no language-model loss.
-        Inference takes a third of that. A prompt does not need the output layer, and a token attends to the tokens before it.
+        Inference takes a third of that. A prompt does not need the output layer, and a new token attends only to the tokens
+        before it.
         """
         model = self.config.model
         training = flops_per_token(dataclasses.replace(model, context_length=self.length))
@@ -80,21 +81,24 @@ class Workload(NamedTuple):
         return self.rows * self.length * (training - unused)
 
     def mesh_sizes(self, accelerator: Accelerator, slices: int) -> dict[str, int]:
-        """Returns the sizes of the mesh axes, over which generation shards only the parameters.
+        """Returns the sizes of the mesh axes. For generation, only the parameters are sharded.
 
         Raises:
-          UserError: the mesh does not divide the devices, the batch or the model, or generation would need several hosts.
+          UserError: the devices, the batch or the model cannot be divided evenly over the mesh, or generation would need several
+            hosts.
         """
         if self.verb != "generate":
             sizes = mesh_sizes(self.config.mesh, accelerator, slices)
-            problem = f"is {sizes['slice']}, but --slices is {slices}; both count the slices or nodes of the run"
+            problem = f"is {sizes['slice']}, but --slices is {slices}; both must be the number of slices or nodes"
             require(sizes["slice"] == slices, "mesh.slice", problem)
             check_batch(sizes, self.config.train.batch_size, self.config.train.grad_accum_steps)
             check_model(sizes, self.config.model)
             return sizes
         one_host = slices == accelerator.hosts == 1
-        hosts = f"text is generated on one host, and {slices} x {accelerator.name} has {slices * accelerator.hosts}"
-        require(one_host, "topology", f"{hosts}; the largest slice with one is {largest_single_host_slice(accelerator.family)}")
+        hosts = f"text is generated on one host, but {slices} x {accelerator.name} has {slices * accelerator.hosts}"
+        require(
+            one_host, "topology", f"{hosts}; the largest slice with one host is {largest_single_host_slice(accelerator.family)}"
+        )
         return {"slice": 1, "data": 1, "fsdp": math.gcd(self.config.model.embed_dim, accelerator.devices), "tensor": 1}
 
     def facts(self) -> dict[str, Any]:
@@ -129,7 +133,7 @@ def generation(config: PretrainConfig, shape: str) -> Workload:
       shape: PROMPTSxLENGTH+TOKENS: the number of prompts, the tokens in each, and the tokens to append.
 
     Raises:
-      UserError: the shape has another form, or does not fit into the context.
+      UserError: the shape is malformed, or does not fit into the context.
     """
     match = re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})\+([1-9]\d{0,6})", shape)
     if match is None:

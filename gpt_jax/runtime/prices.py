@@ -1,7 +1,7 @@
-"""List prices of accelerators for an hour on demand, before taxes and discounts. This module does not depend on JAX.
+"""Hourly on-demand list prices of accelerators, before taxes and discounts. This module does not depend on JAX.
 
-Prices change and differ between regions, so each has its date, region and source; the price that a user names is better. Those
-of TPUs are for a chip. Those of GPUs are for one of the eight of a node, including the node's CPUs and memory.
+Prices change and differ between regions, so each has its date, region and source; a price that the user gives takes precedence.
+The prices of TPUs are for a chip, and those of GPUs are an eighth of the price of a node with eight GPUs.
 
 - TPUs: Google's page "Cloud TPU pricing" as copied into gpuhunt (github.com/dstackai/gpuhunt, resources/tpu_pricing.json,
   changed in December 2024). The catalog that SkyPilot makes from Google's billing service has the same prices for these regions
@@ -22,12 +22,12 @@ class ListPrice(NamedTuple):
     """The published price of one chip."""
 
     dollars: float
-    """US dollars for a chip and an hour."""
+    """US dollars per chip-hour."""
     source: str
     """The provider."""
     region: str
     date: str
-    """Year and month, or day, when the source was last changed or read."""
+    """When the source was last changed or read: year and month, or the full date."""
 
 
 LIST_PRICES = {

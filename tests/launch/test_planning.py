@@ -82,7 +82,7 @@ def test_mistakes_are_reported_before_a_plan_is_made(plans):
 )
 def test_a_fine_tuning_whose_files_are_elsewhere_is_launched_without_a_plan(plans, capsys, words, missing):
     assert main(["launch", "gke", words[0], *GKE, *words[1:]]) == 0
-    assert capsys.readouterr().err.splitlines()[-1] == f"plan: not made, because it needs {missing}, which is not on this machine"
+    assert capsys.readouterr().err.splitlines()[-1] == f"plan: skipped, because it needs {missing}, which is not on this machine"
     assert plans == []
 
 
@@ -132,7 +132,7 @@ def test_a_run_on_gpus_is_planned_too(plans):
         ((3, "", ""), "gpt-jax plan failed with exit code 3; --no-plan launches the job without a plan"),
         (
             (-9, "", ""),
-            "gpt-jax plan was ended by signal 9, perhaps for lack of memory; --no-plan launches the job without a plan",
+            "gpt-jax plan was killed by signal 9, perhaps because memory ran out; --no-plan launches the job without a plan",
         ),
     ],
 )
@@ -222,12 +222,12 @@ def test_without_libtpu_a_launch_is_planned_by_arithmetic(tmp_path):
     assert main(["launch", "gke", "gpt1", *GKE, *STORE, *large, "16384"]) == 0  # The other checks accept it.
     code, manifest, lines = launch(*large, "16384")
     assert (code, manifest, len(lines)) == (2, "", 1)
-    assert "gpt-jax: --train.batch-size: 16384 is 1024 sequences a device with --model.remat off (about " in lines[0]
+    assert "gpt-jax: --train.batch-size: 16384 is 1024 sequences a device, which with --model.remat off need about " in lines[0]
     advice = lines[0].partition("(--train.batch-size ")[2].partition(")")[0]
     code, manifest, lines = launch(*large, advice)
     assert (code, manifest.startswith("# create:")) == (0, True)
     assert all(line.startswith("plan: ") for line in lines)
     assert [line.split()[1] for line in lines] == ["memory", "a", "at", "at", "the"]
-    assert lines[3].startswith("plan: at least: run of 100 epochs: 1,000 steps take ")
+    assert lines[3].startswith("plan: at least for the run of 100 epochs: 1,000 steps take ")
     assert "give" not in lines[3]
     assert "(libtpu is not installed, so nothing was compiled; " in lines[4]

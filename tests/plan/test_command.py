@@ -66,8 +66,8 @@ def compiled(monkeypatch, libtpu):
         (["--topology", "v5e"], "--topology: 'v5e' does not exist; the nearest sizes are v5e-1, v5e-4"),
         (["--topology", ""], "--topology: '' is not in a known family (write FAMILY-SIZE, such as v5e-16)"),
         (["--topology", "h100-8", "--search"], "--topology: h100-8 is not a TPU slice, such as v5e-256"),
-        (["--topology", "h100-8", "--json", "plan.json"], "--json: is for TPU slices"),
-        (["--topology", "h100-8", "--generate", "1x2+3"], "--generate: is for TPU slices"),
+        (["--topology", "h100-8", "--json", "plan.json"], "--json: works only for TPU slices"),
+        (["--topology", "h100-8", "--generate", "1x2+3"], "--generate: works only for TPU slices"),
         (["--topology", "cpu-4"], "--topology: cpu-4 is not a TPU slice, such as v5e-256, or a node with GPUs, such as h100-8"),
         (
             ["--topology", "v5e-4", "--mesh.fsdp", "3"],
@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line(compiled, capsys, words, problem):
         ),
         (
             ["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt1", "--search"],
-            "--search: searches for the fastest pre-training, and finetune/sst2",
+            "--search: searches for the fastest pre-training, but finetune/sst2",
         ),
         (
             ["finetune/sst2", "--topology", "v5e-4", *LIKE, "gpt1", "--generate", "1x2+3"],
@@ -132,10 +132,10 @@ def test_a_mistake_is_one_line(compiled, capsys, words, problem):
         (["gpt1", "--topology", "v5e-8", "--generate", "0x32+100"], "--generate: '0x32+100' is not PROMPTSxLENGTH+TOKENS"),
         (["gpt1", "--topology", "v5e-8", "--generate", "1x32+500"], "--generate: 32 + 500 tokens exceed the context of 512"),
         (["gpt1", "--topology", "v5e-8", "--generate", "1x32+9", "--examples", "1"], "--examples: does not apply to generate"),
-        (["gpt1", "--topology", "v5e-16", "--generate", "1x32+9"], "1 x v5e-16 has 4; the largest slice with one is v5e-8"),
+        (["gpt1", "--topology", "v5e-16", "--generate", "1x32+9"], "1 x v5e-16 has 4; the largest slice with one host is v5e-8"),
         (
             ["gpt1", "--topology", "v5p-8", "--slices", "2", "--generate", "1x32+9"],
-            "2 x v5p-8 has 2; the largest slice with one is v5p-8",
+            "2 x v5p-8 has 2; the largest slice with one host is v5p-8",
         ),
     ],
 )
@@ -207,7 +207,7 @@ def test_without_libtpu_there_is_arithmetic(compiled, capsys):
     assert f"{flops / (4 * 197e12) * 1e3:9.2f}  matrix products at 197 TFLOP/s" in text
     run, limit = text.splitlines()[-2:]
     assert limit.endswith("pip install 'gpt_jax[tpu]')")
-    assert run.startswith("at least: run of 3e6 tokens: 1,465 steps, ")
+    assert run.startswith("at least for the run of 3e6 tokens: 1,465 steps, ")
     assert run.endswith(" at 3 a chip-hour")
     assert compiled == []
 
@@ -263,7 +263,7 @@ def test_gpus_are_planned_by_arithmetic(compiled, capsys):
     assert main(["plan", "mini", "--topology", "h100-8"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("mini: 10,256,640 parameters on h100-8 (NVIDIA H100 80GB HBM3), mesh data=8")
-    assert text.splitlines()[-2].startswith("at least: run of 3e6 tokens: 1,465 steps, ")
+    assert text.splitlines()[-2].startswith("at least for the run of 3e6 tokens: 1,465 steps, ")
     assert "at the list price of $6.88 a chip-hour (AWS in us-east-1, " in text
     assert compiled == []
 
@@ -274,7 +274,7 @@ def test_a_fine_tuning_that_does_not_fit_is_refused_by_arithmetic(compiled, caps
     assert main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("gpt-jax: --train.batch-size: 128 examples of 4 sequences x 512 tokens need about ")
-    assert " GiB on each device, of which a program can have 16.9; " in error
+    assert " GiB on each device, but a program can use only 16.9; " in error
     advice = error.strip().rpartition("; use ")[2]
     assert advice.startswith("--train.grad-accum-steps ")
     assert main([*words, *advice.split()]) == 0

@@ -113,7 +113,7 @@ FLOPs of the model: 7.5e+08 a token (6 x (weights of products) + 12 x layers x w
 modeled step: 200.0 ms = 180.0 computing + 20.0 waiting for collectives
 5,242,880 tokens/s; MFU 12.5% of 197 TFLOP/s a device (13.9% without collectives)
 run of 100 epochs: 18,000 steps, 1 hours, 16 chip-hours, 19.20 at 1.2 a chip-hour
-limited by work other than matrix products (40% of the cycles), most of it in layer norm"""
+limited by work other than matrix products (40% of the cycles), the largest part of it in layer norm"""
 
 
 def changed(**sections):
@@ -177,7 +177,7 @@ def test_lines_fit_into_a_terminal_beside_each_other():
         ),
         (
             {"choices": {"remat": "full"}, "recomputed_cycles": 80_000_000},
-            "limited by what is computed twice (20% of the cycles): --model.remat dots takes more memory but less time",
+            "limited by recomputation (20% of the cycles): --model.remat dots takes more memory but less time",
         ),
         ({"choices": {"remat": "full"}, "recomputed_cycles": 59_000_000}, "limited by work other than"),
         ({"choices": {"remat": "dots"}, "recomputed_cycles": 80_000_000}, "limited by work other than"),
@@ -191,7 +191,7 @@ def test_lines_fit_into_a_terminal_beside_each_other():
         ),
         (
             {"cycles": {"layer_norm": {"forward": 10**9}}, "micro_batches": 1, "memory": {"peak": 2**33}},
-            "limited by work other than matrix products (82% of the cycles), most of it in layer norm; 50%",
+            "limited by work other than matrix products (82% of the cycles), the largest part of it in layer norm; 50%",
         ),
     ],
 )
@@ -241,10 +241,10 @@ def test_the_text_of_a_generation():
     expected = [
         "FLOPs of the model: 3e+12 in all (a third of those of training)",
         "modeled: 1.00 ms for the prompts, then 1.00 ms a token, of which reading the weights once takes 0.28",
-        "101.0 ms in all; 8,000 new tokens/s of all prompts together; MFU 0.12%",
+        "101.0 ms in all; 8,000 new tokens/s for all prompts together; MFU 0.12%",
         "a million tokens: 0.0347 chip-hours, $0.04 at the list price of $1.20 a chip-hour "
         "(Google Cloud in us-central1, 2024-12), not counting prompts and sampling",
-        "limited by other work than reading the weights; the largest part is mlp (80%)",
+        "limited by work other than reading the weights; the largest part is mlp (80%)",
     ]
     assert text.splitlines()[-5:] == expected
     faster = GENERATION | {"examples": 1, "time": GENERATION["time"] | {"step": 0.051}}
@@ -271,6 +271,6 @@ def test_a_sum_of_several_kilobytes_is_one_of_gradients():
 def test_memory_that_is_not_in_use_at_the_same_time():
     line = describe(changed(memory={"peak": 17 * 2**30, "alive": 12 * 2**30})).splitlines()[5]
     assert line.startswith("  17.00 of 16.00 (106%): parameters 0.50, ")
-    assert line.endswith("; this fits, because at most 12.00 are in use at the same time")
+    assert line.endswith("; this still fits, because at most 12.00 GiB are in use at the same time")
     small = dict.fromkeys(("parameters", "moments", "temporaries", "code", "activations"), 0)
     assert describe(changed(memory={"peak": 2**20, **small})).splitlines()[5] == "  0.00 of 16.00 (0%): less than 0.01 each"

@@ -33,7 +33,7 @@ def known_rates(monkeypatch):
 
 
 def test_a_step_is_modeled_and_measured(monkeypatch):
-    result = measure("small", config(), steps=3)
+    result = measure("small", config())
     assert result["devices"] == 8  # of the tests
     assert result["fastest"] <= result["measured"] <= result["slowest"]
     assert result["modeled"] > 0.5  # the call alone
@@ -105,13 +105,11 @@ def test_the_text_says_what_is_not_known():
 
 
 def test_bad_input_is_named(monkeypatch):
-    with pytest.raises(UserError, match="--measure: the number of steps must be at least 1, got 0"):
-        measure("small", config(), steps=0)
     with pytest.raises(UserError, match=r"--mesh: .* does not divide 8 devices"):
-        measure("small", config(tensor=3, data=-1), steps=1)
+        measure("small", config(tensor=3, data=-1))
     monkeypatch.setattr(measure_module, "_available_memory", lambda: 1000)
     with pytest.raises(UserError, match=r"--measure: the step needs 0\.0 GiB, but 0\.0 GiB are available; use a smaller"):
-        measure("small", config(), steps=1)
+        measure("small", config())
 
 
 @pytest.mark.parametrize(
@@ -127,7 +125,7 @@ def test_an_error_of_the_device_is_one_line(monkeypatch, message, error, text):
 
     monkeypatch.setattr(measure_module, "_model", fail)
     with pytest.raises(error, match=text):
-        measure("small", config(), steps=1)
+        measure("small", config())
 
 
 def test_the_available_memory_is_positive_where_it_is_known():

@@ -170,8 +170,8 @@ def test_a_file_that_cannot_be_created_is_refused_before_anything_is_compiled(co
     ("words", "message"),
     [
         (["--write", "x.py"], "--write: requires --search"),
-        (["--search", "--price", "1"], "--price: does not go with --search; plan the config that it finds"),
-        (["--search", "--corpus-tokens", "1000"], "--corpus-tokens: does not go with --search; plan the config that it finds"),
+        (["--search", "--price", "1"], "--price: cannot be used with --search; plan the config that it finds"),
+        (["--search", "--corpus-tokens", "1000"], "--corpus-tokens: cannot be used with --search; plan the config that it finds"),
         (["--search", "--compare", "a", "b"], "--compare: not allowed with argument --search (see gpt-jax plan --help)"),
     ],
 )
@@ -192,7 +192,7 @@ def test_the_reason_of_a_refusal_is_the_processs_message(tpu_devices, tmp_path):
     with compilations(tmp_path, parse_accelerator("v5e-4"), 1) as start:
         [planned] = compile_best([candidate._replace(config=too_large)], start, 1)
     assert planned.report is None
-    assert planned.refusal.startswith("--train.batch-size: 400000 is 100000 sequences a device with --model.remat ")
+    assert planned.refusal.startswith("--train.batch-size: 400000 is 100000 sequences a device, which with --model.remat ")
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_generation_shards_the_weights_over_one_host(name, fsdp):
 
 
 def test_generation_needs_one_host():
-    with pytest.raises(UserError, match="on one host, and 1 x v6e-16 has 4; the largest slice with one is v6e-8"):
+    with pytest.raises(UserError, match="on one host, but 1 x v6e-16 has 4; the largest slice with one host is v6e-8"):
         plan_of("gpt1", generate="1x2+3").mesh_sizes(parse_accelerator("v6e-16"), 1)
 
 
