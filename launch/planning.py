@@ -49,7 +49,7 @@ def check_plan(job: Job) -> None:
 
 
 def missing_file(job: Job) -> str:
-    """Returns a phrase that names a file on which a fine-tuning's step depends and that this machine lacks, or "" if there is none.
+    """Returns a phrase for a file on which a fine-tuning's step depends and that this machine lacks, or "" if there is none.
 
     The file is the checkpoint, which contains the architecture, or the training rows of a task of the user's own, which contain
     the labels.

@@ -13,6 +13,9 @@ from gpt_jax.train.profile import describe, find_scopes, operation_times, parse_
 from gpt_jax.train.step import lower_step
 from tests.tiny import replace_fields, tiny_config, trajectory, write_config, write_text
 
+# Python 3.12 warns about a type of jaxlib's profiler.
+pytestmark = pytest.mark.filterwarnings("ignore:builtin type")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
