@@ -1,7 +1,7 @@
 """How often XLA's loops on CPUs evaluate each instruction of a fusion.
 
 XLA turns a fusion into nested loops over the axes of its result. An instruction is evaluated in the outermost loop in which the
-index of its element is known; a value for each row, for example, is computed once a row. There are two exceptions, in which it
+index of its element is known; a value for each row, for example, is computed once per row. There are two exceptions, in which it
 is computed again for each element, without vector instructions:
 
 - An instruction whose elements are used under two different indices becomes a function, together with everything that it
