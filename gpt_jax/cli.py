@@ -46,8 +46,10 @@ def _main(words: Sequence[str] | None) -> int:
             raise
         _complain(str(error))
         return error.exit_code
-    except KeyboardInterrupt:
-        if show_traceback:
+    except (KeyboardInterrupt, SystemError) as error:
+        # A signal that arrives inside one of NumPy's C functions becomes a SystemError.
+        interrupted = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt)
+        if show_traceback or not interrupted:
             raise
         _complain("interrupted")
         if own_process:

@@ -469,7 +469,7 @@ def test_training_needs_no_tensorflow(finished, tmp_path):
 import sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # They seem not to be installed.
 from gpt_jax.arguments import parse
-from gpt_jax.cli import main
+from gpt_jax.cli import VERBS, main
 assert main([*sys.argv[1:], "--data.pipeline", "tf"]) == 2
 sys.exit(main([*sys.argv[1:], "--data.pipeline", "auto"]))
 """
@@ -513,3 +513,17 @@ exit $code
     assert main([*arguments, "--workdir", str(tmp_path / "run"), "--train.save-every", "100 steps"]) == 0
     assert f"resuming at step {sound[-1]}" in capsys.readouterr().err
     assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("cause", [None, KeyboardInterrupt()])
+def test_an_interruption_inside_a_c_function_is_an_interruption(monkeypatch, capsys, cause):
+    def interrupt(options, overrides):
+        raise SystemError("returned a result with an exception set") from cause
+
+    monkeypatch.setitem(VERBS, "bench", interrupt)
+    if cause is None:
+        with pytest.raises(SystemError):
+            main(["bench", "all"])
+    else:
+        assert main(["bench", "all"]) == 130
+        assert capsys.readouterr().err == "gpt-jax: interrupted\n"
