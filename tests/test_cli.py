@@ -469,7 +469,7 @@ def test_training_needs_no_tensorflow(finished, tmp_path):
 import sys
 sys.modules["tensorflow"] = sys.modules["tensorflow_datasets"] = None  # They seem not to be installed.
 from gpt_jax.arguments import parse
-from gpt_jax.cli import VERBS, main
+from gpt_jax.cli import main
 assert main([*sys.argv[1:], "--data.pipeline", "tf"]) == 2
 sys.exit(main([*sys.argv[1:], "--data.pipeline", "auto"]))
 """
