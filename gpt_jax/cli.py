@@ -3,11 +3,13 @@
 The modules that a verb needs are imported when the verb runs, so that `gpt-jax --help` needs neither JAX nor TensorFlow.
 """
 
+import _thread
 import argparse
 import io
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,7 @@ def _main(words: Sequence[str] | None) -> int:
     own_process = words is None
     if own_process:  # SIGTERM unwinds the stack, so that locks are released. Training replaces this handler by one that saves.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        sys.unraisablehook = _interrupt_again
     words = arguments.join_values(sys.argv[1:] if words is None else words)
     show_traceback = "--traceback" in words
     try:
@@ -72,6 +75,16 @@ def _main(words: Sequence[str] | None) -> int:
             raise
         _complain(str(mistake))
         return mistake.exit_code
+
+
+def _interrupt_again(unraisable: Any) -> None:
+    """Interrupts the program again if Ctrl-C has hit a callback, such as JAX's in garbage collection; Python ignores it there."""
+    if issubclass(unraisable.exc_type, KeyboardInterrupt):
+        timer = threading.Timer(0.01, _thread.interrupt_main)  # Within this function, it would be ignored once more.
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _complain(line: str) -> None:

@@ -527,3 +527,25 @@ def test_an_interruption_inside_a_c_function_is_an_interruption(monkeypatch, cap
     else:
         assert main(["bench", "all"]) == 130
         assert capsys.readouterr().err == "gpt-jax: interrupted\n"
+
+
+def test_an_interruption_that_a_callback_would_ignore_is_repeated():
+    code = """
+import signal, sys, time
+from gpt_jax import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # A process in the background ignores the signal.
+
+class Callback:
+    def __del__(self):
+        raise KeyboardInterrupt
+
+def verb(options, overrides):
+    Callback()
+    while True:
+        time.sleep(0.01)
+
+cli.VERBS["bench"] = verb
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "bench", "all"], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (130, "gpt-jax: interrupted\n")
