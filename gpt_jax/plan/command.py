@@ -94,7 +94,6 @@ def compare(options: argparse.Namespace, load: Callable[[str], Config]) -> None:
       UserError: a file is not a report of this version, or a config cannot be planned (see `plan`).
       TrainingError: a step does not compile.
     """
-
     configs = [name for name in options.compare if not name.endswith(".json")]
     for option in ("price", "corpus_tokens", "examples", "json") + (() if configs else ("topology", "generate")):
         require(getattr(options, option) is None, option, "cannot be used with --compare" + " of two files" * (not configs))

@@ -40,7 +40,7 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
       slices: number of slices.
 
     Raises:
-      UserError: libtpu is not installed or does not know the topology.
+      UserError: libtpu is not installed, is locked by another process, or does not know the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPUs that are not attached needs libtpu: pip install 'gpt_jax[tpu]'")
@@ -55,4 +55,7 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
+        if "lockfile" in str(error):
+            hint = "set ALLOW_MULTIPLE_LIBTPU_LOAD=1, or wait until it has ended"
+            raise UserError(f"another process on this machine has locked libtpu; {hint}") from None
         raise UserError(f"libtpu knows no topology {name!r} (names are like {EXAMPLES}): {one_line(error)}") from None

@@ -78,7 +78,7 @@ def test_products_take_as_long_as_at_the_peak_of_their_dtype(topology, overrides
 
 
 def test_full_recomputation_repeats_the_forward_pass_of_the_layers():
-    """Of the 6 FLOPs for each weight, 2 are those of the forward pass; the output layer has 40,478 x 768 weights."""
+    """The forward pass takes 2 of the 6 FLOPs for each weight; the output layer has 40,478 x 768 weights."""
     again = 2 * (WEIGHTS - 40_478 * 768) + 4 * 12 * 768 * 512
     figures = figures_of("v5e-8", "train.batch-size=256", "model.remat=full")
     assert figures.flops == FLOPS * 256 * 512

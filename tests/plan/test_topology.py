@@ -2,7 +2,9 @@
 
 import importlib.util
 
+import jax
 import pytest
+from jax.experimental import topologies
 
 from gpt_jax.errors import UserError
 from gpt_jax.plan.topology import topology_devices
@@ -28,4 +30,17 @@ def test_an_unknown_topology_is_an_error(tpu_devices, name):
 def test_without_libtpu_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'gpt_jax\[tpu\]'"):
+        topology_devices("v5e:2x2")
+
+
+def test_a_lock_of_another_process_is_named(monkeypatch):
+    def locked(*arguments, **options):
+        message = 'ABORTED: Internal error when accessing libtpu multi-process lockfile. Run "$ sudo rm /tmp/libtpu_lockfile".'
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(topologies, "get_topology_desc", locked)
+    with pytest.raises(
+        UserError, match=r"^another process .* has locked libtpu; set ALLOW_MULTIPLE_LIBTPU_LOAD=1, or wait until"
+    ):
         topology_devices("v5e:2x2")

@@ -1,4 +1,4 @@
-"""What a plan compiles: batches of the runs that train, counted by hand, and the shape of text that is generated."""
+"""Workloads: the batches of training runs are counted by hand, and the shape of generated text is checked."""
 
 import subprocess
 import sys

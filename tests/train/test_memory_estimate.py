@@ -209,7 +209,7 @@ def test_the_nearest_change_makes_the_step_fit(axes, words, option):
 
 
 def test_the_sequences_of_an_example_stay_together():
-    """Of 512 sequences, each of 4 devices has 128, which cannot be split if they belong to one example."""
+    """Each of 4 devices has 128 of 512 sequences, which cannot be split if they belong to one example."""
     config = apply_overrides(
         load_config("gpt1"), ["--model.remat=full", "--model.loss-chunk=128", "--train.batch-size=512"], "test"
     )
